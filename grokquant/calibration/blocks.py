@@ -1,0 +1,192 @@
+"""Running a model one block at a time, its experts one matrix at a time.
+
+The forward passes are the model's own. Every decoder layer of an empty model is replaced by a tap:
+it notes what the model hands to that layer, or passes on hidden states computed elsewhere. Experts
+run through transformers' experts registry: a first pass over all rows records what reaches them,
+`mix` computes all their outputs at once, a second pass puts these in place. So each expert is read
+once for all tokens, and a block needs no more memory than its attention and one expert.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from grokquant.checkpoint import Checkpoint
+from grokquant.families.family import parameter_parent
+
+STREAMED = "grokquant-streamed"
+_TOKENS_AT_ONCE = 2048
+
+# (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Exchange:
+    """What passes between the experts of a running block and `mix`."""
+
+    recorded: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    outputs: Tensor | None = None
+    position: int = 0
+
+    def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        if self.outputs is None:
+            self.recorded.append((x, experts, gates))
+            return torch.zeros_like(x)
+        self.position += len(x)
+        return self.outputs[self.position - len(x) : self.position].to(x.dtype)
+
+
+def _streamed_experts(self: nn.Module, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+    return self.exchange(x, experts, gates)
+
+
+ALL_EXPERTS_FUNCTIONS.register(STREAMED, _streamed_experts)
+
+
+class Tap(nn.Module):
+    """Stands for a decoder layer: notes its arguments, passes on `hidden` if that is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: tuple[tuple, dict] = ((), {})
+        self.hidden: Tensor | None = None
+
+    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.entered, self.arguments = h, (args, kwargs)
+        return h if self.hidden is None else self.hidden
+
+
+class BlockwiseModel:
+    """A checkpoint that runs block by block. `dtype` is that of all arithmetic.
+
+    Hidden states are [rows, time, hidden] and all rows have the same length.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
+        self.source, self.family, self.dtype = checkpoint.source, checkpoint.family, dtype
+        self.config = deepcopy(checkpoint.config)
+        self.config._experts_implementation = STREAMED
+        self.model = self.family.empty_model(self.config)
+        self.layers = self.model.base_model.layers
+        self.taps = [Tap() for _ in self.layers]
+        self.model.base_model.layers = nn.ModuleList(self.taps)
+        for name, _ in list(self.model.named_parameters()):
+            self._fill(self.model, name, name)
+        self.model.tie_weights()
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states that enter the first block, of token ids [rows, time]."""
+        entered = []
+        for rows in tokens.split(_rows_at_once(tokens)):
+            self.model.base_model(input_ids=rows)
+            entered.append(self.taps[0].entered)
+        self.model.base_model(input_ids=tokens[:1])  # leaves masks that broadcast over rows
+        return torch.cat(entered)
+
+    @torch.no_grad()
+    def load_layer(self, index: int) -> nn.Module:
+        """Layer `index` with everything but its experts in memory; they stay on the meta device."""
+        layer = self.layers[index]
+        prefix = self.family.layer_prefix.format(layer=index)
+        for name, _ in list(layer.named_parameters()):
+            if not name.startswith(self.family.experts + "."):
+                self._fill(layer, name, prefix + name)
+        return layer
+
+    def free_layer(self, index: int) -> None:
+        """Gives the memory of layer `index` back."""
+        self.layers[index].to("meta")
+
+    @torch.no_grad()
+    def run_layer(self, index: int, hidden: Tensor, mix: Mix) -> Tensor:
+        """Hidden states after layer `index`, whose experts are computed by `mix`."""
+        exchange = self._exchange(index)
+        self._run_rows(index, hidden)
+        columns = [torch.cat(column) for column in zip(*exchange.recorded, strict=True)]
+        exchange.recorded.clear()
+        exchange.outputs = mix(*columns)
+        del columns
+        return self._run_rows(index, hidden)
+
+    @torch.no_grad()
+    def inputs_of(self, index: int, module: str, hidden: Tensor) -> Tensor:
+        """What reaches the linear called `module` in layer `index`: [tokens, in]."""
+        self._exchange(index)
+        inputs: list[Tensor] = []
+        linear = self.layers[index].get_submodule(module)
+        hook = linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+        self._run_rows(index, hidden)
+        hook.remove()
+        return torch.cat(inputs)
+
+    @torch.no_grad()
+    def replace(self, index: int, tensor: str, value: Tensor) -> None:
+        """Puts `value` in the place of the layer's own `tensor` (its checkpoint name)."""
+        name = tensor.removeprefix(self.family.layer_prefix.format(layer=index))
+        self._set(self.layers[index], name, value)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [rows, time, vocabulary] of what the last block returned."""
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
+        self.taps[-1].hidden = hidden
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        self.taps[-1].hidden = None
+        return logits
+
+    def apply_gate(self, index: int, gate: Tensor, up: Tensor) -> Tensor:
+        """The family's activation of an expert's hidden units [tokens, inner]."""
+        experts = self.layers[index].get_submodule(self.family.experts)
+        return experts._apply_gate(torch.cat((gate, up), dim=-1))
+
+    def expert_weight(self, tensor: str) -> Tensor:
+        """One expert matrix [out, in] in the working dtype, read from the source."""
+        return self.source.tensors[tensor].read().to(self.dtype)
+
+    def mix_experts(self, index: int) -> Mix:
+        """The experts of layer `index` as the checkpoint has them, read one matrix at a time."""
+
+        def mix(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            mixed = torch.zeros(x.shape, dtype=torch.float32)
+            for expert in range(self.config.num_local_experts):
+                token, slot = torch.where(experts == expert)
+                names = self.family.expert_tensors(index, expert)
+                gate = F.linear(x[token], self.expert_weight(names["gate"]))
+                up = F.linear(x[token], self.expert_weight(names["up"]))
+                inner = self.apply_gate(index, gate, up)  # (routed, inner)
+                out = F.linear(inner, self.expert_weight(names["down"]))
+                mixed.index_add_(0, token, out.float() * gates[token, slot, None].float())
+            return mixed
+
+        return mix
+
+    def _exchange(self, index: int) -> Exchange:
+        exchange = Exchange()
+        self.layers[index].get_submodule(self.family.experts).exchange = exchange
+        return exchange
+
+    def _run_rows(self, index: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self.taps[index].arguments
+        layer, at_once = self.layers[index], _rows_at_once(hidden)
+        return torch.cat([layer(rows, *args, **kwargs) for rows in hidden.split(at_once)])
+
+    def _fill(self, module: nn.Module, name: str, tensor: str) -> None:
+        self._set(module, name, self.source.tensors[tensor].read())
+
+    def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
+        parent, last = parameter_parent(module, name)
+        dtype = self.family.working_dtype(name, self.dtype)
+        setattr(parent, last, nn.Parameter(value.to(dtype), requires_grad=False))
+
+
+def _rows_at_once(rows: Tensor) -> int:
+    """Rows [rows, time, ...] in one forward pass: enough to fill the cores, few enough for memory."""
+    return max(1, _TOKENS_AT_ONCE // rows.shape[1])

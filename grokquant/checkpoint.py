@@ -1,0 +1,90 @@
+"""An opened checkpoint: its source, the family that runs it, and proof that it is complete."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedConfig
+
+from grokquant import formats
+from grokquant.errors import InputError
+from grokquant.families import Family, family_of
+from grokquant.sources import open_source
+from grokquant.toy import TOY_PATH
+from grokquant.types import Source, TensorRef
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source whose tensors have the names and shapes that its family needs."""
+
+    source: Source
+    family: Family
+    config: PreTrainedConfig
+
+    def units(self) -> Iterator[tuple[str, TensorRef]]:
+        """(unit name, reference) of every matrix that may be quantized, in layer order."""
+        for name, tensor in self.family.units(self.config):
+            yield name, self.source.tensors[tensor]
+
+    @property
+    def parameters(self) -> int:
+        return sum(_count(ref.shape) for ref in self.source.tensors.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(ref.stored_bytes for ref in self.source.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensors, scales included, over the number of parameters."""
+        return 8 * self.stored_bytes / self.parameters
+
+
+def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Checkpoint:
+    """Opens any layout and format that is known; `toy` names the embedded toy.
+
+    Reads headers only. Raises InputError where something is missing or has the wrong shape.
+    """
+    place = TOY_PATH if str(path) == "toy" else Path(path)
+    source = formats.unpacked(open_source(place, Path(config) if config else None))
+    family = family_of(source)
+    checkpoint = Checkpoint(source, family, family.config(source.config))
+    _check_complete(checkpoint)
+    return checkpoint
+
+
+def _check_complete(checkpoint: Checkpoint) -> None:
+    tensors = checkpoint.source.tensors
+    for name, shape in _expected_shapes(checkpoint).items():
+        if name not in tensors:
+            raise InputError(f"{checkpoint.source.path}: tensor {name} is missing")
+        if tensors[name].shape != shape:
+            found = list(tensors[name].shape)
+            raise InputError(
+                f"{checkpoint.source.path}: {name} has shape {found}, config.json says {list(shape)}"
+            )
+
+
+def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Checkpoint names and shapes, experts one by one, as the family's own model has them."""
+    family, config = checkpoint.family, checkpoint.config
+    model = family.empty_model(config)
+    shapes = {}
+    for name, parameter in model.named_parameters():
+        if f".{family.experts}." not in name:
+            shapes[name] = tuple(parameter.shape)
+    for layer, block in enumerate(model.base_model.layers):
+        experts = block.get_submodule(family.experts)
+        inner, hidden = experts.down_proj.shape[2], experts.down_proj.shape[1]
+        for expert in range(config.num_local_experts):
+            for part, name in family.expert_tensors(layer, expert).items():
+                shapes[name] = (hidden, inner) if part == "down" else (inner, hidden)
+    return shapes
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,174 @@
+"""The command line. stdout carries results, stderr progress; errors are one line."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from grokquant.errors import GrokquantError
+
+_EXIT_CODES = """
+Exit codes: 0 ok; 1 a quality or verification gate was missed; 2 the command, recipe or an input
+cannot be used; 130 interrupted.
+"""
+
+
+class _Commands(click.Group):
+    """Turns our errors into one line and their exit code, whatever command raised them."""
+
+    def main(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        try:
+            return super().main(*args, **kwargs)
+        except GrokquantError as error:
+            click.echo(f"grokquant: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("grokquant: interrupted, nothing was published", err=True)
+            sys.exit(130)
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except click.exceptions.Abort:
+            raise KeyboardInterrupt from None
+
+
+@click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
+@click.version_option(package_name="grokquant")
+def main() -> None:
+    """Quantize Grok-1 and its kind on a machine that cannot hold them, and prove what it cost.
+
+    \b
+    grokquant quantize recipes/toy-int4.yaml            the embedded toy, a minute
+    grokquant eval runs/toy-int4 --reference toy        perplexity, KL divergence, routing
+    grokquant generate runs/toy-int4 --prompt "The "    text from the result
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+_overrides = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a recipe key, e.g. --set model.path=DIR or --set quantize[0].bits=8.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+@main.command()
+@click.argument("recipe")
+@_overrides
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+def quantize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Quantize a checkpoint as RECIPE says and write a smaller one that loads."""
+    from grokquant import pipeline
+    from grokquant.plan import build_plan
+    from grokquant.recipe import load_recipe
+    from grokquant.terminal import RunProgress, print_plan
+
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        print_plan(build_plan(loaded))
+        return
+    with RunProgress() as progress:
+        output = pipeline.quantize(loaded, progress)
+    click.echo(progress.summary(output))
+
+
+@main.command()
+@click.argument("recipe")
+@_overrides
+@_json
+def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what quantize would do: every grid, size and bit, from file headers alone."""
+    from grokquant.plan import build_plan
+    from grokquant.recipe import load_recipe
+    from grokquant.terminal import plan_as_dict, print_plan
+
+    built = build_plan(load_recipe(recipe, overrides))
+    if as_json:
+        _print_json(plan_as_dict(built))
+    else:
+        print_plan(built)
+
+
+@main.command(name="eval")
+@click.argument("output")
+@click.option("--reference", required=True, metavar="PATH", help="The checkpoint it was made from.")
+@click.option("--text", metavar="DATA", help="python-docs, a txt/jsonl/parquet file or hub data.")
+@click.option("--windows", type=click.IntRange(1), help="How many windows of text to score.")
+@click.option("--length", type=click.IntRange(8), help="Tokens per window.")
+@click.option("--output", "directory", metavar="DIR", help="Where reports go: OUTPUT/evaluation.")
+@_json
+def evaluate(
+    output: str,
+    reference: str,
+    text: str | None,
+    windows: int | None,
+    length: int | None,
+    directory: str | None,
+    as_json: bool,
+) -> None:
+    """Compare OUTPUT with its reference on the same tokens: perplexity, KL divergence, routing.
+
+    Both models are streamed, neither has to fit in memory. Text, windows and length default to the
+    eval section of the recipe that OUTPUT was made by.
+    """
+    from grokquant import evaluation
+    from grokquant.terminal import LayerProgress
+
+    settings = evaluation.settings_for(output, text, windows, length)
+    with LayerProgress() as progress:
+        report = evaluation.evaluate(output, reference, settings, progress)
+    paths = evaluation.publish(report, Path(output), Path(directory) if directory else None)
+    if as_json:
+        _print_json(report.model_dump(by_alias=True))
+    else:
+        evaluation.print_summary(report, paths)
+
+
+@main.command()
+@click.argument("path")
+@_json
+def inspect(path: str, as_json: bool) -> None:
+    """Show what a checkpoint holds: family, layers, experts, parameters, bytes, tensors."""
+    from grokquant.inspection import describe
+    from grokquant.terminal import print_description
+
+    description = describe(path)
+    if as_json:
+        _print_json(description)
+    else:
+        print_description(description)
+
+
+@main.command()
+@click.argument("output")
+def verify(output: str) -> None:
+    """Prove that OUTPUT is intact: checksums, every planned matrix on its grid, finite values."""
+    from grokquant.verify import verify as check
+
+    click.echo(f"{output}: ok, {check(output)} quantized matrices as reported")
+
+
+@main.command()
+@click.argument("path")
+@click.option("--prompt", required=True, help="The text to go on with.")
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(1))
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+def generate(
+    path: str, prompt: str, tokens: int, temperature: float, seed: int, device: str
+) -> None:
+    """Generate text from a checkpoint that fits in memory: release, bf16 or quantized."""
+    from grokquant.runtime.generate import generate_text
+
+    click.echo(generate_text(path, prompt, tokens, temperature, seed, device))
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,19 @@
+"""Errors a user can cause or must hear of: one line each, with the documented exit code."""
+
+
+class GrokquantError(Exception):
+    """Base of all errors that end a command with one line on stderr instead of a traceback."""
+
+    exit_code = 1
+
+
+class InputError(GrokquantError):
+    """A file, recipe, option or directory that cannot be used (exit 2). The text names it."""
+
+    exit_code = 2
+
+
+class GateError(GrokquantError):
+    """A quality or verification gate that the result missed (exit 1)."""
+
+    exit_code = 1

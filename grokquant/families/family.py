@@ -1,0 +1,75 @@
+"""What a model family is: a table of tensor names plus transformers' classes that run it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    `matrices` maps the ends of unit names to the ends of checkpoint names within a layer, for
+    everything that may be quantized; `{expert}` stands for each expert in turn. All other tensors
+    (router, norms, embedding) are carried over as they are. The three expert matrices are named
+    gate, up and down. `router` and `experts` are the modules' names within a layer.
+    """
+
+    name: str
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    matrices: Mapping[str, str]
+    router: str
+    experts: str
+    layer_prefix: str = "model.layers.{layer}."
+
+    def config(self, fields: dict) -> PreTrainedConfig:
+        """The transformers config of a checkpoint's config dict, quantization left out."""
+        plain = {key: value for key, value in fields.items() if key != "quantization_config"}
+        return self.config_class.from_dict(plain)
+
+    def units(self, config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
+        """(unit name, checkpoint tensor name) of every quantizable matrix, layer by layer."""
+        for layer in range(config.num_hidden_layers):
+            prefix = self.layer_prefix.format(layer=layer)
+            for unit, tensor in self.matrices.items():
+                if "{expert}" not in unit:
+                    yield f"layers.{layer}.{unit}", prefix + tensor
+            for expert in range(config.num_local_experts):
+                for unit, tensor in self.matrices.items():
+                    if "{expert}" in unit:
+                        end = unit.format(expert=expert), tensor.format(expert=expert)
+                        yield f"layers.{layer}.{end[0]}", prefix + end[1]
+
+    def expert_tensors(self, layer: int, expert: int) -> dict[str, str]:
+        """Checkpoint names of an expert's matrices by part: gate, up, down."""
+        prefix = self.layer_prefix.format(layer=layer)
+        return {
+            unit.rpartition(".")[2]: prefix + tensor.format(expert=expert)
+            for unit, tensor in self.matrices.items()
+            if "{expert}" in unit
+        }
+
+    def routers(self, config: PreTrainedConfig) -> list[str]:
+        """Checkpoint names of the routers' weights."""
+        layers = range(config.num_hidden_layers)
+        return [f"{self.layer_prefix.format(layer=n)}{self.router}.weight" for n in layers]
+
+    def working_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a parameter in a model that works in `dtype`: some stay float32."""
+        fixed = getattr(self.model_class, "_keep_in_fp32_modules_strict", None) or ()
+        return torch.float32 if any(part in name for part in fixed) else dtype
+
+    def empty_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model with all parameters on the meta device: shapes, no memory."""
+        with torch.device("meta"):
+            return self.model_class(config).eval()
+
+
+def parameter_parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds the parameter called `name`, and its last name there."""
+    path, _, last = name.rpartition(".")
+    return module.get_submodule(path), last

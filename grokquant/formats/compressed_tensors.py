@@ -1,0 +1,229 @@
+"""compressed-tensors `pack-quantized`: int4 and int8 codes packed into int32 words.
+
+A matrix `X.weight` becomes `X.weight_packed` int32 [out, in * bits / 32], `X.weight_scale`
+[out, groups], `X.weight_shape` int64 [2] and, if asymmetric, `X.weight_zero_point` int32
+[out * bits / 32, groups]. Codes are offset to unsigned, the first one in the lowest bits.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Source, TensorRef, Unit
+
+NAME = "compressed-tensors"
+
+_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+
+
+def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
+    per_word = 32 // scheme.bits
+    if shape[1] % per_word:
+        return f"{shape[1]} input features do not fill int32 words of {per_word} codes"
+    if not scheme.symmetric and shape[0] % per_word:
+        return f"{shape[0]} output features do not fill int32 words of {per_word} zero points"
+    return None
+
+
+def packed_layout(
+    tensor: str, shape: tuple[int, int], scheme: Scheme
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
+    stem, (rows, columns) = _stem(tensor), shape
+    groups, per_word = scheme.groups(columns), 32 // scheme.bits
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        f"{stem}.weight_packed": (torch.int32, (rows, columns // per_word)),
+        f"{stem}.weight_scale": (SCALE_DTYPES[scheme.scale_dtype], (rows, groups)),
+        f"{stem}.weight_shape": (torch.int64, (2,)),
+    }
+    if not scheme.symmetric:
+        layout[f"{stem}.weight_zero_point"] = (torch.int32, (rows // per_word, groups))
+    return layout
+
+
+def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
+    """The named tensors that stand for `tensor` in a checkpoint."""
+    stem, bits = _stem(tensor), quantized.scheme.bits
+    packed = {
+        f"{stem}.weight_packed": _pack_words(quantized.codes, bits),
+        f"{stem}.weight_scale": quantized.scales.contiguous(),
+        f"{stem}.weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
+    }
+    if quantized.zero_points is not None:
+        words = _pack_words(quantized.zero_points.T.contiguous(), bits)
+        packed[f"{stem}.weight_zero_point"] = words.T.contiguous()
+    return packed
+
+
+def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
+    """The inverse of `pack`, bit by bit."""
+    stem = _stem(tensor)
+    rows, columns = packed[f"{stem}.weight_shape"].tolist()
+    scales = packed[f"{stem}.weight_scale"]
+    codes = _unpack_words(packed[f"{stem}.weight_packed"], scheme.bits)[:, :columns].contiguous()
+    zero_points = None
+    if not scheme.symmetric:
+        words = packed[f"{stem}.weight_zero_point"].T.contiguous()
+        zero_points = _unpack_words(words, scheme.bits)[:, :rows].T.contiguous()
+    return QTensor(codes, scales, scheme, zero_points)
+
+
+def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
+    """The `quantization_config` of config.json: a group of targets per scheme.
+
+    `unquantized` names the modules that hold a matrix but stay as they are.
+    """
+    by_scheme: dict[Scheme, list[str]] = {}
+    for unit in units:
+        by_scheme.setdefault(unit.scheme, []).append(_stem(unit.tensor))
+    everything = [stem for stems in by_scheme.values() for stem in stems]
+    groups = {
+        f"group_{index}": {
+            "targets": _targets(stems, set(everything) - set(stems)),
+            "weights": _weight_arguments(scheme),
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+        for index, (scheme, stems) in enumerate(by_scheme.items())
+    }
+    return {
+        "quant_method": NAME,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": _targets(sorted(unquantized), set(everything)),
+        "kv_cache_scheme": None,
+    }
+
+
+def unpacked(source: Source) -> Source:
+    """`source` with each packed matrix presented as one `X.weight` that reads as a QTensor."""
+    config = source.config.get("quantization_config") or {}
+    groups = config.get("config_groups") or {}
+    schemes = [
+        (target, _scheme_of(name, group, source))
+        for name, group in groups.items()
+        for target in group.get("targets") or []
+    ]
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in source.tensors.items():
+        stem, _, part = name.rpartition(".")
+        if part == "weight_packed":
+            scheme = next((s for target, s in schemes if _matches(stem, target)), None)
+            if scheme is None:
+                raise InputError(f"{source.path / 'config.json'}: no config group targets {stem}")
+            tensors[f"{stem}.weight"] = _unpacked_ref(source, stem, scheme)
+        elif part not in _PARTS:
+            tensors[name] = ref
+    return replace(source, tensors=tensors)
+
+
+def _unpacked_ref(source: Source, stem: str, scheme: Scheme) -> TensorRef:
+    parts = {
+        name: source.tensors[name] for part in _PARTS if (name := f"{stem}.{part}") in source.tensors
+    }
+    needed = {f"{stem}.{part}" for part in (_PARTS if not scheme.symmetric else _PARTS[:3])}
+    if missing := sorted(needed - set(parts)):
+        raise InputError(f"{source.path}: {missing[0]} is missing")
+    packed, scale = parts[f"{stem}.weight_packed"], parts[f"{stem}.weight_scale"]
+    shape = (packed.shape[0], packed.shape[1] * 32 // scheme.bits)
+    expected = packed_layout(f"{stem}.weight", shape, replace(scheme, scale_dtype="bfloat16"))
+    for name, ref in parts.items():
+        if ref.shape != expected[name][1]:
+            raise InputError(
+                f"{source.path}: {name} has shape {list(ref.shape)}, {scheme} needs "
+                f"{list(expected[name][1])}"
+            )
+    if scale.dtype not in _DTYPE_NAMES:
+        raise InputError(f"{source.path}: {scale.name} has the unknown scale dtype {scale.dtype}")
+    scheme = replace(scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
+
+    def load() -> QTensor:
+        tensors = {name: ref.read() for name, ref in parts.items()}
+        if tensors[f"{stem}.weight_shape"].tolist() != list(shape):
+            raise InputError(f"{source.path}: {stem}.weight_shape disagrees with weight_packed")
+        if not torch.isfinite(tensors[f"{stem}.weight_scale"]).all():
+            raise InputError(f"{source.path}: {stem}.weight_scale has non-finite values")
+        return unpack(f"{stem}.weight", tensors, scheme)
+
+    stored = sum(ref.stored_bytes for ref in parts.values())
+    return TensorRef(f"{stem}.weight", shape, scale.dtype, stored, load, scheme)
+
+
+def _stem(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def _pack_words(codes: Tensor, bits: int) -> Tensor:
+    """int8 [rows, n] to int32 [rows, ceil(n * bits / 32)]."""
+    unsigned = codes.view(torch.uint8) + (1 << (bits - 1))  # wraps modulo 256
+    unsigned = unsigned & ((1 << bits) - 1)
+    unsigned = F.pad(unsigned, (0, -codes.shape[1] % (32 // bits)))
+    if bits == 4:
+        unsigned = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
+    return unsigned.flatten().view(torch.int32).view(len(codes), -1)
+
+
+def _unpack_words(words: Tensor, bits: int) -> Tensor:
+    """int32 [rows, words] to int8 codes [rows, words * 32 / bits]."""
+    unsigned = words.flatten().view(torch.uint8)
+    if bits == 4:
+        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1)
+    return (unsigned - (1 << (bits - 1))).view(torch.int8).view(len(words), -1)
+
+
+def _weight_arguments(scheme: Scheme) -> dict:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": None,
+    }
+
+
+def _targets(stems: list[str], others: set[str]) -> list[str]:
+    """Few patterns that match all of `stems` and none of `others`.
+
+    Layer and expert numbers are generalised where no other module would match by accident.
+    """
+    targets: dict[str, None] = {}
+    for stem in stems:
+        if any(_matches(stem, target) for target in targets):
+            continue
+        general = "re:^" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(stem)) + "$"
+        clash = any(_matches(other, general) for other in others)
+        targets[stem if clash else general] = None
+    return list(targets)
+
+
+def _matches(stem: str, target: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], stem) is not None
+    return target in (stem, "Linear") or stem.endswith("." + target)
+
+
+def _scheme_of(name: str, group: dict, source: Source) -> Scheme:
+    where = f"{source.path / 'config.json'}: quantization_config.config_groups.{name}"
+    weights = group.get("weights") or {}
+    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    if weights.get("type", "int") != "int" or bits not in (4, 8):
+        raise InputError(f"{where}: only int4 and int8 weights can be read")
+    if strategy not in ("group", "channel"):
+        raise InputError(f"{where}: strategy {strategy!r} cannot be read (group or channel)")
+    if group.get("input_activations") is not None:
+        raise InputError(f"{where}: quantized activations cannot be read")
+    group_size = weights.get("group_size") if strategy == "group" else None
+    return Scheme(bits, group_size, bool(weights.get("symmetric", True)))

@@ -1,0 +1,36 @@
+"""What a checkpoint holds, from its headers alone."""
+
+from collections import Counter
+from pathlib import Path
+
+from grokquant.checkpoint import open_checkpoint
+
+
+def describe(path: str | Path) -> dict:
+    """Family, layers, experts, parameters, bytes, bits per weight and every tensor."""
+    checkpoint = open_checkpoint(path)
+    tensors = checkpoint.source.tensors
+    units = dict(checkpoint.units())
+    grids = Counter(str(ref.scheme or ref.dtype).removeprefix("torch.") for ref in units.values())
+    return {
+        "path": str(checkpoint.source.path),
+        "layout": checkpoint.source.layout,
+        "family": checkpoint.family.name,
+        "layers": checkpoint.config.num_hidden_layers,
+        "experts": checkpoint.config.num_local_experts,
+        "experts_per_token": checkpoint.config.num_experts_per_tok,
+        "parameters": checkpoint.parameters,
+        "bytes": checkpoint.stored_bytes,
+        "bits_per_weight": checkpoint.bits_per_weight,
+        "matrices": dict(grids),
+        "tokenizer": [file.name for file in checkpoint.source.tokenizer_files],
+        "tensors": [
+            {
+                "name": name,
+                "shape": list(ref.shape),
+                "stored_as": str(ref.scheme or ref.dtype).removeprefix("torch."),
+                "bytes": ref.stored_bytes,
+            }
+            for name, ref in tensors.items()
+        ],
+    }

@@ -1,0 +1,1 @@
+"""Rounding a matrix onto a grid: pure functions of matrices and statistics."""

@@ -1,0 +1,126 @@
+"""How the scale and zero point of a group are found, and rounding onto the grid they span."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grokquant.types import SCALE_DTYPES, QTensor, Scheme
+
+ScaleRule = Literal["absmax", "mse"]
+
+# Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
+_SHRINKS = torch.linspace(1.0, 0.6, 21)
+# Rows searched at once: keeps the temporaries inside the cache.
+_ROWS_AT_ONCE = 256
+
+
+def group_columns(W: Tensor, scheme: Scheme) -> Tensor:
+    """[out, in] seen as [out, groups, group_size]."""
+    return W.unflatten(1, (scheme.groups(W.shape[1]), -1))
+
+
+def find_scales(
+    W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales [out, groups] in the scale dtype and zero points int8 (None if symmetric) for W.
+
+    `absmax` spans the whole range of each group. `mse` shrinks that range in 21 steps and keeps the
+    step with the least squared error, each column weighted by `importance` [in] (the Hessian's
+    diagonal); a symmetric scale may then be negative, which lets -2^(bits-1) meet the largest
+    weight on either side.
+    """
+    if importance is None or importance.sum() == 0:
+        importance = torch.ones(W.shape[1], dtype=W.dtype, device=W.device)
+    groups = group_columns(importance.unsqueeze(0), scheme)  # (1, groups, group_size)
+    found = [
+        _find_in_rows(group_columns(rows.float(), scheme), groups.float(), scheme, rule)
+        for rows in W.split(_ROWS_AT_ONCE)
+    ]
+    scales = torch.cat([scale for scale, _ in found])
+    if scheme.symmetric:
+        return scales, None
+    return scales, torch.cat([zero_point for _, zero_point in found])
+
+
+def round_to_grid(
+    W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme
+) -> Tensor:
+    """Nearest codes of W on the grid, ties to even. Broadcasts; returns W's dtype."""
+    codes = torch.round(W / scales)
+    if zero_points is not None:
+        codes = codes + zero_points
+    return codes.clamp(scheme.qmin, scheme.qmax)
+
+
+def quantize_nearest(W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme) -> QTensor:
+    """Every weight of W [out, in] rounded to its nearest code."""
+    wide = scales.float().unsqueeze(-1)  # (out, groups, 1)
+    zeros = None if zero_points is None else zero_points.float().unsqueeze(-1)
+    codes = round_to_grid(group_columns(W.float(), scheme), wide, zeros, scheme)
+    return QTensor(codes.to(torch.int8).flatten(1), scales, scheme, zero_points)
+
+
+def _find_in_rows(
+    groups: Tensor, importance: Tensor, scheme: Scheme, rule: ScaleRule
+) -> tuple[Tensor, Tensor | None]:
+    """`find_scales` for [rows, groups, group_size]; scales and zero points [rows, groups]."""
+    candidates = _candidates(groups, scheme, rule)
+    if len(candidates) == 1:
+        return candidates[0]
+    best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
+    best_scale, best_zero = candidates[0]
+    for scale, zero_point in candidates:
+        error = _squared_error(groups, importance, scale, zero_point, scheme)  # (rows, groups)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        if zero_point is not None and best_zero is not None:
+            best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
+
+
+def _candidates(
+    groups: Tensor, scheme: Scheme, rule: ScaleRule
+) -> list[tuple[Tensor, Tensor | None]]:
+    if not scheme.symmetric:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        shrinks = _SHRINKS if rule == "mse" else _SHRINKS[:1]
+        return [_asymmetric(low * f, high * f, scheme) for f in shrinks.tolist()]
+    absmax = groups.abs().amax(-1)
+    if rule == "absmax":
+        return [(_stored(absmax / scheme.qmax, scheme), None)]
+    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    sign = torch.where(peak > 0, -1.0, 1.0)  # the code -2^(bits-1) goes to the peak's side
+    step = absmax * sign / -scheme.qmin
+    plain = [(_stored(absmax * f / scheme.qmax, scheme), None) for f in _SHRINKS.tolist()]
+    return plain + [(_stored(step * f, scheme), None) for f in _SHRINKS.tolist()]
+
+
+def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    scale = _stored((high - low) / (scheme.qmax - scheme.qmin), scheme)
+    zero_point = torch.round(scheme.qmin - low / scale.float())
+    return scale, zero_point.clamp(scheme.qmin, scheme.qmax).to(torch.int8)
+
+
+def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
+    """The scale as the file will hold it; a group of zeros gets 1, so that nothing divides by 0."""
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    stored = scale.to(dtype)
+    tiny = stored.abs() < torch.finfo(dtype).tiny
+    return torch.where(tiny, torch.ones_like(stored), stored)
+
+
+def _squared_error(
+    groups: Tensor,
+    importance: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    scheme: Scheme,
+) -> Tensor:
+    wide = scale.float().unsqueeze(-1)
+    zeros = None if zero_point is None else zero_point.float().unsqueeze(-1)
+    codes = round_to_grid(groups, wide, zeros, scheme)
+    if zeros is not None:
+        codes = codes - zeros
+    return ((codes * wide - groups).square() * importance).sum(-1)

@@ -1,0 +1,210 @@
+"""Decides everything before anything is spent: which matrix gets which grid and how large it gets."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from math import gcd, prod
+from pathlib import Path
+
+import torch
+
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.errors import InputError
+from grokquant.formats import FORMATS
+from grokquant.methods.copy import can_copy
+from grokquant.recipe import Recipe, Rule
+from grokquant.types import Scheme, TensorRef, Unit
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output: where it will be and how large."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe applied to a checkpoint.
+
+    `units` are the matrices to quantize by unit name; `kept` names the quantizable matrices that
+    stay as they are; `shards` lists the output's tensors file by file.
+    """
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    units: dict[str, Unit]
+    kept: tuple[str, ...]
+    shards: tuple[tuple[PlannedTensor, ...], ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors, file headers not counted."""
+        return sum(tensor.bytes for shard in self.shards for tensor in shard)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.output_bytes / self.checkpoint.parameters
+
+    @property
+    def needs_calibration(self) -> bool:
+        return any(unit.method == "gptq" for unit in self.units.values())
+
+    def rule_of(self, unit: str) -> Rule:
+        return next(rule for rule in self.recipe.quantize if rule.matches(unit))
+
+    def units_of(self, layer: int, experts: bool = True) -> list[Unit]:
+        """The units of a layer in the order of the computation; without its experts if so asked."""
+        units = [u for u in self.units.values() if u.name.startswith(f"layers.{layer}.")]
+        return [u for u in units if experts or ".experts." not in u.name]
+
+    @cached_property
+    def unit_of_tensor(self) -> dict[str, Unit]:
+        return {unit.tensor: unit for unit in self.units.values()}
+
+    @property
+    def kept_outside_layers(self) -> list[str]:
+        """Checkpoint tensors outside the layers: embedding, final norm, head."""
+        return self._kept_by_layer[None]
+
+    def kept_in_layer(self, index: int) -> list[str]:
+        """Checkpoint tensors of a layer that are carried over as they are."""
+        return self._kept_by_layer[index]
+
+    @cached_property
+    def _kept_by_layer(self) -> dict[int | None, list[str]]:
+        return {
+            layer: [name for name in names if name not in self.unit_of_tensor]
+            for layer, names in tensors_by_layer(self.checkpoint).items()
+        }
+
+    def shard_name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+
+def build_plan(recipe: Recipe) -> Plan:
+    """Opens the checkpoint of `recipe` (headers only) and applies its rules.
+
+    Raises InputError naming the rule or unit where a rule matches nothing, a grid does not fit a
+    matrix or the disk cannot hold the output.
+    """
+    checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
+    names = [name for name, _ in checkpoint.units()]
+    _check_rules_match(recipe, names)
+    units, kept = {}, []
+    for name, ref in checkpoint.units():
+        rule = next((rule for rule in recipe.quantize if rule.matches(name)), None)
+        if rule is None or rule.method == "keep":
+            kept.append(name)
+        else:
+            units[name] = _plan_unit(name, ref, rule, recipe.output.format)
+    if not units:
+        raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
+    tensors = list(_output_tensors(checkpoint, units, recipe.output.format))
+    shards = _fill_shards(tensors, recipe.output.shard)
+    plan = Plan(recipe, checkpoint, units, tuple(kept), shards)
+    _check_disk(plan)
+    return plan
+
+
+def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
+    for index, rule in enumerate(recipe.quantize):
+        if not any(rule.matches(name) for name in names):
+            raise InputError(
+                f"recipe: quantize[{index}].match: {rule.match!r} matches no matrix of "
+                f"{recipe.model.path} (they are called like {names[0]} or {names[-1]})"
+            )
+
+
+def _plan_unit(name: str, ref: TensorRef, rule: Rule, output_format: str) -> Unit:
+    rows, columns = ref.shape
+    scheme = Scheme(
+        rule.bits or 8, _group_size(name, ref, rule), rule.symmetric, rule.scale_dtype
+    )
+    if scheme.group_size is not None and columns % scheme.group_size:
+        raise InputError(
+            f"{name}: {columns} input features are not divisible by group {scheme.group_size}"
+        )
+    if rule.method == "copy" and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
+        stored = f"as {ref.scheme}" if ref.scheme else f"as {ref.dtype}"
+        raise InputError(f"{name}: copy to {scheme} is not lossless, the source has it {stored}")
+    if reason := FORMATS[output_format].refusal(scheme, (rows, columns)):
+        raise InputError(f"{name}: {output_format} cannot hold it: {reason}")
+    return Unit(name, ref.name, (rows, columns), rule.method, scheme)
+
+
+def _group_size(name: str, ref: TensorRef, rule: Rule) -> int | None:
+    """Columns that share a scale, None for the whole row.
+
+    copy repeats stored scales for groups as large as both the rule and the source allow.
+    """
+    columns = ref.shape[1]
+    group = columns if rule.group == "channel" else rule.group
+    if rule.method == "copy" or group == "release":
+        if ref.scheme is None:
+            raise InputError(f"{name}: {rule.method} {group} needs a source that stores integers")
+        stored = ref.scheme.group_size or columns
+        group = stored if group == "release" else gcd(stored, group)
+    return None if group == columns else group
+
+
+def _output_tensors(
+    checkpoint: Checkpoint, units: dict[str, Unit], output_format: str
+) -> Iterable[PlannedTensor]:
+    """Every tensor of the output: embedding and final norm first, then layer by layer."""
+    planned = {unit.tensor: unit for unit in units.values()}
+    for name in chain.from_iterable(tensors_by_layer(checkpoint).values()):
+        ref = checkpoint.source.tensors[name]
+        if name not in planned:
+            yield PlannedTensor(name, ref.dtype, ref.shape)
+            continue
+        unit = planned[name]
+        layout = FORMATS[output_format].packed_layout(name, unit.shape, unit.scheme)
+        for packed, (dtype, shape) in layout.items():
+            yield PlannedTensor(packed, dtype, shape)
+
+
+def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
+    """Checkpoint names layer by layer, in the order in which they are written; None is outside."""
+    layers = range(checkpoint.config.num_hidden_layers)
+    owners = {checkpoint.family.layer_prefix.format(layer=layer): layer for layer in layers}
+    depth = checkpoint.family.layer_prefix.count(".")
+    by_layer: dict[int | None, list[str]] = {layer: [] for layer in [None, *layers]}
+    for name in checkpoint.source.tensors:
+        prefix = ".".join(name.split(".")[:depth]) + "."
+        by_layer[owners.get(prefix)].append(name)
+    return by_layer
+
+
+def _fill_shards(
+    tensors: list[PlannedTensor], limit: int
+) -> tuple[tuple[PlannedTensor, ...], ...]:
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.bytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.bytes
+    return tuple(tuple(shard) for shard in shards)
+
+
+def _check_disk(plan: Plan) -> None:
+    place = Path(plan.recipe.output.path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if plan.output_bytes > free:
+        raise InputError(
+            f"{plan.recipe.output.path}: needs {plan.output_bytes / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free on that disk"
+        )

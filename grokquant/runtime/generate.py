@@ -1,0 +1,28 @@
+"""Text from a checkpoint, to see with one's own eyes that it still speaks."""
+
+import torch
+
+from grokquant.errors import InputError
+from grokquant.runtime.load import load
+
+
+def generate_text(
+    path: str, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """`prompt` and up to `tokens` more tokens; greedy at temperature 0. Raises InputError."""
+    model, tokenizer = load(path, device)
+    if tokenizer is None:
+        raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
+    encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(device)
+    if encoded.input_ids.shape[1] == 0:
+        raise InputError("--prompt: is empty")
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    out = model.generate(
+        input_ids=encoded.input_ids,
+        attention_mask=encoded.attention_mask,
+        max_new_tokens=tokens,
+        **sampling,
+    )
+    return tokenizer.decode(out[0], skip_special_tokens=True)

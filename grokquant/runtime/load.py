@@ -1,0 +1,63 @@
+"""Loading a whole checkpoint into memory as a transformers model, whatever its form on disk."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.families.family import parameter_parent
+from grokquant.tokenizer import load_tokenizer
+
+
+def load(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model in `dtype` and its tokenizer (None if there is none beside it).
+
+    `path` is a release, a bf16 Hugging Face directory or a quantized output; `toy` names the
+    embedded toy. Quantized matrices are multiplied out. Raises InputError.
+    """
+    checkpoint = open_checkpoint(path)
+    model = build_model(checkpoint, device, dtype)
+    has_tokenizer = bool(checkpoint.source.tokenizer_files)
+    return model, load_tokenizer(checkpoint) if has_tokenizer else None
+
+
+@torch.no_grad()
+def build_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The family's own model class with every parameter filled, tensor by tensor."""
+    family, tensors = checkpoint.family, checkpoint.source.tensors
+    model = family.empty_model(checkpoint.config)
+    for name, _ in list(model.named_parameters()):
+        if f".{family.experts}." not in name:
+            value = tensors[name].read()
+            _set(model, name, value.to(device, family.working_dtype(name, dtype)))
+    for index, layer in enumerate(model.base_model.layers):
+        _fill_experts(checkpoint, index, layer.get_submodule(family.experts), device, dtype)
+    model.tie_weights()
+    model.set_experts_implementation("eager")
+    model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
+
+
+def _fill_experts(
+    checkpoint: Checkpoint, index: int, experts: nn.Module, device: str, dtype: torch.dtype
+) -> None:
+    """Fuses the experts of a layer: gate over up, then down, each [experts, out, in]."""
+    gate_up = torch.empty(experts.gate_up_proj.shape, dtype=dtype, device=device)
+    down = torch.empty(experts.down_proj.shape, dtype=dtype, device=device)
+    for expert in range(checkpoint.config.num_local_experts):
+        names = checkpoint.family.expert_tensors(index, expert)
+        part = {key: checkpoint.source.tensors[name].read() for key, name in names.items()}
+        half = part["gate"].shape[0]
+        gate_up[expert, :half], gate_up[expert, half:] = part["gate"], part["up"]
+        down[expert] = part["down"]
+    _set(experts, "gate_up_proj", gate_up)
+    _set(experts, "down_proj", down)
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    parent, last = parameter_parent(module, name)
+    setattr(parent, last, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,38 @@
+"""Checkpoints as they lie on disk, opened without reading their weights.
+
+A layout is a module with `LOOKS_FOR`, `recognizes(path)` and `open_source(path, config_path)`;
+a new one is one file here and one line in LAYOUTS.
+"""
+
+from pathlib import Path
+from types import ModuleType
+
+from grokquant.errors import InputError
+from grokquant.sources import release, safetensors_directory
+from grokquant.types import Source
+
+LAYOUTS: dict[str, ModuleType] = {
+    release.LAYOUT: release,
+    safetensors_directory.LAYOUT: safetensors_directory,
+}
+
+
+def open_source(path: Path, config_path: Path | None = None) -> Source:
+    """Opens the checkpoint in directory `path`; `config_path` replaces its config.json.
+
+    Raises InputError where `path` is not a checkpoint of a known layout or is a broken one.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such directory")
+    if not path.is_dir():
+        raise InputError(f"{path}: a file, expected the directory of a checkpoint")
+    try:
+        if not any(path.iterdir()):
+            raise InputError(f"{path}: the directory is empty")
+        for layout in LAYOUTS.values():
+            if layout.recognizes(path):
+                return layout.open_source(path, config_path)
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+    wanted = "; ".join(layout.LOOKS_FOR for layout in LAYOUTS.values())
+    raise InputError(f"{path}: not a checkpoint, looked for {wanted}")

@@ -1,0 +1,144 @@
+"""The configuration of a release: its config.json, what the files tell, or the real Grok-1."""
+
+import json
+import math
+from pathlib import Path
+
+from grokquant.errors import InputError
+from grokquant.sources.json_objects import read_json_object
+
+# Which field each dimension letter of the release's leaves is.
+CONFIG_OF_DIMENSION = {
+    "V": "vocab_size",
+    "D": "hidden_size",
+    "E": "num_local_experts",
+    "F": "intermediate_size",
+}
+ALIASES = {
+    "num_experts": "num_local_experts",
+    "max_attn_value": "attn_logit_softcapping",
+    "max_attn_val": "attn_logit_softcapping",
+}
+FIELDS: dict[str, type] = {
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "vocab_size": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "num_local_experts": int,
+    "num_experts_per_tok": int,
+    "attn_output_multiplier": float,
+    "embedding_multiplier_scale": float,
+    "output_multiplier_scale": float,
+    "attn_logit_softcapping": float,
+    "rms_norm_eps": float,
+    "rope_theta": float,
+    "max_position_embeddings": int,
+}
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+DEFAULTS = {
+    "model_type": "grok-1",
+    "architectures": ["Grok1ForCausalLM"],
+    "num_experts_per_tok": 2,
+    "attn_logit_softcapping": 30.0,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+PUBLISHED_SHAPES = {
+    "hidden_size": 6144,
+    "intermediate_size": 32768,
+    "vocab_size": 131072,
+    "num_local_experts": 8,
+}
+PUBLISHED_ATTENTION = {"q_proj": 6144, "kv_proj": 1024}
+PUBLISHED = {
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_experts_per_tok": 2,
+    "attn_output_multiplier": 0.08838834764831845,
+    "embedding_multiplier_scale": 78.38367176906169,
+    "output_multiplier_scale": 0.5773502691896257,
+}
+
+
+def read_config(path: Path) -> dict:
+    """The Grok fields of a config.json under their one name; all others are ignored.
+
+    Raises InputError naming the file and the field that has the wrong type or value.
+    """
+    raw = read_json_object(path)
+    config: dict = {}
+    for key, value in raw.items():
+        name = ALIASES.get(key, key)
+        if name in FIELDS:
+            value = _number(path, key, value)
+        elif name in TOKENS:
+            _check_token(path, key, value)
+        elif name != "tie_word_embeddings":
+            continue
+        elif value is not True:
+            raise InputError(f"{path}: tie_word_embeddings must be true, the release has no head")
+        if config.setdefault(name, value) != value:
+            raise InputError(f"{path}: {key} is {value}, but its alias says {config[name]}")
+    return config
+
+
+def complete_config(
+    path: Path, given: dict, derived: dict[str, int], attention: dict[str, int]
+) -> tuple[dict, bool]:
+    """The full configuration, and whether all shapes are those of the published Grok-1.
+
+    `given` comes from config.json, `derived` from the files, `attention` holds the output widths
+    of q and of k, v. Raises InputError for contradictions and for fields that are nowhere.
+    """
+    for name, value in derived.items():
+        if given.get(name, value) != value:
+            raise InputError(f"{path}: {name} is {given[name]}, but the files have {value}")
+    published = PUBLISHED_SHAPES.items() <= derived.items() and attention == PUBLISHED_ATTENTION
+    known = PUBLISHED if published else {}
+    config = DEFAULTS | known | given | derived
+    if "num_attention_heads" in config:
+        config.setdefault("head_dim", attention["q_proj"] // config["num_attention_heads"])
+    missing = [name for name in FIELDS if name not in config and name != "head_dim"]
+    if missing:
+        raise InputError(f"{path}: no config.json gives {', '.join(missing)}")
+    _check_heads(path, config, attention)
+    return config, published
+
+
+def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
+    checks = (("num_attention_heads", "q_proj"), ("num_key_value_heads", "kv_proj"))
+    for heads, projection in checks:
+        width = config[heads] * config["head_dim"]
+        if width != attention[projection]:
+            raise InputError(
+                f"{path}: {heads} {config[heads]} times head_dim {config['head_dim']} is {width}, "
+                f"but the files' {projection} has {attention[projection]}"
+            )
+    if config["num_attention_heads"] % config["num_key_value_heads"]:
+        raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
+    if config["num_experts_per_tok"] > config["num_local_experts"]:
+        raise InputError(f"{path}: num_experts_per_tok is more than num_local_experts")
+
+
+def _number(path: Path, key: str, value: object) -> int | float:
+    kind = FIELDS[ALIASES.get(key, key)]
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 1e18 else value
+    if type(value) is not kind or not math.isfinite(value) or value <= 0:  # type: ignore
+        wanted = "a positive whole number" if kind is int else "a positive number"
+        raise InputError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:40]}")
+    return value  # type: ignore[return-value]
+
+
+def _check_token(path: Path, key: str, value: object) -> None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise InputError(f"{path}: {key} must be a token number, not {json.dumps(value)[:40]}")

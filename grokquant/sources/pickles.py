@@ -1,0 +1,209 @@
+"""The release's pickles, walked and never run: where the arrays of one tensor file lie.
+
+A closed set of opcodes moves placeholders about; names are compared as strings and nothing is
+ever imported, called or evaluated. Payloads are skipped here and mapped on request.
+"""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.sources import pickle_objects as objects
+from grokquant.sources.pickle_objects import ArrayHeader, Blob, Malformed, require
+
+DTYPES = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16}
+STORAGE = {"int8": np.int8, "float32": np.float32, "bfloat16": np.uint16}  # numpy has no bfloat16
+
+MAX_OPCODES, MAX_STACK, MAX_TEXT = 200, 64, 32
+MAX_UNFRAMED = 3  # CPython leaves so few bytes without a frame of their own
+
+
+def read_headers(path: Path) -> tuple[ArrayHeader, ...]:
+    """The arrays of a tensor file, without reading them: one, or weight and scales.
+
+    Raises InputError naming the file for everything that the release's writer does not produce.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: not a file")
+        with path.open("rb") as file:
+            return _Walker(file).walk()
+    except Malformed as error:
+        raise InputError(f"{path}: not a Grok-1 tensor file: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def map_array(path: Path, header: ArrayHeader) -> Tensor:
+    """The array as a tensor over the mapped file; pages are read when they are touched.
+
+    The mapping is private: writing to the tensor would not change the file.
+    """
+    try:
+        storage = STORAGE[header.dtype]
+        mapped = np.memmap(path, storage, mode="c", offset=header.offset, shape=header.shape)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be mapped: {error}") from None
+    return torch.from_numpy(mapped).view(DTYPES[header.dtype])
+
+
+class _Walker:
+    """The stack machine of pickle protocol 4, with placeholders for objects."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = file.seek(0, 2)
+        self.position = file.seek(0)
+        self.frame_end: int | None = None
+        self.unframed = 0
+        self.stack: list[Any] = []
+        self.memo: list[Any] = []
+
+    def walk(self) -> tuple[ArrayHeader, ...]:
+        require(self.size > 0, "the file is empty")
+        require(self.take(2) == b"\x80\x04", "it does not begin as a pickle of protocol 4")
+        for _ in range(MAX_OPCODES):
+            opcode = self.take(1)
+            if opcode == b".":
+                return self.stop()
+            self.step(opcode)
+        raise Malformed(f"more than {MAX_OPCODES} opcodes")
+
+    def step(self, opcode: bytes) -> None:
+        start = self.position - 1
+        framed = self.frame_end is not None or opcode in BETWEEN_FRAMES
+        require(opcode in OPCODES, f"opcode {opcode!r} at byte {start} is not allowed")
+        OPCODES[opcode](self)
+        self.unframed += 0 if framed else self.position - start
+        require(self.unframed <= MAX_UNFRAMED, f"byte {start} is outside a frame")
+        require(len(self.stack) <= MAX_STACK, f"the stack overflows at byte {start}")
+        if self.position == self.frame_end:
+            self.frame_end = None
+
+    def stop(self) -> tuple[ArrayHeader, ...]:
+        require(self.position == self.size, f"{self.size - self.position} bytes follow its end")
+        require(len(self.stack) == 1, f"it ends with {len(self.stack)} objects on the stack")
+        return objects.headers(self.stack[0])
+
+    # reading
+
+    def advance(self, count: int) -> int:
+        """Moves over `count` bytes that must exist and, in a frame, end with it at the latest."""
+        start, end = self.position, self.position + count
+        require(end <= self.size, f"truncated: {count} bytes at byte {start} of {self.size}")
+        framed = self.frame_end is None or end <= self.frame_end
+        require(framed, f"byte {start} reaches over the end of its frame")
+        self.position = end
+        return start
+
+    def take(self, count: int) -> bytes:
+        self.advance(count)
+        return self.file.read(count)
+
+    def number(self, code: str) -> int:
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def frame(self) -> None:
+        require(self.frame_end is None, f"a frame inside a frame at byte {self.position - 1}")
+        length = self.number("<Q")
+        end = self.position + length
+        require(length > 0 and end <= self.size, f"truncated: a frame of {length} bytes")
+        self.frame_end = end
+
+    def text(self) -> None:
+        length = self.number("<B")
+        require(length <= MAX_TEXT, f"a string of {length} bytes at byte {self.position}")
+        raw = self.take(length)
+        printable = all(32 <= byte < 127 for byte in raw)
+        require(printable, f"a string that is not plain before byte {self.position}")
+        self.push(raw.decode("ascii"))
+
+    def blob(self, length_code: str) -> None:
+        length = self.number(length_code)
+        offset = self.advance(length)
+        self.push(Blob(offset, length, self.file.read(1) if length == 1 else None))
+        self.file.seek(self.position)
+
+    # the stack
+
+    def push(self, item: Any) -> None:
+        self.stack.append(item)
+
+    def pop(self) -> Any:
+        require(bool(self.stack), f"the stack is empty at byte {self.position}")
+        return self.stack.pop()
+
+    def top(self) -> Any:
+        self.push(self.pop())
+        return self.stack[-1]
+
+    def pop_to_mark(self) -> list[Any]:
+        items: list[Any] = []
+        while (item := self.pop()) is not MARK:
+            items.append(item)
+        return items[::-1]
+
+    def push_tuple(self, count: int) -> None:
+        items = [self.pop() for _ in range(count)]
+        self.push(tuple(items[::-1]))
+
+    def memoize(self) -> None:
+        self.memo.append(self.top())
+
+    def recall(self) -> None:
+        index = self.number("<B")
+        require(index < len(self.memo), f"memo entry {index} does not exist")
+        self.push(self.memo[index])
+
+    def set_items(self) -> None:
+        items, target = self.pop_to_mark(), self.top()
+        require(type(target) is dict and len(items) % 2 == 0, "items for no dictionary")
+        keys, values = items[::2], items[1::2]
+        require(all(type(key) is str for key in keys), "a dictionary key that is no string")
+        target.update(zip(keys, values, strict=True))
+
+    def apply(self, action: Callable[[Any, Any], object]) -> None:
+        last, first = self.pop(), self.pop()
+        self.push(action(first, last))
+
+    def build(self) -> None:
+        state, target = self.pop(), self.top()
+        objects.set_state(target, state)
+
+
+MARK = object()
+
+OPCODES: dict[bytes, Callable[[_Walker], None]] = {
+    b"\x95": _Walker.frame,
+    b"\x94": _Walker.memoize,
+    b"h": _Walker.recall,
+    b"\x8c": _Walker.text,
+    b"C": lambda walker: walker.blob("<B"),
+    b"B": lambda walker: walker.blob("<I"),
+    b"\x8e": lambda walker: walker.blob("<Q"),
+    b"K": lambda walker: walker.push(walker.number("<B")),
+    b"M": lambda walker: walker.push(walker.number("<H")),
+    b"J": lambda walker: walker.push(walker.number("<i")),
+    b"N": lambda walker: walker.push(None),
+    b"\x88": lambda walker: walker.push(True),
+    b"\x89": lambda walker: walker.push(False),
+    b"(": lambda walker: walker.push(MARK),
+    b")": lambda walker: walker.push(()),
+    b"}": lambda walker: walker.push({}),
+    b"\x85": lambda walker: walker.push_tuple(1),
+    b"\x86": lambda walker: walker.push_tuple(2),
+    b"\x87": lambda walker: walker.push_tuple(3),
+    b"t": lambda walker: walker.push(tuple(walker.pop_to_mark())),
+    b"u": _Walker.set_items,
+    b"\x93": lambda walker: walker.apply(objects.find),
+    b"\x81": lambda walker: walker.apply(objects.new),
+    b"R": lambda walker: walker.apply(objects.call),
+    b"b": _Walker.build,
+}
+BETWEEN_FRAMES = {b"\x95", b"B", b"\x8e"}  # payloads of 64 KiB and more lie between frames

@@ -1,0 +1,266 @@
+"""Grok-1 as released: ckpt-0/tensorNNNNN_000, one pickled array or int8 record per file.
+
+Matrices are stored [in, out] with scales [groups, out], experts stacked in front. Here each
+expert is one [out, in] matrix under its Hugging Face name.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
+from grokquant.sources.pickles import ArrayHeader, map_array, read_headers
+from grokquant.types import QTensor, Scheme, Source, TensorRef
+
+LAYOUT, LOOKS_FOR = "release", "ckpt-0/tensor00000_000"
+FILE_PATTERN = re.compile(r"tensor(\d{5})_(\d{3})")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
+CHUNK_ROWS = 4096
+
+EMBEDDING, FINAL_NORM = "language_model/in_out_embed", "language_model/rms_norm"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One file of the release: dimensions by letter as stored, and the name it gets here.
+
+    V vocabulary, D hidden, E experts, F expert ffn, Q all query heads, K all key-value heads.
+    """
+
+    dimensions: str
+    tensor: str
+    quantized: bool = False
+
+
+TOP = {
+    EMBEDDING: Leaf("VD", "model.embed_tokens.weight"),
+    FINAL_NORM: Leaf("D", "model.norm.weight"),
+}
+LAYER = {
+    "moe/linear": Leaf("EDF", "block_sparse_moe.experts.{expert}.w1.weight", True),
+    "moe/linear_1": Leaf("EFD", "block_sparse_moe.experts.{expert}.w2.weight", True),
+    "moe/linear_v": Leaf("EDF", "block_sparse_moe.experts.{expert}.w3.weight", True),
+    "multi_head_attention/key": Leaf("DK", "self_attn.k_proj.weight", True),
+    "multi_head_attention/linear": Leaf("QD", "self_attn.o_proj.weight", True),
+    "multi_head_attention/query": Leaf("DQ", "self_attn.q_proj.weight", True),
+    "multi_head_attention/value": Leaf("DK", "self_attn.v_proj.weight", True),
+    "rms_norm": Leaf("D", "pre_attn_norm.weight"),
+    "rms_norm_1": Leaf("D", "post_attn_norm.weight"),
+    "rms_norm_2": Leaf("D", "pre_moe_norm.weight"),
+    "rms_norm_3": Leaf("D", "post_moe_norm.weight"),
+    "router": Leaf("DE", "block_sparse_moe.gate.weight"),
+}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A leaf in its file: what it is called there and where its arrays lie."""
+
+    path: Path
+    name: str
+    weight: ArrayHeader
+    scales: ArrayHeader | None
+
+
+def leaf_names(layers: int) -> list[str]:
+    """Module paths of all leaves; the position of a path is the number of its file.
+
+    The release sorts paths as strings: decoder_layer_10 comes before decoder_layer_2.
+    """
+    per_layer = (f"transformer/decoder_layer_{i}/{slot}" for i in range(layers) for slot in LAYER)
+    return sorted([*TOP, *per_layer])
+
+
+def file_name(index: int) -> str:
+    return f"tensor{index:05d}_000"
+
+
+def recognizes(path: Path) -> bool:
+    """Whether there are, or should be, release files in `path` or in its ckpt-0."""
+    directory = _checkpoint_directory(path)
+    return directory.name == "ckpt-0" or any(map(_is_tensor_file, directory.glob("tensor*")))
+
+
+def open_source(path: Path, config_path: Path | None = None) -> Source:
+    """Opens the release at `path`, the directory of ckpt-0 or ckpt-0 itself.
+
+    Only framing is read. Raises InputError for missing, extra, malformed or misshapen files and
+    for a configuration that is incomplete or contradicts them.
+    """
+    directory = _checkpoint_directory(path)
+    places = [directory, directory.parent] if directory.name == "ckpt-0" else [directory]
+    config_path = config_path or _first_file(places, "config.json")
+    given = read_config(config_path) if config_path else {}
+    stored = _read_leaves(directory, given.get("num_hidden_layers"))
+    dimensions = _check_shapes(stored)
+    layers = (len(stored) - len(TOP)) // len(LAYER)
+    derived = {name: dimensions[letter] for letter, name in CONFIG_OF_DIMENSION.items()}
+    derived |= {"num_hidden_layers": layers}
+    attention = {"q_proj": dimensions["Q"], "kv_proj": dimensions["K"]}
+    config, published = complete_config(config_path or directory, given, derived, attention)
+    tokenizer = [_first_file(places, name) for name in TOKENIZER_FILES]
+    return Source(
+        path=path,
+        layout=LAYOUT,
+        config=config,
+        tensors={ref.name: ref for leaf in stored for ref in _refs(leaf)},
+        tokenizer_files=tuple(file for file in tokenizer if file),
+        weight_files=tuple(leaf.path for leaf in stored),
+        licence="apache-2.0" if published else None,
+    )
+
+
+def _checkpoint_directory(path: Path) -> Path:
+    return path / "ckpt-0" if (path / "ckpt-0").is_dir() else path.absolute()
+
+
+def _first_file(places: list[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _is_tensor_file(path: Path) -> bool:
+    return FILE_PATTERN.fullmatch(path.name) is not None
+
+
+def _read_leaves(directory: Path, layers: int | None) -> list[_Stored]:
+    found = {path.name for path in directory.glob("tensor*") if _is_tensor_file(path)}
+    if not found:
+        raise InputError(f"{directory}: no release files such as {file_name(0)}")
+    if layers is None:
+        last = max(int(name[6:11]) for name in found)
+        layers = -(-(last + 1 - len(TOP)) // len(LAYER))
+    names = leaf_names(layers)
+    files = [file_name(index) for index in range(len(names))]
+    complaint = f"a model of {layers} layers has {len(files)} files"
+    _refuse_any(directory, sorted(set(files) - found), f"missing, {complaint}")
+    _refuse_any(directory, sorted(found - set(files)), f"not expected, {complaint}")
+    pairs = zip(files, names, strict=True)
+    return [_read_leaf(directory / file, name) for file, name in pairs]
+
+
+def _refuse_any(directory: Path, files: list[str], complaint: str) -> None:
+    if files:
+        others = f" and {len(files) - 3} more" if len(files) > 3 else ""
+        raise InputError(f"{directory}: {', '.join(files[:3])}{others}: {complaint}")
+
+
+def _read_leaf(path: Path, name: str) -> _Stored:
+    weight, *rest = read_headers(path)
+    scales = rest[0] if rest else None
+    if _leaf(name).quantized:
+        dtypes = ("int8", "bfloat16")
+        if scales is None or (weight.dtype, scales.dtype) != dtypes:
+            raise InputError(f"{path}: {name} must hold an int8 weight and bfloat16 scales")
+    elif scales is not None or weight.dtype != "float32":
+        raise InputError(f"{path}: {name} must hold one float32 array")
+    return _Stored(path, name, weight, scales)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """transformer/decoder_layer_3/moe/linear -> ("model.layers.3.", "moe/linear")."""
+    if name in TOP:
+        return "", name
+    _, layer, slot = name.split("/", 2)
+    return f"model.layers.{layer.removeprefix('decoder_layer_')}.", slot
+
+
+def _leaf(name: str) -> Leaf:
+    return (TOP | LAYER)[_split(name)[1]]
+
+
+def _check_shapes(stored: list[_Stored]) -> dict[str, int]:
+    """Sizes by letter. Each is taken from the first file that has it and must hold in the rest."""
+    sizes: dict[str, int] = {}
+    for item in stored:
+        letters, shape = _leaf(item.name).dimensions, item.weight.shape
+        if len(shape) == len(letters):
+            sizes = dict(zip(letters, shape, strict=True)) | sizes
+        expected = tuple(sizes.get(letter, letter) for letter in letters)
+        if shape != expected:
+            raise InputError(f"{item.path}: {item.name} has shape {shape}, expected {expected}")
+        if item.scales is not None:
+            _check_scales(item, item.scales.shape)
+    return sizes
+
+
+def _check_scales(item: _Stored, shape: tuple[int, ...]) -> None:
+    *lead, rows, columns = item.weight.shape
+    fits = len(shape) == len(lead) + 2 and shape == (*lead, shape[-2], columns)
+    if not fits or rows % shape[-2]:
+        expected = (*lead, f"a divisor of {rows}", columns)
+        raise InputError(f"{item.path}: {item.name} has scales {shape}, expected {expected}")
+
+
+def _refs(item: _Stored) -> list[TensorRef]:
+    prefix, slot = _split(item.name)
+    name = prefix + _leaf(item.name).tensor
+    if item.scales is None:
+        return [_dense_ref(item, name)]
+    if slot.startswith("moe/"):
+        experts = range(item.weight.shape[0])
+        return [_quantized_ref(item, name.format(expert=e), e) for e in experts]
+    return [_quantized_ref(item, name, None)]
+
+
+def _dense_ref(item: _Stored, name: str) -> TensorRef:
+    # The released code casts the embedding to bfloat16 before each use: that is the model.
+    dtype = torch.bfloat16 if item.name == EMBEDDING else torch.float32
+    transposed = item.name.endswith("/router")
+    shape = item.weight.shape[::-1] if transposed else item.weight.shape
+    load = partial(_load_dense, item, dtype, transposed)
+    return TensorRef(name, shape, dtype, item.weight.nbytes, load)
+
+
+def _load_dense(item: _Stored, dtype: torch.dtype, transposed: bool) -> Tensor:
+    mapped = map_array(item.path, item.weight)
+    result = torch.empty(mapped.shape, dtype=dtype)
+    for start in range(0, len(mapped), CHUNK_ROWS):  # float32 temporaries stay small
+        rows = slice(start, start + CHUNK_ROWS)
+        result[rows] = mapped[rows]
+    _refuse_nonfinite(item, result, "")
+    return result.T.contiguous() if transposed else result
+
+
+def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
+    assert item.scales is not None
+    rows, columns = item.weight.shape[-2:]
+    groups = item.scales.shape[-2]
+    return TensorRef(
+        name=name,
+        shape=(columns, rows),
+        dtype=torch.bfloat16,
+        stored_bytes=rows * columns + groups * columns * torch.bfloat16.itemsize,
+        load=partial(_load_quantized, item, expert),
+        scheme=Scheme(bits=8, group_size=None if groups == 1 else rows // groups),
+    )
+
+
+def _load_quantized(item: _Stored, expert: int | None) -> QTensor:
+    assert item.scales is not None
+    weight, scales = map_array(item.path, item.weight), map_array(item.path, item.scales)
+    if expert is not None:
+        weight, scales = weight[expert], scales[expert]
+    _refuse_nonfinite(item, scales, " scales" if expert is None else f" scales of expert {expert}")
+    rows, groups = len(weight), len(scales)
+    scheme = Scheme(bits=8, group_size=None if groups == 1 else rows // groups)
+    return QTensor(weight.T.contiguous(), scales.T.contiguous(), scheme)
+
+
+def _refuse_nonfinite(item: _Stored, values: Tensor, what: str) -> None:
+    """`values` as stored; the index in the message is that of the file's array."""
+    count, first = 0, ()
+    for start in range(0, len(values), CHUNK_ROWS):
+        bad = ~values[start : start + CHUNK_ROWS].isfinite()
+        if count == 0 and bad.any():
+            row, *rest = bad.nonzero()[0].tolist()
+            first = (start + row, *rest)
+        count += int(bad.sum())
+    if count:
+        raise InputError(
+            f"{item.path}: {item.name}{what}: {count} values are NaN or infinite, first at {first}"
+        )

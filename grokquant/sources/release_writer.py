@@ -1,0 +1,242 @@
+"""Writes the release's layout: the bytes that CPython's pickler and numpy 1.26 would write.
+
+Used for the embedded toy and for tests. Payloads are streamed from their tensors, never copied.
+"""
+
+import json
+import os
+import struct
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from grokquant.sources.release import file_name, leaf_names
+
+FRAME_TARGET, FRAME_MINIMUM = 64 * 1024, 4
+MULTIARRAY = "numpy.core.multiarray"
+
+Leaf = Tensor | tuple[Tensor, Tensor]  # float32, or int8 weight [.., K, N], scales [.., G, N]
+
+# Constructor argument and state of a numpy dtype, as numpy 1.26 and ml_dtypes 0.2 to 0.5 put it.
+DTYPES: dict[torch.dtype, tuple[str, tuple]] = {
+    torch.int8: ("i1", (3, "|", None, None, None, -1, -1, 0)),
+    torch.float32: ("f4", (3, "<", None, None, None, -1, -1, 0)),
+    torch.bfloat16: ("ml_dtypes.bfloat16", (3, "<", None, None, None, 2, 2, 80)),
+}
+
+
+def write_release(directory: Path, config: dict, leaves: Iterable[tuple[str, Leaf]]) -> None:
+    """Writes `directory`/ckpt-0 and, last, `directory`/config.json.
+
+    `leaves` are (name, leaf) pairs in any order, consumed one by one; the names are those of
+    `release.leaf_names(config["num_hidden_layers"])`, each exactly once. Raises ValueError
+    where one is missing, repeated or unknown.
+    """
+    index = {name: i for i, name in enumerate(leaf_names(config["num_hidden_layers"]))}
+    (directory / "ckpt-0").mkdir(parents=True, exist_ok=True)
+    for name, leaf in leaves:
+        if name not in index:
+            raise ValueError(f"unknown or repeated leaf {name}")
+        write_leaf(directory / "ckpt-0" / file_name(index.pop(name)), leaf)
+    if index:
+        raise ValueError(f"{len(index)} leaves are missing, such as {next(iter(index))}")
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    _publish(directory / "config.json", [text.encode()])
+
+
+def write_leaf(path: Path, leaf: Leaf, multiarray: str = MULTIARRAY) -> None:
+    """Writes one tensor file; `multiarray` is numpy's module that the pickle names."""
+    arrays = [leaf] if isinstance(leaf, Tensor) else list(leaf)
+    arrays = [array.detach().cpu().contiguous() for array in arrays]
+    parts = _framed([(array.dtype, tuple(array.shape)) for array in arrays], multiarray)
+    _publish(path, (_payload(arrays[part]) if isinstance(part, int) else part for part in parts))
+
+
+def framed_size(weight: tuple[int, ...], scales: tuple[int, ...] | None = None) -> int:
+    """Bytes of the file of an int8 `weight` with bfloat16 `scales`, or of a float32 leaf."""
+    if scales is None:
+        arrays = [(torch.float32, weight)]
+    else:
+        arrays = [(torch.int8, weight), (torch.bfloat16, scales)]
+    parts = _framed(arrays, MULTIARRAY)
+    return sum(_nbytes(*arrays[part]) if isinstance(part, int) else len(part) for part in parts)
+
+
+def quantize_leaf(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Rounds [.., K, N] to int8 with one bfloat16 scale, absmax / 127, per K/groups rows.
+
+    Returns codes int8 [.., K, N] in -127..127 and scales bfloat16 [.., groups, N].
+    """
+    *lead, rows, columns = weight.shape
+    grouped = weight.float().reshape(*lead, groups, rows // groups, columns)
+    largest = grouped.abs().amax(dim=-2)  # (.., groups, columns)
+    scales = torch.where(largest > 0, largest / 127, 1.0).to(torch.bfloat16)
+    codes = (grouped / scales.float().unsqueeze(-2)).round().clamp(-127, 127).to(torch.int8)
+    return codes.reshape(weight.shape), scales
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _payload(array: Tensor) -> memoryview:
+    return array.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            _write_durably(file, parts)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_durably(file: BinaryIO, parts: Iterable[bytes | memoryview]) -> None:
+    for part in parts:
+        file.write(part)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _framed(arrays: list[tuple[torch.dtype, tuple]], multiarray: str) -> Iterator[bytes | int]:
+    """The file as bytes, with i in place of the payload of array i."""
+    pickler = _Pickler(multiarray)
+    if len(arrays) == 1:
+        pickler.array(0, *arrays[0])
+    else:
+        pickler.record(arrays)
+    pickler.emit(b".")
+    pickler.close_frame()
+    return iter(pickler.parts)
+
+
+class _Pickler:
+    """CPython's protocol 4 for exactly the objects of the release, with its memo and frames."""
+
+    def __init__(self, multiarray: str) -> None:
+        self.multiarray = multiarray
+        self.parts: list[bytes | int] = [b"\x80\x04"]
+        self.frame: list[bytes | int] = []
+        self.frame_size = 0
+        self.memo: dict[object, int] = {}
+
+    def record(self, arrays: list[tuple[torch.dtype, tuple]]) -> None:
+        self.name("__main__", "QuantizedWeight8bit")
+        self.begin(b")")
+        self.memoized(b"\x81")
+        self.begin(b"}")
+        self.memoized(b"")
+        self.emit(b"(")
+        for i, field in enumerate(("weight", "scales")):
+            self.text(field)
+            self.array(i, *arrays[i])
+        self.emit(b"ub")
+
+    def array(self, i: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.name(self.multiarray, "_reconstruct")
+        self.name("numpy", "ndarray")
+        self.integers((0,))
+        if not self.recalled(b"b"):
+            self.begin(b"C\x01b")
+            self.memoized(b"", b"b")
+        self.memoized(b"\x87")
+        self.memoized(b"R")
+        self.begin(b"(")
+        self.integer(1)
+        self.integers(shape)
+        self.dtype(dtype)
+        self.begin(b"\x89")
+        self.payload(i, _nbytes(dtype, shape))
+        self.memoized(b"t")
+        self.emit(b"b")
+
+    def dtype(self, dtype: torch.dtype) -> None:
+        argument, state = DTYPES[dtype]
+        self.name("numpy", "dtype")
+        module, _, name = argument.rpartition(".")
+        self.name(module, name) if module else self.text(name)
+        self.begin(b"\x89")
+        self.begin(b"\x88")
+        self.memoized(b"\x87")
+        self.memoized(b"R")
+        self.begin(b"(")
+        for item in state:
+            if item is None:
+                self.begin(b"N")
+            elif isinstance(item, str):
+                self.text(item)
+            else:
+                self.integer(item)
+        self.memoized(b"t")
+        self.emit(b"b")
+
+    def payload(self, i: int, nbytes: int) -> None:
+        if nbytes < 256:
+            header = b"C" + struct.pack("<B", nbytes)
+        elif nbytes < 1 << 32:
+            header = b"B" + struct.pack("<I", nbytes)
+        else:
+            header = b"\x8e" + struct.pack("<Q", nbytes)
+        self.begin(header) if nbytes < FRAME_TARGET else self.close_frame()
+        if nbytes < FRAME_TARGET:
+            self.frame.append(i)
+            self.frame_size += nbytes
+        else:
+            self.parts += [header, i]
+        self.memoized(b"")
+
+    def name(self, module: str, name: str) -> None:
+        if not self.recalled((module, name)):
+            self.text(module)
+            self.text(name)
+            self.memoized(b"\x93", (module, name))
+
+    def text(self, text: str) -> None:
+        if not self.recalled(text):
+            self.begin(b"\x8c" + struct.pack("<B", len(text)) + text.encode())
+            self.memoized(b"", text)
+
+    def integers(self, values: tuple[int, ...]) -> None:
+        for value in values:
+            self.integer(value)
+        self.memoized((b"\x85", b"\x86", b"\x87")[len(values) - 1])
+
+    def integer(self, value: int) -> None:
+        if 0 <= value < 256:
+            self.begin(b"K" + struct.pack("<B", value))
+        elif 0 <= value < 65536:
+            self.begin(b"M" + struct.pack("<H", value))
+        else:
+            self.begin(b"J" + struct.pack("<i", value))
+
+    def recalled(self, key: object) -> bool:
+        if key not in self.memo:
+            return False
+        self.begin(b"h" + struct.pack("<B", self.memo[key]))
+        return True
+
+    def memoized(self, opcodes: bytes, key: object = None) -> None:
+        self.memo[key if key is not None else object()] = len(self.memo)
+        self.emit(opcodes + b"\x94")
+
+    def begin(self, opcodes: bytes) -> None:
+        """Emits the first opcode of an object: the only places where a full frame is closed."""
+        if self.frame_size >= FRAME_TARGET:
+            self.close_frame()
+        self.emit(opcodes)
+
+    def emit(self, opcodes: bytes) -> None:
+        self.frame.append(opcodes)
+        self.frame_size += len(opcodes)
+
+    def close_frame(self) -> None:
+        if self.frame_size >= FRAME_MINIMUM:
+            self.parts.append(b"\x95" + struct.pack("<Q", self.frame_size))
+        self.parts += self.frame
+        self.frame, self.frame_size = [], 0

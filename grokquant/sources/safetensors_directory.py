@@ -1,0 +1,159 @@
+"""A Hugging Face directory: config.json and safetensors, in one file or in indexed shards.
+
+Tensors appear raw, under their names and in their dtypes; packed weights are unpacked elsewhere.
+"""
+
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.sources.json_objects import parse_json_object, read_json_object
+from grokquant.types import Source, TensorRef
+
+LAYOUT, LOOKS_FOR = "safetensors", "model.safetensors.index.json or model.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
+MAX_HEADER_BYTES, MAX_TENSORS = 25_000_000, 100_000
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def recognizes(path: Path) -> bool:
+    """Whether `path` holds safetensors files or their index."""
+    return (path / INDEX).exists() or any(path.glob("*.safetensors"))
+
+
+def open_source(path: Path, config_path: Path | None = None) -> Source:
+    """Opens the directory `path`; only headers are read, and no file stays open.
+
+    Raises InputError for missing or malformed files, unsafe file names in the index and tensors
+    that are not in their shard. Code that the directory brings along (auto_map) is ignored.
+    """
+    config = read_json_object(config_path or path / "config.json")
+    config.pop("auto_map", None)
+    by_file = _tensors_by_file(path)
+    refs = [ref for file, names in by_file.items() for ref in _open_shard(path / file, names)]
+    files = (path / name for name in TOKENIZER_FILES)
+    return Source(
+        path=path,
+        layout=LAYOUT,
+        config=config,
+        tensors={ref.name: ref for ref in refs},
+        tokenizer_files=tuple(file for file in files if file.is_file()),
+        weight_files=tuple(path / file for file in by_file),
+        licence=_licence(path / "README.md"),
+    )
+
+
+def _tensors_by_file(path: Path) -> dict[str, list[str] | None]:
+    """File names with the tensors that the index places in each; None means all of them."""
+    index = path / INDEX
+    if not index.exists():
+        if not (path / SINGLE).exists():
+            raise InputError(f"{path}: shards without {INDEX}: the directory is incomplete")
+        return {SINGLE: None}
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    by_file: dict[str, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
+            raise InputError(f"{index}: {str(file)[:80]!r} is not a plain .safetensors file name")
+        names = by_file.setdefault(file, [])
+        assert names is not None
+        names.append(name)
+    return dict(sorted(by_file.items()))
+
+
+def _open_shard(path: Path, names: list[str] | None) -> list[TensorRef]:
+    found = _check_header(path)
+    for name in names or ():
+        if name not in found:
+            raise InputError(f"{path}: tensor {name!r} is not in this file, as the index says")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [_ref(path, name, file.get_slice(name)) for name in names or sorted(found)]
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a valid safetensors file: {_line(error)}") from None
+
+
+def _check_header(path: Path) -> set[str]:
+    """Names in the header, which must be one that the library can be trusted with."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:
+                raise InputError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES}")
+            raw = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if not raw or len(raw) < length:
+        raise InputError(f"{path}: truncated: {len(raw)} bytes of a header of {length}")
+    names = parse_json_object(raw, f"{path}: header").keys() - {"__metadata__"}
+    if not 0 < len(names) <= MAX_TENSORS:
+        raise InputError(f"{path}: {len(names)} tensors, expected 1 to {MAX_TENSORS}")
+    return names
+
+
+def _ref(path: Path, name: str, stored) -> TensorRef:
+    shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+    if kind not in DTYPES:
+        raise InputError(f"{path}: tensor {name!r} has dtype {kind}, which is not supported")
+    dtype = DTYPES[kind]
+    load = partial(_load, path, name)
+    return TensorRef(name, shape, dtype, math.prod(shape) * dtype.itemsize, load)
+
+
+def _load(path: Path, name: str) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: tensor {name!r} cannot be read: {_line(error)}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _licence(card: Path) -> str | None:
+    """`license:` of the model card's front matter."""
+    if not card.is_file():
+        return None
+    text = card.read_text(encoding="utf-8", errors="replace")
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    found = front and re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", front[1], re.MULTILINE)
+    return found[1] if found else None

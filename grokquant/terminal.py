@@ -1,0 +1,196 @@
+"""What a person sees: tables on stdout, progress on stderr, no animation off a terminal."""
+
+import time
+from collections import Counter
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from grokquant.plan import Plan
+from grokquant.types import UnitReport
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def plan_as_dict(plan: Plan) -> dict:
+    """The plan for machines: totals, kept matrices and a row per unit."""
+    return {
+        "model": plan.recipe.model.path,
+        "output": plan.recipe.output.path,
+        "family": plan.checkpoint.family.name,
+        "parameters": plan.checkpoint.parameters,
+        "source_bytes": plan.checkpoint.stored_bytes,
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "shards": len(plan.shards),
+        "kept": list(plan.kept),
+        "units": [
+            {
+                "name": unit.name,
+                "method": unit.method,
+                "scheme": str(unit.scheme),
+                "shape": list(unit.shape),
+            }
+            for unit in plan.units.values()
+        ],
+    }
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    console = console or Console()
+    table = Table(title=f"{plan.recipe.model.path} -> {plan.recipe.output.path}", title_justify="left")
+    for column, justify in (("what", "left"), ("grid (method)", "left"), ("matrices", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("weights", justify="right")
+    for (kind, grid), (count, weights) in _plan_rows(plan).items():
+        table.add_row(kind, grid, str(count), f"{weights:,}")
+    console.print(table)
+    console.print(
+        f"{plan.checkpoint.parameters:,} weights, {size(plan.checkpoint.stored_bytes)} -> "
+        f"{size(plan.output_bytes)} in {len(plan.shards)} file(s), "
+        f"{plan.bits_per_weight:.3f} bits per weight"
+    )
+
+
+def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
+    """(kind of matrix, grid) -> (matrices, weights)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    weights: Counter[tuple[str, str]] = Counter()
+    for name, ref in plan.checkpoint.units():
+        unit = plan.units.get(name)
+        grid = f"{unit.scheme} ({unit.method})" if unit else "kept as it is"
+        key = (_kind(name), grid)
+        counts[key] += 1
+        weights[key] += prod(ref.shape)
+    rest = plan.checkpoint.parameters - sum(weights.values())
+    rows = {key: (counts[key], weights[key]) for key in counts}
+    return rows | {("router, norms, embedding", "kept as it is"): (0, rest)}
+
+
+def _kind(unit: str) -> str:
+    parts = unit.split(".")
+    return f"{parts[2]}.{parts[-1]}"
+
+
+class _LayerBar:
+    """A bar over layers on a terminal; elsewhere only the lines that are printed above it."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.start = time.monotonic()
+
+    def begin(self, description: str, total: int) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task(description, total=total)
+        self.total, self.done, self.start = total, 0, time.monotonic()
+
+    def advance(self, line: str) -> None:
+        self.done += 1
+        left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+        self.console.print(f"{line}, {_duration(left)} left", highlight=False)
+        self.bar.advance(self.task)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+
+class RunProgress(_LayerBar):
+    """Prints the plan, then a line per block."""
+
+    def __enter__(self) -> "RunProgress":
+        return self
+
+    def planned(self, plan: Plan) -> None:
+        self.plan, self.fallbacks = plan, 0
+        print_plan(plan, self.console)
+        self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
+
+    def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:
+        self.fallbacks += sum(report.fallback is not None for report in reports)
+        line = f"layer {index}: {_error_of(reports)}, {_bits_of(reports, self.plan):.3f} bits"
+        if tokens:
+            line += f", least-fed expert {min(tokens)} tokens"
+        self.advance(line)
+
+    def summary(self, output: Path) -> str:
+        plan = self.plan
+        lines = [
+            f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
+            f"{plan.bits_per_weight:.3f} bits per weight, "
+            f"{_duration(time.monotonic() - self.start)}",
+            f"report: {output / 'quantization-report.json'}",
+        ]
+        if self.fallbacks:
+            lines.append(f"{self.fallbacks} matrices fell back to rtn, the report says why")
+        return "\n".join(lines)
+
+
+class LayerProgress(_LayerBar):
+    """A line per evaluated layer."""
+
+    def __enter__(self) -> "LayerProgress":
+        return self
+
+
+def _error_of(reports: list[UnitReport]) -> str:
+    measured = [r.output_error for r in reports if r.output_error is not None]
+    if measured:
+        return f"output error {sum(measured) / len(measured):.4f}"
+    errors = [r.relative_error for r in reports]
+    return f"weight error {sum(errors) / max(len(errors), 1):.4f}"
+
+
+def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
+    weights = {r.name: prod(plan.units[r.name].shape) for r in reports}
+    total = sum(weights.values())
+    return sum(r.bits_per_weight * weights[r.name] for r in reports) / total if total else 16.0
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def print_description(description: dict) -> None:
+    """`grokquant inspect` for people: the totals, then a row per tensor."""
+    console = Console()
+    for key in ("path", "layout", "family", "layers", "experts", "experts_per_token"):
+        console.print(f"{key.replace('_', ' '):>18}  {description[key]}", highlight=False)
+    console.print(f"{'parameters':>18}  {description['parameters']:,}", highlight=False)
+    console.print(f"{'size':>18}  {size(description['bytes'])}", highlight=False)
+    console.print(f"{'bits per weight':>18}  {description['bits_per_weight']:.3f}", highlight=False)
+    for grid, count in description["matrices"].items():
+        console.print(f"{'matrices':>18}  {count} x {grid}", highlight=False)
+    table = Table("tensor", "shape", "stored as", "bytes")
+    for tensor in description["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        table.add_row(tensor["name"], shape, tensor["stored_as"], f"{tensor['bytes']:,}")
+    console.print(table)
