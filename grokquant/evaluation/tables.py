@@ -1,0 +1,244 @@
+"""The rows that every form of the report shares, in llama.cpp's words, and the two plain tables.
+
+`rows` carries for each number its place in `report.json`, its unit, which way is better and what
+it means; the terminal, the model card and the page only set them differently.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import floor, log10
+
+from rich.table import Table
+
+from grokquant.evaluation.report import Checkpoint, Estimate, Report
+
+LOWER, HIGHER = "↓ lower", "↑ higher"
+NEAR_ONE, NEAR_ZERO = "→ near 1", "→ near 0"
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric. `path` is the JSON pointer of its value, `unit` "", "nats" or "%"; a value in
+    percent is still a fraction here. `better` may be empty: a number that is nobody's goal."""
+
+    block: str
+    name: str
+    path: str
+    value: float
+    error: float | None
+    unit: str
+    better: str
+    words: str
+
+    @property
+    def shown(self) -> str:
+        scale = 100 if self.unit == "%" else 1
+        return with_unit(number(self.value * scale, (self.error or 0) * scale), self.unit)
+
+    @property
+    def shown_error(self) -> str:
+        if self.error is None:
+            return ""
+        scale = 100 if self.unit == "%" else 1
+        return number(self.error * scale, self.error * scale)
+
+
+def rows(report: Report) -> list[Row]:
+    """The metrics a reader looks at first; `quantile_rows` has the rest."""
+    return [*_perplexity_rows(report), *_kld_rows(report), *_token_rows(report)]
+
+
+def _perplexity_rows(report: Report) -> Iterator[Row]:
+    ppl = report.perplexity
+
+    def row(name: str, key: str, estimate: Estimate, better: str, words: str) -> Row:
+        path = f"/perplexity/{key}/value"
+        return Row("Perplexity", name, path, estimate.value, estimate.error, "", better, words)
+
+    yield row(
+        "Mean PPL(Q)", "quantized", ppl.quantized, LOWER,
+        "Of the quantized model: between how many equally likely tokens it hesitates on average.",
+    )  # fmt: skip
+    yield row("Mean PPL(base)", "reference", ppl.reference, "", "The same of the reference.")
+    yield row(
+        "Mean PPL(Q)/PPL(base)", "ratio", ppl.ratio, NEAR_ONE,
+        "Quantized over reference on the same tokens; 1.01 is one percent worse.",
+    )  # fmt: skip
+    yield row(
+        "Mean ln(PPL(Q)/PPL(base))", "ln_ratio", ppl.ln_ratio, NEAR_ZERO,
+        "Nats lost per token: the logarithm of the ratio.",
+    )  # fmt: skip
+    yield row(
+        "Mean PPL(Q)-PPL(base)", "difference", ppl.difference, NEAR_ZERO,
+        "The difference of the two perplexities.",
+    )  # fmt: skip
+    yield Row(
+        "Perplexity", "Cor(ln(PPL(Q)), ln(PPL(base)))", "/perplexity/correlation",
+        ppl.correlation, None, "", NEAR_ONE,
+        "Whether both models find the same tokens hard.",
+    )  # fmt: skip
+
+
+def _kld_rows(report: Report) -> Iterator[Row]:
+    kld = report.kld
+
+    def row(name: str, key: str, value: float, words: str) -> Row:
+        return Row("KL divergence", name, f"/kld/{key}", value, None, "nats", LOWER, words)
+
+    yield Row(
+        "KL divergence", "Mean KLD", "/kld/mean/value", kld.mean.value, kld.mean.error, "nats",
+        LOWER, "How far the predicted distribution moves, averaged over tokens; 0 is identical.",
+    )  # fmt: skip
+    yield row("Median KLD", "median", kld.median, "Half of the tokens move less than this.")
+    yield row("99.0% KLD", "99.0%", kld.q99_0, "One token in a hundred moves more than this.")
+    yield row("99.9% KLD", "99.9%", kld.q99_9, "One token in a thousand moves more than this.")
+    yield row("Maximum KLD", "maximum", kld.maximum, "The single worst token.")
+    yield Row(
+        "KL divergence", "Noise floor", "/noise_floor/mean_kld", report.noise_floor.mean_kld,
+        None, "nats", "", f"What Mean KLD reads for no change: {report.noise_floor.how}.",
+    )  # fmt: skip
+
+
+def _token_rows(report: Report) -> Iterator[Row]:
+    delta, top = report.delta_p, report.same_top_p
+
+    def row(name: str, path: str, estimate: Estimate, better: str, words: str) -> Row:
+        return Row("Tokens", name, path, estimate.value, estimate.error, "%", better, words)
+
+    yield row(
+        "Same top p", "/same_top_p/value", top, HIGHER,
+        "How often both models rank the same token first: greedy decoding goes on unchanged.",
+    )  # fmt: skip
+    yield row(
+        "Mean Δp", "/delta_p/mean/value", delta.mean, NEAR_ZERO,
+        "Average change in the probability of the true token; below 0 the model lost confidence.",
+    )  # fmt: skip
+    yield row(
+        "RMS Δp", "/delta_p/rms/value", delta.rms, LOWER,
+        "Typical size of that change, either way.",
+    )  # fmt: skip
+
+
+_QUANTILES = (
+    "maximum", "99.9%", "99.0%", "95.0%", "90.0%", "75.0%", "median",
+    "25.0%", "10.0%", "5.0%", "1.0%", "0.1%", "minimum",
+)  # fmt: skip
+
+
+def quantile_rows(report: Report) -> list[tuple[str, float | None, float]]:
+    """(name, KLD in nats or None where not taken, Δp as a fraction), largest first."""
+    kld, delta = (part.model_dump(by_alias=True) for part in (report.kld, report.delta_p))
+    return [(name, kld.get(name), delta[name]) for name in _QUANTILES]
+
+
+def terminal_table(report: Report) -> Table:
+    """The metrics for a rich console."""
+    title = f"{name_of(report.quantized)} against {name_of(report.reference)}"
+    table = Table(title=title, caption=_basis(report), title_justify="left", highlight=False)
+    table.add_column("Metric")
+    table.add_column("Value", justify="right", no_wrap=True)
+    table.add_column("±", justify="right", no_wrap=True)
+    table.add_column("Better", no_wrap=True)
+    block = ""
+    for row in rows(report):
+        if block and row.block != block:
+            table.add_section()
+        table.add_row(row.name, row.shown, row.shown_error, row.better)
+        block = row.block
+    table.add_section()
+    table.add_row("Bits per weight", f"{report.quantized.bits_per_weight:.2f}", "", LOWER)
+    table.add_row("Size", size(report.quantized.bytes), "", LOWER)
+    return table
+
+
+def markdown_table(report: Report) -> str:
+    """The metrics for a model card, with the protocol below."""
+    model = report.quantized
+    lines = ["| Metric | Value | ± | Better |", "|:--|--:|--:|:--|"]
+    lines += [
+        f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.better} |"
+        for row in rows(report)
+    ]
+    lines += [
+        f"| Bits per weight | {model.bits_per_weight:.2f} | | {LOWER} |",
+        f"| Size | {size(model.bytes)} | | {LOWER} |",
+    ]
+    return "\n".join([*lines, "", _cell(f"{_basis(report)}."), ""])
+
+
+def verdict(report: Report) -> str:
+    """Two sentences in plain words: what was lost, what was gained."""
+    kld, top, model = report.kld.mean.value, report.same_top_p.value, report.quantized
+    return (
+        f"{_perplexity_words(report.perplexity.ratio)}, the average token’s distribution moves by "
+        f"{number(kld)} nats, and {top * 100:.1f} % of top tokens stay the same. "
+        f"{model.bits_per_weight:.2f} bits per weight: {size(model.bytes)} instead of "
+        f"{size(bf16_bytes(model))} as bf16."
+    )
+
+
+def _perplexity_words(ratio: Estimate) -> str:
+    percent, error = (ratio.value - 1) * 100, ratio.error * 100
+    shown = f"{number(abs(percent), error)} % (± {number(error, error)})"
+    if percent == 0:
+        return "Perplexity is the same"
+    verb = "rises" if percent > 0 else "falls"
+    doubt = ", which is within the error" if abs(percent) < 2 * error else ""
+    return f"Perplexity {verb} by {shown}{doubt}"
+
+
+def _basis(report: Report) -> str:
+    protocol = report.protocol
+    return (
+        f"{protocol.tokens_scored:,} tokens of {protocol.text}, "
+        f"{protocol.windows:,} windows of {protocol.length:,}; reference: "
+        f"{name_of(report.reference)} multiplied out; {protocol.arithmetic}"
+    )
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """The last part of the path that names something."""
+    parts = [part for part in checkpoint.path.replace("\\", "/").split("/") if part]
+    return parts[-1] if parts else checkpoint.path
+
+
+def bf16_bytes(checkpoint: Checkpoint) -> int:
+    return 2 * checkpoint.parameters
+
+
+def number(value: float, error: float = 0.0) -> str:
+    """A value to the second digit of its error, or to four digits where it has none."""
+    value = value + 0.0  # no negative zero
+    magnitude = error if error > 0 else abs(value)
+    if magnitude == 0:
+        return "0"
+    digits = (1 if error > 0 else 3) - floor(log10(magnitude))
+    if digits > 7:
+        return _scientific(value)
+    text = f"{value:.{max(digits, 0)}f}"
+    return text.replace("-", "−") if float(text) else text.lstrip("-")
+
+
+def _scientific(value: float) -> str:
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.replace('-', '−')} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def with_unit(text: str, unit: str) -> str:
+    return f"{text} {unit}" if unit else text  # no-break space
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: 4.10 MB, 158 GB."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:,.0f} {unit}"
+    return f"{count} B"
+
+
+def _cell(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")

@@ -1,0 +1,130 @@
+"""Our packing and the compressed-tensors package agree bit by bit, in both directions."""
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.utils.match import match_name
+
+from grokquant.formats import FORMATS, compressed_tensors
+from grokquant.methods.rtn import quantize_rtn
+from grokquant.types import QTensor, Scheme, Unit
+
+GRIDS = [
+    Scheme(bits, group, symmetric, dtype)
+    for bits in (4, 8)
+    for group in (32, 64, 128, None)
+    for symmetric in (True, False)
+    for dtype in ("bfloat16", "float16")
+]
+NAME = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
+
+
+@pytest.fixture(params=GRIDS, ids=str)
+def quantized(request) -> QTensor:
+    W = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    return quantize_rtn(W, request.param)
+
+
+def theirs(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(NAME.removesuffix("weight")): t for name, t in packed.items()}
+
+
+def their_scheme(scheme: Scheme):
+    unit = Unit("layers.0.experts.3.down", NAME, (64, 256), "rtn", scheme)
+    config = compressed_tensors.quantization_config([unit], ["lm_head"])
+    return QuantizationConfig.model_validate(config).config_groups["group_0"]
+
+
+def test_they_read_what_we_write(quantized):
+    state = theirs(compressed_tensors.pack(NAME, quantized))
+    read = PackedQuantizationCompressor.decompress(state, their_scheme(quantized.scheme))
+    assert torch.equal(read["weight"], quantized.dequantize())
+    codes = unpack_from_int32(state["weight_packed"], quantized.scheme.bits, (64, 256))
+    assert torch.equal(codes, quantized.codes)
+
+
+def test_we_write_what_they_write(quantized):
+    ours = theirs(compressed_tensors.pack(NAME, quantized))
+    bits = quantized.scheme.bits
+    assert torch.equal(ours["weight_packed"], pack_to_int32(quantized.codes, bits))
+    if quantized.zero_points is not None:
+        expected = pack_to_int32(quantized.zero_points, bits, packed_dim=0)
+        assert torch.equal(ours["weight_zero_point"], expected)
+    state = {
+        "weight": QTensor(
+            quantized.codes, quantized.scales.float(), quantized.scheme, quantized.zero_points
+        ).dequantize(),
+        "weight_scale": quantized.scales,
+    }
+    if quantized.zero_points is not None:
+        state["weight_zero_point"] = quantized.zero_points
+    written = PackedQuantizationCompressor.compress(state, their_scheme(quantized.scheme))
+    assert set(written) == set(ours)
+    assert all(torch.equal(written[name], ours[name]) for name in ours)
+
+
+def test_unpack_inverts_pack(quantized):
+    packed = compressed_tensors.pack(NAME, quantized)
+    back = compressed_tensors.unpack(NAME, packed, quantized.scheme)
+    assert torch.equal(back.codes, quantized.codes)
+    assert torch.equal(back.scales, quantized.scales)
+    assert (back.zero_points is None) == quantized.scheme.symmetric
+    if back.zero_points is not None:
+        assert torch.equal(back.zero_points, quantized.zero_points)
+
+
+def test_layout_is_known_before_packing(quantized):
+    packed = compressed_tensors.pack(NAME, quantized)
+    found = {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
+    assert found == compressed_tensors.packed_layout(NAME, (64, 256), quantized.scheme)
+
+
+def test_first_code_lies_in_the_lowest_bits():
+    codes = torch.arange(-8, 0, dtype=torch.int8)[None]
+    packed = compressed_tensors.pack(
+        "x.weight", QTensor(codes, torch.ones(1, 1).bfloat16(), Scheme(4, None))
+    )
+    assert packed["x.weight_packed"].item() == 0x76543210
+
+
+def test_targets_separate_schemes_and_spare_the_router():
+    def unit(layer: int, expert: int, part: str, scheme: Scheme) -> Unit:
+        tensor = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
+        return Unit(f"layers.{layer}.experts.{expert}.{part}", tensor, (64, 256), "rtn", scheme)
+
+    int4, int8 = Scheme(4, 128), Scheme(8, None)
+    units = [
+        unit(layer, expert, part, int8 if (layer, expert) == (1, 2) else int4)
+        for layer in range(12)
+        for expert in range(4)
+        for part in ("w1", "w2", "w3")
+    ]
+    routers = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(12)]
+    config = compressed_tensors.quantization_config(units, [*routers, "lm_head"])
+    groups = QuantizationConfig.model_validate(config).config_groups
+    for candidate in units:
+        module = candidate.tensor.removesuffix(".weight")
+        hits = [g for g in groups.values() if any(match_name(module, t) for t in g.targets)]
+        assert [g.weights.num_bits for g in hits] == [candidate.scheme.bits]
+    for router in [*routers, "lm_head"]:
+        assert not any(match_name(router, t) for g in groups.values() for t in g.targets)
+        assert any(match_name(router, t) for t in config["ignore"])
+
+
+def test_uniform_schemes_need_few_targets():
+    units = [
+        Unit("u", f"model.layers.{i}.experts.{e}.w1.weight", (64, 256), "rtn", Scheme(4, 128))
+        for i in range(64)
+        for e in range(8)
+    ]
+    config = compressed_tensors.quantization_config(units, [])
+    assert len(config["config_groups"]["group_0"]["targets"]) == 1
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_shapes_that_do_not_fill_words_are_refused(name):
+    assert FORMATS[name].refusal(Scheme(4, None), (64, 252))
+    assert FORMATS[name].refusal(Scheme(4, 32, symmetric=False), (60, 256))
+    assert FORMATS[name].refusal(Scheme(4, 128), (60, 256)) is None

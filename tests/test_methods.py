@@ -1,0 +1,159 @@
+"""Rounding methods against naive references of a few obvious lines."""
+
+import numpy as np
+import pytest
+import torch
+
+from grokquant.methods.copy import can_copy, copy_quantized
+from grokquant.methods.gptq import UnusableHessian, factorize, quantize_gptq
+from grokquant.methods.rtn import quantize_rtn
+from grokquant.methods.scales import find_scales
+from grokquant.types import QTensor, Scheme
+
+GRIDS = [
+    Scheme(bits, group, symmetric, dtype)
+    for bits in (4, 8)
+    for group in (32, 64, 128, None)
+    for symmetric in (True, False)
+    for dtype in ("bfloat16", "float16")
+]
+
+
+@pytest.fixture
+def W() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(48, 256, generator=generator) * torch.rand(48, 1, generator=generator)
+
+
+@pytest.fixture
+def X() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(256, 256, generator=generator) / 16
+    return torch.randn(700, 256, generator=generator) @ mixing
+
+
+def naive_rtn(W: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """absmax scales, nearest code, weight by weight; returns the values."""
+    values = np.empty_like(W)
+    size = scheme.group_size or W.shape[1]
+    to_stored = getattr(torch, scheme.scale_dtype)
+    for row in range(W.shape[0]):
+        for start in range(0, W.shape[1], size):
+            group = W[row, start : start + size]
+            if scheme.symmetric:
+                scale, zero = np.abs(group).max() / scheme.qmax, 0.0
+            else:
+                low, high = min(group.min(), 0), max(group.max(), 0)
+                scale = (high - low) / (2**scheme.bits - 1)
+            scale = torch.tensor(scale, dtype=torch.float32).to(to_stored).item()
+            if not scheme.symmetric:
+                zero = np.clip(np.rint(np.float32(scheme.qmin - low / scale)), -128, 127)
+                zero = np.clip(zero, scheme.qmin, scheme.qmax)
+            codes = np.clip(np.rint(group / np.float32(scale)) + zero, scheme.qmin, scheme.qmax)
+            values[row, start : start + size] = (codes - zero) * scale
+    return values
+
+
+@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+def test_rtn_absmax_equals_the_naive_reference(W, scheme):
+    quantized = quantize_rtn(W, scheme, "absmax")
+    wide = QTensor(
+        quantized.codes, quantized.scales.float(), scheme, quantized.zero_points
+    ).dequantize()
+    assert np.allclose(wide.numpy(), naive_rtn(W.numpy(), scheme), atol=1e-7)
+
+
+@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+def test_searched_scales_are_never_worse_than_absmax(W, scheme):
+    errors = [
+        (W - quantize_rtn(W, scheme, rule).dequantize().float()).square().sum().item()
+        for rule in ("absmax", "mse")
+    ]
+    assert errors[1] <= errors[0] * (1 + 1e-3)
+    if scheme.bits == 4:
+        assert errors[1] < errors[0]
+
+
+def test_importance_moves_the_search(W):
+    importance = torch.ones(256)
+    importance[:8] = 1e4
+    plain, _ = find_scales(W, Scheme(4, 128), "mse")
+    weighted, _ = find_scales(W, Scheme(4, 128), "mse", importance)
+    assert not torch.equal(plain, weighted)
+
+
+def test_all_zero_rows_stay_zero_and_finite():
+    W = torch.zeros(4, 128)
+    for scheme in (Scheme(4, 32), Scheme(4, 32, symmetric=False)):
+        quantized = quantize_rtn(W, scheme)
+        assert torch.isfinite(quantized.scales).all()
+        assert (quantized.dequantize() == 0).all()
+
+
+def naive_gptq(W, H, scales, qmin, qmax, damping, order):
+    """The paper's algorithm 1 without blocks: inverse Hessian, error spread to later columns."""
+    H = H.double() + damping * H.diagonal().mean().item() * torch.eye(len(H), dtype=torch.double)
+    H, W = H[order][:, order], W.double()[:, order].clone()
+    scales = scales.double()[:, order]
+    upper = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
+    codes = torch.zeros_like(W)
+    for i in range(W.shape[1]):
+        codes[:, i] = torch.round(W[:, i] / scales[:, i]).clamp(qmin, qmax)
+        error = (W[:, i] - codes[:, i] * scales[:, i]) / upper[i, i]
+        W[:, i:] -= error[:, None] * upper[i, i:]
+    natural = torch.empty_like(codes)
+    natural[:, order] = codes
+    return natural
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("group", [32, 128, None])
+def test_gptq_has_the_integers_of_the_paper(W, X, group, act_order):
+    scheme, H = Scheme(4, group), X.T @ X
+    quantized = quantize_gptq(W, factorize(H, 0.01, act_order), scheme, "absmax")
+    diagonal = H.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(256)
+    scales = quantized.scales.float().repeat_interleave(256 // quantized.scales.shape[1], dim=1)
+    expected = naive_gptq(W, H, scales, -8, 7, 0.01, order)
+    assert (quantized.codes != expected).float().mean() < 1e-4  # ties of float32 may differ
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 128, False), Scheme(4, None)], ids=str)
+def test_gptq_loses_less_of_the_output_than_rtn(W, X, scheme):
+    def lost(quantized: QTensor) -> float:
+        return ((W - quantized.dequantize().float()) @ X.T).square().sum().item()
+
+    gptq = quantize_gptq(W, factorize(X.T @ X, 0.01, True), scheme)
+    assert lost(gptq) < 0.75 * lost(quantize_rtn(W, scheme))
+
+
+def test_damping_rescues_a_singular_hessian(X):
+    low_rank = X[:3].T @ X[:3]
+    assert factorize(low_rank, 0.01, True).damping >= 0.01
+    hopeless = -torch.eye(256)
+    hopeless[0, 0] = 1000.0
+    with pytest.raises(UnusableHessian, match="positive definite"):
+        factorize(hopeless, 1e-9, False)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(8, 8), torch.full((8, 8), torch.nan)])
+def test_unusable_hessians_say_why(bad):
+    with pytest.raises(UnusableHessian, match="zero|not finite"):
+        factorize(bad, 0.01, False)
+
+
+def test_copy_repeats_scales_and_changes_no_value():
+    codes = torch.randint(-127, 128, (6, 256), dtype=torch.int8)
+    stored = QTensor(codes, torch.rand(6, 2).bfloat16(), Scheme(8, 128))
+    for group in (128, 64, 32):
+        copied = copy_quantized(stored, Scheme(8, group))
+        assert copied.codes is stored.codes
+        assert torch.equal(copied.dequantize(), stored.dequantize())
+
+
+def test_copy_is_refused_where_it_would_lose():
+    assert can_copy(Scheme(8, 128), Scheme(8, 32), 256)
+    assert can_copy(Scheme(8, None), Scheme(8, 128), 256)
+    assert not can_copy(Scheme(8, 32), Scheme(8, 128), 256)
+    assert not can_copy(Scheme(8, 128), Scheme(4, 128), 256)
+    assert not can_copy(Scheme(8, 128), Scheme(8, 128, True, "float16"), 256)
