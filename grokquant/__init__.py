@@ -37,7 +37,10 @@ def quantize(recipe: "Recipe | str | Path | Mapping") -> Path:
 
 
 def evaluate(
-    quantized: str | Path, reference: str | Path, text: str = "python-docs", windows: int = 64,
+    quantized: str | Path,
+    reference: str | Path,
+    text: str = "python-docs",
+    windows: int = 64,
     length: int = 256,
 ) -> "EvaluationReport":
     """Compares a quantized output with its reference on the same tokens, both streamed."""

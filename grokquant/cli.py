@@ -120,14 +120,16 @@ def evaluate(
     from grokquant import evaluation
     from grokquant.terminal import LayerProgress
 
-    settings = evaluation.settings_for(output, text, windows, length)
+    given = {"data": text, "samples": windows, "length": length}
+    settings = evaluation.settings_of(output, {k: v for k, v in given.items() if v is not None})
     with LayerProgress() as progress:
-        report = evaluation.evaluate(output, reference, settings, progress)
-    paths = evaluation.publish(report, Path(output), Path(directory) if directory else None)
+        report = evaluation.evaluate(output, reference, settings, progress.layer_done)
+    _, page = evaluation.publish(report, Path(output), Path(directory) if directory else None)
     if as_json:
-        _print_json(report.model_dump(by_alias=True))
-    else:
-        evaluation.print_summary(report, paths)
+        _print_json(report.to_json())
+        return
+    print_report(report)
+    click.echo(f"report: {page}")
 
 
 @main.command()

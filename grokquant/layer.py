@@ -100,9 +100,7 @@ class LayerQuantizer:
         self.deliver(unit, quantized, report)
         return quantized
 
-    def _site(
-        self, X: Tensor, gate: Tensor | None, everyone: Callable[[], Hessian]
-    ) -> Site:
+    def _site(self, X: Tensor, gate: Tensor | None, everyone: Callable[[], Hessian]) -> Site:
         """The site of inputs X [tokens, in]. Tokens count by the square of their gate, as the
         error of an expert does in the output (gates multiply it)."""
         tokens, features = X.shape

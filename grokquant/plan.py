@@ -126,9 +126,7 @@ def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
 
 def _plan_unit(name: str, ref: TensorRef, rule: Rule, output_format: str) -> Unit:
     rows, columns = ref.shape
-    scheme = Scheme(
-        rule.bits or 8, _group_size(name, ref, rule), rule.symmetric, rule.scale_dtype
-    )
+    scheme = Scheme(rule.bits or 8, _group_size(name, ref, rule), rule.symmetric, rule.scale_dtype)
     if scheme.group_size is not None and columns % scheme.group_size:
         raise InputError(
             f"{name}: {columns} input features are not divisible by group {scheme.group_size}"
@@ -184,9 +182,7 @@ def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
     return by_layer
 
 
-def _fill_shards(
-    tensors: list[PlannedTensor], limit: int
-) -> tuple[tuple[PlannedTensor, ...], ...]:
+def _fill_shards(tensors: list[PlannedTensor], limit: int) -> tuple[tuple[PlannedTensor, ...], ...]:
     shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:

@@ -7,9 +7,17 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
+from grokquant.evaluation.compare import LayerFigures
 from grokquant.plan import Plan
 from grokquant.types import UnitReport
 
@@ -49,7 +57,9 @@ def plan_as_dict(plan: Plan) -> dict:
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
-    table = Table(title=f"{plan.recipe.model.path} -> {plan.recipe.output.path}", title_justify="left")
+    table = Table(
+        title=f"{plan.recipe.model.path} -> {plan.recipe.output.path}", title_justify="left"
+    )
     for column, justify in (("what", "left"), ("grid (method)", "left"), ("matrices", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("weights", justify="right")
@@ -98,6 +108,7 @@ class _LayerBar:
             transient=True,
         )
         self.start = time.monotonic()
+        self.task: TaskID | None = None
 
     def begin(self, description: str, total: int) -> None:
         self.bar.start()
@@ -108,7 +119,8 @@ class _LayerBar:
         self.done += 1
         left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
         self.console.print(f"{line}, {_duration(left)} left", highlight=False)
-        self.bar.advance(self.task)
+        if self.task is not None:
+            self.bar.advance(self.task)
 
     def __exit__(
         self,
@@ -155,6 +167,14 @@ class LayerProgress(_LayerBar):
 
     def __enter__(self) -> "LayerProgress":
         return self
+
+    def layer_done(self, figures: LayerFigures, total: int) -> None:
+        if self.task is None:
+            self.begin("evaluating", total)
+        self.advance(
+            f"layer {figures.layer}: error {figures.relative_error:.4f}, "
+            f"same experts for {figures.router_top2_set:.1%} of tokens"
+        )
 
 
 def _error_of(reports: list[UnitReport]) -> str:

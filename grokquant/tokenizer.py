@@ -32,21 +32,30 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def _read(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     files = {path.name: path for path in checkpoint.source.tokenizer_files}
     if not files:
-        raise InputError(f"{checkpoint.source.path}: no tokenizer.model or tokenizer.json beside it")
+        raise InputError(
+            f"{checkpoint.source.path}: no tokenizer.model or tokenizer.json beside it"
+        )
     path = files.get("tokenizer.model") or files.get("tokenizer.json") or next(iter(files.values()))
     try:
         if path.name == "tokenizer.model":
             return _sentencepiece(path)
         return PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # both libraries raise bare exceptions for a broken file
-        raise InputError(f"{path}: cannot be read as a tokenizer: {error}".splitlines()[0]) from None
+        raise InputError(
+            f"{path}: cannot be read as a tokenizer: {error}".splitlines()[0]
+        ) from None
 
 
 def _sentencepiece(path: Path) -> Grok1Tokenizer:
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ids = {"pad": model.pad_id(), "bos": model.bos_id(), "eos": model.eos_id(), "unk": model.unk_id()}
+    ids = {
+        "pad": model.pad_id(),
+        "bos": model.bos_id(),
+        "eos": model.eos_id(),
+        "unk": model.unk_id(),
+    }
     special = {f"{name}_token": model.id_to_piece(i) for name, i in ids.items() if i >= 0}
     return Grok1Tokenizer(vocab_file=str(path), **special)
 

@@ -138,4 +138,6 @@ def test_saved_by_transformers_loads_back(twelve_layers, tmp_path):
     model = build_model(open_checkpoint(twelve_layers[0]), "cpu", torch.float32)
     assert isinstance(model, Grok1ForCausalLM)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert sum(p.numel() for p in model.parameters()) == open_checkpoint(twelve_layers[0]).parameters
+    assert (
+        sum(p.numel() for p in model.parameters()) == open_checkpoint(twelve_layers[0]).parameters
+    )

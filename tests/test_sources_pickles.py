@@ -1,5 +1,6 @@
 """The opcode walker: real pickles are read, everything else is refused and nothing runs."""
 
+import contextlib
 import functools
 import importlib
 import io
@@ -19,7 +20,8 @@ import pytest
 import torch
 
 from grokquant.errors import InputError
-from grokquant.sources.pickles import map_array, read_headers
+from grokquant.sources.pickle_objects import Malformed
+from grokquant.sources.pickles import map_array, read_headers, walk
 from grokquant.sources.release_writer import framed_size, write_leaf
 
 WRITE_REAL_PICKLES = """
@@ -464,40 +466,34 @@ def test_not_a_file(tmp_path):
             read_headers(path)
 
 
-def test_truncated_anywhere(tmp_path):
-    path = tmp_path / "leaf"
+def test_truncated_anywhere():
     for end in range(len(NUMPY_1)):
-        path.write_bytes(NUMPY_1[:end])
-        with pytest.raises(InputError):
-            read_headers(path)
+        with pytest.raises(Malformed):
+            walk(io.BytesIO(NUMPY_1[:end]))
 
 
 def test_truncated_large_file(tmp_path):
     path = tmp_path / "leaf"
-    write_leaf(path, leaf_of((2, 400, 400), (2, 1, 40000 // 100)))
+    write_leaf(path, leaf_of((2, 400, 400), (2, 1, 400)))
     raw = path.read_bytes()
     points = {0, 1, 2, 11, 200, 300, 320000, len(raw) - 1, len(raw) - 5, len(raw) - 900}
-    for end in sorted(points | set(range(0, len(raw), 4999))):
-        path.write_bytes(raw[:end])
-        with pytest.raises(InputError):
+    for end in sorted(points | set(range(0, len(raw), 4999)), reverse=True):
+        os.truncate(path, end)
+        with pytest.raises(InputError, match="truncated|empty"):
             read_headers(path)
 
 
-def test_every_flipped_bit_of_the_framing_is_noticed(tmp_path):
+def test_every_flipped_bit_of_the_framing_is_noticed():
     """But for the one that turns a flag of ml_dtypes into its other known value."""
-    path = tmp_path / "leaf"
-    path.write_bytes(NUMPY_1)
-    original = read_headers(path)
+    original = walk(io.BytesIO(NUMPY_1))
     payload = {i for h in original for i in range(h.offset, h.offset + h.nbytes)}
     passed = []
     for i in sorted(set(range(len(NUMPY_1))) - payload):
         for bit in range(8):
-            path.write_bytes(NUMPY_1[:i] + bytes([NUMPY_1[i] ^ 1 << bit]) + NUMPY_1[i + 1 :])
-            try:
-                assert read_headers(path) == original
+            flipped = NUMPY_1[:i] + bytes([NUMPY_1[i] ^ 1 << bit]) + NUMPY_1[i + 1 :]
+            with contextlib.suppress(Malformed):
+                assert walk(io.BytesIO(flipped)) == original
                 passed.append((i, bit))
-            except InputError:
-                pass
     assert passed == [(NUMPY_1.index(b"K\x02K\x02KP") + 5, 4)]
 
 
@@ -523,15 +519,14 @@ def mutated(raw: bytes, generator: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_fuzz_raises_nothing_but_input_errors(tmp_path):
+def test_fuzz_finds_only_refusals_and_arrays_inside_the_file():
     generator = random.Random(7)
-    path = tmp_path / "leaf"
     refused = 0
-    for _ in range(4000):
-        path.write_bytes(mutated(NUMPY_1, generator))
+    for _ in range(20_000):
+        raw = mutated(NUMPY_1, generator)
         try:
-            for header in read_headers(path):
-                map_array(path, header).float().sum()
-        except InputError:
+            for header in walk(io.BytesIO(raw)):
+                assert 0 < header.offset and header.offset + header.nbytes < len(raw)
+        except Malformed:
             refused += 1
-    assert refused > 3000
+    assert refused > 15_000

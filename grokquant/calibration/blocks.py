@@ -122,7 +122,9 @@ class BlockwiseModel:
         self._exchange(index)
         inputs: list[Tensor] = []
         linear = self.layers[index].get_submodule(module)
-        hook = linear.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+        hook = linear.register_forward_pre_hook(
+            lambda _, args: inputs.append(args[0].flatten(0, -2))
+        )
         self._run_rows(index, hidden)
         hook.remove()
         return torch.cat(inputs)

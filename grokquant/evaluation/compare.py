@@ -41,11 +41,15 @@ class Comparison:
     noise_kld: float
 
 
+# Told about each layer, with the number of all layers, as soon as it is done.
+LayerDone = Callable[[LayerFigures, int], None]
+
+
 def compare_checkpoints(
     quantized: Checkpoint,
     reference: Checkpoint,
     rows: Tensor,
-    layer_done: Callable[[LayerFigures], None] | None = None,
+    layer_done: LayerDone | None = None,
 ) -> Comparison:
     """Runs both models over token ids `rows` [windows, time], layer by layer, each read once.
 
@@ -63,7 +67,7 @@ def compare_checkpoints(
         figures = _layer_figures(index, hidden, kept, chosen, chosen_base[: rows.numel()], base)
         layers.append(figures)
         if layer_done:
-            layer_done(figures)
+            layer_done(figures, reference.config.num_hidden_layers)
     own, again = hidden_base[: len(repeated)], hidden_base[len(rows) :].flip(0)
     noise = _score(base, again, base, own, rows[: len(repeated)])
     scored = _score(model, hidden, base, hidden_base[: len(rows)], rows)

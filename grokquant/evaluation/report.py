@@ -10,11 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grokquant.errors import InputError
-from grokquant.output import write_json, write_text
 
 SCHEMA = "grokquant.evaluation/1"
 JSON_NAME = "report.json"
-HTML_NAME = "report.html"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -191,21 +189,3 @@ def parse_report(content: object, origin: str) -> Report:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "report"
         raise InputError(f"{origin}: {key}: {first['msg']}") from error
-
-
-def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
-    """Writes `report.json` and `report.html` into `directory`, each whole or not at all.
-
-    Returns both paths. Raises InputError where the directory cannot be written.
-    """
-    from grokquant.evaluation.html import render_html  # it draws what is defined here
-
-    json_path, html_path = directory / JSON_NAME, directory / HTML_NAME
-    page = render_html(report)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(html_path, page)
-        write_json(json_path, report.to_json())
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    return json_path, html_path

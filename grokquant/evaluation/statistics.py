@@ -25,7 +25,9 @@ class TokenFigures:
 
     @staticmethod
     def cat(parts: list["TokenFigures"]) -> "TokenFigures":
-        return TokenFigures(*(torch.cat(column) for column in zip(*map(_fields, parts), strict=True)))
+        return TokenFigures(
+            *(torch.cat(column) for column in zip(*map(_fields, parts), strict=True))
+        )
 
 
 def _fields(figures: TokenFigures) -> tuple[Tensor, ...]:

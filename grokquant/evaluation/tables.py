@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import floor, log10
 
+from rich.markup import escape
 from rich.table import Table
 
 from grokquant.evaluation.report import Checkpoint, Estimate, Report
@@ -113,11 +114,11 @@ def _token_rows(report: Report) -> Iterator[Row]:
     )  # fmt: skip
     yield row(
         "Mean Δp", "/delta_p/mean/value", delta.mean, NEAR_ZERO,
-        "Average change in the probability of the true token; below 0 the model lost confidence.",
+        "Average change in the probability of the true token, in percentage points.",
     )  # fmt: skip
     yield row(
         "RMS Δp", "/delta_p/rms/value", delta.rms, LOWER,
-        "Typical size of that change, either way.",
+        "Typical size of that change, up or down, in percentage points.",
     )  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def quantile_rows(report: Report) -> list[tuple[str, float | None, float]]:
 def terminal_table(report: Report) -> Table:
     """The metrics for a rich console."""
     title = f"{name_of(report.quantized)} against {name_of(report.reference)}"
-    table = Table(title=title, caption=_basis(report), title_justify="left", highlight=False)
+    table = Table(title=escape(title), caption=escape(_basis(report)), title_justify="left")
     table.add_column("Metric")
     table.add_column("Value", justify="right", no_wrap=True)
     table.add_column("±", justify="right", no_wrap=True)
@@ -173,7 +174,7 @@ def verdict(report: Report) -> str:
     kld, top, model = report.kld.mean.value, report.same_top_p.value, report.quantized
     return (
         f"{_perplexity_words(report.perplexity.ratio)}, the average token’s distribution moves by "
-        f"{number(kld)} nats, and {top * 100:.1f} % of top tokens stay the same. "
+        f"{rough(kld)} nats, and {top * 100:.1f} % of top tokens stay the same. "
         f"{model.bits_per_weight:.2f} bits per weight: {size(model.bytes)} instead of "
         f"{size(bf16_bytes(model))} as bf16."
     )
@@ -232,13 +233,48 @@ def with_unit(text: str, unit: str) -> str:
     return f"{text} {unit}" if unit else text  # no-break space
 
 
-def size(count: int) -> str:
+def percent(share: float, digits: int = 2) -> str:
+    """A fraction in percent with so many significant digits: 0.41 %, 12.5 %."""
+    shown = share * 100
+    if shown == 0:
+        return "0 %"
+    decimals = max(digits - 1 - floor(log10(abs(shown))), 0)
+    text = f"{shown:.{decimals}f}" if decimals < 6 else _scientific(shown)
+    return f"{text} %".replace("-", "−")
+
+
+def rough(value: float) -> str:
+    """Two significant digits, for sentences."""
+    return number(value, abs(value))
+
+
+def short(value: float) -> str:
+    """For ticks: 0.001, 1, but 10⁻⁶ for a far power of ten."""
+    if value and abs(value) < 1e-3:
+        text = _scientific(value)
+        return text.removeprefix("1.0 × ")
+    return f"{value:.3g}"
+
+
+def count(things: int) -> str:
+    """7.7 million, 314 billion."""
+    for word, factor in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if things >= factor:
+            return f"{_three_digits(things / factor)} {word}"
+    return str(things)
+
+
+def size(stored: int) -> str:
     """Bytes in decimal units: 4.10 MB, 158 GB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:,.0f} {unit}"
-    return f"{count} B"
+        if stored >= factor:
+            return f"{_three_digits(stored / factor)} {unit}"
+    return f"{stored} B"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def _cell(text: str) -> str:
-    return text.replace("\n", " ").replace("|", "\\|")
+    return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")

@@ -128,7 +128,9 @@ def unpacked(source: Source) -> Source:
 
 def _unpacked_ref(source: Source, stem: str, scheme: Scheme) -> TensorRef:
     parts = {
-        name: source.tensors[name] for part in _PARTS if (name := f"{stem}.{part}") in source.tensors
+        name: source.tensors[name]
+        for part in _PARTS
+        if (name := f"{stem}.{part}") in source.tensors
     }
     needed = {f"{stem}.{part}" for part in (_PARTS if not scheme.symmetric else _PARTS[:3])}
     if missing := sorted(needed - set(parts)):

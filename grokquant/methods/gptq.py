@@ -59,7 +59,9 @@ def factorize(H: Tensor, damping: float, act_order: bool) -> Feedback:
     raise UnusableHessian(f"the Hessian is not positive definite at damping {share:g}")
 
 
-def quantize_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
+def quantize_gptq(
+    W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = "mse"
+) -> QTensor:
     """Rounds W [out, in] column by column, each time with the feedback of the errors so far.
 
     Scales are found before, in natural column order (static groups), so that the result needs no
@@ -71,7 +73,9 @@ def quantize_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule
     group_of = order // (W.shape[1] // scales.shape[1])  # the group of each visited column
     column_scales = scales.float()[:, group_of]  # (out, in), in visiting order
     column_zeros = None if zero_points is None else zero_points.float()[:, group_of]
-    codes = _round_with_feedback(W.float()[:, order], feedback.F, column_scales, column_zeros, scheme)
+    codes = _round_with_feedback(
+        W.float()[:, order], feedback.F, column_scales, column_zeros, scheme
+    )
     natural = torch.empty_like(codes)
     natural[:, order] = codes
     return QTensor(natural, scales, scheme, zero_points)

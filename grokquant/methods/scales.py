@@ -43,9 +43,7 @@ def find_scales(
     return scales, torch.cat([zero_point for _, zero_point in found])
 
 
-def round_to_grid(
-    W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme
-) -> Tensor:
+def round_to_grid(W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme) -> Tensor:
     """Nearest codes of W on the grid, ties to even. Broadcasts; returns W's dtype."""
     codes = torch.round(W / scales)
     if zero_points is not None:
@@ -53,7 +51,9 @@ def round_to_grid(
     return codes.clamp(scheme.qmin, scheme.qmax)
 
 
-def quantize_nearest(W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme) -> QTensor:
+def quantize_nearest(
+    W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme
+) -> QTensor:
     """Every weight of W [out, in] rounded to its nearest code."""
     wide = scales.float().unsqueeze(-1)  # (out, groups, 1)
     zeros = None if zero_points is None else zero_points.float().unsqueeze(-1)

@@ -7,7 +7,11 @@ from grokquant.runtime.load import load
 
 
 def generate_text(
-    path: str, prompt: str, tokens: int, temperature: float = 0.0, seed: int = 0,
+    path: str,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
     device: str = "cpu",
 ) -> str:
     """`prompt` and up to `tokens` more tokens; greedy at temperature 0. Raises InputError."""

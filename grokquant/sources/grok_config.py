@@ -1,7 +1,6 @@
 """The configuration of a release: its config.json, what the files tell, or the real Grok-1."""
 
 import json
-import math
 from pathlib import Path
 
 from grokquant.errors import InputError
@@ -19,6 +18,7 @@ ALIASES = {
     "max_attn_value": "attn_logit_softcapping",
     "max_attn_val": "attn_logit_softcapping",
 }
+LARGEST = 2**31 - 1
 FIELDS: dict[str, type] = {
     "hidden_size": int,
     "intermediate_size": int,
@@ -131,12 +131,10 @@ def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
 
 def _number(path: Path, key: str, value: object) -> int | float:
     kind = FIELDS[ALIASES.get(key, key)]
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 1e18 else value
-    if type(value) is not kind or not math.isfinite(value) or value <= 0:  # type: ignore
+    if type(value) not in (int, kind) or not 0 < value <= LARGEST:  # type: ignore[operator]
         wanted = "a positive whole number" if kind is int else "a positive number"
         raise InputError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:40]}")
-    return value  # type: ignore[return-value]
+    return kind(value)  # type: ignore[arg-type]
 
 
 def _check_token(path: Path, key: str, value: object) -> None:

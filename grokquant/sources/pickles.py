@@ -33,11 +33,16 @@ def read_headers(path: Path) -> tuple[ArrayHeader, ...]:
         if not path.is_file():
             raise InputError(f"{path}: not a file")
         with path.open("rb") as file:
-            return _Walker(file).walk()
+            return walk(file)
     except Malformed as error:
         raise InputError(f"{path}: not a Grok-1 tensor file: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def walk(file: BinaryIO) -> tuple[ArrayHeader, ...]:
+    """`read_headers` of an open file; raises Malformed."""
+    return _Walker(file).walk()
 
 
 def map_array(path: Path, header: ArrayHeader) -> Tensor:
@@ -88,6 +93,7 @@ class _Walker:
 
     def stop(self) -> tuple[ArrayHeader, ...]:
         require(self.position == self.size, f"{self.size - self.position} bytes follow its end")
+        require(self.frame_end == self.size, "its end is outside a frame")
         require(len(self.stack) == 1, f"it ends with {len(self.stack)} objects on the stack")
         return objects.headers(self.stack[0])
 

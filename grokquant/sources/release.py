@@ -21,6 +21,7 @@ LAYOUT, LOOKS_FOR = "release", "ckpt-0/tensor00000_000"
 FILE_PATTERN = re.compile(r"tensor(\d{5})_(\d{3})")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 CHUNK_ROWS = 4096
+MAX_LAYERS = 8000  # file names have five digits
 
 EMBEDDING, FINAL_NORM = "language_model/in_out_embed", "language_model/rms_norm"
 
@@ -134,6 +135,8 @@ def _read_leaves(directory: Path, layers: int | None) -> list[_Stored]:
     if layers is None:
         last = max(int(name[6:11]) for name in found)
         layers = -(-(last + 1 - len(TOP)) // len(LAYER))
+    if layers > MAX_LAYERS:
+        raise InputError(f"{directory}: {len(found)} files, too few for {layers} layers")
     names = leaf_names(layers)
     files = [file_name(index) for index in range(len(names))]
     complaint = f"a model of {layers} layers has {len(files)} files"

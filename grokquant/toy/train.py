@@ -1,8 +1,8 @@
 """Trains the embedded toy on the text of this Python installation and writes it as a release.
 
-    python -m grokquant.toy.train OUTPUT [--hours 1.5]
+    python -m grokquant.toy.train OUTPUT [--hours 0.7]
 
-Needs about 1.5 hours on two cores. The tokenizer is trained first; the text is the train part of
+Made with two cores in 42 minutes. The tokenizer is trained first; the text is the train part of
 `python_docs` plus the code (docstrings removed) of the same modules, so that the calibration and
 held-out documents stay unseen.
 """
@@ -12,6 +12,7 @@ import ast
 import math
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -21,10 +22,13 @@ from torch import Tensor
 
 from grokquant.calibration import python_docs
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM, GrokRouter
-from grokquant.sources.release_writer import quantize_leaf, write_release
+from grokquant.sources.release import LAYER, TOP, leaf_names
+from grokquant.sources.release_writer import Leaf, quantize_leaf, write_release
 
 VOCABULARY, WINDOW, BATCH = 2048, 256, 16
 DOCS_SHARE = 0.6  # of the windows of a batch; the rest is code
+# Row-parallel matrices of the release carry a scale per eighth of their rows.
+GROUPED, SCALE_GROUPS = ("moe/linear_1", "multi_head_attention/linear"), 8
 PEAK_LR, BALANCE_WEIGHT, WEIGHT_DECAY = 3e-3, 0.01, 0.1
 
 CONFIG = Grok1Config(
@@ -162,7 +166,10 @@ def train(model: Grok1ForCausalLM, batches: Batches, heldout: Tensor, seconds: f
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0}],
+        [
+            {"params": matrices, "weight_decay": WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0},
+        ],
         betas=(0.9, 0.98),
     )
     start, step = time.monotonic(), 0
@@ -180,13 +187,48 @@ def train(model: Grok1ForCausalLM, batches: Batches, heldout: Tensor, seconds: f
         step += 1
         if step % 100 == 0:
             held = heldout_loss(model, heldout, balance)
-            print(f"{spent:5.1%} step {step} loss {loss:.3f} held-out ppl {math.exp(held):.2f}", flush=True)
+            print(
+                f"{spent:5.1%} step {step} loss {loss:.3f} held-out ppl {math.exp(held):.2f}",
+                flush=True,
+            )
 
 
-def release_leaves(model: Grok1ForCausalLM) -> dict[str, object]:
-    """The model's tensors under the release's own names, matrices as int8 with bf16 scales."""
-    state = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
-    raise NotImplementedError(state)
+def release_leaves(model: Grok1ForCausalLM) -> Iterator[tuple[str, Leaf]]:
+    """The model's tensors under the release's names, matrices as int8 with bf16 scales."""
+    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    for name in leaf_names(CONFIG.num_hidden_layers):
+        if name in TOP:
+            yield name, state[TOP[name].tensor]
+            continue
+        layer, slot = name.removeprefix("transformer/decoder_layer_").split("/", 1)
+        leaf = LAYER[slot]
+        value = _stored(state, f"model.layers.{layer}.{leaf.tensor}")
+        groups = SCALE_GROUPS if slot in GROUPED else 1
+        yield name, quantize_leaf(value, groups) if leaf.quantized else value
+
+
+def _stored(state: dict[str, Tensor], tensor: str) -> Tensor:
+    """A tensor as the release stores it: [in, out], experts stacked in front."""
+    if ".experts.{expert}." not in tensor:
+        return state[tensor].T if state[tensor].ndim == 2 else state[tensor]
+    experts, part = tensor.removesuffix(".weight").split(".{expert}.")
+    if part == "w2":
+        return state[f"{experts}.down_proj"].transpose(1, 2)
+    gate, up = state[f"{experts}.gate_up_proj"].transpose(1, 2).chunk(2, dim=-1)
+    return gate if part == "w1" else up
+
+
+def release_config() -> dict:
+    """The fields that a config.json beside ckpt-0 carries."""
+    names = (
+        "architectures model_type vocab_size hidden_size intermediate_size num_hidden_layers "
+        "num_attention_heads num_key_value_heads head_dim num_local_experts num_experts_per_tok "
+        "attn_output_multiplier attn_logit_softcapping embedding_multiplier_scale "
+        "output_multiplier_scale rms_norm_eps rope_theta max_position_embeddings "
+        "pad_token_id bos_token_id eos_token_id tie_word_embeddings"
+    )
+    fields = CONFIG.to_dict() | {"architectures": ["Grok1ForCausalLM"]}
+    return {name: fields[name] for name in names.split()}
 
 
 def unigram_perplexity(train_tokens: Tensor, heldout: Tensor) -> float:
@@ -198,7 +240,7 @@ def unigram_perplexity(train_tokens: Tensor, heldout: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--hours", type=float, default=1.5)
+    parser.add_argument("--hours", type=float, default=0.7)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     docs = python_docs.documents("train")
@@ -211,7 +253,7 @@ def main() -> None:
     print(f"unigram held-out ppl {unigram_perplexity(docs_tokens, heldout):.1f}", flush=True)
     model = new_model()
     train(model, Batches(docs_tokens, code_tokens), heldout, arguments.hours * 3600)
-    torch.save(model.state_dict(), arguments.output / "state.pt")
+    write_release(arguments.output, release_config(), release_leaves(model))
 
 
 if __name__ == "__main__":

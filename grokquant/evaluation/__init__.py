@@ -1,0 +1,193 @@
+"""What quantization cost: the same tokens through both models, figures, reports."""
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+import grokquant
+from grokquant import papers
+from grokquant.calibration.text import load_documents, text_digest, token_rows
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.errors import InputError
+from grokquant.evaluation import report as parts
+from grokquant.evaluation.compare import Comparison, LayerDone, compare_checkpoints
+from grokquant.evaluation.html import write_report
+from grokquant.evaluation.report import Report
+from grokquant.evaluation.statistics import (
+    TokenFigures,
+    correlation,
+    mean_and_error,
+    perplexity,
+    quantile,
+    rms_and_error,
+)
+from grokquant.evaluation.tables import markdown_table
+from grokquant.output import REPORT_NAME
+from grokquant.recipe import EvalSection, load_recipe
+from grokquant.tokenizer import load_tokenizer
+from grokquant.types import Scheme
+
+_QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%")
+
+
+def settings_of(output: str | Path, changes: dict | None = None) -> EvalSection:
+    """The eval section of the recipe that `output` was made by, or the defaults, with `changes`.
+
+    Raises InputError where that recipe or the name of the text cannot be used.
+    """
+    recipe = Path(output) / "recipe.yaml"
+    settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
+    try:
+        return EvalSection(**(settings.model_dump() | (changes or {})))
+    except ValidationError as error:
+        raise InputError(f"eval: {error.errors()[0]['msg']}") from None
+
+
+def evaluate(
+    quantized: str | Path,
+    reference: str | Path,
+    settings: EvalSection | None = None,
+    layer_done: LayerDone | None = None,
+) -> Report:
+    """Runs both checkpoints over the same held-out tokens, block by block.
+
+    `settings` default to those of the recipe that made `quantized`. Raises InputError where the
+    two cannot be compared.
+    """
+    settings = settings or settings_of(quantized)
+    candidate, base = open_checkpoint(quantized), open_checkpoint(reference)
+    _check_comparable(candidate, base)
+    documents = load_documents(settings.data, "heldout")
+    tokenizer = load_tokenizer(base)
+    rows = token_rows(documents, tokenizer, settings.samples, settings.length, None)
+    comparison = compare_checkpoints(candidate, base, rows, layer_done)
+    return Report(
+        grokquant=grokquant.__version__,
+        quantized=_describe(candidate, quantized),
+        reference=_describe(base, reference),
+        protocol=_protocol(settings, documents, rows),
+        layers=tuple(parts.Layer(**vars(layer)) for layer in comparison.layers),
+        units=tuple(parts.UnitRow(**row) for row in _unit_rows(Path(quantized))),
+        **_figures(comparison),
+    )
+
+
+def publish(report: Report, output: Path, directory: Path | None = None) -> tuple[Path, Path]:
+    """Writes report.json and report.html (default: `output`/evaluation) and fills the card."""
+    paths = write_report(report, directory or output / "evaluation")
+    if (output / REPORT_NAME).is_file():
+        papers.fill_evaluation(output, markdown_table(report))
+    return paths
+
+
+def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:
+    for field in ("num_hidden_layers", "vocab_size", "hidden_size"):
+        found, expected = getattr(candidate.config, field), getattr(base.config, field)
+        if found != expected:
+            raise InputError(
+                f"{candidate.source.path}: {field} is {found}, the reference has {expected}"
+            )
+
+
+def _protocol(settings: EvalSection, documents: list[str], rows: torch.Tensor) -> parts.Protocol:
+    return parts.Protocol(
+        text="python-docs, held-out part" if settings.data == "python-docs" else settings.data,
+        text_sha256=text_digest(documents),
+        windows=rows.shape[0],
+        length=rows.shape[1],
+        tokens_scored=rows.shape[0] * (rows.shape[1] - 1),
+        scored="every token but the first of each window",
+        bos=False,
+        arithmetic="float32 on the stored weights, integers multiplied out to bf16",
+    )
+
+
+def _describe(checkpoint: Checkpoint, path: str | Path) -> parts.Checkpoint:
+    grids: dict[str, int] = {}
+    for _, ref in checkpoint.units():
+        grid = str(ref.scheme or ref.dtype).removeprefix("torch.")
+        grids[grid] = grids.get(grid, 0) + 1
+    return parts.Checkpoint(
+        path=str(path),
+        family=checkpoint.family.name,
+        layers=checkpoint.config.num_hidden_layers,
+        experts=checkpoint.config.num_local_experts,
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.stored_bytes,
+        bits_per_weight=checkpoint.bits_per_weight,
+        schemes=grids,
+    )
+
+
+def _unit_rows(quantized: Path) -> list[dict]:
+    """The rows of the quantization report, as the evaluation report shows them."""
+    path = quantized / REPORT_NAME
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["units"]
+        wanted = parts.UnitRow.model_fields
+        return [
+            {key: value for key, value in row.items() if key in wanted}
+            | {"scheme": str(Scheme(**row["scheme"]))}
+            for row in rows
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _figures(comparison: Comparison) -> dict:
+    """The figures of a comparison under the names of the report."""
+    figures = comparison.figures
+    mean_kld = parts.Estimate(**_estimate(mean_and_error(figures.kld)))
+    return {
+        "perplexity": _perplexity(figures),
+        "kld": parts.Divergence(mean=mean_kld, **_spread(figures.kld, _QUANTILES)),
+        "delta_p": parts.DeltaP(
+            mean=parts.Estimate(**_estimate(mean_and_error(figures.delta_p))),
+            rms=parts.Estimate(**_estimate(rms_and_error(figures.delta_p))),
+            **_spread(figures.delta_p, (*_QUANTILES, "75.0%", "25.0%")),
+        ),
+        "same_top_p": parts.Estimate(**_estimate(mean_and_error(figures.same_top))),
+        "noise_floor": parts.NoiseFloor(
+            mean_kld=comparison.noise_kld,
+            how="the reference against itself, the same windows in another batch order",
+        ),
+    }
+
+
+def _perplexity(figures: TokenFigures) -> parts.Perplexity:
+    """Both perplexities and how they compare, token by token (paired)."""
+    difference = figures.nll - figures.nll_reference
+    ln_ratio, ln_error = mean_and_error(difference)
+    (own, own_error), (base, base_error) = (
+        perplexity(nll) for nll in (figures.nll, figures.nll_reference)
+    )
+    ratio = own / base
+    log_variances = (own_error / own) ** 2 + (base_error / base) ** 2
+    covariance = own * base * (log_variances - ln_error**2)  # twice that of the two perplexities
+    variance = own_error**2 + base_error**2 - covariance
+    return parts.Perplexity(
+        reference=parts.Estimate(value=base, error=base_error),
+        quantized=parts.Estimate(value=own, error=own_error),
+        ratio=parts.Estimate(value=ratio, error=ratio * ln_error),
+        ln_ratio=parts.Estimate(value=ln_ratio, error=ln_error),
+        difference=parts.Estimate(value=own - base, error=max(variance, 0.0) ** 0.5),
+        correlation=correlation(figures.nll, figures.nll_reference),
+    )
+
+
+def _estimate(value_and_error: tuple[float, float]) -> dict:
+    return {"value": value_and_error[0], "error": value_and_error[1]}
+
+
+def _spread(x: torch.Tensor, quantiles: tuple[str, ...]) -> dict:
+    """Maximum, quantiles, median and minimum of per-token figures x [tokens]."""
+    named = {name: quantile(x, float(name[:-1]) / 100) for name in quantiles}
+    return {
+        "maximum": x.max().item(),
+        "median": quantile(x, 0.5),
+        "minimum": x.min().item(),
+    } | named

@@ -1,0 +1,164 @@
+"""Which numbers of a report go into which plot, and the sentences that need counting."""
+
+import re
+from collections import defaultdict
+
+from grokquant.evaluation.report import Layer, Report
+from grokquant.evaluation.svg import (
+    Mark,
+    Quantile,
+    Series,
+    bar_chart,
+    heat_map,
+    line_chart,
+    quantile_plot,
+    size_bars,
+)
+from grokquant.evaluation.tables import bf16_bytes, name_of, percent, quantile_rows, short, size
+
+_EXPERT_UNIT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.")
+_SHARES = {"maximum": 1.0, "median": 0.5, "minimum": 0.0}
+
+
+def kld_quantiles(report: Report) -> str:
+    """KLD over the share of tokens, on a logarithm, with the mean and the noise floor."""
+    markers = [("mean", report.kld.mean.value), ("noise floor", report.noise_floor.mean_kld)]
+    return quantile_plot(
+        "Share of tokens below a KL divergence",
+        _quantiles("kld", {name: nats for name, nats, _ in quantile_rows(report)}),
+        short,
+        "KLD in nats, logarithmic",
+        markers,
+        log_x=True,
+    )
+
+
+def delta_p_quantiles(report: Report) -> str:
+    return quantile_plot(
+        "Share of tokens below a change in the probability of the true token",
+        _quantiles("delta_p", {name: share for name, _, share in quantile_rows(report)}),
+        percent,
+        "Δp: quantized minus reference",
+    )
+
+
+def _quantiles(part: str, values: dict[str, float | None]) -> list[Quantile]:
+    return [
+        Quantile(name, _share(name), Mark(value, f"/{part}/{name}"))
+        for name, value in reversed(values.items())
+        if value is not None
+    ]
+
+
+def _share(name: str) -> float:
+    return _SHARES[name] if name in _SHARES else float(name.removesuffix("%")) / 100
+
+
+def layer_errors(report: Report) -> str:
+    marks = [
+        Mark(layer.relative_error, f"/layers/{i}/relative_error")
+        for i, layer in enumerate(report.layers)
+    ]
+    return bar_chart("Relative error of the hidden state after each layer", marks, percent, "layer")
+
+
+def router_agreement(report: Report) -> str:
+    keys = {"router_top1": "same first expert", "router_top2_set": "same two experts"}
+    series = [Series(name, _layer_marks(report, key)) for key, name in keys.items()]
+    drawn = [line for line in series if any(line.marks)]
+    return line_chart("Router agreement by layer", drawn, _agreement, "layer")
+
+
+def _layer_marks(report: Report, key: str) -> list[Mark | None]:
+    values = [getattr(layer, key) for layer in report.layers]
+    return [None if v is None else Mark(v, f"/layers/{i}/{key}") for i, v in enumerate(values)]
+
+
+def load_map(report: Report) -> str:
+    """Tokens of each expert as a share of those of its layer."""
+    columns = [_loads(layer, f"/layers/{i}") for i, layer in enumerate(report.layers)]
+    return heat_map("Share of tokens by layer and expert", columns, _load, "q")
+
+
+def _loads(layer: Layer, path: str) -> list[Mark]:
+    total = max(sum(layer.tokens_per_expert), 1)
+    return [
+        Mark(tokens / total, f"{path}/tokens_per_expert/{e}", tokens, f", {tokens:,} tokens")
+        for e, tokens in enumerate(layer.tokens_per_expert)
+    ]
+
+
+def shift_map(report: Report) -> str:
+    """Tokens that each expert gained or lost."""
+    columns = [[Mark(shift) for shift in _shifts(layer)] for layer in report.layers]
+    return heat_map("Tokens gained or lost by layer and expert", columns, _signed, "d")
+
+
+def unit_error_map(report: Report, key: str) -> str | None:
+    """Mean `key` (an error of units) of each expert, or None where no experts have it."""
+    errors: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for unit in report.units:
+        found, error = _EXPERT_UNIT.match(unit.name), getattr(unit, key)
+        if found and error is not None:
+            errors[int(found[1]), int(found[2])].append(error)
+    if len({expert for _, expert in errors}) < 2:
+        return None
+    layers, experts = (1 + max(key[axis] for key in errors) for axis in (0, 1))
+    columns = [
+        [Mark(sum(found) / len(found)) if (found := errors.get((i, e))) else None
+         for e in range(experts)]
+        for i in range(layers)
+    ]  # fmt: skip
+    return heat_map("Error by layer and expert", columns, _three_digits, "e")
+
+
+def sizes(report: Report) -> str:
+    model, reference = report.quantized, report.reference
+    bars = [
+        (name_of(model), Mark(model.bytes, "/quantized/bytes"), size(model.bytes)),
+        (name_of(reference), Mark(reference.bytes, "/reference/bytes"), size(reference.bytes)),
+        ("the same as bf16", Mark(bf16_bytes(model)), size(bf16_bytes(model))),
+    ]
+    return size_bars("Size of the weight files", bars)
+
+
+def least_fed(report: Report) -> str:
+    """Which expert sees least, and how even loads would look."""
+    tokens, layer, expert = min(
+        (tokens, layer.layer, expert)
+        for layer in report.layers
+        for expert, tokens in enumerate(layer.tokens_per_expert)
+    )
+    even = 1 / max(len(layer.tokens_per_expert) for layer in report.layers)
+    return (
+        f"Even would be {percent(even, 3)}. Least fed: layer {layer}, expert {expert}, "
+        f"with {tokens:,} tokens."
+    )
+
+
+def moved(report: Report) -> str:
+    """Net movement between experts over all layers."""
+    net = sum(abs(shift) for layer in report.layers for shift in _shifts(layer)) // 2
+    total = sum(sum(layer.reference_tokens_per_expert) for layer in report.layers)
+    return f"Net of exchanges, {net:,} of {total:,} ({percent(net / max(total, 1))}) moved."
+
+
+def _shifts(layer: Layer) -> list[int]:
+    pairs = zip(layer.tokens_per_expert, layer.reference_tokens_per_expert, strict=True)
+    return [own - theirs for own, theirs in pairs]
+
+
+def _three_digits(share: float) -> str:
+    return percent(share, 3)
+
+
+def _load(share: float) -> str:
+    return f"{share * 100:.1f} %"
+
+
+def _agreement(share: float) -> str:
+    return f"{share * 100:.4g} %"
+
+
+def _signed(shift: float) -> str:
+    return f"{shift:+,.0f}".replace("-", "−") if shift else "0"

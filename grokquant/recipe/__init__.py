@@ -1,0 +1,28 @@
+"""What to make: the recipe of a run, read from YAML or Python values."""
+
+from grokquant.recipe.reading import load_recipe, parse_recipe
+from grokquant.recipe.schema import (
+    TEXT_SUFFIXES,
+    CalibrationSection,
+    EvalSection,
+    ExpertsSection,
+    ModelSection,
+    OutputSection,
+    Recipe,
+    Rule,
+    check_data,
+)
+
+__all__ = [
+    "TEXT_SUFFIXES",
+    "CalibrationSection",
+    "EvalSection",
+    "ExpertsSection",
+    "ModelSection",
+    "OutputSection",
+    "Recipe",
+    "Rule",
+    "check_data",
+    "load_recipe",
+    "parse_recipe",
+]

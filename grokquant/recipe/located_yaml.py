@@ -1,0 +1,135 @@
+"""YAML 1.2 read into plain values that remember their line and column.
+
+Only what a recipe needs: mappings with text keys, lists and scalars. Anchors, aliases, tags, merge
+keys and duplicate keys are refused, so what is read is what is written, once.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+Loc = tuple[str | int, ...]  # the way to a value: ("quantize", 1, "bits")
+Mark = tuple[int, int]  # line and column, both from 1
+
+_TAG = "tag:yaml.org,2002:"
+_BOOLS = {"true": True, "false": False}
+
+
+class YamlProblem(Exception):
+    """YAML that cannot be read: `text` says why, `mark` where, if that is known."""
+
+    def __init__(self, text: str, mark: Mark | None = None):
+        super().__init__(text)
+        self.text, self.mark = text, mark
+
+
+@dataclass(frozen=True)
+class Document:
+    """A YAML document as dicts, lists and scalars, with the marks of its keys and values."""
+
+    value: Any
+    keys: dict[Loc, Mark]
+    values: dict[Loc, Mark]
+
+    def mark(self, loc: Loc, at_key: bool = False) -> Mark | None:
+        """Where `loc` stands, or the innermost mapping or list that should have held it."""
+        if at_key and loc in self.keys:
+            return self.keys[loc]
+        while loc and loc not in self.values:
+            loc = loc[:-1]
+        return self.values.get(loc)
+
+
+def read_yaml(text: str) -> Document:
+    """Parses one YAML document. Raises YamlProblem."""
+    reader = _Reader()
+    try:
+        root = YAML().compose(text)
+        value = None if root is None else reader.value(root, ())
+    except RecursionError:
+        raise YamlProblem("nested too deeply") from None
+    except YAMLError as error:
+        raise _explained(error) from None
+    return Document(value, reader.keys, reader.values)
+
+
+@dataclass
+class _Reader:
+    keys: dict[Loc, Mark] = field(default_factory=dict)
+    values: dict[Loc, Mark] = field(default_factory=dict)
+
+    def value(self, node: Node, loc: Loc) -> Any:
+        mark = _mark(node)
+        self.values[loc] = mark
+        if node.anchor:
+            raise YamlProblem("anchors and aliases are not supported", mark)
+        if isinstance(node, SequenceNode) and node.tag == _TAG + "seq":
+            return [self.value(item, (*loc, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, MappingNode) and node.tag == _TAG + "map":
+            return self._mapping(node, loc)
+        return _scalar(node, mark)
+
+    def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            mark = _mark(key_node)
+            key = _scalar(key_node, mark)
+            if not isinstance(key, str):
+                raise YamlProblem(f"a key should be text, not {key_node.value}", mark)
+            if key in mapping:
+                raise YamlProblem(f"duplicate key {key}", mark)
+            self.keys[(*loc, key)] = mark
+            mapping[key] = self.value(value_node, (*loc, key))
+            if value_node.value == "":
+                self.values[(*loc, key)] = mark  # an empty value stands wherever the next key does
+        return mapping
+
+
+def _scalar(node: Node, mark: Mark) -> Any:
+    construct = _SCALARS.get(str(node.tag))
+    if construct is None or not isinstance(node, ScalarNode):
+        tag = str(node.tag).removeprefix(_TAG)
+        raise YamlProblem(f"a YAML {tag} is not supported here", mark)
+    try:
+        return construct(node.value)
+    except ValueError:
+        raise YamlProblem(f"not a usable number: {node.value[:40]}", mark) from None
+
+
+def _integer(text: str) -> int:
+    digits = text.replace("_", "")
+    return int(digits, 0 if re.match(r"[-+]?0[box]", digits) else 10)
+
+
+def _real(text: str) -> float:
+    return float(re.sub(r"\.(inf|nan)", r"\1", text.replace("_", "").lower()))
+
+
+# Dates stay text: no key of a recipe is one, but a directory may be named after one.
+_SCALARS: dict[str, Callable[[str], Any]] = {
+    _TAG + "str": str,
+    _TAG + "timestamp": str,
+    _TAG + "value": str,
+    _TAG + "int": _integer,
+    _TAG + "float": _real,
+    _TAG + "bool": lambda text: _BOOLS.get(text.lower(), text),
+    _TAG + "null": lambda text: None,
+}
+
+
+def _mark(node: Node) -> Mark:
+    return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _explained(error: YAMLError) -> YamlProblem:
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return YamlProblem(str(getattr(error, "reason", error)))
+    mark = error.problem_mark.line + 1, error.problem_mark.column + 1
+    if "'\\t'" in str(error.problem):
+        return YamlProblem("a tab where YAML wants spaces", mark)
+    return YamlProblem(str(error.problem), mark)

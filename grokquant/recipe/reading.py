@@ -1,0 +1,202 @@
+"""Recipes from files, `--set` overrides and Python values; every error is one line that names the
+place, the key and what was expected there."""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from grokquant.errors import InputError
+from grokquant.recipe.located_yaml import Document, Loc, Mark, YamlProblem, read_yaml
+from grokquant.recipe.schema import Recipe, Section
+
+_MAX_BYTES = 1_000_000
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file. Each override is `key.sub=value` (`quantize[0].bits=8`), its value YAML.
+
+    Raises InputError with one line: `file:line:column: key: problem`, or `--set key: problem`.
+    """
+    try:
+        document = read_yaml(_read_text(path))
+    except YamlProblem as problem:
+        raise _input_error(_at(str(path), problem.mark), problem.text) from None
+    values = {} if document.value is None else document.value
+    if not isinstance(values, dict):
+        raise _input_error(_at(str(path), document.mark(())), "expected a mapping of keys")
+    overridden = tuple(_apply_override(values, override) for override in overrides)
+    return _validated(values, _Origin(str(path), document, overridden))
+
+
+def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
+    """A recipe from Python values. Raises InputError: `recipe: key: problem`."""
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"recipe: expected a mapping of keys, not {type(mapping).__name__}")
+    return _validated(dict(mapping), _Origin("recipe"))
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise _input_error(f"{path}: ", getattr(error, "strerror", None) or str(error)) from None
+    if len(raw) > _MAX_BYTES:
+        raise _input_error(f"{path}: ", f"larger than {_MAX_BYTES} bytes, not a recipe")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _input_error(f"{path}: ", f"not UTF-8 text (byte {error.start})") from None
+
+
+def _apply_override(values: dict, override: str) -> Loc:
+    """Sets one `key=value` in `values` and returns where."""
+    key, equals, text = override.partition("=")
+    parts = re.sub(r"\[(\d{1,9})\]", r".\1", key.strip()).split(".")
+    if not equals or "" in parts:
+        raise _input_error(f"--set {override}: ", "expected KEY=VALUE, as in quantize[0].bits=8")
+    try:
+        value = read_yaml(text).value
+    except YamlProblem as problem:
+        raise _input_error(f"--set {key}: ", problem.text) from None
+    container: Any = values
+    loc: Loc = ()
+    for part in parts[:-1]:
+        place = _place(container, part, loc)
+        if isinstance(container, dict) and container.get(place) is None:
+            container[place] = {}
+        container, loc = container[place], (*loc, place)
+    place = _place(container, parts[-1], loc)
+    container[place] = value
+    return (*loc, place)
+
+
+def _place(container: Any, part: str, loc: Loc) -> Any:
+    """`part` as a key or index of `container`, the value at `loc`."""
+    if isinstance(container, dict):
+        return part
+    if not isinstance(container, list):
+        raise _input_error(f"--set {_dotted((*loc, part))}: ", f"{_dotted(loc)} holds no keys")
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(container):
+        text = f"{_dotted(loc)} is a list with indices 0 to {len(container) - 1}"
+        raise _input_error(f"--set {_dotted((*loc, part))}: ", text)
+    return int(part)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a recipe's values came from: a file with overrides, or a Python mapping."""
+
+    name: str
+    document: Document | None = None
+    overridden: tuple[Loc, ...] = ()
+
+    def mark(self, loc: Loc, at_key: bool) -> Mark | None:
+        """Line and column of `loc` in the file, None if an override or a mapping brought it."""
+        if self.document is None or self._is_overridden(loc, self.document):
+            return None
+        return self.document.mark(loc, at_key)
+
+    def prefix(self, loc: Loc, at_key: bool) -> str:
+        if self.document is not None and self._is_overridden(loc, self.document):
+            return "--set "
+        return _at(self.name, self.mark(loc, at_key))
+
+    def _is_overridden(self, loc: Loc, document: Document) -> bool:
+        def brought(override: Loc) -> bool:
+            above = override[: len(loc)] == loc and loc not in document.values
+            return above or loc[: len(override)] == override
+
+        return any(brought(override) for override in self.overridden)
+
+
+def _validated(values: dict, origin: _Origin) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as invalid:
+        errors = invalid.errors(include_url=False)
+
+    def rank(error: ErrorDetails) -> tuple[bool, Mark]:
+        """What is there and wrong comes before what is missing: a typo causes both."""
+        missing = error["type"] in ("missing", "too_short")
+        return missing, origin.mark(_loc(error), _is_unknown(error)) or (0, 0)
+
+    first = min(errors, key=rank)
+    loc = _loc(first)
+    key = f"{_dotted(loc)}: " if loc else ""
+    raise _input_error(origin.prefix(loc, _is_unknown(first)) + key, _explanation(first, loc))
+
+
+def _loc(error: ErrorDetails) -> Loc:
+    if error["type"] == "rule":
+        return (*error["loc"], error["ctx"]["key"])
+    return error["loc"]
+
+
+def _is_unknown(error: ErrorDetails) -> bool:
+    return error["type"] == "extra_forbidden"
+
+
+def _explanation(error: ErrorDetails, loc: Loc) -> str:
+    match error["type"]:
+        case "extra_forbidden":
+            return _suggestion(loc)
+        case "missing":
+            return "required, but missing"
+        case "model_type":
+            return "expected a mapping of keys"
+        case "tuple_type":
+            return "expected a list"
+        case "too_short":
+            return "expected at least one entry"
+        case "value_error":
+            return str(error["ctx"]["error"])
+        case "rule" | "invalid_key":
+            return error["msg"]
+    return f"{error['msg']}, not {_quote(error['input'])}"
+
+
+def _section_at(loc: Loc) -> type[Section]:
+    """The section that holds the keys at `loc`: (), ("model",) or ("quantize", 1)."""
+    if not loc:
+        return Recipe
+    annotation = Recipe.model_fields[str(loc[0])].annotation
+    section = get_args(annotation)[0] if len(loc) > 1 else annotation
+    assert isinstance(section, type) and issubclass(section, Section)
+    return section
+
+
+def _suggestion(loc: Loc) -> str:
+    """What may have been meant by the unknown key at `loc`."""
+    known = list(_section_at(loc[:-1]).model_fields)
+    if near := difflib.get_close_matches(str(loc[-1]), known, n=1):
+        return f"unknown key, did you mean {_dotted((*loc[:-1], near[0]))}?"
+    return f"unknown key, expected one of {', '.join(known)}"
+
+
+def _quote(value: object) -> str:
+    """A value as YAML would show it, if it is short enough for an error line."""
+    if isinstance(value, (str, int, float)) or value is None:
+        text = json.dumps(value, ensure_ascii=False)
+        return text if len(text) <= 60 else text[:57] + "..."
+    kinds: dict[type, str] = {dict: "mapping", list: "list"}
+    return f"a {kinds.get(type(value), type(value).__name__)}"
+
+
+def _dotted(loc: Loc) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
+
+
+def _at(name: str, mark: Mark | None) -> str:
+    return f"{name}: " if mark is None else f"{name}:{mark[0]}:{mark[1]}: "
+
+
+def _input_error(prefix: str, text: str) -> InputError:
+    return InputError(" ".join((prefix + text).split()))

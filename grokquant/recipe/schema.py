@@ -1,0 +1,236 @@
+"""The keys of a recipe: what to make, never how to run.
+
+No device, rank or work folder is named here: the same recipe gives the same bytes everywhere.
+"""
+
+import io
+import os
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from ruamel.yaml import YAML
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+_SIZE_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+# The keys of a rule that each method takes besides match and method, with what it takes if unset.
+_METHOD_KEYS: dict[str, dict[str, Any]] = {
+    "keep": {},
+    "copy": {"bits": 8, "group": "release", "symmetric": True, "scale_dtype": "bfloat16"},
+    "rtn": {
+        "bits": None,
+        "group": 128,
+        "symmetric": True,
+        "scale_dtype": "bfloat16",
+        "scale": "mse",
+    },
+}
+_METHOD_KEYS["gptq"] = _METHOD_KEYS["rtn"] | {"act_order": True, "damping": 0.01}
+
+
+def check_data(data: str) -> str:
+    """Returns `data` if it can name a text: `python-docs`, a .txt, .jsonl or .parquet file, or
+    `hub/name[:config[:split]]` of the datasets library. Raises ValueError otherwise."""
+    is_file = Path(data).suffix.lower() in TEXT_SUFFIXES
+    if data == "python-docs" or is_file or "/" in data.partition(":")[0]:
+        return data
+    raise ValueError(
+        "expected python-docs, a .txt, .jsonl or .parquet file, or a datasets name such as "
+        f"hub/name:config:split, not {data!r}"
+    )
+
+
+def _check_path(path: object) -> object:
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    if isinstance(path, str) and (not path.strip() or "\0" in path):
+        raise ValueError(f"expected a path, not {path!r}")
+    return path
+
+
+def _parse_size(size: object) -> object:
+    """Bytes of a size such as "5GB" (decimal) or "4GiB" (binary)."""
+    if not isinstance(size, str):
+        return size
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMG]i?B)", size.strip())
+    if not match:
+        raise ValueError(f"expected a size such as 5GB or 500MB, or bytes, not {size[:40]!r}")
+    return int(float(match[1]) * _SIZE_UNITS[match[2]])
+
+
+def _format_size(size: int) -> str | int:
+    fitting = (name for name, unit in _SIZE_UNITS.items() if size % unit == 0)
+    unit = next(fitting, None)
+    return size if unit is None else f"{size // _SIZE_UNITS[unit]}{unit}"
+
+
+PathText = Annotated[str, BeforeValidator(_check_path)]
+DataName = Annotated[
+    str, BeforeValidator(lambda data: check_data(data) if isinstance(data, str) else data)
+]
+ByteSize = Annotated[int, BeforeValidator(_parse_size), Field(ge=1), PlainSerializer(_format_size)]
+Rows = Annotated[int, Field(ge=1)]
+RowLength = Annotated[int, Field(ge=8)]
+
+
+class Section(BaseModel):
+    """Base of all parts of a recipe: frozen, strict about types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The checkpoint to start from; `path: toy` is the embedded toy.
+
+    `config` names a config.json for a release that carries none and is not Grok-1 itself.
+    """
+
+    path: PathText
+    config: PathText | None = None
+
+
+class CalibrationSection(Section):
+    """The text that Hessians are taken from: `samples` rows of `length` tokens, drawn by `seed`."""
+
+    data: DataName = "python-docs"
+    samples: Rows = 128
+    length: RowLength = 2048
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Rule(Section):
+    """How the units that `match` names are stored; of several rules the first that matches counts.
+
+    `match` is a glob over unit names such as `layers.3.experts.5.down`: `*`, `?` and `[0-3]` stay
+    within one dot-separated part, a part `**` stands for any number of parts.
+    `keep` leaves units in bfloat16, `copy` takes the source's int8 as it is, `rtn` rounds to
+    nearest, `gptq` rounds with error feedback. Keys that a method does not take must be unset.
+    """
+
+    match: Annotated[str, Field(min_length=1, max_length=200)]
+    method: Literal["keep", "copy", "rtn", "gptq"]
+    bits: Literal[4, 8] | None = None
+    group: Literal[32, 64, 128, "channel", "release"] | None = None
+    symmetric: bool = True
+    scale_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    scale: Literal["absmax", "mse"] = "mse"
+    act_order: bool = True
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+
+    def matches(self, unit_name: str) -> bool:
+        return _glob_matches(self.match.split("."), unit_name.split("."))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Refuses keys that the method does not take, sets the others. null counts as unset."""
+        method = values.get("method") if isinstance(values, dict) else None
+        if not isinstance(method, str) or method not in _METHOD_KEYS:
+            return values
+        given = {key: value for key, value in values.items() if value is not None}
+        for key in given:
+            if key in cls.model_fields and key not in {"match", "method", *_METHOD_KEYS[method]}:
+                takers = " and ".join(name for name, keys in _METHOD_KEYS.items() if key in keys)
+                raise _rule_error(key, f"method {method} does not take it, only {takers}")
+        return _METHOD_KEYS[method] | given
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> "Rule":
+        if self.method in ("rtn", "gptq"):
+            if self.bits is None:
+                raise _rule_error("bits", f"method {self.method} needs it: 4 or 8")
+            if self.group == "release":
+                raise _rule_error("group", "only method copy keeps the release's own groups")
+        if self.method == "copy":
+            for key in ("bits", "symmetric", "scale_dtype"):
+                stored = _METHOD_KEYS["copy"][key]
+                if getattr(self, key) != stored:
+                    text = f"method copy takes the release as it is, {stored} here"
+                    raise _rule_error(key, text)
+        return self
+
+    @model_serializer
+    def _taken_keys(self) -> dict[str, Any]:
+        keys = ("match", "method", *_METHOD_KEYS[self.method])
+        return {key: getattr(self, key) for key in keys}
+
+
+class ExpertsSection(Section):
+    """What becomes of experts that calibration seldom reached.
+
+    With fewer than `blend_tokens` routed tokens (unset: 4 x the input features of the matrix) an
+    expert's Hessian takes the Hessian of all tokens as its prior; with fewer than `min_tokens` the
+    expert is rounded to nearest, which counts as a fallback.
+    """
+
+    blend_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 32
+
+
+class OutputSection(Section):
+    """Where the result goes and in which format; `shard` is the largest file in bytes."""
+
+    path: PathText
+    format: Literal["compressed-tensors"] = "compressed-tensors"
+    shard: ByteSize = 5 * 10**9
+
+
+class EvalSection(Section):
+    """The held-out text that the result is compared with its source on: the first `samples` rows
+    of `length` tokens."""
+
+    data: DataName = "python-docs"
+    samples: Rows = 64
+    length: RowLength = 2048
+
+
+class Recipe(Section):
+    """One run: what goes in, how each unit is quantized, what comes out and how it is judged.
+
+    `max_fallbacks` is the largest share of units that may fall back to rtn before the run fails.
+    """
+
+    model: ModelSection
+    calibration: CalibrationSection = CalibrationSection()
+    quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
+    experts: ExpertsSection = ExpertsSection()
+    max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.01
+    output: OutputSection
+    eval: EvalSection = EvalSection()
+
+    def rule_for(self, unit_name: str) -> Rule | None:
+        """The first rule that matches `unit_name`, None if none does."""
+        return next((rule for rule in self.quantize if rule.matches(unit_name)), None)
+
+    def to_yaml(self) -> str:
+        """The recipe with all defaults written out; `load_recipe` reads an equal one from it."""
+        yaml = YAML()
+        yaml.width = 1 << 30  # never fold a long path
+        text = io.StringIO()
+        yaml.dump(self.model_dump(exclude_none=True), text)
+        return text.getvalue()
+
+
+def _glob_matches(pattern: list[str], name: list[str]) -> bool:
+    if not pattern or not name:
+        return not name and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _glob_matches(pattern[1:], name) or _glob_matches(pattern, name[1:])
+    return fnmatchcase(name[0], pattern[0]) and _glob_matches(pattern[1:], name[1:])
+
+
+def _rule_error(key: str, text: str) -> PydanticCustomError:
+    return PydanticCustomError("rule", "{text}", {"key": key, "text": text})
