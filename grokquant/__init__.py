@@ -9,7 +9,7 @@ from grokquant.runtime.load import load
 from grokquant.tokenizer import register as _register_tokenizer
 
 if TYPE_CHECKING:
-    from grokquant.evaluation.report import EvaluationReport
+    from grokquant.evaluation.report import Report
     from grokquant.plan import Plan
     from grokquant.recipe import Recipe
 
@@ -18,8 +18,6 @@ __all__ = ["evaluate", "load", "plan", "quantize"]
 
 _grok_model.register()
 _register_tokenizer()
-
-RecipeLike = "Recipe | str | Path | Mapping"
 
 
 def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
@@ -39,14 +37,18 @@ def quantize(recipe: "Recipe | str | Path | Mapping") -> Path:
 def evaluate(
     quantized: str | Path,
     reference: str | Path,
-    text: str = "python-docs",
-    windows: int = 64,
-    length: int = 256,
-) -> "EvaluationReport":
-    """Compares a quantized output with its reference on the same tokens, both streamed."""
-    from grokquant.evaluation import evaluate as run
+    data: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> "Report":
+    """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    return run(quantized, reference, text, windows, length)
+    What is not given comes from the eval section of the recipe that made `quantized`.
+    """
+    from grokquant import evaluation
+
+    settings = evaluation.settings_of(quantized, data, samples, length)
+    return evaluation.evaluate(quantized, reference, settings)
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":

@@ -61,9 +61,8 @@ def _check_complete(checkpoint: Checkpoint) -> None:
             raise InputError(f"{checkpoint.source.path}: tensor {name} is missing")
         if tensors[name].shape != shape:
             found = list(tensors[name].shape)
-            raise InputError(
-                f"{checkpoint.source.path}: {name} has shape {found}, config.json says {list(shape)}"
-            )
+            expected = f"config.json says {list(shape)}"
+            raise InputError(f"{checkpoint.source.path}: {name} has shape {found}, {expected}")
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -74,8 +73,8 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     for name, parameter in model.named_parameters():
         if f".{family.experts}." not in name:
             shapes[name] = tuple(parameter.shape)
-    for layer, block in enumerate(model.base_model.layers):
-        experts = block.get_submodule(family.experts)
+    for layer, block in enumerate(family.layers(model)):
+        experts = family.experts_of(block)
         inner, hidden = experts.down_proj.shape[2], experts.down_proj.shape[1]
         for expert in range(config.num_local_experts):
             for part, name in family.expert_tensors(layer, expert).items():

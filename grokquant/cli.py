@@ -117,19 +117,23 @@ def evaluate(
     Both models are streamed, neither has to fit in memory. Text, windows and length default to the
     eval section of the recipe that OUTPUT was made by.
     """
+    from rich.console import Console
+
     from grokquant import evaluation
+    from grokquant.evaluation.tables import terminal_table, verdict
     from grokquant.terminal import LayerProgress
 
-    given = {"data": text, "samples": windows, "length": length}
-    settings = evaluation.settings_of(output, {k: v for k, v in given.items() if v is not None})
+    settings = evaluation.settings_of(output, text, windows, length)
     with LayerProgress() as progress:
         report = evaluation.evaluate(output, reference, settings, progress.layer_done)
     _, page = evaluation.publish(report, Path(output), Path(directory) if directory else None)
     if as_json:
         _print_json(report.to_json())
         return
-    print_report(report)
-    click.echo(f"report: {page}")
+    console = Console(soft_wrap=True)
+    console.print(terminal_table(report))
+    console.print(verdict(report), highlight=False)
+    console.print(f"report: {page}", highlight=False)
 
 
 @main.command()

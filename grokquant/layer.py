@@ -1,6 +1,7 @@
 """Quantizing one block while the calibration tokens pass through it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class LayerQuantizer:
             site = None
             if unit.method == "gptq":
                 X = self.model.inputs_of(self.index, unit.tensor, hidden)
-                site = self._site(X, None, lambda X=X: accumulate(X))
+                site = self._site(X, None, partial(accumulate, X))
             self.model.replace(self.index, unit.tensor, self._quantize(unit, site).dequantize())
 
     def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:

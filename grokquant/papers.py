@@ -93,8 +93,8 @@ quantized_by: grokquant
 # {Path(plan.recipe.output.path).name}
 
 A quantized {plan.checkpoint.family.name} of {plan.checkpoint.parameters:,} weights, \
-{plan.bits_per_weight:.2f} bits per weight ({plan.output_bytes / 1e9:.3g} GB), made by grokquant from \
-`{name}`. "bf16" below is that source with its stored integers multiplied out.
+{plan.bits_per_weight:.2f} bits per weight ({plan.output_bytes / 1e9:.3g} GB), made by grokquant \
+from `{name}`. "bf16" below is that source with its stored integers multiplied out.
 
 ## What was quantized
 

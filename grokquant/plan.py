@@ -1,4 +1,4 @@
-"""Decides everything before anything is spent: which matrix gets which grid and how large it gets."""
+"""Decides everything before anything is spent: which matrix gets which grid, and its size."""
 
 import shutil
 from collections.abc import Iterable
@@ -145,12 +145,13 @@ def _group_size(name: str, ref: TensorRef, rule: Rule) -> int | None:
     copy repeats stored scales for groups as large as both the rule and the source allow.
     """
     columns = ref.shape[1]
-    group = columns if rule.group == "channel" else rule.group
-    if rule.method == "copy" or group == "release":
+    group = columns
+    if rule.method == "copy" and rule.group != "channel":
         if ref.scheme is None:
-            raise InputError(f"{name}: {rule.method} {group} needs a source that stores integers")
-        stored = ref.scheme.group_size or columns
-        group = stored if group == "release" else gcd(stored, group)
+            raise InputError(f"{name}: method copy needs a source that stores integers")
+        group = ref.scheme.group_size or columns
+    if isinstance(rule.group, int):
+        group = gcd(group, rule.group) if rule.method == "copy" else rule.group
     return None if group == columns else group
 
 

@@ -54,9 +54,10 @@ def round_unit(
     InputError where the source holds non-finite weights.
     """
     start = time.perf_counter()
+    fallback: str | None = None
+    errors: tuple[float, float | None] = (0.0, None)
     if unit.method == "copy":
-        quantized, errors = copy_quantized(ref.read_quantized(), unit.scheme), (0.0, None)
-        fallback = None
+        quantized = copy_quantized(ref.read_quantized(), unit.scheme)
     else:
         W = _finite(ref)
         quantized, fallback = _round(unit, rule, W, site)

@@ -1,4 +1,4 @@
-"""Proof that an output holds what was planned: every unit present, with its bits, finite, intact."""
+"""Proof that an output holds what was planned: every unit present, on its grid, intact."""
 
 import json
 from collections.abc import Mapping
@@ -43,8 +43,8 @@ def _check_sums(path: Path) -> None:
     sums = path / SUMS_NAME
     if not sums.is_file():
         raise GateError(f"{sums}: is missing")
-    listed = dict(reversed(line.split("  ", 1)) for line in sums.read_text().splitlines())
-    for name, expected in listed.items():
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        expected, _, name = line.partition("  ")
         if not (path / name).is_file():
             raise GateError(f"{path / name}: is missing")
         if sha256(path / name) != expected:

@@ -42,7 +42,7 @@ def naive_weights(layers: int, groups: int = 8, seed: int = 0) -> dict:
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> np.ndarray:
-    """[.., K, N] int8 with [.., G, N] scales; group g covers rows g*K/G .. (g+1)*K/G. bf16 product."""
+    """[.., K, N] int8, [.., G, N] scales; group g covers rows g*K/G .. (g+1)*K/G; bf16 product."""
     rows, groups = codes.shape[-2], scales.shape[-2]
     wide = scales.repeat_interleave(rows // groups, dim=-2)
     return (codes.bfloat16() * wide).double().numpy()

@@ -526,7 +526,7 @@ def test_fuzz_finds_only_refusals_and_arrays_inside_the_file():
         raw = mutated(NUMPY_1, generator)
         try:
             for header in walk(io.BytesIO(raw)):
-                assert 0 < header.offset and header.offset + header.nbytes < len(raw)
+                assert header.offset > 0 and header.offset + header.nbytes < len(raw)
         except Malformed:
             refused += 1
     assert refused > 15_000

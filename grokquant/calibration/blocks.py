@@ -43,7 +43,7 @@ class Exchange:
         return self.outputs[self.position - len(x) : self.position].to(x.dtype)
 
 
-def _streamed_experts(self: nn.Module, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+def _streamed_experts(self: Any, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
     return self.exchange(x, experts, gates)
 
 
@@ -57,6 +57,7 @@ class Tap(nn.Module):
         super().__init__()
         self.arguments: tuple[tuple, dict] = ((), {})
         self.hidden: Tensor | None = None
+        self.entered = torch.empty(0)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.entered, self.arguments = h, (args, kwargs)
@@ -74,7 +75,7 @@ class BlockwiseModel:
         self.config = deepcopy(checkpoint.config)
         self.config._experts_implementation = STREAMED
         self.model = self.family.empty_model(self.config)
-        self.layers = self.model.base_model.layers
+        self.layers = self.family.layers(self.model)
         self.taps = [Tap() for _ in self.layers]
         self.model.base_model.layers = nn.ModuleList(self.taps)
         for name, _ in list(self.model.named_parameters()):
@@ -86,9 +87,9 @@ class BlockwiseModel:
         """Hidden states that enter the first block, of token ids [rows, time]."""
         entered = []
         for rows in tokens.split(_rows_at_once(tokens)):
-            self.model.base_model(input_ids=rows)
+            self.model.base_model.forward(input_ids=rows)
             entered.append(self.taps[0].entered)
-        self.model.base_model(input_ids=tokens[:1])  # leaves masks that broadcast over rows
+        self.model.base_model.forward(input_ids=tokens[:1])  # leaves masks that broadcast over rows
         return torch.cat(entered)
 
     @torch.no_grad()
@@ -146,7 +147,7 @@ class BlockwiseModel:
 
     def apply_gate(self, index: int, gate: Tensor, up: Tensor) -> Tensor:
         """The family's activation of an expert's hidden units [tokens, inner]."""
-        experts = self.layers[index].get_submodule(self.family.experts)
+        experts = self.family.experts_of(self.layers[index])
         return experts._apply_gate(torch.cat((gate, up), dim=-1))
 
     def expert_weight(self, tensor: str) -> Tensor:
@@ -172,7 +173,7 @@ class BlockwiseModel:
 
     def _exchange(self, index: int) -> Exchange:
         exchange = Exchange()
-        self.layers[index].get_submodule(self.family.experts).exchange = exchange
+        self.family.experts_of(self.layers[index]).exchange = exchange
         return exchange
 
     def _run_rows(self, index: int, hidden: Tensor) -> Tensor:
@@ -190,5 +191,5 @@ class BlockwiseModel:
 
 
 def _rows_at_once(rows: Tensor) -> int:
-    """Rows [rows, time, ...] in one forward pass: enough to fill the cores, few enough for memory."""
+    """Rows [rows, time, ...] in one forward pass: enough for the cores, few enough for memory."""
     return max(1, _TOKENS_AT_ONCE // rows.shape[1])

@@ -32,15 +32,22 @@ from grokquant.types import Scheme
 _QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%")
 
 
-def settings_of(output: str | Path, changes: dict | None = None) -> EvalSection:
-    """The eval section of the recipe that `output` was made by, or the defaults, with `changes`.
+def settings_of(
+    output: str | Path,
+    data: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> EvalSection:
+    """The eval section of the recipe that made `output`, or the defaults, with what is given.
 
     Raises InputError where that recipe or the name of the text cannot be used.
     """
     recipe = Path(output) / "recipe.yaml"
     settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
+    given = {"data": data, "samples": samples, "length": length}
+    changes = {key: value for key, value in given.items() if value is not None}
     try:
-        return EvalSection(**(settings.model_dump() | (changes or {})))
+        return EvalSection(**(settings.model_dump() | changes))
     except ValidationError as error:
         raise InputError(f"eval: {error.errors()[0]['msg']}") from None
 

@@ -54,7 +54,6 @@ th,td{text-align:left;vertical-align:top;padding:8px 14px 8px 0;border-top:1px s
 th:last-child,td:last-child{padding-right:0}
 thead th{border-top:0;color:var(--soft);font-weight:400;font-size:.85rem}
 tbody th{font-weight:400}
-tbody.main th,tr.lead th,tr.lead .num{font-weight:600}
 .num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .err,.words{color:var(--soft)}
 .words{font-size:.9rem}

@@ -16,6 +16,8 @@ from grokquant.evaluation.report import Checkpoint, Estimate, Report
 LOWER, HIGHER = "↓ lower", "↑ higher"
 NEAR_ONE, NEAR_ZERO = "→ near 1", "→ near 0"
 
+# Keeps a number and its unit on one line.
+NBSP = "\u00a0"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -174,7 +176,7 @@ def verdict(report: Report) -> str:
     kld, top, model = report.kld.mean.value, report.same_top_p.value, report.quantized
     return (
         f"{_perplexity_words(report.perplexity.ratio)}, the average token’s distribution moves by "
-        f"{rough(kld)} nats, and {top * 100:.1f} % of top tokens stay the same. "
+        f"{rough(kld)}{NBSP}nats, and {top * 100:.1f}{NBSP}% of top tokens stay the same. "
         f"{model.bits_per_weight:.2f} bits per weight: {size(model.bytes)} instead of "
         f"{size(bf16_bytes(model))} as bf16."
     )
@@ -182,7 +184,7 @@ def verdict(report: Report) -> str:
 
 def _perplexity_words(ratio: Estimate) -> str:
     percent, error = (ratio.value - 1) * 100, ratio.error * 100
-    shown = f"{number(abs(percent), error)} % (± {number(error, error)})"
+    shown = f"{number(abs(percent), error)}{NBSP}% (±{NBSP}{number(error, error)})"
     if percent == 0:
         return "Perplexity is the same"
     verb = "rises" if percent > 0 else "falls"
@@ -230,17 +232,17 @@ def _scientific(value: float) -> str:
 
 
 def with_unit(text: str, unit: str) -> str:
-    return f"{text} {unit}" if unit else text  # no-break space
+    return f"{text}{NBSP}{unit}" if unit else text
 
 
 def percent(share: float, digits: int = 2) -> str:
     """A fraction in percent with so many significant digits: 0.41 %, 12.5 %."""
     shown = share * 100
     if shown == 0:
-        return "0 %"
+        return f"0{NBSP}%"
     decimals = max(digits - 1 - floor(log10(abs(shown))), 0)
     text = f"{shown:.{decimals}f}" if decimals < 6 else _scientific(shown)
-    return f"{text} %".replace("-", "−")
+    return f"{text}{NBSP}%".replace("-", "−")
 
 
 def rough(value: float) -> str:
@@ -260,7 +262,7 @@ def count(things: int) -> str:
     """7.7 million, 314 billion."""
     for word, factor in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
         if things >= factor:
-            return f"{_three_digits(things / factor)} {word}"
+            return f"{_three_digits(things / factor)}{NBSP}{word}"
     return str(things)
 
 
@@ -268,8 +270,8 @@ def size(stored: int) -> str:
     """Bytes in decimal units: 4.10 MB, 158 GB."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if stored >= factor:
-            return f"{_three_digits(stored / factor)} {unit}"
-    return f"{stored} B"
+            return f"{_three_digits(stored / factor)}{NBSP}{unit}"
+    return f"{stored}{NBSP}B"
 
 
 def _three_digits(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Model families: how tensors are named and how one block runs. A new one is a line in `FAMILIES`."""
+"""Model families: how tensors are named and how a block runs. A new one is a line in FAMILIES."""
 
 from grokquant.errors import InputError
 from grokquant.families.family import Family

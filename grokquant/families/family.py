@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -62,6 +63,14 @@ class Family:
         """The dtype of a parameter in a model that works in `dtype`: some stay float32."""
         fixed = getattr(self.model_class, "_keep_in_fp32_modules_strict", None) or ()
         return torch.float32 if any(part in name for part in fixed) else dtype
+
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
+        """The decoder layers of a model."""
+        return cast(nn.ModuleList, model.base_model.layers)
+
+    def experts_of(self, layer: nn.Module) -> Any:
+        """The experts module of a decoder layer: a transformers class, fused 3-D weights."""
+        return layer.get_submodule(self.experts)
 
     def empty_model(self, config: PreTrainedConfig) -> PreTrainedModel:
         """The model with all parameters on the meta device: shapes, no memory."""

@@ -74,7 +74,7 @@ class GrokRMSNorm(nn.Module):
         return (normed * self.weight.float()).to(x.dtype)
 
 
-def rope_tables(config: Grok1Config, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+def rope_tables(config: PreTrainedConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the half-split rotary embedding, float32 [batch, 1, time, head_dim]."""
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device)
     inverse_frequency = config.rope_theta ** (-half / config.head_dim)  # (head_dim/2)

@@ -38,9 +38,8 @@ def find_scales(
         for rows in W.split(_ROWS_AT_ONCE)
     ]
     scales = torch.cat([scale for scale, _ in found])
-    if scheme.symmetric:
-        return scales, None
-    return scales, torch.cat([zero_point for _, zero_point in found])
+    zero_points = [zero_point for _, zero_point in found if zero_point is not None]
+    return scales, torch.cat(zero_points) if zero_points else None
 
 
 def round_to_grid(W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme) -> Tensor:
@@ -93,8 +92,9 @@ def _candidates(
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
     sign = torch.where(peak > 0, -1.0, 1.0)  # the code -2^(bits-1) goes to the peak's side
     step = absmax * sign / -scheme.qmin
-    plain = [(_stored(absmax * f / scheme.qmax, scheme), None) for f in _SHRINKS.tolist()]
-    return plain + [(_stored(step * f, scheme), None) for f in _SHRINKS.tolist()]
+    shrinks = _SHRINKS.tolist()
+    steps = [absmax * f / scheme.qmax for f in shrinks] + [step * f for f in shrinks]
+    return [(_stored(candidate, scheme), None) for candidate in steps]
 
 
 def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

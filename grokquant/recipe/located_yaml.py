@@ -85,7 +85,7 @@ class _Reader:
                 raise YamlProblem(f"duplicate key {key}", mark)
             self.keys[(*loc, key)] = mark
             mapping[key] = self.value(value_node, (*loc, key))
-            if value_node.value == "":
+            if value_node.tag == _TAG + "null" and not value_node.value:
                 self.values[(*loc, key)] = mark  # an empty value stands wherever the next key does
         return mapping
 

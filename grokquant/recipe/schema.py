@@ -144,7 +144,9 @@ class Rule(Section):
         for key in given:
             if key in cls.model_fields and key not in {"match", "method", *_METHOD_KEYS[method]}:
                 takers = " and ".join(name for name, keys in _METHOD_KEYS.items() if key in keys)
-                raise _rule_error(key, f"method {method} does not take it, only {takers}")
+                raise _rule_error(
+                    key, f"method {method} does not take it, only {takers}; null unsets it"
+                )
         return _METHOD_KEYS[method] | given
 
     @model_validator(mode="after")

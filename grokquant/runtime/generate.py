@@ -1,5 +1,7 @@
 """Text from a checkpoint, to see with one's own eyes that it still speaks."""
 
+from typing import Any, cast
+
 import torch
 
 from grokquant.errors import InputError
@@ -18,15 +20,15 @@ def generate_text(
     model, tokenizer = load(path, device)
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
-    encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(device)
+    encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(device)
     if encoded.input_ids.shape[1] == 0:
         raise InputError("--prompt: is empty")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    out = model.generate(
+    out = cast(Any, model).generate(
         input_ids=encoded.input_ids,
         attention_mask=encoded.attention_mask,
         max_new_tokens=tokens,
         **sampling,
     )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -1,6 +1,7 @@
 """Loading a whole checkpoint into memory as a transformers model, whatever its form on disk."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ def build_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PreT
         if f".{family.experts}." not in name:
             value = tensors[name].read()
             _set(model, name, value.to(device, family.working_dtype(name, dtype)))
-    for index, layer in enumerate(model.base_model.layers):
-        _fill_experts(checkpoint, index, layer.get_submodule(family.experts), device, dtype)
+    for index, layer in enumerate(family.layers(model)):
+        _fill_experts(checkpoint, index, family.experts_of(layer), device, dtype)
     model.tie_weights()
     model.set_experts_implementation("eager")
     model.generation_config = GenerationConfig.from_model_config(model.config)
@@ -43,7 +44,7 @@ def build_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PreT
 
 
 def _fill_experts(
-    checkpoint: Checkpoint, index: int, experts: nn.Module, device: str, dtype: torch.dtype
+    checkpoint: Checkpoint, index: int, experts: Any, device: str, dtype: torch.dtype
 ) -> None:
     """Fuses the experts of a layer: gate over up, then down, each [experts, out, in]."""
     gate_up = torch.empty(experts.gate_up_proj.shape, dtype=dtype, device=device)

@@ -232,7 +232,7 @@ def release_config() -> dict:
 
 
 def unigram_perplexity(train_tokens: Tensor, heldout: Tensor) -> float:
-    """Held-out perplexity of add-one smoothed token frequencies: what the toy is measured against."""
+    """Held-out perplexity of smoothed token frequencies: what the toy is measured against."""
     counts = torch.bincount(train_tokens, minlength=VOCABULARY).double() + 1
     return math.exp(-(counts / counts.sum()).log()[heldout].mean().item())
 

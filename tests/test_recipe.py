@@ -1,0 +1,405 @@
+"""Recipes: what is accepted, and that every mistake is one line with its place and key."""
+
+from pathlib import Path
+
+import pytest
+
+from grokquant.errors import InputError
+from grokquant.recipe import Recipe, Rule, load_recipe, parse_recipe
+
+SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+
+GOOD = """\
+model:
+  path: toy
+quantize:
+  - match: layers.*.experts.*.*
+    method: gptq
+    bits: 4
+  - match: layers.*.attention.*
+    method: copy
+output:
+  path: out
+"""
+
+EXPERTS_KEYS = "blend_tokens, min_tokens"
+RULE_KEYS = "match, method, bits, group, symmetric, scale_dtype, scale, act_order, damping"
+TEXT = "expected python-docs, a .txt, .jsonl or .parquet file, or a datasets name such as"
+GROUPS = "Input should be 32, 64, 128, 'channel' or 'release'"
+COPY = "method copy takes the release as it is"
+
+# What to replace in GOOD, by what, and the error's line, column and text.
+MISTAKES = [
+    # Unknown keys.
+    ("path: toy", "pth: toy", "2:3: model.pth: unknown key, did you mean model.path?"),
+    ("model:", "modle:", "1:1: modle: unknown key, did you mean model?"),
+    ("bits: 4", "bit: 4", "6:5: quantize[0].bit: unknown key, did you mean quantize[0].bits?"),
+    ("bits: 4", "zzz: 4", f"6:5: quantize[0].zzz: unknown key, expected one of {RULE_KEYS}"),
+    (
+        "bits: 4",
+        "bits: 4\n    groupsize: 64",
+        "7:5: quantize[0].groupsize: unknown key, did you mean quantize[0].group?",
+    ),
+    (
+        "output:",
+        "experts: {few: 1}\noutput:",
+        f"9:11: experts.few: unknown key, expected one of {EXPERTS_KEYS}",
+    ),
+    ("path: out", "path: out\n'a\\nb': 1", "11:1: a\\nb: unknown key, expected one of model, "),
+    # Missing keys and wrong kinds.
+    ("path: toy", "config: a.json", "2:3: model.path: required, but missing"),
+    ("model:\n  path: toy\n", "", "1:1: model: required, but missing"),
+    ("output:\n  path: out\n", "", "1:1: output: required, but missing"),
+    ("    method: copy\n", "", "7:5: quantize[1].method: required, but missing"),
+    ("    bits: 4\n", "", "4:5: quantize[0].bits: method gptq needs it: 4 or 8"),
+    ("  path: toy", "", "1:1: model: expected a mapping of keys"),
+    ("\n  path: toy", " toy", "1:8: model: expected a mapping of keys"),
+    ("method: copy", "method: copy\n  - 3", "9:5: quantize[2]: expected a mapping of keys"),
+    ("path: out", "path: out\neval: [1]", "11:7: eval: expected a mapping of keys"),
+    (GOOD[19:-20], "\nquantize: {}\n", "3:11: quantize: expected a list"),
+    (GOOD[19:-20], "\nquantize: []\n", "3:11: quantize: expected at least one entry"),
+    # Values.
+    ("bits: 4", "bits: 5", "6:11: quantize[0].bits: Input should be 4 or 8, not 5"),
+    ("bits: 4", 'bits: "4"', '6:11: quantize[0].bits: Input should be 4 or 8, not "4"'),
+    ("bits: 4", "bits: true", "6:11: quantize[0].bits: Input should be 4 or 8, not true"),
+    ("bits: 4", "bits: [4]", "6:11: quantize[0].bits: Input should be 4 or 8, not a list"),
+    ("bits: 4", "bits: 4\n    group: 96", f"7:12: quantize[0].group: {GROUPS}, not 96"),
+    ("method: gptq", "method: gtpq", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
+    ("method: gptq", "method: no", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
+    (
+        "bits: 4",
+        "{bits: 4, symmetric: yes}",
+        "6:5: quantize[0]: expected ':', but found",
+    ),
+    (
+        "bits: 4",
+        "bits: 4\n    symmetric: yes",
+        '7:16: quantize[0].symmetric: Input should be a valid boolean, not "yes"',
+    ),
+    (
+        "bits: 4",
+        "bits: 4\n    damping: 0",
+        "7:14: quantize[0].damping: Input should be greater than 0, not 0",
+    ),
+    (
+        "bits: 4",
+        "bits: 4\n    damping: .nan",
+        "7:14: quantize[0].damping: Input should be a finite number, not NaN",
+    ),
+    (
+        "output:",
+        "max_fallbacks: 1.5\noutput:",
+        "9:16: max_fallbacks: Input should be less than or equal to 1, not 1.5",
+    ),
+    (
+        "output:",
+        "calibration: {samples: 0}\noutput:",
+        "9:24: calibration.samples: Input should be greater than or equal to 1, not 0",
+    ),
+    (
+        "output:",
+        "calibration:\n  length: 2k\noutput:",
+        '10:11: calibration.length: Input should be a valid integer, not "2k"',
+    ),
+    ("output:", "eval: {data: python-doc}\noutput:", f"9:14: eval.data: {TEXT}"),
+    ("output:", "calibration: {data: a.csv}\noutput:", f"9:21: calibration.data: {TEXT}"),
+    ("path: toy", "path: 12", "2:9: model.path: Input should be a valid string, not 12"),
+    ("path: toy", "path: ''", "2:9: model.path: expected a path, not ''"),
+    ("path: toy", 'path: "a\\0b"', "2:9: model.path: expected a path, not 'a\\x00b'"),
+    (
+        "path: out",
+        "path: out\n  shard: five",
+        "11:10: output.shard: expected a size such as 5GB or 500MB, or bytes, not 'five'",
+    ),
+    (
+        "path: out",
+        "path: out\n  shard: 0MB",
+        '11:10: output.shard: Input should be greater than or equal to 1, not "0MB"',
+    ),
+    ("path: out", "path: out\n  format: gguf", "11:11: output.format: Input should be 'compressed"),
+    # Keys that do not go together.
+    (
+        "method: copy",
+        "method: keep\n    bits: 8",
+        "9:11: quantize[1].bits: method keep does not take it, only copy and rtn and gptq;",
+    ),
+    (
+        "method: copy",
+        "method: rtn\n    bits: 8\n    damping: 0.1",
+        "10:14: quantize[1].damping: method rtn does not take it, only gptq; null unsets it",
+    ),
+    ("method: copy", "method: copy\n    bits: 4", f"9:11: quantize[1].bits: {COPY}, 8 here"),
+    (
+        "method: copy",
+        "method: copy\n    symmetric: false",
+        f"9:16: quantize[1].symmetric: {COPY}, true here",
+    ),
+    (
+        "method: copy",
+        "method: copy\n    scale_dtype: float16",
+        f"9:18: quantize[1].scale_dtype: {COPY}, bfloat16 here",
+    ),
+    (
+        "bits: 4",
+        "bits: 8\n    group: release",
+        "7:12: quantize[0].group: only method copy keeps the release's own groups",
+    ),
+    # YAML itself.
+    ("  path: toy", "\tpath: toy", "2:1: a tab where YAML wants spaces"),
+    ("path: toy", "path: toy\n  path: toy", "3:3: duplicate key path"),
+    ("path: toy", "path: &a toy", "2:9: anchors and aliases are not supported"),
+    ("path: toy", "path: *a", "2:9: found undefined alias 'a'"),
+    ("path: toy", "path: !!python/name:os.system x", "2:9: a YAML python/name:os.system is not"),
+    ("path: toy", "<<: {path: toy}", "2:3: a YAML merge is not supported here"),
+    ("path: toy", "1: toy", "2:3: a key should be text, not 1"),
+    ("path: toy", "[a]: toy", "2:3: a YAML seq is not supported here"),
+    ("path: toy", "path: a: b", "2:10: mapping values are not allowed here"),
+    ("path: toy", "path: [toy", "3:9: expected ',' or ']', but got ':'"),
+    ("bits: 4", f"bits: {'9' * 5000}", "6:11: not a usable number: 999"),
+    (GOOD, "- model", "1:1: expected a mapping of keys"),
+    (GOOD, "toy", "1:1: expected a mapping of keys"),
+    (GOOD, GOOD + "---\nmodel: 1\n", "11:1: but found another document"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), MISTAKES)
+def test_mistakes_name_line_column_and_key(
+    tmp_path: Path, old: str, new: str, expected: str
+) -> None:
+    assert GOOD.count(old) == 1
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path}:{expected}"), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", "model: required, but missing"),
+        (b"# nothing\n", "model: required, but missing"),
+        (b"model: \xff\n", "not UTF-8 text (byte 7)"),
+        (b"model: \x07\n", "special characters are not allowed"),
+        (b"a" * 1_000_001, "larger than 1000000 bytes, not a recipe"),
+        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, raw: bytes | None, expected: str) -> None:
+    path = tmp_path / "r.yaml"
+    if raw is not None:
+        path.write_bytes(raw)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"{path}: {expected}"
+
+
+def test_directory_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Is a directory"):
+        load_recipe(tmp_path)
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_defaults_follow_the_method(good: Path) -> None:
+    recipe = load_recipe(good)
+    gptq, copy = recipe.quantize
+    assert (gptq.bits, gptq.group, gptq.scale, gptq.act_order) == (4, 128, "mse", True)
+    assert (copy.bits, copy.group) == (8, "release")
+    assert recipe.calibration.samples == 128 and recipe.eval.samples == 64
+    assert recipe.output.shard == 5_000_000_000
+    assert recipe.experts.blend_tokens is None and recipe.experts.min_tokens == 32
+    with pytest.raises(Exception, match="frozen"):
+        recipe.max_fallbacks = 1.0  # type: ignore[misc]
+
+
+def test_overrides_set_keys_of_any_depth(good: Path) -> None:
+    recipe = load_recipe(
+        good,
+        [
+            "model.path=/a=b",
+            "quantize[0].bits=8",
+            "quantize.1.group=128",
+            "calibration.samples=7",
+            "experts={min_tokens: 9}",
+            "output.shard=250MB",
+            "output.shard=300MB",
+        ],
+    )
+    assert recipe.model.path == "/a=b"
+    assert recipe.quantize[0].bits == 8 and recipe.quantize[1].group == 128
+    assert recipe.calibration.samples == 7 and recipe.experts.min_tokens == 9
+    assert recipe.output.shard == 300_000_000
+
+
+def test_null_unsets_a_key(good: Path) -> None:
+    good.write_text(GOOD.replace("bits: 4", "bits: 4\n    damping: 0.1"))
+    rule = load_recipe(good, ["quantize[0].method=rtn", "quantize[0].damping=null"]).quantize[0]
+    assert rule.method == "rtn" and rule.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.pth=x", "--set model.pth: unknown key, did you mean model.path?"),
+        ("modle.path=x", "--set modle: unknown key, did you mean model?"),
+        ("experts.zzz=1", f"--set experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
+        ("experts={zzz: 1}", f"--set experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
+        ("quantize[0].bits=5", "--set quantize[0].bits: Input should be 4 or 8, not 5"),
+        ("quantize.0.bits=", "{good}:4:5: quantize[0].bits: method gptq needs it: 4 or 8"),
+        ("quantize[2].bits=4", "--set quantize[2]: quantize is a list with indices 0 to 1"),
+        ("quantize[-1].bits=4", "--set quantize[-1].bits: quantize holds no keys"),
+        ("quantize.all.bits=4", "--set quantize.all: quantize is a list with indices 0 to 1"),
+        ("model.path.x=1", "--set model.path.x: model.path holds no keys"),
+        ("model.0=x", "--set model.0: unknown key, expected one of path, config"),
+        ("model=toy", "--set model: expected a mapping of keys"),
+        ("model={}", "--set model.path: required, but missing"),
+        ("model.path=[x", "--set model.path: expected ',' or ']', but got '<stream end>'"),
+        ("model.path=&a x", "--set model.path: anchors and aliases are not supported"),
+        ("model.path", "--set model.path: expected KEY=VALUE, as in quantize[0].bits=8"),
+        ("=x", "--set =x: expected KEY=VALUE, as in quantize[0].bits=8"),
+        ("model..path=x", "--set model..path=x: expected KEY=VALUE, as in quantize[0].bits=8"),
+        ("a\nb=1", "--set a b: unknown key, expected one of model, calibration, quantize, "),
+    ],
+)
+def test_override_errors_name_the_override(good: Path, override: str, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(good, [override])
+    assert str(caught.value).startswith(expected.replace("{good}", str(good)))
+    assert "\n" not in str(caught.value)
+
+
+def test_python_values(tmp_path: Path) -> None:
+    recipe = parse_recipe(
+        {
+            "model": {"path": tmp_path},
+            "quantize": [{"match": "layers.**", "method": "rtn", "bits": 4, "symmetric": False}],
+            "output": {"path": "out", "shard": 1000},
+        }
+    )
+    assert recipe.model.path == str(tmp_path) and recipe.output.shard == 1000
+    with pytest.raises(InputError, match=r"^recipe: output\.pth: unknown key, did you mean outp"):
+        parse_recipe({"model": {"path": "toy"}, "output": {"pth": "x"}})
+    with pytest.raises(InputError, match="^recipe: expected a mapping of keys, not list$"):
+        parse_recipe([])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^recipe: quantize\[0\].method: Input should be"):
+        parse_recipe({"quantize": [{"match": "x", "method": ["rtn"]}]})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["quantize[1].method=keep", "model.config=c.json", "experts.blend_tokens=0"],
+        ["quantize[0].damping=1e-5", "quantize[0].symmetric=false", "max_fallbacks=0"],
+        ["quantize[0].group=channel", "quantize[0].scale=absmax", "output.shard=1"],
+        ["output.shard=1536MiB", "calibration.data=hub/name:config:train[:10]"],
+        ["model.path='null'", "output.path=' # é: {x} '", "eval.data=1e3.txt"],
+        ['output.path="a\\tb\\nc\\x85"', f"model.path={'long name ' * 40}x"],
+        ["model.path=2024-01-01", "output.path=12:30:45", "model.config='0x10'"],
+    ],
+)
+def test_resolved_recipe_reads_back_equal(good: Path, tmp_path: Path, overrides: list[str]) -> None:
+    recipe = load_recipe(good, overrides)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(recipe.to_yaml(), encoding="utf-8")
+    again = load_recipe(resolved)
+    assert again == recipe
+    assert again.to_yaml() == recipe.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "readable"),
+    [
+        ("5GB", 5 * 10**9, "5GB"),
+        ("1.5 GB", 1_500_000_000, "1500MB"),
+        ("2GiB", 2**31, "2GiB"),
+        ("0.3GB", 300_000_000, "300MB"),
+        (999, 999, 999),
+    ],
+)
+def test_shard_sizes(size: str | int, count: int, readable: str | int) -> None:
+    recipe = parse_recipe(
+        {
+            "model": {"path": "toy"},
+            "quantize": [{"match": "**", "method": "copy"}],
+            "output": {"path": "out", "shard": size},
+        }
+    )
+    assert recipe.output.shard == count
+    assert recipe.model_dump()["output"]["shard"] == readable
+
+
+@pytest.mark.parametrize(
+    ("glob", "name", "fits"),
+    [
+        ("layers.*.experts.3.*", "layers.11.experts.3.down", True),
+        ("layers.*.experts.3.*", "layers.11.experts.13.down", False),
+        ("layers.*.experts.3.*", "layers.3.attention.q", False),
+        ("layers.*.experts.*.*", "layers.0.experts.7.gate", True),
+        ("layers.*.*", "layers.0.experts.7.gate", False),
+        ("layers.*", "layers.0.attention.q", False),
+        ("layers.*.attention.[kv]", "layers.0.attention.k", True),
+        ("layers.*.attention.[kv]", "layers.0.attention.q", False),
+        ("layers.?.attention.q", "layers.10.attention.q", False),
+        ("layers.1*.attention.q", "layers.10.attention.q", True),
+        ("**", "layers.0.attention.q", True),
+        ("layers.**", "layers.0.experts.7.gate", True),
+        ("**.down", "layers.0.experts.7.down", True),
+        ("**.down", "layers.0.experts.7.down.x", False),
+        ("layers.**.gate", "layers.gate", True),
+        ("layers.**.experts.**", "layers.0.experts.7.gate", True),
+        ("Layers.**", "layers.0.attention.q", False),
+        ("layers.0.attention.q.**", "layers.0.attention.q", True),
+        ("layers.0.attention.q.*", "layers.0.attention.q", False),
+    ],
+)
+def test_globs_stay_within_a_part(glob: str, name: str, fits: bool) -> None:
+    assert Rule(match=glob, method="keep").matches(name) is fits
+
+
+def test_first_matching_rule_counts() -> None:
+    recipe = parse_recipe(
+        {
+            "model": {"path": "toy"},
+            "quantize": [
+                {"match": "layers.*.experts.3.*", "method": "keep"},
+                {"match": "layers.*.experts.*.*", "method": "rtn", "bits": 4},
+            ],
+            "output": {"path": "out"},
+        }
+    )
+    methods = {
+        name: rule and rule.method
+        for name in ("layers.0.experts.3.up", "layers.0.experts.4.up", "layers.0.attention.q")
+        for rule in [recipe.rule_for(name)]
+    }
+    assert list(methods.values()) == ["keep", "rtn", None]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_load_and_explain_every_key(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert isinstance(recipe, Recipe)
+    assert all(rule.matches("layers.2.experts.1.up") or i for i, rule in enumerate(recipe.quantize))
+    lines = path.read_text().splitlines()
+    for above, line in zip(["", *lines], lines, strict=False):
+        is_leaf = ":" in line and not line.endswith(":") and not line.lstrip().startswith("#")
+        assert not is_leaf or above.lstrip().startswith("#"), f"{path.name}: unexplained: {line}"
+    assert max(map(len, lines)) <= 100
+
+
+def test_four_recipes_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == [
+        "grok-1-int4-g128",
+        "grok-1-int8-lossless",
+        "toy-int4",
+        "toy-int8",
+    ]

@@ -1,0 +1,338 @@
+"""Safetensors directories: round trips, and everything in them that must not be believed."""
+
+import contextlib
+import json
+import os
+import random
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from grokquant.errors import InputError
+from grokquant.sources import open_source
+from grokquant.sources.safetensors_directory import DTYPES
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+TENSORS = (
+    {"a.weight": torch.arange(12.0).reshape(3, 4), "b.weight": torch.ones(5).bfloat16()},
+    {"c.weight_packed": torch.arange(6, dtype=torch.int32).reshape(2, 3)},
+)
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    weight_map = {}
+    for shard, tensors in zip(SHARDS, TENSORS, strict=True):
+        save_file(tensors, directory / shard, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    write_index(directory, weight_map)
+    (directory / "config.json").write_text('{"model_type": "mixtral", "auto_map": {"A": "x.py"}}')
+    return directory
+
+
+@pytest.fixture
+def single(tmp_path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    save_file(TENSORS[0], directory / "model.safetensors")
+    (directory / "config.json").write_text('{"model_type": "mixtral"}')
+    return directory
+
+
+def write_index(directory: Path, weight_map: object) -> None:
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_raw(directory: Path, header: bytes, data: bytes = b"", length: int | None = None) -> None:
+    size = len(header) if length is None else length
+    path = directory / "model.safetensors"
+    path.unlink(missing_ok=True)
+    path.write_bytes(struct.pack("<Q", size) + header + data)
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        open_source(directory)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 500 and message.startswith(str(directory))
+    return message
+
+
+# --- what is read
+
+
+def test_sharded(sharded):
+    (sharded / "tokenizer.json").write_text("{}")
+    (sharded / "README.md").write_text("---\nbase_model: x\nlicense: 'apache-2.0'\n---\n# Model\n")
+    source = open_source(sharded)
+    assert source.layout == "safetensors" and source.config == {"model_type": "mixtral"}
+    assert source.licence == "apache-2.0"
+    assert source.tokenizer_files == (sharded / "tokenizer.json",)
+    assert source.weight_files == tuple(sharded / shard for shard in SHARDS)
+    expected = TENSORS[0] | TENSORS[1]
+    assert source.tensors.keys() == expected.keys()
+    for name, ref in source.tensors.items():
+        assert (ref.name, ref.shape, ref.dtype) == (
+            name,
+            expected[name].shape,
+            expected[name].dtype,
+        )
+        assert ref.stored_bytes == expected[name].nbytes and ref.scheme is None
+        assert torch.equal(ref.read(), expected[name])
+
+
+def test_single(single, tmp_path):
+    source = open_source(single)
+    assert source.tensors.keys() == TENSORS[0].keys() and source.licence is None
+    assert torch.equal(source.tensors["a.weight"].read(), TENSORS[0]["a.weight"])
+    (tmp_path / "other.json").write_text('{"model_type": "other"}')
+    assert open_source(single, tmp_path / "other.json").config == {"model_type": "other"}
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_dtypes(single, kind):
+    tensor = torch.zeros(2, 3, dtype=DTYPES[kind])
+    save_file({"x": tensor}, single / "model.safetensors")
+    ref = open_source(single).tensors["x"]
+    read = ref.read()
+    assert (ref.dtype, ref.shape, ref.stored_bytes) == (read.dtype, read.shape, tensor.nbytes)
+
+
+def test_only_tensors_of_the_index_are_shown(sharded):
+    write_index(sharded, {"a.weight": SHARDS[0]})
+    assert list(open_source(sharded).tensors) == ["a.weight"]
+
+
+def test_links_into_a_download_cache(sharded):
+    blobs = sharded.parent / "blobs"
+    blobs.mkdir()
+    for shard in SHARDS:
+        (sharded / shard).rename(blobs / shard[:11])
+        (sharded / shard).symlink_to(f"../blobs/{shard[:11]}")
+    assert torch.equal(open_source(sharded).tensors["b.weight"].read(), TENSORS[0]["b.weight"])
+
+
+def test_no_file_stays_open(sharded):
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("no /proc")
+    before = len(os.listdir(descriptors))
+    source = open_source(sharded)
+    assert len(os.listdir(descriptors)) == before
+    assert len(source.tensors) == 3
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("# no front matter\nlicense: mit\n", None),
+        ("---\ntags: [a]\n---\nlicense: mit\n", None),
+        ("---\nlicense: mit # yes\n---\n", "mit"),
+        ("---\r\nlicense: other\r\n---\r\n", "other"),
+        ("---\nlicense:\n- mit\n---\n", None),
+    ],
+)
+def test_licence(single, card, licence):
+    (single / "README.md").write_bytes(card.encode())
+    assert open_source(single).licence == licence
+
+
+# --- what is refused: the directory and its index
+
+
+def test_config(single):
+    (single / "config.json").write_text("[]")
+    assert "config.json: expected a JSON object" in refusal(single)
+    (single / "config.json").unlink()
+    assert "config.json: cannot be read" in refusal(single)
+
+
+def test_shards_without_index(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    assert "shards without model.safetensors.index.json" in refusal(sharded)
+
+
+def test_missing_shard(sharded):
+    (sharded / SHARDS[1]).unlink()
+    assert f"{SHARDS[1]}: no such file" in refusal(sharded)
+    (sharded / SHARDS[1]).mkdir()
+    assert f"{SHARDS[1]}: no such file" in refusal(sharded)
+    (sharded / SHARDS[1]).rmdir()
+    (sharded / SHARDS[1]).symlink_to("nowhere")
+    assert f"{SHARDS[1]}: no such file" in refusal(sharded)
+
+
+def test_swapped_shards(sharded):
+    (sharded / SHARDS[0]).rename(sharded / "x")
+    (sharded / SHARDS[1]).rename(sharded / SHARDS[0])
+    (sharded / "x").rename(sharded / SHARDS[1])
+    assert f"{SHARDS[0]}: tensor 'a.weight' is not in this file" in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../model.safetensors",
+        "a/../../b.safetensors",
+        "sub/model.safetensors",
+        "/etc/model.safetensors",
+        "C:model.safetensors",
+        "C:\\model.safetensors",
+        "\\\\server\\model.safetensors",
+        "sub\\model.safetensors",
+        "model.bin",
+        "model.safetensors.bin",
+        ".safetensors",
+        "..safetensors",
+        "model.safetensors\n",
+        "model.safetensors\x00",
+        "mödel.safetensors",
+        "x" * 5000,
+        "",
+        3,
+        None,
+        ["model.safetensors"],
+    ],
+)
+def test_file_names_of_the_index(sharded, file):
+    write_index(sharded, {"a.weight": file})
+    assert "not a plain .safetensors file name" in refusal(sharded)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], "x", 3])
+def test_weight_map(sharded, weight_map):
+    write_index(sharded, weight_map)
+    assert "index.json: weight_map must map" in refusal(sharded)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"weight_map": {"a": "x", "a": "y"}}'],
+)
+def test_broken_index(sharded, raw):
+    (sharded / "model.safetensors.index.json").write_bytes(raw)
+    assert "model.safetensors.index.json" in refusal(sharded)
+
+
+# --- what is refused: headers
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def entry(**changes) -> bytes:
+    return json.dumps({"x": ENTRY | changes}).encode()
+
+
+RAW = json.dumps(ENTRY).encode()
+BROKEN_HEADERS: dict[str, tuple[bytes, bytes]] = {
+    "empty object": (b"{}", b""),
+    "only metadata": (b'{"__metadata__": {"a": "b"}}', b""),
+    "list": (b"[]", b""),
+    "not JSON": (b'{"x": ', b""),
+    "bad UTF-8": (b'{"\xff": 1}', b""),
+    "nested": (b'{"x":' + b"[" * 100_000, b""),
+    "duplicate": (b'{"x": ' + RAW + b', "x": ' + RAW + b"}", bytes(8)),
+    "duplicate field": (b'{"x": {"shape": [1], ' + RAW[1:] + b"}", bytes(8)),
+    "duplicate metadata": (
+        b'{"__metadata__": {}, "__metadata__": {}, "x": ' + RAW + b"}",
+        bytes(8),
+    ),
+    "unknown dtype": (entry(dtype="I3"), bytes(8)),
+    "complex dtype": (entry(dtype="C64", shape=[1]), bytes(8)),
+    "four bit dtype": (entry(dtype="F4", shape=[16]), bytes(8)),
+    "negative size": (entry(shape=[-2]), bytes(8)),
+    "fraction": (entry(shape=[2.5]), bytes(8)),
+    "overflow": (entry(shape=[1 << 62, 8]), bytes(8)),
+    "offsets and shape": (entry(shape=[3]), bytes(8)),
+    "hole at the start": (entry(data_offsets=[4, 12]), bytes(12)),
+    "backwards": (entry(data_offsets=[8, 0]), bytes(8)),
+    "truncated": (entry(), bytes(7)),
+    "trailing": (entry(), bytes(9)),
+    "metadata of numbers": (b'{"__metadata__": {"a": 1}, "x": ' + RAW + b"}", bytes(8)),
+    "entry is a number": (b'{"x": 1}', b""),
+    "overlap": (b'{"x": ' + RAW + b', "y": ' + RAW + b"}", bytes(8)),
+    "no dtype": (b'{"x": {"shape": [2], "data_offsets": [0, 8]}}', bytes(8)),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN_HEADERS)
+def test_broken_header(single, kind):
+    write_raw(single, *BROKEN_HEADERS[kind])
+    assert "model.safetensors" in refusal(single)
+
+
+@pytest.mark.parametrize(
+    ("length", "complaint"),
+    [
+        (0, "truncated"),
+        (1000, "truncated"),
+        (25_000_001, "header of 25000001 bytes"),
+        (1 << 63, "header of"),
+        ((1 << 64) - 1, "header of"),
+    ],
+)
+def test_header_length(single, length, complaint):
+    write_raw(single, entry(), bytes(8), length)
+    assert complaint in refusal(single)
+
+
+@pytest.mark.parametrize("size", range(0, 8))
+def test_shorter_than_a_length(single, size):
+    (single / "model.safetensors").write_bytes(bytes(size))
+    assert "truncated" in refusal(single)
+
+
+def test_too_many_tensors(single):
+    empty = '{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
+    header = "{" + ",".join(f'"{i}":{empty}' for i in range(100_001)) + "}"
+    write_raw(single, header.encode())
+    started = time.perf_counter()
+    assert "100001 tensors" in refusal(single)
+    assert time.perf_counter() - started < 2
+
+
+def test_truncated_anywhere(single):
+    path = single / "model.safetensors"
+    for end in range(path.stat().st_size - 1, -1, -1):
+        os.truncate(path, end)
+        refusal(single)
+
+
+def test_damaged_after_opening(single):
+    source = open_source(single)
+    write_raw(single, entry(), bytes(8))
+    with pytest.raises(InputError, match="tensor 'a.weight' cannot be read"):
+        source.tensors["a.weight"].read()
+    (single / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="tensor 'a.weight' cannot be read"):
+        source.tensors["a.weight"].read()
+
+
+def test_fuzz_raises_nothing_but_input_errors(single):
+    generator = random.Random(3)
+    raw = (single / "model.safetensors").read_bytes()
+    header = raw[8 : 8 + int.from_bytes(raw[:8], "little")]
+    data = raw[8 + len(header) :]
+    opened = 0
+    for _ in range(2000):
+        mutant = bytearray(header)
+        for _ in range(generator.randint(1, 3)):
+            at = generator.randrange(len(mutant))
+            if generator.random() < 0.5:
+                mutant[at] = generator.choice(b'0123456789[]{}",:-eE\\x F\xff\x00')
+            else:
+                del mutant[at : at + generator.randint(1, 5)]
+        write_raw(single, bytes(mutant), data)
+        with contextlib.suppress(InputError):
+            for ref in open_source(single).tensors.values():
+                read = ref.read()
+                assert read.shape == ref.shape and read.dtype == ref.dtype
+            opened += 1
+    assert opened < 1000
