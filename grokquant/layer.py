@@ -110,7 +110,8 @@ class LayerQuantizer:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
             return Site(tokens, lambda: accumulate(X), refusal=reason)
         weights = None if gate is None else gate.square()
-        if tokens >= (limits.blend_tokens or _BLEND_TOKENS_PER_FEATURE * features):
+        floor = limits.blend_tokens
+        if tokens >= (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor):
             return Site(tokens, lambda: accumulate(X, weights))
         prior = _PRIOR_TOKENS_PER_FEATURE * features
         return Site(

@@ -1,14 +1,52 @@
 """Fixtures that several test modules share."""
 
+import random
+import shutil
+from pathlib import Path
+
 import pytest
 from make_release import write_random_release
 
+from grokquant.recipe import Recipe, parse_recipe
+from grokquant.toy import TOY_PATH
+
+EXPERTS = {"match": "layers.*.experts.*.*", "method": "gptq", "bits": 4, "group": 32}
+ATTENTION = {"match": "layers.*.attention.*", "method": "copy"}
+
 
 @pytest.fixture(scope="session")
-def tiny_release(tmp_path_factory):
-    """A random Grok in the release's layout whose matrices hold groups of 32 and 128."""
+def tiny_release(tmp_path_factory) -> Path:
+    """A random Grok in the release's layout, with the toy's tokenizer and vocabulary."""
     directory = tmp_path_factory.mktemp("tiny")
     write_random_release(
         directory, layers=2, hidden=128, ffn=256, heads=2, kv_heads=1, head_dim=64, vocab=2048
     )
+    shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "tokenizer.model")
     return directory
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A text of a few thousand tokens, so that no test waits for the standard library's."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghilmnoprstuvy", k=draw.randint(2, 8))) for _ in range(500)]
+    path.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(400)))
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(tiny_release, text_file, tmp_path):
+    """A recipe for the tiny release; keyword arguments replace its sections."""
+
+    def make(*rules: dict, **sections: object) -> Recipe:
+        values = {
+            "model": {"path": str(tiny_release)},
+            "calibration": {"data": str(text_file), "samples": 16, "length": 64},
+            "quantize": list(rules) or [EXPERTS, ATTENTION],
+            "output": {"path": str(tmp_path / "out")},
+            "eval": {"data": str(text_file), "samples": 4, "length": 64},
+        }
+        return parse_recipe(values | sections)
+
+    return make

@@ -9,16 +9,18 @@ from grokquant.recipe import Recipe, Rule, load_recipe, parse_recipe
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
-GOOD = """\
-model:
-  path: toy
-quantize:
+RULES = """
   - match: layers.*.experts.*.*
     method: gptq
     bits: 4
   - match: layers.*.attention.*
     method: copy
-output:
+"""
+
+GOOD = f"""\
+model:
+  path: toy
+quantize:{RULES}output:
   path: out
 """
 
@@ -56,8 +58,8 @@ MISTAKES = [
     ("\n  path: toy", " toy", "1:8: model: expected a mapping of keys"),
     ("method: copy", "method: copy\n  - 3", "9:5: quantize[2]: expected a mapping of keys"),
     ("path: out", "path: out\neval: [1]", "11:7: eval: expected a mapping of keys"),
-    (GOOD[19:-20], "\nquantize: {}\n", "3:11: quantize: expected a list"),
-    (GOOD[19:-20], "\nquantize: []\n", "3:11: quantize: expected at least one entry"),
+    (RULES, " {}\n", "3:11: quantize: expected a list"),
+    (RULES, " []\n", "3:11: quantize: expected at least one entry"),
     # Values.
     ("bits: 4", "bits: 5", "6:11: quantize[0].bits: Input should be 4 or 8, not 5"),
     ("bits: 4", 'bits: "4"', '6:11: quantize[0].bits: Input should be 4 or 8, not "4"'),
@@ -66,11 +68,7 @@ MISTAKES = [
     ("bits: 4", "bits: 4\n    group: 96", f"7:12: quantize[0].group: {GROUPS}, not 96"),
     ("method: gptq", "method: gtpq", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
     ("method: gptq", "method: no", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
-    (
-        "bits: 4",
-        "{bits: 4, symmetric: yes}",
-        "6:5: quantize[0]: expected ':', but found",
-    ),
+    ("bits: 4", "{bits: 4}", "7:3: could not find expected ':'"),
     (
         "bits: 4",
         "bits: 4\n    symmetric: yes",
@@ -121,12 +119,12 @@ MISTAKES = [
     (
         "method: copy",
         "method: keep\n    bits: 8",
-        "9:11: quantize[1].bits: method keep does not take it, only copy and rtn and gptq;",
+        "9:11: quantize[1].bits: method keep does not take it (null unsets it), only copy,",
     ),
     (
         "method: copy",
         "method: rtn\n    bits: 8\n    damping: 0.1",
-        "10:14: quantize[1].damping: method rtn does not take it, only gptq; null unsets it",
+        "10:14: quantize[1].damping: method rtn does not take it (null unsets it), only gptq",
     ),
     ("method: copy", "method: copy\n    bits: 4", f"9:11: quantize[1].bits: {COPY}, 8 here"),
     (
@@ -183,7 +181,7 @@ def test_mistakes_name_line_column_and_key(
         (b"model: \xff\n", "not UTF-8 text (byte 7)"),
         (b"model: \x07\n", "special characters are not allowed"),
         (b"a" * 1_000_001, "larger than 1000000 bytes, not a recipe"),
-        (b"a: " + b"[" * 5000, "nested too deeply"),
+        (b"a: " + b"[" * 1000, "nested too deeply"),
         (None, "No such file or directory"),
     ],
 )
@@ -253,10 +251,13 @@ def test_null_unsets_a_key(good: Path) -> None:
         ("experts.zzz=1", f"--set experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
         ("experts={zzz: 1}", f"--set experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
         ("quantize[0].bits=5", "--set quantize[0].bits: Input should be 4 or 8, not 5"),
-        ("quantize.0.bits=", "{good}:4:5: quantize[0].bits: method gptq needs it: 4 or 8"),
-        ("quantize[2].bits=4", "--set quantize[2]: quantize is a list with indices 0 to 1"),
-        ("quantize[-1].bits=4", "--set quantize[-1].bits: quantize holds no keys"),
-        ("quantize.all.bits=4", "--set quantize.all: quantize is a list with indices 0 to 1"),
+        ("quantize.0.bits=", "--set quantize[0].bits: method gptq needs it: 4 or 8"),
+        (
+            "quantize[2].bits=4",
+            "--set quantize[2].bits: quantize is a list, its indices go from 0 to 1",
+        ),
+        ("quantize[-1].bits=4", "--set quantize[-1].bits: quantize is a list, its indices go"),
+        ("quantize.all.bits=4", "--set quantize.all.bits: quantize is a list, its indices go"),
         ("model.path.x=1", "--set model.path.x: model.path holds no keys"),
         ("model.0=x", "--set model.0: unknown key, expected one of path, config"),
         ("model=toy", "--set model: expected a mapping of keys"),
@@ -272,7 +273,7 @@ def test_null_unsets_a_key(good: Path) -> None:
 def test_override_errors_name_the_override(good: Path, override: str, expected: str) -> None:
     with pytest.raises(InputError) as caught:
         load_recipe(good, [override])
-    assert str(caught.value).startswith(expected.replace("{good}", str(good)))
+    assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
 
 

@@ -471,7 +471,7 @@ WRONG_CONFIGS = {
     "many heads": (dict(num_attention_heads=100, head_dim=...), "num_attention_heads 100"),
     "missing": (
         dict(num_attention_heads=..., output_multiplier_scale=...),
-        "no config.json gives num_attention_heads, output_multiplier_scale",
+        "must also give num_attention_heads, output_multiplier_scale",
     ),
     "text": (dict(hidden_size="64"), 'hidden_size must be a positive whole number, not "64"'),
     "float": (dict(hidden_size=64.0), "hidden_size must be a positive whole number"),

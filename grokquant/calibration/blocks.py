@@ -118,11 +118,11 @@ class BlockwiseModel:
         return self._run_rows(index, hidden)
 
     @torch.no_grad()
-    def inputs_of(self, index: int, module: str, hidden: Tensor) -> Tensor:
-        """What reaches the linear called `module` in layer `index`: [tokens, in]."""
+    def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:
+        """What the matrix `tensor` (its checkpoint name) of layer `index` reads: [tokens, in]."""
         self._exchange(index)
         inputs: list[Tensor] = []
-        linear = self.layers[index].get_submodule(module)
+        linear, _ = parameter_parent(self.layers[index], self._name_in_layer(index, tensor))
         hook = linear.register_forward_pre_hook(
             lambda _, args: inputs.append(args[0].flatten(0, -2))
         )
@@ -133,8 +133,7 @@ class BlockwiseModel:
     @torch.no_grad()
     def replace(self, index: int, tensor: str, value: Tensor) -> None:
         """Puts `value` in the place of the layer's own `tensor` (its checkpoint name)."""
-        name = tensor.removeprefix(self.family.layer_prefix.format(layer=index))
-        self._set(self.layers[index], name, value)
+        self._set(self.layers[index], self._name_in_layer(index, tensor), value)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -170,6 +169,9 @@ class BlockwiseModel:
             return mixed
 
         return mix
+
+    def _name_in_layer(self, index: int, tensor: str) -> str:
+        return tensor.removeprefix(self.family.layer_prefix.format(layer=index))
 
     def _exchange(self, index: int) -> Exchange:
         exchange = Exchange()

@@ -14,7 +14,15 @@ from grokquant.evaluation.svg import (
     quantile_plot,
     size_bars,
 )
-from grokquant.evaluation.tables import bf16_bytes, name_of, percent, quantile_rows, short, size
+from grokquant.evaluation.tables import (
+    NBSP,
+    bf16_bytes,
+    name_of,
+    percent,
+    quantile_rows,
+    short,
+    size,
+)
 
 _EXPERT_UNIT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.")
 _SHARES = {"maximum": 1.0, "median": 0.5, "minimum": 0.0}
@@ -59,14 +67,15 @@ def layer_errors(report: Report) -> str:
         Mark(layer.relative_error, f"/layers/{i}/relative_error")
         for i, layer in enumerate(report.layers)
     ]
-    return bar_chart("Relative error of the hidden state after each layer", marks, percent, "layer")
+    title = "Relative error of the hidden state after each layer"
+    return bar_chart(title, marks, percent, _plain_percent, "layer")
 
 
 def router_agreement(report: Report) -> str:
     keys = {"router_top1": "same first expert", "router_top2_set": "same two experts"}
     series = [Series(name, _layer_marks(report, key)) for key, name in keys.items()]
     drawn = [line for line in series if any(line.marks)]
-    return line_chart("Router agreement by layer", drawn, _agreement, "layer")
+    return line_chart("Router agreement by layer", drawn, _plain_percent, "layer")
 
 
 def _layer_marks(report: Report, key: str) -> list[Mark | None]:
@@ -153,11 +162,11 @@ def _three_digits(share: float) -> str:
 
 
 def _load(share: float) -> str:
-    return f"{share * 100:.1f} %"
+    return f"{share * 100:.1f}{NBSP}%"
 
 
-def _agreement(share: float) -> str:
-    return f"{share * 100:.4g} %"
+def _plain_percent(share: float) -> str:
+    return f"{share * 100:.4g}{NBSP}%"
 
 
 def _signed(shift: float) -> str:

@@ -13,9 +13,8 @@ from grokquant.evaluation import figures
 from grokquant.evaluation.report import JSON_NAME, Checkpoint, Report, UnitRow
 from grokquant.evaluation.style import CSS
 from grokquant.evaluation.tables import (
-    HIGHER,
     LOWER,
-    NEAR_ONE,
+    NBSP,
     Row,
     bf16_bytes,
     count,
@@ -27,6 +26,7 @@ from grokquant.evaluation.tables import (
     rows,
     size,
     verdict,
+    with_unit,
 )
 from grokquant.output import write_json, write_text
 
@@ -96,40 +96,32 @@ def _tiles(report: Report) -> str:
     by_name = {row.name: row for row in rows(report)}
     ratio, kld = by_name["Mean PPL(Q)/PPL(base)"], by_name["Mean KLD"]
     top, noise = by_name["Same top p"], by_name["Noise floor"]
-    model = report.quantized
-    bits = _datum("/quantized/bits_per_weight", model.bits_per_weight,
-                  f"{model.bits_per_weight:.2f}")  # fmt: skip
-    part = percent(model.bytes / max(bf16_bytes(model), 1), 3)
-    return (
-        '<dl class="tiles">'
-        + _tile(
-            "Perplexity ratio",
-            _value(ratio),
-            "",
-            f"± {ratio.shown_error}, {_better(NEAR_ONE)}; 1 is no loss",
-        )  # fmt: skip
-        + _tile(
-            "Mean KL divergence",
-            _value(kld),
-            "nats",
-            f"± {kld.shown_error}, {_better(LOWER)}; noise floor {noise.shown}",
-        )  # fmt: skip
-        + _tile("Same top token", _value(top), "%", f"± {top.shown_error} %, {_better(HIGHER)}")
-        + _tile(
+    model, plain = report.quantized, bf16_bytes(report.quantized)
+    bits = f"{model.bits_per_weight:.2f}"
+    tiles = (
+        _tile("Perplexity ratio", ratio, "quantized over reference"),
+        _tile("Mean KL divergence", kld, f"noise floor {noise.shown}"),
+        _tile("Same top token", top, "greedy choice unchanged"),
+        _tile_of(
             "Bits per weight",
-            bits,
-            "",
-            f"{size(model.bytes)}, {part} of bf16 ({size(bf16_bytes(model))})",
-        )  # fmt: skip
-        + "</dl>\n"
+            _datum("/quantized/bits_per_weight", model.bits_per_weight, bits),
+            f"{size(model.bytes)}, {_better(LOWER)}",
+            f"{percent(model.bytes / max(plain, 1), 3)} of {size(plain)} as bf16",
+        ),
     )
+    return f'<dl class="tiles">{"".join(tiles)}</dl>\n'
 
 
-def _tile(name: str, value: str, unit: str, note: str) -> str:
-    unit = f' <span class="unit">{unit}</span>' if unit else ""
+def _tile(name: str, row: Row, words: str) -> str:
+    unit = f'<span class="unit">{NBSP}{row.unit}</span>' if row.unit else ""
+    error = with_unit(row.shown_error, "%" if row.unit == "%" else "")
+    return _tile_of(name, _value(row) + unit, f"±{NBSP}{error}, {_better(row.better)}", words)
+
+
+def _tile_of(name: str, value: str, *notes: str) -> str:
     return (
-        f'<div class="tile"><dt>{name}</dt><dd class="big">{value}{unit}</dd>'
-        f'<dd class="note">{note}</dd></div>'
+        f'<div class="tile"><dt>{name}</dt><dd class="big">{value}</dd>'
+        f'<dd class="note">{"<br>".join(notes)}</dd></div>'
     )
 
 
@@ -141,7 +133,7 @@ def _metrics(report: Report) -> str:
             head = f'<th colspan="5" scope="rowgroup">{row.block}</th>'
             parts.append(f'<tr class="block">{head}</tr>')
             block = row.block
-        unit = f" {row.unit}" if row.unit else ""
+        unit = f"{NBSP}{row.unit}" if row.unit else ""
         parts.append(
             f'<tr{_class("lead" if row.name in lead else "")}><th scope="row">{escape(row.name)}'
             f'</th><td class="num">{_value(row)}{unit}</td><td class="num err">{_error(row)}</td>'
@@ -161,7 +153,8 @@ def _distribution(report: Report) -> str:
     charts = _figure(
         "KL divergence by token",
         f"Half of the tokens move less than {rough(kld.median)} nats, one in a hundred more than "
-        f"{rough(kld.q99_0)}, the worst one {rough(kld.maximum)}. Further left is better.",
+        f"{rough(kld.q99_0)}, the worst one {rough(kld.maximum)}. Further left is better."
+        + (" Rounding leaves some at zero or below, which are not drawn." * (kld.minimum <= 0)),
         figures.kld_quantiles(report),
     ) + _figure(
         "Change in the probability of the true token",
@@ -172,7 +165,7 @@ def _distribution(report: Report) -> str:
     cells = "".join(
         f'<tr><th scope="row">{name[0].upper() + name[1:]}</th><td class="num">'
         + ("–" if nats is None else _datum(f"/kld/{name}", nats, number(nats)))
-        + f'</td><td class="num">{_datum(f"/delta_p/{name}", share, percent(share), "%")}</td></tr>'
+        + f'</td><td class="num">{_datum(f"/delta_p/{name}", share, percent(share, 3), "%")}</td></tr>'
         for name, nats, share in quantile_rows(report)
     )
     table = (
@@ -216,7 +209,7 @@ def _layers(report: Report) -> str:
 
 def _layer_table(report: Report) -> str:
     def cell(path: str, value: float | None) -> str:
-        return "–" if value is None else _datum(path, value, percent(value), "%")
+        return "–" if value is None else _datum(path, value, percent(value, 4), "%")
 
     cells = "".join(
         f'<tr><th scope="row">{layer.layer}</th>'
@@ -240,7 +233,7 @@ def _experts(report: Report) -> str:
         charts.append(
             _figure(
                 "Load of each expert",
-                "Share of a layer’s tokens that each expert of the quantized model works on. "
+                "What each expert of the quantized model gets of the tokens routed in a layer. "
                 f"{figures.least_fed(report)}",
                 figures.load_map(report),
             )
@@ -372,7 +365,7 @@ def _details(summary: str, table: str) -> str:
 
 
 def _value(row: Row) -> str:
-    shown = row.shown.removesuffix(f" {row.unit}") if row.unit else row.shown
+    shown = row.shown.removesuffix(f"{NBSP}{row.unit}") if row.unit else row.shown
     return _datum(row.path, row.value, shown, row.unit)
 
 

@@ -50,14 +50,17 @@ font-variant-numeric:tabular-nums;white-space:nowrap}
 .better{color:var(--accent);white-space:nowrap}
 .card{padding:4px 18px 8px;overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.95rem}
-th,td{text-align:left;vertical-align:top;padding:8px 14px 8px 0;border-top:1px solid var(--hair)}
+th,td{text-align:left;vertical-align:top;padding:8px 20px 8px 0;border-top:1px solid var(--hair)}
 th:last-child,td:last-child{padding-right:0}
 thead th{border-top:0;color:var(--soft);font-weight:400;font-size:.85rem}
 tbody th{font-weight:400}
+tr.lead th,tr.lead .num{font-weight:600}
+tr.lead .err{font-weight:400}
 .num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 .err,.words{color:var(--soft)}
 .words{font-size:.9rem}
 tr.block th{padding-top:18px;font-size:.85rem;color:var(--soft);border-top:0}
+tr.block:first-child th{padding-top:8px}
 .grid{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:14px}
 figure{padding:16px 18px 14px;min-width:0;display:flex;flex-direction:column;break-inside:avoid}
 figcaption{margin-bottom:12px}
@@ -71,7 +74,7 @@ line.mark{stroke:var(--ink);stroke-dasharray:3 3}
 .line{fill:none!important;stroke-width:2;stroke-linejoin:round}
 .s1{fill:var(--s1)}.s2{fill:var(--s2)}.s0{fill:var(--s0)}
 .line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}
-circle{stroke:var(--card);stroke-width:1.5}
+circle{stroke:var(--card);stroke-width:1.5}circle.fine{stroke:none}
 .c{stroke:var(--card);stroke-width:1}
 details{margin-top:14px}
 summary{cursor:pointer;color:var(--accent);padding:6px 0}
@@ -85,11 +88,13 @@ padding:14px 18px;margin-top:14px}
 .warn li{overflow-wrap:anywhere}
 footer{margin-top:44px;padding-top:14px;border-top:1px solid var(--hair);color:var(--soft);
 font-size:.9rem;max-width:none}
-@media(max-width:760px){
+@media screen and (max-width:760px){
 main{padding:24px 16px 40px}
 .grid{grid-template-columns:minmax(0,1fr)}
 .tiles{grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:10px}
-.tile{padding:12px 13px}.tile .big{font-size:1.55rem}
+.tile{padding:12px 13px}.tile .big{font-size:1.4rem;white-space:normal}
+.tile .unit{font-size:.9rem}.tile .note{font-size:.8rem}
+text{font-size:15.5px}text.pass{font-size:13.5px}
 figure{padding:14px 12px 12px}
 .card{padding:4px 14px 8px}
 .verdict{font-size:1.08rem}
@@ -104,19 +109,24 @@ padding:9px 0;border-top:1px solid var(--hair)}
 .metrics .words{grid-column:1/-1}
 .metrics .better{text-align:right}
 .metrics tr.block{border-top:0;padding:14px 0 2px}
+.metrics tr.block:first-child{padding-top:2px}
 .facts{grid-template-columns:minmax(0,1fr);gap:0}
 .facts dd{margin-bottom:9px}
 }
 @media print{
 @page{margin:14mm}
-body{font-size:10.5pt}
+html{--page:#fff}
+body{font-size:9.5pt}
+table{font-size:9pt}th,td{padding-top:4px;padding-bottom:4px}
 main{max-width:none;padding:0}
 h2{margin-top:26px;break-after:avoid}
-h2+p,tr{break-after:avoid;break-inside:avoid}
+h2+p,tr.block{break-after:avoid}tr{break-inside:avoid}
 .tiles{grid-template-columns:repeat(4,minmax(0,1fr))}
 .tile .big{font-size:1.35rem}
-.grid{grid-template-columns:repeat(2,minmax(0,1fr))}
-.tile,.card,.warn{break-inside:avoid}
+.grid{display:block}
+.grid figure{display:inline-block;width:49%;margin:0 .4% 8px 0;vertical-align:top}
+.tile,.warn{break-inside:avoid}
+.card{border:0;padding:0}
 .c,rect,circle,.warn{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 details::details-content{content-visibility:visible;block-size:auto}
 summary{list-style:none;color:var(--soft)}

@@ -94,18 +94,20 @@ def quantile_plot(
     return _svg(title, y.start + 44, [*body, _axis_title(y.start + 38, x_title)])
 
 
-def bar_chart(title: str, marks: Sequence[Mark], show: Show, x_title: str) -> str:
+def bar_chart(
+    title: str, marks: Sequence[Mark], show: Show, show_tick: Show, x_title: str
+) -> str:
     """One bar per layer, from zero."""
     y = Axis(0, _round_up(max((m.value for m in marks), default=0.0)), 190, 22)
     band = (_RIGHT - _LEFT) / max(len(marks), 1)
     width = min(band * 0.72, _WIDEST_BAR)
-    body = [_level(y(value), show(value)) for value in _ticks(y, 4)]
+    body = [_level(y(value), show_tick(value)) for value in _ticks(y, 4)]
     for index, mark in enumerate(marks):
         x, height = _centre(index, len(marks)) - width / 2, y.start - y(mark.value)
         label = f"{x_title} {index}: {show(mark.value)}"
         shape = _box(x, y.start - height, width, max(height, 0.5))
         body.append(f'<rect class="s1" {shape}{mark.data}>{_title(label)}</rect>')
-        if band >= 44:
+        if band >= 52:
             body.append(_text(x + width / 2, y.start - height - 6, show(mark.value), "mid ink"))
     return _svg(title, 236, [*body, _baseline(y.start), *_layer_ticks(len(marks), 190, x_title)])
 
@@ -121,7 +123,7 @@ def line_chart(title: str, series: Sequence[Series], show: Show, x_title: str) -
         points = [(_centre(i, count), y(m.value), m) for i, m in enumerate(line.marks) if m]
         body.append(_polyline([(px, py) for px, py, _ in points], f"s{number}"))
         body += [
-            _dot(px, py, f"s{number}", m, f"{line.name}: {show(m.value)}", 4 if count < 20 else 2.5)
+            _dot(px, py, f"s{number}", m, f"{line.name}: {show(m.value)}", fine=count > 20)
             for px, py, m in points
         ]
         body += _legend_entry(_LEFT, 12 + _LINE * (number - 1), f"s{number}", line.name)
@@ -153,7 +155,7 @@ def heat_map(
             label = f"{names[0]} {i}, {names[1]} {e}: {show(mark.value)}{mark.note}"
             shape = _box(x, y, width, height)
             body.append(f'<rect class="c {shade}" {shape}{mark.data}>{_title(label)}</rect>')
-            if width >= 44 and height >= 20:
+            if width >= 52 and height >= 20:
                 side = f"mid pass {'hi' if step.strong(mark.value) else 'ink'}"
                 body.append(_text(x + width / 2, y + height / 2 + 4.5, show(mark.value), side))
     bottom = 8 + count * height
@@ -273,7 +275,7 @@ def _centre(index: int, count: int) -> float:
 
 
 def _layer_ticks(count: int, y: float, name: str) -> list[str]:
-    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, count) if count / n <= 16 or n >= count)
+    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, count) if count / n <= 12 or n >= count)
     ticks = [_text(_centre(i, count), y + 17, str(i), "mid") for i in range(0, count, every)]
     return [*ticks, _axis_title(y + 36, name)]
 
@@ -315,9 +317,9 @@ def _polyline(points: Sequence[tuple[float, float]], shade: str) -> str:
     return f'<polyline class="line {shade}" points="{path}"/>'
 
 
-def _dot(x: float, y: float, shade: str, mark: Mark, label: str, radius: float = 4) -> str:
-    place = f'cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}"'
-    return f'<circle class="{shade}" {place}{mark.data}>{_title(label)}</circle>'
+def _dot(x: float, y: float, shade: str, mark: Mark, label: str, fine: bool = False) -> str:
+    place = f'cx="{_n(x)}" cy="{_n(y)}" r="{2.5 if fine else 4}"'
+    return f'<circle class="{shade}{" fine" * fine}" {place}{mark.data}>{_title(label)}</circle>'
 
 
 def _legend_entry(x: float, y: float, shade: str, name: str) -> list[str]:

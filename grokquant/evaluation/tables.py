@@ -228,7 +228,8 @@ def _scientific(value: float) -> str:
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.replace('-', '−')} × 10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    power = str(int(exponent)).translate(_SUPERSCRIPT)
+    return f"{mantissa.replace('-', '−')}{NBSP}×{NBSP}10{power}"
 
 
 def with_unit(text: str, unit: str) -> str:
@@ -254,7 +255,7 @@ def short(value: float) -> str:
     """For ticks: 0.001, 1, but 10⁻⁶ for a far power of ten."""
     if value and abs(value) < 1e-3:
         text = _scientific(value)
-        return text.removeprefix("1.0 × ")
+        return text.removeprefix(f"1.0{NBSP}×{NBSP}")
     return f"{value:.3g}"
 
 

@@ -82,17 +82,17 @@ def _find_in_rows(
 def _candidates(
     groups: Tensor, scheme: Scheme, rule: ScaleRule
 ) -> list[tuple[Tensor, Tensor | None]]:
+    shrinks = _SHRINKS.tolist()
     if not scheme.symmetric:
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        shrinks = _SHRINKS if rule == "mse" else _SHRINKS[:1]
-        return [_asymmetric(low * f, high * f, scheme) for f in shrinks.tolist()]
+        tried = shrinks if rule == "mse" else shrinks[:1]
+        return [_asymmetric(low * f, high * f, scheme) for f in tried]
     absmax = groups.abs().amax(-1)
     if rule == "absmax":
         return [(_stored(absmax / scheme.qmax, scheme), None)]
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
     sign = torch.where(peak > 0, -1.0, 1.0)  # the code -2^(bits-1) goes to the peak's side
     step = absmax * sign / -scheme.qmin
-    shrinks = _SHRINKS.tolist()
     steps = [absmax * f / scheme.qmax for f in shrinks] + [step * f for f in shrinks]
     return [(_stored(candidate, scheme), None) for candidate in steps]
 

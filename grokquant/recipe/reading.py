@@ -59,7 +59,7 @@ def _read_text(path: str | Path) -> str:
 def _apply_override(values: dict, override: str) -> Loc:
     """Sets one `key=value` in `values` and returns where."""
     key, equals, text = override.partition("=")
-    parts = re.sub(r"\[(\d{1,9})\]", r".\1", key.strip()).split(".")
+    parts = re.sub(r"\[(-?\d+)\]", r".\1", key.strip()).split(".")
     if not equals or "" in parts:
         raise _input_error(f"--set {override}: ", "expected KEY=VALUE, as in quantize[0].bits=8")
     try:
@@ -69,24 +69,24 @@ def _apply_override(values: dict, override: str) -> Loc:
     container: Any = values
     loc: Loc = ()
     for part in parts[:-1]:
-        place = _place(container, part, loc)
+        place = _place(container, part, loc, key)
         if isinstance(container, dict) and container.get(place) is None:
             container[place] = {}
         container, loc = container[place], (*loc, place)
-    place = _place(container, parts[-1], loc)
+    place = _place(container, parts[-1], loc, key)
     container[place] = value
     return (*loc, place)
 
 
-def _place(container: Any, part: str, loc: Loc) -> Any:
-    """`part` as a key or index of `container`, the value at `loc`."""
+def _place(container: Any, part: str, loc: Loc, key: str) -> Any:
+    """`part` of the overridden `key` as a key or index of `container`, the value at `loc`."""
     if isinstance(container, dict):
         return part
     if not isinstance(container, list):
-        raise _input_error(f"--set {_dotted((*loc, part))}: ", f"{_dotted(loc)} holds no keys")
+        raise _input_error(f"--set {key}: ", f"{_dotted(loc)} holds no keys")
     if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(container):
-        text = f"{_dotted(loc)} is a list with indices 0 to {len(container) - 1}"
-        raise _input_error(f"--set {_dotted((*loc, part))}: ", text)
+        text = f"{_dotted(loc)} is a list, its indices go from 0 to {len(container) - 1}"
+        raise _input_error(f"--set {key}: ", text)
     return int(part)
 
 

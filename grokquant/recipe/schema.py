@@ -143,10 +143,9 @@ class Rule(Section):
         given = {key: value for key, value in values.items() if value is not None}
         for key in given:
             if key in cls.model_fields and key not in {"match", "method", *_METHOD_KEYS[method]}:
-                takers = " and ".join(name for name, keys in _METHOD_KEYS.items() if key in keys)
-                raise _rule_error(
-                    key, f"method {method} does not take it, only {takers}; null unsets it"
-                )
+                takers = ", ".join(name for name, keys in _METHOD_KEYS.items() if key in keys)
+                text = f"method {method} does not take it (null unsets it), only {takers}"
+                raise _rule_error(key, text)
         return _METHOD_KEYS[method] | given
 
     @model_validator(mode="after")
@@ -160,7 +159,7 @@ class Rule(Section):
             for key in ("bits", "symmetric", "scale_dtype"):
                 stored = _METHOD_KEYS["copy"][key]
                 if getattr(self, key) != stored:
-                    text = f"method copy takes the release as it is, {stored} here"
+                    text = f"method copy takes the release as it is, {str(stored).lower()} here"
                     raise _rule_error(key, text)
         return self
 

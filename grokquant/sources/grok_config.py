@@ -109,7 +109,7 @@ def complete_config(
         config.setdefault("head_dim", attention["q_proj"] // config["num_attention_heads"])
     missing = [name for name in FIELDS if name not in config and name != "head_dim"]
     if missing:
-        raise InputError(f"{path}: no config.json gives {', '.join(missing)}")
+        raise InputError(f"{path}: a config.json must also give {', '.join(missing)}")
     _check_heads(path, config, attention)
     return config, published
 
