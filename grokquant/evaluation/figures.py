@@ -4,8 +4,8 @@ import re
 from collections import defaultdict
 
 from grokquant.evaluation.report import Layer, Report
+from grokquant.evaluation.shapes import Mark
 from grokquant.evaluation.svg import (
-    Mark,
     Quantile,
     Series,
     bar_chart,
@@ -114,7 +114,7 @@ def unit_error_map(report: Report, key: str) -> str | None:
         return None
     layers, experts = (1 + max(key[axis] for key in errors) for axis in (0, 1))
     columns = [
-        [Mark(sum(found) / len(found)) if (found := errors.get((i, e))) else None
+        [Mark(sum(values) / len(values)) if (values := errors.get((i, e))) else None
          for e in range(experts)]
         for i in range(layers)
     ]  # fmt: skip

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from grokquant.errors import InputError
 
-SCHEMA = "grokquant.evaluation/1"
+SCHEMA: Literal["grokquant.evaluation/1"] = "grokquant.evaluation/1"
 JSON_NAME = "report.json"
 
 Share = Annotated[float, Field(ge=0, le=1)]

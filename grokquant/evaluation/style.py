@@ -115,9 +115,9 @@ padding:9px 0;border-top:1px solid var(--hair)}
 }
 @media print{
 @page{margin:14mm}
-html{--page:#fff}
-body{font-size:9.5pt}
-table{font-size:9pt}th,td{padding-top:4px;padding-bottom:4px}
+:root{--page:#fff;font-size:11.5px}
+body{font-size:1rem}
+th,td{padding-top:4px;padding-bottom:4px}
 main{max-width:none;padding:0}
 h2{margin-top:26px;break-after:avoid}
 h2+p,tr.block{break-after:avoid}tr{break-inside:avoid}

@@ -131,7 +131,7 @@ class Rule(Section):
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
 
     def matches(self, unit_name: str) -> bool:
-        return _glob_matches(self.match.split("."), unit_name.split("."))
+        return fnmatchcase(unit_name, self.match)
 
     @model_validator(mode="before")
     @classmethod
@@ -223,14 +223,6 @@ class Recipe(Section):
         text = io.StringIO()
         yaml.dump(self.model_dump(exclude_none=True), text)
         return text.getvalue()
-
-
-def _glob_matches(pattern: list[str], name: list[str]) -> bool:
-    if not pattern or not name:
-        return not name and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return _glob_matches(pattern[1:], name) or _glob_matches(pattern, name[1:])
-    return fnmatchcase(name[0], pattern[0]) and _glob_matches(pattern[1:], name[1:])
 
 
 def _rule_error(key: str, text: str) -> PydanticCustomError:

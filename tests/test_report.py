@@ -1,0 +1,497 @@
+"""The evaluation report: JSON and back, and a page that says the same and needs nothing else."""
+
+import copy
+import io
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from grokquant.errors import InputError
+from grokquant.evaluation.html import render_html, write_report
+from grokquant.evaluation.report import Report, parse_report, read_report
+from grokquant.evaluation.tables import (
+    bf16_bytes,
+    count,
+    markdown_table,
+    number,
+    percent,
+    size,
+    terminal_table,
+    verdict,
+)
+
+AWKWARD = """<b>a&b "c" 'd'|[red]"""
+
+
+def content(layers: int = 4, experts: int = 8) -> dict:
+    """A plausible report.json with numbers that no rounding leaves as they are."""
+
+    def odd(*seed: int) -> float:
+        return (
+            math.modf(math.sin(sum((7 * i + 3) * s + i for i, s in enumerate(seed, 1))) * 997)[0]
+            ** 2
+        )
+
+    def tokens(layer: int, salt: int) -> list[int]:
+        return [1000 + int(900 * odd(layer, e, salt)) for e in range(experts if experts > 1 else 0)]
+
+    def layer(i: int) -> dict:
+        routed = experts > 1
+        return {
+            "layer": i,
+            "relative_error": 0.01 + odd(i, 1) / 50,
+            "router_top1": 0.9 + odd(i, 2) / 12 if routed else None,
+            "router_top2_set": 0.85 + odd(i, 3) / 12 if routed else None,
+            "tokens_per_expert": tokens(i, 4),
+            "reference_tokens_per_expert": tokens(i, 5),
+        }
+
+    def unit(i: int, e: int, matrix: str) -> dict:
+        return {
+            "name": f"layers.{i}.experts.{e}.{matrix}",
+            "method": "gptq",
+            "scheme": "int4 g128 sym",
+            "bits_per_weight": 4.125,
+            "relative_error": 0.1 + odd(i, e, len(matrix)) / 40,
+            "output_error": 0.05 + odd(e, i, len(matrix)) / 40,
+            "tokens": 4321,
+            "fallback": None,
+        }
+
+    model = {"family": "grok-1", "layers": layers, "experts": experts, "parameters": 7_712_345}
+    return {
+        "schema": "grokquant.evaluation/1",
+        "grokquant": "0.1.0",
+        "quantized": model
+        | {"path": "/data/toy-int4", "bytes": 4_106_824, "bits_per_weight": 4.2599961}
+        | {"schemes": {"int4 g128 sym (gptq)": 96, "int8 release sym (copy)": 16}},
+        "reference": model
+        | {"path": f"/data/{AWKWARD}", "bytes": 8_290_771, "bits_per_weight": 8.6, "schemes": {}},
+        "protocol": {
+            "text": "python-docs (held-out)",
+            "text_sha256": "9f86d081884c7d659a2feaa0c55ad015",
+            "windows": 128,
+            "length": 256,
+            "tokens_scored": 32640,
+            "scored": "every token but the first of each window",
+            "bos": False,
+            "arithmetic": "float32 on bf16 weights",
+        },
+        "perplexity": {
+            "reference": {"value": 19.837410291, "error": 0.2419312},
+            "quantized": {"value": 19.918742113, "error": 0.2438177},
+            "ratio": {"value": 1.004099912, "error": 0.000812345},
+            "ln_ratio": {"value": 0.004091533, "error": 0.000809031},
+            "difference": {"value": 0.081331822, "error": 0.016112333},
+            "correlation": 0.998712345,
+        },
+        "kld": {
+            "mean": {"value": 0.0041234567, "error": 0.0000612345},
+            "maximum": 1.834121, "99.9%": 0.2213456, "99.0%": 0.05123456, "95.0%": 0.01661234,
+            "90.0%": 0.009811234, "median": 0.001511234, "10.0%": 0.0001211234,
+            "5.0%": 4.411234e-05, "1.0%": 4.21234e-06, "0.1%": 3.11234e-07, "minimum": -2.11e-09,
+        },
+        "delta_p": {
+            "mean": {"value": -0.000812345, "error": 0.000110987},
+            "rms": {"value": 0.020131234, "error": 0.000311234},
+            "maximum": 0.37121234, "99.9%": 0.1503123, "99.0%": 0.0641123, "95.0%": 0.0253123,
+            "90.0%": 0.0131123, "75.0%": 0.0021123, "median": -1.1123e-06, "25.0%": -0.0024123,
+            "10.0%": -0.0149123, "5.0%": -0.0288123, "1.0%": -0.0720123, "0.1%": -0.1711123,
+            "minimum": -0.4412123,
+        },
+        "same_top_p": {"value": 0.962312345, "error": 0.001051234},
+        "noise_floor": {"mean_kld": 1.3123e-09, "how": "reference against itself, reordered"},
+        "layers": [layer(i) for i in range(layers)],
+        "units": [
+            unit(i, e, m)
+            for i in range(layers)
+            for e in range(experts)
+            for m in ("gate", "up", "down")
+        ],
+    }  # fmt: skip
+
+
+def report(layers: int = 4, experts: int = 8) -> Report:
+    return parse_report(content(layers, experts), "test")
+
+
+def changed(path: str, value: object) -> dict:
+    """The content with the value at a JSON pointer replaced."""
+    result = copy.deepcopy(content())
+    *parents, last = path.strip("/").split("/")
+    node = result
+    for key in parents:
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    node[last] = value
+    return result
+
+
+class Page(HTMLParser):
+    """Collects (data-path, data-value, data-unit, text) and all tags with their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.data: list[list] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self._open: list | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        found = dict(attrs)
+        self.tags.append((tag, found))
+        if "data-path" in found:
+            self._open = [found["data-path"], found["data-value"], found.get("data-unit"), ""]
+            self.data.append([*self._open[:3], "", tag])
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = None
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._open is not None:
+            self.data[-1][3] += data
+
+
+def at(tree: Any, path: str) -> float:
+    for key in path.strip("/").split("/"):
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    return tree
+
+
+def read_number(text: str) -> tuple[float, float]:
+    """The value of a shown number and half a unit of its last digit."""
+    text = text.replace("−", "-").replace(",", "").replace("\u00a0", " ").removesuffix(" %")
+    mantissa, _, power = text.partition(" × 10")
+    exponent = int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) or 0)
+    decimals = len(mantissa.partition(".")[2])
+    return float(mantissa) * 10**exponent, 0.5 * 10.0 ** (exponent - decimals)
+
+
+# Data model
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    json_path, html_path = write_report(report(), tmp_path / "new" / "deep")
+    assert (json_path.name, html_path.name) == ("report.json", "report.html")
+    assert json.loads(json_path.read_text(encoding="utf-8")) == content()
+    assert read_report(json_path) == read_report(json_path.parent) == report()
+
+
+def test_json_keeps_the_order_and_equal_reports_give_equal_bytes(tmp_path: Path) -> None:
+    paths = [write_report(report(), tmp_path / name) for name in ("a", "b")]
+    for one, other in zip(*paths, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    written = json.loads(paths[0][0].read_text(encoding="utf-8"))
+    assert list(written) == list(content())
+    assert list(written["kld"]) == list(content()["kld"])
+    assert list(written["delta_p"]) == list(content()["delta_p"])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "key"),
+    [
+        ("/kld/99.9%", math.nan, "kld.99.9%"),
+        ("/perplexity/ratio/value", math.inf, "perplexity.ratio.value"),
+        ("/perplexity/ratio/error", -0.1, "perplexity.ratio.error"),
+        ("/layers/2/router_top1", 1.5, "layers.2.router_top1"),
+        ("/layers/1/tokens_per_expert", [1, 2], "layers.1"),
+        ("/schema", "grokquant.evaluation/9", "schema"),
+        ("/kld/98%", 0.1, "kld.98%"),
+        ("/same_top_p", None, "same_top_p"),
+    ],
+)
+def test_bad_content_is_named_in_one_line(path: str, value: object, key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_report(changed(path, value), "x/report.json")
+    assert str(caught.value).startswith(f"x/report.json: {key}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema": 1}', '{"kld": NaN}'])
+def test_files_that_are_no_report(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"report\.json: ") as caught:
+        read_report(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not JSON"):
+        read_report(tmp_path)
+
+
+def test_failed_rename_leaves_the_old_report(tmp_path: Path, monkeypatch) -> None:
+    old = [path.read_bytes() for path in write_report(report(), tmp_path)]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(InputError, match="No space left"):
+        write_report(report(2, 2), tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in ("report.json", "report.html")] == old
+    with pytest.raises(InputError):
+        write_report(report(), tmp_path / "other")
+    assert not list((tmp_path / "other").glob("report.*"))
+
+
+def test_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="taken: cannot be written"):
+        write_report(report(), tmp_path / "taken")
+
+
+# The page
+
+
+def test_numbers_on_the_page_are_those_of_the_json() -> None:
+    page, tree = Page(render_html(report())), content()
+    paths = set()
+    for path, value, unit, text, tag in page.data:
+        assert float(value) == at(tree, path), path
+        paths.add(path)
+        if tag == "span":
+            shown, slack = read_number(text)
+            exact = float(value) * (100 if unit == "%" else 1)
+            assert abs(shown - exact) <= slack * 1.000001, (path, text, value)
+    expected = {f"/{part}/{key}/{field}" for part, keys in (
+        ("perplexity", ("reference", "quantized", "ratio", "ln_ratio", "difference")),
+        ("kld", ("mean",)), ("delta_p", ("mean", "rms")),
+    ) for key in keys for field in ("value", "error")}  # fmt: skip
+    expected |= {f"/{part}/{key}" for part in ("kld", "delta_p") for key in tree[part]}
+    expected -= {"/kld/mean", "/delta_p/mean", "/delta_p/rms"}
+    expected |= {f"/layers/{i}/{key}" for i in range(4)
+                 for key in ("relative_error", "router_top1", "router_top2_set")}  # fmt: skip
+    expected |= {f"/layers/{i}/tokens_per_expert/{e}" for i in range(4) for e in range(8)}
+    expected |= {"/perplexity/correlation", "/same_top_p/value", "/same_top_p/error"}
+    expected |= {"/noise_floor/mean_kld", "/quantized/bits_per_weight", "/quantized/bytes"}
+    assert expected <= paths
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (64, 8), (3, 1), (1, 2), (2, 128)])
+def test_page_needs_nothing_else(shape: tuple[int, int]) -> None:
+    text = render_html(report(*shape))
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|\son[a-z]+=", text)
+    assert "src" not in {name for _, attributes in page.tags for name in attributes}
+    assert "prefers-color-scheme:dark" in text and "@media print" in text
+    assert "nan" not in re.findall(r"[a-z]+", text.lower())
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (64, 8), (3, 1), (1, 2), (2, 128)])
+def test_every_drawing_is_well_formed_named_and_inside_its_box(shape: tuple[int, int]) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", render_html(report(*shape)), re.S)
+    assert len(drawings) == (9 if shape[1] > 1 else 4)
+    for drawing in drawings:
+        root = ElementTree.fromstring(drawing)
+        assert root.get("aria-label") == root.findtext("title") and root.findtext("title")
+        _, _, width, height = map(float, root.get("viewBox", "").split())
+        for rect in root.iter("rect"):
+            x, y, w, h = (float(rect.get(key, "nan")) for key in ("x", "y", "width", "height"))
+            assert x >= 0 and y >= 0 and w > 0 and h > 0
+            assert x + w <= width + 0.2 and y + h <= height + 0.2
+        for circle in root.iter("circle"):
+            assert 0 <= float(circle.get("cx", "nan")) <= width
+            assert 0 <= float(circle.get("cy", "nan")) <= height
+
+
+def test_grok_1_fits_in_400_kilobytes() -> None:
+    assert len(render_html(report(64, 8)).encode()) < 400_000
+
+
+def test_dense_model_has_no_experts_section() -> None:
+    page = render_html(report(3, 1))
+    assert "Expert by expert" not in page and "Same experts chosen" not in page
+    assert "Expert by expert" in render_html(report())
+
+
+def test_heat_map_has_a_cell_for_each_expert_and_darkest_is_busiest() -> None:
+    drawings = re.findall(r"<svg.*?</svg>", render_html(report()), re.S)
+    load = next(d for d in drawings if "Share of tokens by layer and expert" in d)
+    cells = [r for r in ElementTree.fromstring(load).iter("rect") if r.get("data-path")]
+    assert len(cells) == 32
+    shares = {}
+    for cell in cells:
+        _, _, layer, _, _ = (cell.get("data-path") or "").split("/")
+        total = sum(content()["layers"][int(layer)]["tokens_per_expert"])
+        shares[float(cell.get("data-value", "nan")) / total] = cell.get("class")
+    assert shares[max(shares)] == "c q7" and shares[min(shares)] == "c q0"
+    written = re.findall(
+        r'class="c q(\d)"[^>]*><title>[^<]*</title></rect><text class="([^"]*)', load
+    )
+    assert len(written) == 32
+    assert all(("hi" in text.split()) == (int(shade) >= 4) for shade, text in written)
+
+
+def test_tokens_gained_are_blue_and_lost_are_orange() -> None:
+    tree = content(1, 3)
+    tree["layers"][0] |= {"tokens_per_expert": [130, 100, 70]}
+    tree["layers"][0] |= {"reference_tokens_per_expert": [100] * 3}
+    drawings = re.findall(r"<svg.*?</svg>", render_html(parse_report(tree, "test")), re.S)
+    shift = next(d for d in drawings if "Tokens gained or lost" in d)
+    cells = [r for r in ElementTree.fromstring(shift).iter("rect") if r.findtext("title")]
+    assert [(r.findtext("title"), r.get("class")) for r in cells] == [
+        ("layer 0, expert 0: +30", "c d6"),
+        ("layer 0, expert 1: 0", "c d3"),
+        ("layer 0, expert 2: −30", "c d0"),
+    ]
+
+
+def test_every_shade_has_a_colour_in_both_themes_and_readable_text() -> None:
+    page = render_html(report())
+    style = page[page.index("<style>") : page.index("</style>")]
+    for theme in re.findall(r":root\{([^}]*--ink[^}]*)\}", style):
+        colours = dict(re.findall(r"--(\w+):(#\w+)", theme))
+        for palette, strong in (("q", {4, 5, 6, 7}), ("e", {4, 5, 6, 7}), ("d", {0, 6})):
+            for i in range(7 if palette == "d" else 8):
+                ink = colours["strong" if i in strong else "ink"]
+                assert contrast(colours[f"{palette}{i}"], ink) >= 4, (palette, i, ink)
+        for text in ("ink", "soft", "accent"):
+            assert min(contrast(colours[text], colours[on]) for on in ("card", "page")) >= 4.5
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's ratio of two colours, #rgb or #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_strings_are_escaped() -> None:
+    tree = content()
+    tree["units"][3]["fallback"] = f"too few tokens {AWKWARD}"
+    tree["units"][3]["name"] = f"layers.0.{AWKWARD}"
+    for where in ("text", "text_sha256", "scored", "arithmetic"):
+        tree["protocol"][where] = AWKWARD
+    tree["noise_floor"]["how"] = tree["quantized"]["family"] = tree["grokquant"] = AWKWARD
+    tree["quantized"]["path"] = f"/x/{AWKWARD}"
+    tree["quantized"]["schemes"] = {AWKWARD: 1}
+    text = render_html(parse_report(tree, "test"))
+    assert "<b>a&b" not in text and AWKWARD not in text
+    page = Page(text)
+    assert page.text.count(AWKWARD) > 12
+    for drawing in re.findall(r"<svg.*?</svg>", text, re.S):
+        ElementTree.fromstring(drawing)
+
+
+def test_fallbacks_are_listed_with_their_reason() -> None:
+    tree = content()
+    assert "not quantized as planned" not in render_html(parse_report(tree, "test"))
+    tree["units"][5]["fallback"] = "3 tokens are too few for a Hessian of 128 columns"
+    page = Page(render_html(parse_report(tree, "test")))
+    assert "1 matrix was not quantized as planned" in page.text
+    assert f"{tree['units'][5]['name']}: 3 tokens are too few" in page.text
+
+
+@pytest.mark.parametrize("change", ["lossless", "no layers", "one kind", "still", "idle"])
+def test_extremes_are_drawn(change: str) -> None:
+    tree = content()
+    zero = {"value": 0.0, "error": 0.0}
+    if change == "lossless":
+        for part in ("kld", "delta_p"):
+            tree[part] = {k: zero if isinstance(v, dict) else 0.0 for k, v in tree[part].items()}
+        tree["perplexity"] |= {"ratio": {"value": 1.0, "error": 0.0}, "ln_ratio": zero}
+        tree["noise_floor"]["mean_kld"] = 0.0
+        for unit in tree["units"]:
+            unit |= {"relative_error": 0.0, "output_error": None}
+        for layer in tree["layers"]:
+            layer |= {"relative_error": 0.0, "router_top1": 1.0, "router_top2_set": 1.0}
+    if change == "no layers":
+        tree["layers"], tree["units"] = [], []
+    if change == "one kind":
+        tree["units"] = tree["units"][:1]
+        tree["layers"][1] |= {"router_top1": None, "router_top2_set": None}
+        tree["layers"][1] |= {"tokens_per_expert": [], "reference_tokens_per_expert": []}
+    if change == "still":
+        for layer in tree["layers"]:
+            layer["tokens_per_expert"] = layer["reference_tokens_per_expert"] = [5] * 8
+    if change == "idle":
+        for layer in tree["layers"]:
+            layer["tokens_per_expert"] = [0] * 8
+    page = render_html(parse_report(tree, "test"))
+    for drawing in re.findall(r"<svg.*?</svg>", page, re.S):
+        ElementTree.fromstring(drawing)
+    assert "nan" not in re.findall(r"[a-z]+", page.lower())
+
+
+# Plain tables and words
+
+
+def test_markdown_table() -> None:
+    lines = markdown_table(report()).splitlines()
+    assert lines[0] == "| Metric | Value | ± | Better |"
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.count("|") for line in table} == {5}
+    cells = {
+        row[0]: row[1:] for row in ([c.strip() for c in line.split("|")[1:-1]] for line in table)
+    }
+    assert cells["Mean PPL(Q)/PPL(base)"] == ["1.00410", "0.00081", "→ near 1"]
+    assert cells["Mean KLD"] == ["0.004123\u00a0nats", "0.000061", "↓ lower"]
+    assert cells["Same top p"] == ["96.23\u00a0%", "0.11", "↑ higher"]
+    assert cells["Bits per weight"][0] == "4.26" and cells["Size"][0] == "4.11\u00a0MB"
+    assert "&lt;b>" in lines[-1] and "\\|" in lines[-1] and "32,640 tokens" in lines[-1]
+
+
+def test_terminal_table_shows_every_metric_and_no_markup_of_names() -> None:
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(terminal_table(report()))
+    text = console.export_text()
+    for name in ("Mean PPL(Q)/PPL(base)", "Mean KLD", "99.9% KLD", "RMS Δp", "Same top p", "[red]"):
+        assert name in text
+
+
+def test_verdict_says_which_way_and_what_is_within_the_error() -> None:
+    assert verdict(report()) == (
+        "Perplexity rises by 0.410\u00a0% (±\u00a00.081), the average token’s distribution moves "
+        "by 0.0041\u00a0nats, and 96.2\u00a0% of top tokens stay the same. "
+        "4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB as bf16."
+    )
+    fallen = changed("/perplexity/ratio", {"value": 0.9995, "error": 0.0008})
+    assert verdict(parse_report(fallen, "test")).startswith("Perplexity falls by 0.050")
+    assert "within the error" in verdict(parse_report(fallen, "test"))
+    same = changed("/perplexity/ratio", {"value": 1.0, "error": 0.0})
+    assert verdict(parse_report(same, "test")).startswith("Perplexity is the same,")
+    assert bf16_bytes(report().quantized) == 2 * 7_712_345
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (number(0.0041234, 0.0000612), "0.004123"),
+        (number(19.8374, 0.2419), "19.84"),
+        (number(1234.5, 98), "1234"),
+        (number(-0.0, 0.0), "0"),
+        (number(1.3123e-9), "1.3 × 10⁻⁹"),
+        (number(-2e-9, 1e-3), "0.0000"),
+        (percent(0.00412), "0.41 %"),
+        (percent(-0.125, 3), "−12.5 %"),
+        (size(999), "999 B"),
+        (size(999_999), "1,000 kB"),
+        (size(4_106_824), "4.11 MB"),
+        (size(158_400_000_000), "158 GB"),
+        (count(314_071_000_000), "314 billion"),
+        (count(12), "12"),
+    ],
+)
+def test_numbers_as_people_read_them(shown: str, expected: str) -> None:
+    assert shown.replace("\u00a0", " ") == expected
