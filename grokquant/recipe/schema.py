@@ -114,8 +114,8 @@ class CalibrationSection(Section):
 class Rule(Section):
     """How the units that `match` names are stored; of several rules the first that matches counts.
 
-    `match` is a glob over unit names such as `layers.3.experts.5.down`: `*`, `?` and `[0-3]` stay
-    within one dot-separated part, a part `**` stands for any number of parts.
+    `match` is a glob over unit names such as `layers.3.experts.5.down`: `*` stands for anything,
+    dots included, `?` for one character, `[0-3]` for one of a set.
     `keep` leaves units in bfloat16, `copy` takes the source's int8 as it is, `rtn` rounds to
     nearest, `gptq` rounds with error feedback. Keys that a method does not take must be unset.
     """

@@ -211,22 +211,16 @@ def _refs(item: _Stored) -> list[TensorRef]:
 
 
 def _dense_ref(item: _Stored, name: str) -> TensorRef:
-    # The released code casts the embedding to bfloat16 before each use: that is the model.
-    dtype = torch.bfloat16 if item.name == EMBEDDING else torch.float32
     transposed = item.name.endswith("/router")
     shape = item.weight.shape[::-1] if transposed else item.weight.shape
-    load = partial(_load_dense, item, dtype, transposed)
-    return TensorRef(name, shape, dtype, item.weight.nbytes, load)
+    load = partial(_load_dense, item, transposed)
+    return TensorRef(name, shape, torch.float32, item.weight.nbytes, load)
 
 
-def _load_dense(item: _Stored, dtype: torch.dtype, transposed: bool) -> Tensor:
-    mapped = map_array(item.path, item.weight)
-    result = torch.empty(mapped.shape, dtype=dtype)
-    for start in range(0, len(mapped), CHUNK_ROWS):  # float32 temporaries stay small
-        rows = slice(start, start + CHUNK_ROWS)
-        result[rows] = mapped[rows]
-    _refuse_nonfinite(item, result, "")
-    return result.T.contiguous() if transposed else result
+def _load_dense(item: _Stored, transposed: bool) -> Tensor:
+    stored = map_array(item.path, item.weight).clone()
+    _refuse_nonfinite(item, stored, "")
+    return stored.T.contiguous() if transposed else stored
 
 
 def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
