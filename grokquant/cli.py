@@ -2,7 +2,7 @@
 
 import json
 import os
-import sys
+import signal
 from pathlib import Path
 
 import click
@@ -16,23 +16,23 @@ cannot be used; 130 interrupted.
 
 
 class _Commands(click.Group):
-    """Turns our errors into one line and their exit code, whatever command raised them."""
-
-    def main(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        try:
-            return super().main(*args, **kwargs)
-        except GrokquantError as error:
-            click.echo(f"grokquant: {error}", err=True)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("grokquant: interrupted, nothing was published", err=True)
-            sys.exit(130)
+    """Turns our errors and interruptions into one line and an exit code, whatever command ran."""
 
     def invoke(self, ctx: click.Context) -> object:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
         try:
             return super().invoke(ctx)
-        except click.exceptions.Abort:
-            raise KeyboardInterrupt from None
+        except GrokquantError as error:
+            code, text = error.exit_code, str(error)
+        except KeyboardInterrupt:
+            code, text = 130, "interrupted, nothing was published"
+        click.echo(f"grokquant: {_printable(text)}", err=True)
+        ctx.exit(code)
+
+
+def _printable(text: str) -> str:
+    """One line whatever names a file has brought: no line breaks, no codes for the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grokquant.formats import FORMATS
@@ -15,15 +15,23 @@ CARD_NAME = "README.md"
 TABLE_START, TABLE_END = "<!-- evaluation -->", "<!-- /evaluation -->"
 
 
-def write(
-    directory: Path, plan: Plan, reports: list[UnitReport], tokens_per_expert: list[list[int]]
-) -> None:
+@dataclass(frozen=True)
+class Record:
+    """What a run did: a report per unit, tokens per expert layer by layer, and the calibration
+    rows and their length (nothing where no data was needed)."""
+
+    units: list[UnitReport]
+    tokens_per_expert: list[list[int]]
+    calibration_rows: tuple[int, ...]
+
+
+def write(directory: Path, plan: Plan, record: Record) -> None:
     """Writes every paper of a finished run into `directory`."""
     for path in plan.checkpoint.source.tokenizer_files:
         shutil.copyfile(path, directory / path.name)
     write_text(directory / "recipe.yaml", plan.recipe.to_yaml())
-    write_json(directory / REPORT_NAME, quantization_report(plan, reports, tokens_per_expert))
-    write_text(directory / CARD_NAME, model_card(plan, reports))
+    write_json(directory / REPORT_NAME, quantization_report(plan, record))
+    write_text(directory / CARD_NAME, model_card(plan, record.units))
     write_json(directory / "generation_config.json", generation_config(plan))
     write_json(directory / "config.json", output_config(plan))
 
@@ -50,9 +58,7 @@ def generation_config(plan: Plan) -> dict:
     return {name: config[name] for name in names if config.get(name) is not None}
 
 
-def quantization_report(
-    plan: Plan, reports: list[UnitReport], tokens_per_expert: list[list[int]]
-) -> dict:
+def quantization_report(plan: Plan, record: Record) -> dict:
     """What was done, a row per unit. Times are left out: the same run gives the same bytes."""
     return {
         "schema": "grokquant.quantization/1",
@@ -61,11 +67,12 @@ def quantization_report(
         "output_bytes": plan.output_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "parameters": plan.checkpoint.parameters,
-        "schemes": scheme_counts(reports),
-        "fallbacks": [r.name for r in reports if r.fallback],
-        "tokens_per_expert": tokens_per_expert,
+        "schemes": scheme_counts(record.units),
+        "fallbacks": [unit.name for unit in record.units if unit.fallback],
+        "calibration_rows": list(record.calibration_rows),
+        "tokens_per_expert": record.tokens_per_expert,
         "kept": list(plan.kept),
-        "units": [_row(report) for report in reports],
+        "units": [_row(report) for report in record.units],
     }
 
 

@@ -30,6 +30,7 @@ class Progress(Protocol):
     """What a run tells its spectators."""
 
     def planned(self, plan: Plan) -> None: ...
+    def calibrating(self, rows: int, length: int) -> None: ...
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
 
 
@@ -50,7 +51,9 @@ def quantize(recipe: Recipe, progress: Progress | None = None) -> Path:
             run.write_kept(plan.kept_in_layer(index))
             run.end_layer(index, tokens)
         run.writer.finish()
-        papers.write(directory, plan, run.reports, run.tokens_per_expert)
+        papers.write(
+            directory, plan, papers.Record(run.reports, run.tokens_per_expert, run.calibration_rows)
+        )
         verify_against_plan(directory, plan)
         write_sums(directory)
     return output
@@ -65,6 +68,7 @@ class Run:
     progress: Progress | None
     reports: list[UnitReport] = field(default_factory=list)
     tokens_per_expert: list[list[int]] = field(default_factory=list)
+    calibration_rows: tuple[int, ...] = ()
     _layer_start: int = 0
 
     def deliver(self, unit: Unit, quantized: QTensor, report: UnitReport) -> None:
@@ -96,6 +100,9 @@ def _blocks(run: Run) -> Iterator[list[int]]:
 def _with_calibration(run: Run) -> Iterator[list[int]]:
     checkpoint = run.plan.checkpoint
     rows = calibration_rows(run.plan.recipe.calibration, load_tokenizer(checkpoint), checkpoint)
+    run.calibration_rows = tuple(rows.shape)
+    if run.progress:
+        run.progress.calibrating(*rows.shape)
     model = BlockwiseModel(checkpoint)
     hidden = model.embed(rows)  # (rows, time, hidden)
     for index in range(checkpoint.config.num_hidden_layers):

@@ -142,6 +142,13 @@ class RunProgress(_LayerBar):
         print_plan(plan, self.console)
         self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
 
+    def calibrating(self, rows: int, length: int) -> None:
+        asked = self.plan.recipe.calibration
+        line = f"calibration: {rows} rows of {length} tokens"
+        if (rows, length) != (asked.samples, asked.length):
+            line += f", fewer than the {asked.samples} x {asked.length} that the recipe asks for"
+        self.console.print(line, highlight=False)
+
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:
         self.fallbacks += sum(report.fallback is not None for report in reports)
         line = f"layer {index}: {_error_of(reports)}, {_bits_of(reports, self.plan):.3f} bits"

@@ -30,7 +30,9 @@ def text_file(tmp_path_factory) -> Path:
     """A text of a few thousand tokens, so that no test waits for the standard library's."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghilmnoprstuvy", k=draw.randint(2, 8))) for _ in range(500)]
+    words = [
+        "".join(draw.choices("abcdefghilmnoprstuvy", k=draw.randint(2, 8))) for _ in range(500)
+    ]
     path.write_text("\n".join(" ".join(draw.choices(words, k=12)) for _ in range(400)))
     return path
 

@@ -73,7 +73,9 @@ def test_compressed_tensors_reads_the_output(tiny_recipe):
     assert len(stems) == 2 * (4 + 4 * 3)
     for stem in stems:
         (scheme,) = [g for g in groups if any(match_name(stem, t) for t in g.targets)]
-        own = {k.removeprefix(stem + "."): v for k, v in tensors.items() if k.startswith(stem + ".")}
+        own = {
+            k.removeprefix(stem + "."): v for k, v in tensors.items() if k.startswith(stem + ".")
+        }
         weight = PackedQuantizationCompressor.decompress(own, scheme)["weight"]
         assert torch.equal(weight, ours[f"{stem}.weight"].read())
 
@@ -112,7 +114,9 @@ def test_starved_experts_fall_back_and_are_named(tiny_recipe):
 
 
 def test_more_fallbacks_than_allowed_end_the_run(tiny_recipe, tmp_path):
-    with pytest.raises(GateError, match=r"fell back to rtn, max_fallbacks = 0.01 allows 0 \(layers"):
+    with pytest.raises(
+        GateError, match=r"fell back to rtn, max_fallbacks = 0.01 allows 0 \(layers"
+    ):
         pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}))
     assert list(tmp_path.iterdir()) == []
 

@@ -363,7 +363,6 @@ def test_globs(glob: str, name: str, fits: bool) -> None:
     assert Rule(match=glob, method="keep").matches(name) is fits
 
 
-
 def test_first_matching_rule_counts() -> None:
     recipe = parse_recipe(
         {

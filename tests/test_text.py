@@ -85,8 +85,14 @@ def test_calibration_rows_name_the_key(tmp_path: Path) -> None:
     assert text_of(calibration_rows(settings, Characters(), checkpoint)) == ["0123456789"] * 2
     with pytest.raises(InputError, match=r"^calibration\.data: .*a\.txt: the text has 20 tokens"):
         calibration_rows(CalibrationSection(data=str(path), length=32), Characters(), checkpoint)
-    with pytest.raises(InputError, match=r"^calibration\.length: 33 tokens, the model has 32"):
-        calibration_rows(CalibrationSection(data=str(path), length=33), Characters(), checkpoint)
+
+
+def test_calibration_rows_are_no_longer_than_the_model_has_positions(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("0123456789" * 2)
+    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10))
+    rows = calibration_rows(CalibrationSection(data=str(path)), Characters(), checkpoint)
+    assert text_of(rows) == ["0123456789"] * 2
 
 
 def test_digest_sees_texts_and_borders() -> None:

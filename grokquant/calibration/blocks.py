@@ -145,9 +145,9 @@ class BlockwiseModel:
         return logits
 
     def apply_gate(self, index: int, gate: Tensor, up: Tensor) -> Tensor:
-        """The family's activation of an expert's hidden units [tokens, inner]."""
+        """The family's activation of an expert's hidden units [tokens, inner], in float32."""
         experts = self.family.experts_of(self.layers[index])
-        return experts._apply_gate(torch.cat((gate, up), dim=-1))
+        return experts._apply_gate(torch.cat((gate, up), dim=-1).float()).to(gate.dtype)
 
     def expert_weight(self, tensor: str) -> Tensor:
         """One expert matrix [out, in] in the working dtype, read from the source."""
@@ -158,6 +158,7 @@ class BlockwiseModel:
 
         def mix(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             mixed = torch.zeros(x.shape, dtype=torch.float32)
+            gates = gates.to(x.dtype).float()
             for expert in range(self.config.num_local_experts):
                 token, slot = torch.where(experts == expert)
                 names = self.family.expert_tensors(index, expert)
@@ -165,7 +166,7 @@ class BlockwiseModel:
                 up = F.linear(x[token], self.expert_weight(names["up"]))
                 inner = self.apply_gate(index, gate, up)  # (routed, inner)
                 out = F.linear(inner, self.expert_weight(names["down"]))
-                mixed.index_add_(0, token, out.float() * gates[token, slot, None].float())
+                mixed.index_add_(0, token, out.float() * gates[token, slot, None])
             return mixed
 
         return mix

@@ -71,15 +71,14 @@ def token_rows(
 def calibration_rows(
     settings: CalibrationSection, tokenizer: PreTrainedTokenizerBase, checkpoint: "Checkpoint"
 ) -> Tensor:
-    """The rows that a recipe calibrates with, int64 [samples, length]. Raises InputError."""
-    positions = getattr(checkpoint.config, "max_position_embeddings", settings.length)
-    if settings.length > positions:
-        raise InputError(
-            f"calibration.length: {settings.length} tokens, the model has {positions} positions"
-        )
+    """The rows that a recipe calibrates with, int64 [samples, length]. Raises InputError.
+
+    Rows are no longer than the model has positions.
+    """
+    length = min(settings.length, checkpoint.config.max_position_embeddings)
     documents = load_documents(settings.data, "calibration")
     try:
-        return token_rows(documents, tokenizer, settings.samples, settings.length, settings.seed)
+        return token_rows(documents, tokenizer, settings.samples, length, settings.seed)
     except InputError as error:
         raise InputError(f"calibration.data: {settings.data}: {error}") from None
 

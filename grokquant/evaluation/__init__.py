@@ -1,6 +1,7 @@
 """What quantization cost: the same tokens through both models, figures, reports."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,6 +30,14 @@ from grokquant.recipe import EvalSection, load_recipe
 from grokquant.tokenizer import load_tokenizer
 from grokquant.types import Scheme
 
+# What two models must share, as their configs call it, to be compared token by token.
+_SAME = (
+    "num_hidden_layers",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "hidden_size",
+    "vocab_size",
+)
 _QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%")
 
 
@@ -66,17 +75,17 @@ def evaluate(
     settings = settings or settings_of(quantized)
     candidate, base = open_checkpoint(quantized), open_checkpoint(reference)
     _check_comparable(candidate, base)
+    own, theirs = _unit_rows(candidate), _unit_rows(base)
     documents = load_documents(settings.data, "heldout")
-    tokenizer = load_tokenizer(base)
-    rows = token_rows(documents, tokenizer, settings.samples, settings.length, None)
+    rows = _rows(settings, documents, base)
     comparison = compare_checkpoints(candidate, base, rows, layer_done)
     return Report(
         grokquant=grokquant.__version__,
-        quantized=_describe(candidate, quantized),
-        reference=_describe(base, reference),
+        quantized=_describe(candidate, quantized, own),
+        reference=_describe(base, reference, theirs),
         protocol=_protocol(settings, documents, rows),
         layers=tuple(parts.Layer(**vars(layer)) for layer in comparison.layers),
-        units=tuple(parts.UnitRow(**row) for row in _unit_rows(Path(quantized))),
+        units=own,
         **_figures(comparison),
     )
 
@@ -90,12 +99,22 @@ def publish(report: Report, output: Path, directory: Path | None = None) -> tupl
 
 
 def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:
-    for field in ("num_hidden_layers", "vocab_size", "hidden_size"):
+    for field in _SAME:
         found, expected = getattr(candidate.config, field), getattr(base.config, field)
         if found != expected:
             raise InputError(
                 f"{candidate.source.path}: {field} is {found}, the reference has {expected}"
             )
+
+
+def _rows(settings: EvalSection, documents: list[str], base: Checkpoint) -> torch.Tensor:
+    """Token ids [windows, length], no longer than the model has positions."""
+    tokenizer = load_tokenizer(base)
+    length = min(settings.length, base.config.max_position_embeddings)
+    try:
+        return token_rows(documents, tokenizer, settings.samples, length, None)
+    except InputError as error:
+        raise InputError(f"eval.data: {settings.data}: {error}") from None
 
 
 def _protocol(settings: EvalSection, documents: list[str], rows: torch.Tensor) -> parts.Protocol:
@@ -111,11 +130,15 @@ def _protocol(settings: EvalSection, documents: list[str], rows: torch.Tensor) -
     )
 
 
-def _describe(checkpoint: Checkpoint, path: str | Path) -> parts.Checkpoint:
-    grids: dict[str, int] = {}
-    for _, ref in checkpoint.units():
-        grid = str(ref.scheme or ref.dtype).removeprefix("torch.")
-        grids[grid] = grids.get(grid, 0) + 1
+def _describe(
+    checkpoint: Checkpoint, path: str | Path, rows: tuple[parts.UnitRow, ...]
+) -> parts.Checkpoint:
+    """What is stored; the methods are those of the quantization report's `rows`."""
+    methods = {row.name: f" ({row.method})" for row in rows}
+    grids = Counter(
+        str(ref.scheme or ref.dtype).removeprefix("torch.") + methods.get(name, "")
+        for name, ref in checkpoint.units()
+    )
     return parts.Checkpoint(
         path=str(path),
         family=checkpoint.family.name,
@@ -128,21 +151,21 @@ def _describe(checkpoint: Checkpoint, path: str | Path) -> parts.Checkpoint:
     )
 
 
-def _unit_rows(quantized: Path) -> list[dict]:
-    """The rows of the quantization report, as the evaluation report shows them."""
-    path = quantized / REPORT_NAME
+def _unit_rows(checkpoint: Checkpoint) -> tuple[parts.UnitRow, ...]:
+    """The rows of the quantization report beside a checkpoint, none where there is no report."""
+    path = checkpoint.source.path / REPORT_NAME
     if not path.is_file():
-        return []
+        return ()
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["units"]
-        wanted = parts.UnitRow.model_fields
-        return [
-            {key: value for key, value in row.items() if key in wanted}
-            | {"scheme": str(Scheme(**row["scheme"]))}
-            for row in rows
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        return tuple(_unit_row(row) for row in rows)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: is not a quantization report of this version") from None
+
+
+def _unit_row(row: dict) -> parts.UnitRow:
+    known = {key: value for key, value in row.items() if key in parts.UnitRow.model_fields}
+    return parts.UnitRow(**known | {"scheme": str(Scheme(**row["scheme"]))})
 
 
 def _figures(comparison: Comparison) -> dict:

@@ -83,11 +83,11 @@ def layers_section(report: Report) -> str:
     if not report.layers:
         return ""
     worst, last = max(report.layers, key=lambda x: x.relative_error), report.layers[-1]
+    end = "" if worst is last else f"; the last layer ends at {percent(last.relative_error)}"
     charts = figure(
         "Relative error of the hidden state",
         f"‖quantized − reference‖ / ‖reference‖ after each layer. Largest: "
-        f"{percent(worst.relative_error)} after layer {worst.layer}; the last layer ends at "
-        f"{percent(last.relative_error)}. Lower is better.",
+        f"{percent(worst.relative_error)} after layer {worst.layer}{end}. Lower is better.",
         figures.layer_errors(report),
     )
     routed = [layer for layer in report.layers if layer.router_top1 is not None]

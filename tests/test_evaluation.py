@@ -1,0 +1,554 @@
+"""The figures of an evaluation, held to plain numpy and to whole models in memory."""
+
+import json
+import math
+import shutil
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ATTENTION, EXPERTS
+from make_release import write_random_release
+from numpy.typing import NDArray
+from torch import Tensor
+
+import grokquant
+from grokquant import evaluation
+from grokquant.calibration import python_docs
+from grokquant.calibration.blocks import BlockwiseModel
+from grokquant.calibration.text import load_documents, token_rows
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.errors import InputError
+from grokquant.evaluation import compare, statistics
+from grokquant.evaluation.compare import compare_checkpoints
+from grokquant.evaluation.report import Report, read_report
+from grokquant.evaluation.tables import markdown_table
+from grokquant.families.grok_model import GrokDecoderLayer, GrokRouter
+from grokquant.recipe import EvalSection
+from grokquant.tokenizer import load_tokenizer
+from grokquant.verify import verify
+
+LAYERS, EXPERT_COUNT = 2, 4
+# More tokens than one forward pass takes, so that windows run in several batches.
+WINDOWS, LENGTH = 11, 200
+
+
+@pytest.fixture(scope="module")
+def settings(text_file) -> EvalSection:
+    return EvalSection(data=str(text_file), samples=WINDOWS, length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory, tiny_release, settings) -> dict[str, Path]:
+    """The tiny release with its experts in int4, and as a lossless copy."""
+    rules = {
+        "int4": [EXPERTS | {"method": "rtn"}, ATTENTION],
+        "copy": [{"match": "layers.*", "method": "copy"}],
+    }
+    return {
+        name: grokquant.quantize(
+            {
+                "model": {"path": str(tiny_release)},
+                "quantize": rule,
+                "output": {"path": str(tmp_path_factory.mktemp("out") / name)},
+                "eval": settings.model_dump(),
+            }
+        )
+        for name, rule in rules.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def report(outputs, tiny_release) -> Report:
+    return grokquant.evaluate(outputs["int4"], tiny_release)
+
+
+@pytest.fixture
+def output(outputs, tmp_path) -> Path:
+    """A copy of the int4 output that a test may change."""
+    return Path(shutil.copytree(outputs["int4"], tmp_path / "int4"))
+
+
+def rows_of(settings: EvalSection, checkpoint: Checkpoint) -> Tensor:
+    documents = load_documents(settings.data, "heldout")
+    tokenizer = load_tokenizer(checkpoint)
+    return token_rows(documents, tokenizer, settings.samples, settings.length, None)
+
+
+# Figures of tokens
+
+
+def naive_log_softmax(logits: NDArray) -> NDArray:
+    top = logits.max()
+    return logits - top - math.log(sum(math.exp(x - top) for x in logits))
+
+
+def naive_figures(logits: NDArray, reference: NDArray, target: int) -> dict[str, float]:
+    """The figures of one token, from the definitions."""
+    log_q, log_p = naive_log_softmax(logits), naive_log_softmax(reference)
+    return {
+        "nll": -log_q[target],
+        "nll_reference": -log_p[target],
+        "kld": sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)),
+        "delta_p": math.exp(log_q[target]) - math.exp(log_p[target]),
+        "same_top": float(logits.argmax() == reference.argmax()),
+    }
+
+
+@pytest.mark.parametrize("scale", [0.1, 5.0, 60.0])
+def test_token_figures_are_those_of_the_definitions(scale):
+    generator = torch.Generator().manual_seed(int(scale))
+    reference = torch.randn((40, 33), generator=generator) * scale
+    logits = reference + torch.randn((40, 33), generator=generator) * 0.3 * scale
+    targets = torch.randint(0, 33, (40,), generator=generator)
+    figures = statistics.compare_logits(logits, reference, targets)
+    for token in range(40):
+        expected = naive_figures(
+            logits[token].double().numpy(), reference[token].double().numpy(), int(targets[token])
+        )
+        for name, value in expected.items():
+            assert getattr(figures, name)[token].item() == pytest.approx(value, abs=1e-12), name
+    assert 0 < figures.same_top.mean() < 1
+
+
+def test_divergence_weighs_by_the_reference():
+    """KL(reference || quantized): missing what the reference thinks likely costs most."""
+    certain, torn = torch.tensor([[30.0, 0, 0]]), torch.tensor([[30.0, 30.0, 0]])
+    target = torch.tensor([0])
+    half = statistics.compare_logits(torn, certain, target).kld.item()
+    assert half == pytest.approx(math.log(2), abs=1e-9)
+    assert statistics.compare_logits(certain, torn, target).kld.item() > 10
+
+
+def test_equal_logits_differ_in_nothing():
+    logits = torch.randn((8, 50)).bfloat16()
+    figures = statistics.compare_logits(logits, logits, torch.arange(8))
+    assert figures.kld.abs().max() == 0 and figures.delta_p.abs().max() == 0
+    assert figures.same_top.min() == 1
+
+
+# Statistics over tokens
+
+
+def draws(count: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).gamma(0.7, 2.0, count) - 0.5)
+
+
+def standard_error(x: NDArray) -> float:
+    return x.std(ddof=1) / math.sqrt(len(x))
+
+
+def test_means_and_their_errors():
+    x = draws(1001)
+    mean, error = statistics.mean_and_error(x)
+    assert mean == pytest.approx(x.numpy().mean())
+    assert error == pytest.approx(standard_error(x.numpy()))
+    rms, rms_error = statistics.rms_and_error(x)
+    assert rms == pytest.approx(math.sqrt((x.numpy() ** 2).mean()))
+    assert rms_error == pytest.approx(standard_error(x.numpy() ** 2) / (2 * rms))
+    ppl, ppl_error = statistics.perplexity(x)
+    assert ppl == pytest.approx(np.exp(x.numpy().mean()))
+    assert ppl_error == pytest.approx(ppl * standard_error(x.numpy()))
+
+
+def test_errors_of_nothing_and_of_one_token_are_zero():
+    assert statistics.mean_and_error(torch.tensor([2.5], dtype=torch.float64)) == (2.5, 0.0)
+    assert statistics.rms_and_error(torch.zeros(5, dtype=torch.float64)) == (0.0, 0.0)
+    constant = torch.full((1000,), 0.1, dtype=torch.float64)
+    assert statistics.mean_and_error(constant)[1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 1001])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.05, 0.5, 0.75, 0.999, 1.0])
+def test_quantiles(count, share):
+    x = draws(count)
+    assert statistics.quantile(x, share) == pytest.approx(np.quantile(x.numpy(), share))
+
+
+def test_correlation():
+    x, noise = draws(500), draws(500, seed=1)
+    expected = np.corrcoef(x.numpy(), (x + noise).numpy())[0, 1]
+    assert statistics.correlation(x, x + noise) == pytest.approx(expected)
+    assert statistics.correlation(x, x.clone()) == 1.0
+
+
+# The streamed evaluation against whole models in memory
+
+
+class InMemory:
+    """A whole model over `rows` at once: logits, hidden states by layer, experts by layer."""
+
+    @torch.no_grad()
+    def __init__(self, path: Path, rows: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.entered: list[Tensor] = []  # what each layer reads, [rows, time, hidden]
+        self.left: list[Tensor] = []
+        self.chosen: list[Tensor] = []  # [tokens, k]
+        model, _ = grokquant.load(path, dtype=dtype)
+        for module in model.modules():
+            if isinstance(module, GrokRouter):
+                module.register_forward_hook(lambda _, args, out: self.chosen.append(out[2]))
+            if isinstance(module, GrokDecoderLayer):
+                module.register_forward_hook(self._note)
+        self.logits = model(input_ids=rows).logits
+
+    def _note(self, module: torch.nn.Module, args: tuple, out: Tensor) -> None:
+        self.entered.append(args[0])
+        self.left.append(out)
+
+
+@pytest.fixture(scope="module")
+def pair(outputs, tiny_release, settings) -> tuple[InMemory, InMemory, Tensor]:
+    rows = rows_of(settings, open_checkpoint(tiny_release))
+    assert rows.shape == (WINDOWS, LENGTH)
+    return InMemory(outputs["int4"], rows), InMemory(tiny_release, rows), rows
+
+
+def log_softmax(logits: Tensor) -> NDArray:
+    """Log-probabilities of all but the last token of each window [tokens, vocabulary]."""
+    x = logits[:, :-1].flatten(0, 1).double().numpy()
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def test_streaming_gives_the_figures_of_whole_models(report, pair):
+    log_q, log_p = (log_softmax(model.logits) for model in pair[:2])
+    targets = pair[2][:, 1:].flatten().numpy()
+    tokens = np.arange(len(targets))
+    kld = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    delta = np.exp(log_q)[tokens, targets] - np.exp(log_p)[tokens, targets]
+    close = partial(pytest.approx, rel=1e-5, abs=1e-7)
+
+    assert report.protocol.tokens_scored == len(targets) == WINDOWS * (LENGTH - 1)
+    assert report.kld.mean.value == close(kld.mean())
+    assert report.kld.mean.error == close(standard_error(kld))
+    assert report.delta_p.mean.value == close(delta.mean())
+    assert report.delta_p.rms.value == close(math.sqrt((delta**2).mean()))
+    assert report.same_top_p.value == close((log_q.argmax(-1) == log_p.argmax(-1)).mean())
+    for part, values in ((report.kld, kld), (report.delta_p, delta)):
+        shown = part.model_dump(by_alias=True)
+        shares = {"maximum": 1, "median": 0.5, "minimum": 0}
+        shares |= {name: float(name[:-1]) / 100 for name in shown if name.endswith("%")}
+        assert len(shares) > 10
+        for name, share in shares.items():
+            assert shown[name] == close(np.quantile(values, share)), name
+
+
+def test_perplexities_and_their_errors_are_those_of_llama_cpp(report, pair):
+    targets = pair[2][:, 1:].flatten().numpy()
+    own, base = (-log_softmax(m.logits)[np.arange(len(targets)), targets] for m in pair[:2])
+    ppl, ppl_base = np.exp(own.mean()), np.exp(base.mean())
+    error, error_base = standard_error(own), standard_error(base)
+    covariance = np.cov(own, base)[0, 1] / len(own)
+    ln_error = math.sqrt(error**2 + error_base**2 - 2 * covariance)
+    spread = (ppl * error) ** 2 + (ppl_base * error_base) ** 2 - 2 * ppl * ppl_base * covariance
+    close = partial(pytest.approx, rel=1e-5)
+
+    found = report.perplexity
+    assert (found.quantized.value, found.quantized.error) == close((ppl, ppl * error))
+    assert (found.reference.value, found.reference.error) == close(
+        (ppl_base, ppl_base * error_base)
+    )
+    assert (found.ratio.value, found.ratio.error) == close(
+        (ppl / ppl_base, ppl / ppl_base * ln_error)
+    )
+    assert (found.ln_ratio.value, found.ln_ratio.error) == close(
+        (math.log(ppl / ppl_base), ln_error)
+    )
+    assert found.difference.value == pytest.approx(ppl - ppl_base, rel=1e-4)
+    assert found.difference.error == pytest.approx(math.sqrt(spread), rel=1e-4)
+    assert found.correlation == close(covariance / (error * error_base))
+
+
+def test_layers_are_those_of_whole_models(report, pair):
+    own, base, _ = pair
+    assert [layer.layer for layer in report.layers] == list(range(LAYERS))
+    for i, layer in enumerate(report.layers):
+        error = (own.left[i] - base.left[i]).norm() / base.left[i].norm()
+        assert layer.relative_error == pytest.approx(error.item(), rel=1e-5)
+        chosen = list(zip(own.chosen[i].tolist(), base.chosen[i].tolist(), strict=True))
+        first = [mine[0] == theirs[0] for mine, theirs in chosen]
+        both = [set(mine) == set(theirs) for mine, theirs in chosen]
+        assert layer.router_top1 == pytest.approx(np.mean(first), abs=1e-12)
+        assert layer.router_top2_set == pytest.approx(np.mean(both), abs=1e-12)
+        for model, loads in (
+            (own, layer.tokens_per_expert),
+            (base, layer.reference_tokens_per_expert),
+        ):
+            counted = Counter(expert for pair in model.chosen[i].tolist() for expert in pair)
+            assert loads == tuple(counted[expert] for expert in range(EXPERT_COUNT))
+    assert 0.5 < report.layers[0].router_top2_set < 1  # the test can tell something apart
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 199])
+def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatch, at_once):
+    monkeypatch.setattr(compare, "_POSITIONS_AT_ONCE", at_once)
+    settings = evaluation.settings_of(outputs["int4"], samples=2)
+    pieces = evaluation.evaluate(outputs["int4"], tiny_release, settings)
+    monkeypatch.undo()
+    whole = evaluation.evaluate(outputs["int4"], tiny_release, settings)
+    assert pieces.protocol == whole.protocol
+    assert pieces.kld.mean.value == pytest.approx(whole.kld.mean.value, rel=1e-6)
+    assert pieces.perplexity.ratio.value == pytest.approx(whole.perplexity.ratio.value, rel=1e-9)
+
+
+def test_each_tensor_is_read_once(outputs, tiny_release):
+    reads: Counter[str] = Counter()
+
+    def counting(checkpoint: Checkpoint, side: str) -> Checkpoint:
+        def load(ref):
+            reads[f"{side} {ref.name}"] += 1
+            return ref.load()
+
+        tensors = {
+            name: replace(ref, load=partial(load, ref))
+            for name, ref in checkpoint.source.tensors.items()
+        }
+        return replace(checkpoint, source=replace(checkpoint.source, tensors=tensors))
+
+    both = [counting(open_checkpoint(path), str(path)) for path in (outputs["int4"], tiny_release)]
+    compare_checkpoints(*both, torch.arange(120).view(4, 30))
+    assert set(reads.values()) == {1}
+    assert len(reads) == sum(len(checkpoint.source.tensors) for checkpoint in both)
+
+
+def test_layers_are_told_as_they_are_done(outputs, tiny_release, settings):
+    told = []
+    evaluation.evaluate(
+        outputs["int4"], tiny_release, settings, lambda layer, total: told.append((layer, total))
+    )
+    assert [(layer.layer, total) for layer, total in told] == [(0, LAYERS), (1, LAYERS)]
+
+
+def test_a_lossless_copy_costs_nothing(outputs, tiny_release):
+    report = grokquant.evaluate(outputs["copy"], tiny_release)
+    assert report.kld.maximum <= 1e-9 and report.kld.mean.value <= 1e-9
+    assert report.perplexity.ratio.value == pytest.approx(1, abs=1e-9)
+    assert report.same_top_p.value == 1
+    for layer in report.layers:
+        assert (layer.router_top1, layer.router_top2_set) == (1, 1)
+        assert layer.relative_error <= 1e-6
+        assert layer.tokens_per_expert == layer.reference_tokens_per_expert
+
+
+def test_a_model_against_itself(tiny_release, settings):
+    report = evaluation.evaluate(tiny_release, tiny_release, settings)
+    assert report.kld.maximum <= 1e-9 and report.delta_p.maximum <= 1e-6
+    assert report.perplexity.correlation == pytest.approx(1)
+    assert report.perplexity.difference.value == pytest.approx(0, abs=1e-3)
+    assert report.units == () and report.quantized == report.reference
+    assert report.quantized.schemes == {
+        "int8 channel sym": 22,
+        "int8 g16 sym": 2,
+        "int8 g32 sym": 8,
+    }
+
+
+def test_the_noise_floor_is_far_below_what_int4_costs(report):
+    noise = report.noise_floor.mean_kld
+    assert math.isfinite(noise) and abs(noise) < 1e-9
+    assert report.kld.mean.value > 1e-3 > 1000 * abs(noise)
+
+
+def test_the_noise_floor_is_measured(outputs, tiny_release, monkeypatch):
+    """A reference that is not the same twice has a floor."""
+    plain = BlockwiseModel.logits
+
+    def shaky(self, hidden):
+        logits = plain(self, hidden)
+        return logits + 0.01 * torch.randn(logits.shape)
+
+    monkeypatch.setattr(BlockwiseModel, "logits", shaky)
+    report = grokquant.evaluate(outputs["copy"], tiny_release, samples=4, length=32)
+    assert 1e-5 < report.noise_floor.mean_kld < 1e-3
+
+
+# What is evaluated on which text
+
+
+def test_settings_are_those_of_the_recipe_unless_given(outputs, settings, tiny_release):
+    assert evaluation.settings_of(outputs["int4"]) == settings
+    changed = evaluation.settings_of(outputs["int4"], data="python-docs", samples=3, length=99)
+    assert changed == EvalSection(data="python-docs", samples=3, length=99)
+    assert evaluation.settings_of(tiny_release) == EvalSection()
+    assert evaluation.settings_of(tiny_release, length=64) == EvalSection(length=64)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"samples": 0}, "greater than or equal to 1"),
+        ({"length": 4}, "greater than or equal to 8"),
+        ({"data": "nonsense"}, "not 'nonsense'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(outputs, given, words):
+    with pytest.raises(InputError, match=words) as error:
+        evaluation.settings_of(outputs["int4"], **given)
+    assert "\n" not in str(error.value) and str(error.value).startswith("eval")
+
+
+def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, text_file):
+    report = grokquant.evaluate(outputs["int4"], tiny_release, samples=3, length=40)
+    assert (report.protocol.windows, report.protocol.length) == (3, 40)
+    assert report.protocol.tokens_scored == 3 * 39
+    assert report.protocol.text == str(text_file)
+    for layer in report.layers:
+        assert sum(layer.tokens_per_expert) == 3 * 40 * 2
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(outputs, tiny_release):
+    report = grokquant.evaluate(outputs["int4"], tiny_release, samples=1, length=100_000)
+    assert (report.protocol.windows, report.protocol.length) == (1, 512)
+
+
+def test_other_texts_can_be_given(outputs, tiny_release, text_file, tmp_path):
+    lines = tmp_path / "text.jsonl"
+    lines.write_text(json.dumps({"text": text_file.read_text()}) + "\n")
+    evaluate = partial(grokquant.evaluate, outputs["int4"], tiny_release, samples=2, length=32)
+    same, other = evaluate(data=str(text_file)), evaluate(data=str(lines))
+    assert other.kld == same.kld
+    assert other.protocol.text == str(lines)
+    assert other.protocol.text_sha256 == same.protocol.text_sha256
+
+
+def test_python_docs_is_the_held_out_part(outputs, tiny_release, monkeypatch):
+    texts = {"heldout": ["A text that is held out. " * 20], "train": [], "calibration": []}
+    monkeypatch.setattr(python_docs, "documents", texts.__getitem__)
+    report = grokquant.evaluate(
+        outputs["int4"], tiny_release, data="python-docs", samples=2, length=16
+    )
+    assert report.protocol.text == "python-docs, held-out part"
+    assert report.protocol.windows == 2
+
+
+def test_a_text_too_short_is_named(outputs, tiny_release, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(InputError, match=r"eval.data: .*short.txt: the text has \d+ tokens"):
+        grokquant.evaluate(outputs["int4"], tiny_release, data=str(short))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"layers": 1}, "num_hidden_layers is 1, the reference has 2"),
+        ({"experts": 8}, "num_local_experts is 8, the reference has 4"),
+        ({"hidden": 64}, "hidden_size is 64, the reference has 128"),
+        ({"vocab": 128}, "vocab_size is 128, the reference has 2048"),
+    ],
+)
+def test_models_of_other_shapes_are_not_compared(tiny_release, settings, tmp_path, change, field):
+    shape = dict(layers=2, hidden=128, ffn=64, heads=1, kv_heads=1, experts=4, vocab=2048)
+    write_random_release(tmp_path, **shape | change)
+    with pytest.raises(InputError, match=field):
+        evaluation.evaluate(tmp_path, tiny_release, settings)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"units": [3]}', '{"units": [{"name": "a"}]}']
+)
+def test_a_broken_quantization_report_is_named_at_once(output, tiny_release, settings, content):
+    (output / "quantization-report.json").write_text(content)
+
+    def too_late(*_):
+        raise AssertionError
+
+    with pytest.raises(InputError, match=r"quantization-report.json: ") as error:
+        evaluation.evaluate(output, tiny_release, settings, too_late)
+    assert "\n" not in str(error.value)
+
+
+# What is written
+
+
+def test_grids_come_with_their_methods(report, outputs, tiny_release):
+    assert report.quantized.schemes == {
+        "int4 g32 sym (rtn)": 24,
+        "int8 channel sym (copy)": 6,
+        "int8 g16 sym (copy)": 2,
+    }
+    assert set(report.reference.schemes) == {"int8 channel sym", "int8 g16 sym", "int8 g32 sym"}
+    assert {unit.method for unit in report.units} == {"rtn", "copy"}
+    assert len(report.units) == LAYERS * (4 + 3 * EXPERT_COUNT)
+
+
+def test_kept_matrices_are_counted_by_their_dtype(tiny_release, settings, tmp_path):
+    output = grokquant.quantize(
+        {
+            "model": {"path": str(tiny_release)},
+            "quantize": [{"match": "layers.1.*", "method": "copy"}],
+            "output": {"path": str(tmp_path / "half")},
+        }
+    )
+    report = evaluation.evaluate(output, tiny_release, settings)
+    assert report.quantized.schemes == {}
+
+
+def test_publish_writes_the_report_and_fills_the_card(report, output):
+    sums, card = ((output / name).read_bytes() for name in ("SHA256SUMS", "README.md"))
+    json_path, html_path = evaluation.publish(report, output)
+    assert json_path.parent == html_path.parent == output / "evaluation"
+    assert read_report(json_path) == report
+    assert "int4 g32 sym (rtn)" in html_path.read_text()
+    filled = (output / "README.md").read_text()
+    assert markdown_table(report).strip() in filled
+    assert "Not evaluated yet" in card.decode() and "Not evaluated yet" not in filled
+    assert (output / "SHA256SUMS").read_bytes() == sums
+    assert verify(output) == LAYERS * (4 + 3 * EXPERT_COUNT)
+
+
+def test_publishing_again_replaces_the_table(report, output, tiny_release):
+    evaluation.publish(report, output)
+    first = (output / "README.md").read_text()
+    fewer = grokquant.evaluate(output, tiny_release, samples=2)
+    evaluation.publish(fewer, output)
+    second = (output / "README.md").read_text()
+    assert markdown_table(report).strip() not in second
+    assert first.replace(markdown_table(report).strip(), markdown_table(fewer).strip()) == second
+    assert second.count("| Mean KLD |") == 1
+    assert read_report(output / "evaluation") == fewer
+    verify(output)
+
+
+def test_publish_writes_where_it_is_told(report, output, tmp_path):
+    paths = evaluation.publish(report, output, tmp_path / "elsewhere")
+    assert {path.parent for path in paths} == {tmp_path / "elsewhere"}
+    assert not (output / "evaluation").exists()
+
+
+def test_the_card_of_a_model_that_is_not_ours_is_left_alone(report, tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("<!-- evaluation -->mine<!-- /evaluation -->")
+    evaluation.publish(report, tmp_path)
+    assert card.read_text() == "<!-- evaluation -->mine<!-- /evaluation -->"
+
+
+# Running block by block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (17, 33), (9, 256), (2, 512)])
+def test_block_by_block_is_the_model(tiny_release, shape, dtype):
+    rows = torch.randint(0, 2048, shape, generator=torch.Generator().manual_seed(0))
+    whole = InMemory(tiny_release, rows, dtype)
+    model = BlockwiseModel(open_checkpoint(tiny_release), dtype)
+
+    def same(found: Tensor, expected: Tensor) -> None:
+        assert found.dtype == expected.dtype == dtype and found.shape == expected.shape
+        error = (found - expected).float().norm(dim=-1) / expected.float().norm(dim=-1)
+        if dtype == torch.float32:
+            assert error.max() < 1e-5
+        assert error.median() < 1e-3  # a bf16 router may see a tie where another rounding does not
+
+    hidden = model.embed(rows)
+    same(hidden, whole.entered[0])
+    for index in range(LAYERS):
+        model.load_layer(index)
+        hidden = model.run_layer(index, hidden, model.mix_experts(index))
+        model.free_layer(index)
+        same(hidden, whole.left[index])
+    same(model.logits(hidden), whole.logits)
