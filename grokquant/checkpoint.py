@@ -47,22 +47,28 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     Reads headers only. Raises InputError where something is missing or has the wrong shape.
     """
     place = TOY_PATH if str(path) == "toy" else Path(path)
-    source = formats.unpacked(open_source(place, Path(config) if config else None))
+    config_path = Path(config) if config else None
+    source = formats.unpacked(open_source(place, config_path))
     family = family_of(source)
-    checkpoint = Checkpoint(source, family, family.config(source.config))
+    fields = family.config(config_path or place / "config.json", source.config)
+    checkpoint = Checkpoint(source, family, fields)
     _check_complete(checkpoint)
     return checkpoint
 
 
 def _check_complete(checkpoint: Checkpoint) -> None:
-    tensors = checkpoint.source.tensors
+    tensors, path = checkpoint.source.tensors, checkpoint.source.path
+    # Before a model is built: it could have any number of layers.
+    needed = (tensor for _, tensor in checkpoint.family.units(checkpoint.config))
+    if missing := next((name for name in needed if name not in tensors), None):
+        raise InputError(f"{path}: tensor {missing} is missing")
     for name, shape in _expected_shapes(checkpoint).items():
         if name not in tensors:
-            raise InputError(f"{checkpoint.source.path}: tensor {name} is missing")
+            raise InputError(f"{path}: tensor {name} is missing")
         if tensors[name].shape != shape:
             found = list(tensors[name].shape)
             expected = f"config.json says {list(shape)}"
-            raise InputError(f"{checkpoint.source.path}: {name} has shape {found}, {expected}")
+            raise InputError(f"{path}: {name} has shape {found}, {expected}")
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

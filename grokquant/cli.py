@@ -6,7 +6,9 @@ import signal
 from pathlib import Path
 
 import click
+from transformers.utils import logging as transformers_logging
 
+from grokquant import __version__
 from grokquant.errors import GrokquantError
 
 _EXIT_CODES = """
@@ -36,7 +38,7 @@ def _printable(text: str) -> str:
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
-@click.version_option(package_name="grokquant")
+@click.version_option(__version__)
 def main() -> None:
     """Quantize Grok-1 and its kind on a machine that cannot hold them, and prove what it cost.
 
@@ -45,7 +47,8 @@ def main() -> None:
     grokquant eval runs/toy-int4 --reference toy        perplexity, KL divergence, routing
     grokquant generate runs/toy-int4 --prompt "The "    text from the result
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers_logging.set_verbosity_error()
 
 
 _overrides = click.option(
@@ -83,7 +86,10 @@ def quantize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
 @_overrides
 @_json
 def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what quantize would do: every grid, size and bit, from file headers alone."""
+    """Show what quantize would do.
+
+    Every kind of matrix with its grid, and the size of the result, from file headers alone.
+    """
     from grokquant.plan import build_plan
     from grokquant.recipe import load_recipe
     from grokquant.terminal import plan_as_dict, print_plan
@@ -101,7 +107,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--text", metavar="DATA", help="python-docs, a txt/jsonl/parquet file or hub data.")
 @click.option("--windows", type=click.IntRange(1), help="How many windows of text to score.")
 @click.option("--length", type=click.IntRange(8), help="Tokens per window.")
-@click.option("--output", "directory", metavar="DIR", help="Where reports go: OUTPUT/evaluation.")
+@click.option("--output", "directory", metavar="DIR", help="For reports, not OUTPUT/evaluation.")
 @_json
 def evaluate(
     output: str,
@@ -112,35 +118,40 @@ def evaluate(
     directory: str | None,
     as_json: bool,
 ) -> None:
-    """Compare OUTPUT with its reference on the same tokens: perplexity, KL divergence, routing.
+    """Compare OUTPUT with the checkpoint that it was made from.
 
-    Both models are streamed, neither has to fit in memory. Text, windows and length default to the
+    Perplexity, KL divergence and routing on the same tokens, as report.html and report.json. Both
+    models are streamed, neither has to fit in memory. Text, windows and length default to the
     eval section of the recipe that OUTPUT was made by.
     """
     from rich.console import Console
 
     from grokquant import evaluation
     from grokquant.evaluation.tables import terminal_table, verdict
+    from grokquant.output import check_writable
     from grokquant.terminal import LayerProgress
 
     settings = evaluation.settings_of(output, text, windows, length)
+    reports = Path(directory or Path(output) / "evaluation")
+    check_writable(reports)
     with LayerProgress() as progress:
         report = evaluation.evaluate(output, reference, settings, progress.layer_done)
-    _, page = evaluation.publish(report, Path(output), Path(directory) if directory else None)
+    _, page = evaluation.publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
         return
-    console = Console(soft_wrap=True)
-    console.print(terminal_table(report))
-    console.print(verdict(report), highlight=False)
-    console.print(f"report: {page}", highlight=False)
+    Console().print(terminal_table(report))
+    click.echo(f"{verdict(report)}\nreport: {page}")
 
 
 @main.command()
 @click.argument("path")
 @_json
 def inspect(path: str, as_json: bool) -> None:
-    """Show what a checkpoint holds: family, layers, experts, parameters, bytes, tensors."""
+    """Show what a checkpoint holds.
+
+    Family, layers, experts, parameters, bytes, bits per weight and every tensor.
+    """
     from grokquant.inspection import describe
     from grokquant.terminal import print_description
 
@@ -154,7 +165,10 @@ def inspect(path: str, as_json: bool) -> None:
 @main.command()
 @click.argument("output")
 def verify(output: str) -> None:
-    """Prove that OUTPUT is intact: checksums, every planned matrix on its grid, finite values."""
+    """Prove that an output is intact.
+
+    Checks the checksums, every matrix against its row in the report, and that values are finite.
+    """
     from grokquant.verify import verify as check
 
     click.echo(f"{output}: ok, {check(output)} quantized matrices as reported")
@@ -163,14 +177,29 @@ def verify(output: str) -> None:
 @main.command()
 @click.argument("path")
 @click.option("--prompt", required=True, help="The text to go on with.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the likeliest token.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--tokens", default=64, show_default=True, type=click.IntRange(1), help="To add.")
+@click.option(
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 100),
+    help="How far from the likeliest token to stray; 0 always takes it.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="Draws the same text again; for a temperature above 0.",
+)
+@click.option("--device", default="cpu", show_default=True, help="As torch calls it, e.g. cuda:0.")
 def generate(
     path: str, prompt: str, tokens: int, temperature: float, seed: int, device: str
 ) -> None:
-    """Generate text from a checkpoint that fits in memory: release, bf16 or quantized."""
+    """Generate text from a checkpoint that fits in memory.
+
+    PATH is a release, a bf16 Hugging Face directory, a quantized output or the word toy.
+    """
     from grokquant.runtime.generate import generate_text
 
     click.echo(generate_text(path, prompt, tokens, temperature, seed, device))

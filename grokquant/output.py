@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,13 +26,14 @@ SUMS_NAME = "SHA256SUMS"
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, source: Path) -> Iterator[Path]:
     """A fresh directory that becomes `output` when the block ends, and vanishes if it fails.
 
     An earlier result of ours is replaced only then. Raises InputError if `output` holds anything
-    else.
+    else, or the checkpoint `source` that is being read.
     """
-    refuse_foreign(output)
+    _refuse_foreign(output, source)
+    output = output.absolute()  # "." has no name that could be extended
     partial = output.with_name(output.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -46,14 +48,28 @@ def staged(output: Path) -> Iterator[Path]:
         raise
 
 
-def refuse_foreign(output: Path) -> None:
-    """Raises InputError unless `output` is new, empty or an earlier result of ours."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise InputError(f"{output}: is a file, the output needs a directory")
-    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
+def _refuse_foreign(output: Path, source: Path) -> None:
+    try:
+        if source.resolve().is_relative_to(output.resolve()):
+            raise InputError(f"{output}: holds the model itself, the output needs a directory")
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output}: is a file, the output needs a directory")
+        foreign = output.exists() and any(output.iterdir()) and not (output / REPORT_NAME).is_file()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror}") from None
+    if foreign:
         raise InputError(f"{output}: is not empty and not a result of grokquant; choose another")
+
+
+def check_writable(directory: Path) -> None:
+    """Raises InputError where `directory` can neither be written to nor made."""
+    try:
+        place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        fine = place.is_dir() and os.access(place, os.W_OK)
+    except OSError as error:
+        raise InputError(f"{directory}: {error.strerror}") from None
+    if not fine:
+        raise InputError(f"{directory}: cannot be written")
 
 
 class ShardWriter:
@@ -101,9 +117,12 @@ def write_json(path: Path, value: object) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes `text` under a temporary name, syncs it and renames it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_sums(directory: Path) -> None:
@@ -128,15 +147,18 @@ def sync(path: Path) -> None:
 
 
 def _publish(partial: Path, output: Path) -> None:
+    """Renames `partial` to `output`. An earlier result steps aside, and back if that fails."""
     sync(partial)
-    if output.exists():
-        old = output.with_name(output.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        output.replace(old)
-        partial.replace(output)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.replace(output)
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
+        old = Path(aside, output.name)
+        try:
+            if output.exists():
+                output.replace(old)
+            partial.replace(output)
+        except BaseException:
+            if old.exists():
+                old.replace(output)
+            raise
     sync(output.parent)
 
 

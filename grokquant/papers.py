@@ -1,6 +1,5 @@
 """The papers of an output: config, resolved recipe, report by unit, tokenizer files, model card."""
 
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from grokquant.formats import FORMATS
 from grokquant.output import REPORT_NAME, write_json, write_text
 from grokquant.plan import Plan
+from grokquant.tokenizer import write_tokenizer
 from grokquant.types import UnitReport
 
 CARD_NAME = "README.md"
@@ -27,8 +27,7 @@ class Record:
 
 def write(directory: Path, plan: Plan, record: Record) -> None:
     """Writes every paper of a finished run into `directory`."""
-    for path in plan.checkpoint.source.tokenizer_files:
-        shutil.copyfile(path, directory / path.name)
+    write_tokenizer(plan.checkpoint.source, directory)
     write_text(directory / "recipe.yaml", plan.recipe.to_yaml())
     write_json(directory / REPORT_NAME, quantization_report(plan, record))
     write_text(directory / CARD_NAME, model_card(plan, record.units))

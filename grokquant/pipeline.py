@@ -44,7 +44,7 @@ def quantize(recipe: Recipe, progress: Progress | None = None) -> Path:
     if progress:
         progress.planned(plan)
     output = Path(recipe.output.path)
-    with staged(output) as directory:
+    with staged(output, plan.checkpoint.source.path) as directory:
         run = Run(plan, ShardWriter(directory, plan), progress)
         run.write_kept(plan.kept_outside_layers)
         for index, tokens in enumerate(_blocks(run)):

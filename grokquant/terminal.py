@@ -55,11 +55,18 @@ def plan_as_dict(plan: Plan) -> dict:
     }
 
 
+def text_console(stderr: bool = False) -> Console:
+    """Shows text as it is: names are no markup, and off a terminal nothing is cut or folded."""
+    console = Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 1000
+    return console
+
+
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    console = console or Console()
-    table = Table(
-        title=f"{plan.recipe.model.path} -> {plan.recipe.output.path}", title_justify="left"
-    )
+    console = console or text_console()
+    console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
+    table = Table()
     for column, justify in (("what", "left"), ("grid (method)", "left"), ("matrices", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("weights", justify="right")
@@ -97,7 +104,7 @@ class _LayerBar:
     """A bar over layers on a terminal; elsewhere only the lines that are printed above it."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.console = text_console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -118,7 +125,7 @@ class _LayerBar:
     def advance(self, line: str) -> None:
         self.done += 1
         left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
-        self.console.print(f"{line}, {_duration(left)} left", highlight=False)
+        self.console.print(f"{line}, {_duration(left)} left")
         if self.task is not None:
             self.bar.advance(self.task)
 
@@ -147,7 +154,7 @@ class RunProgress(_LayerBar):
         line = f"calibration: {rows} rows of {length} tokens"
         if (rows, length) != (asked.samples, asked.length):
             line += f", fewer than the {asked.samples} x {asked.length} that the recipe asks for"
-        self.console.print(line, highlight=False)
+        self.console.print(line)
 
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:
         self.fallbacks += sum(report.fallback is not None for report in reports)
@@ -208,14 +215,14 @@ def _duration(seconds: float) -> str:
 
 def print_description(description: dict) -> None:
     """`grokquant inspect` for people: the totals, then a row per tensor."""
-    console = Console()
+    console = text_console()
     for key in ("path", "layout", "family", "layers", "experts", "experts_per_token"):
-        console.print(f"{key.replace('_', ' '):>18}  {description[key]}", highlight=False)
-    console.print(f"{'parameters':>18}  {description['parameters']:,}", highlight=False)
-    console.print(f"{'size':>18}  {size(description['bytes'])}", highlight=False)
-    console.print(f"{'bits per weight':>18}  {description['bits_per_weight']:.3f}", highlight=False)
+        console.print(f"{key.replace('_', ' '):>18}  {description[key]}")
+    console.print(f"{'parameters':>18}  {description['parameters']:,}")
+    console.print(f"{'size':>18}  {size(description['bytes'])}")
+    console.print(f"{'bits per weight':>18}  {description['bits_per_weight']:.3f}")
     for grid, count in description["matrices"].items():
-        console.print(f"{'matrices':>18}  {count} x {grid}", highlight=False)
+        console.print(f"{'matrices':>18}  {count} x {grid}")
     table = Table("tensor", "shape", "stored as", "bytes")
     for tensor in description["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))

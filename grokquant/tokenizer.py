@@ -1,13 +1,17 @@
 """The tokenizer that belongs to a checkpoint."""
 
+import json
+import shutil
 from pathlib import Path
 
+import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.families.grok_model import Grok1Config
+from grokquant.types import Source
 
 
 class Grok1Tokenizer(SentencePieceBackend):
@@ -29,6 +33,17 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def write_tokenizer(source: Source, directory: Path) -> None:
+    """Copies the tokenizer's files and says in tokenizer_config.json how to read them."""
+    files = {path.name: path for path in source.tokenizer_files}
+    for name, path in files.items():
+        shutil.copyfile(path, directory / name)
+    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
+        tokenizer = _open(files["tokenizer.model"])
+        config = {"tokenizer_class": type(tokenizer).__name__} | tokenizer.special_tokens_map
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _read(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     files = {path.name: path for path in checkpoint.source.tokenizer_files}
     if not files:
@@ -36,6 +51,10 @@ def _read(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
             f"{checkpoint.source.path}: no tokenizer.model or tokenizer.json beside it"
         )
     path = files.get("tokenizer.model") or files.get("tokenizer.json") or next(iter(files.values()))
+    return _open(path)
+
+
+def _open(path: Path) -> PreTrainedTokenizerBase:
     try:
         if path.name == "tokenizer.model":
             return _sentencepiece(path)
@@ -47,8 +66,6 @@ def _read(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 
 def _sentencepiece(path: Path) -> Grok1Tokenizer:
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ids = {
         "pad": model.pad_id(),

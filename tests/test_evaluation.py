@@ -280,7 +280,7 @@ def test_layers_are_those_of_whole_models(report, pair):
         ):
             counted = Counter(expert for pair in model.chosen[i].tolist() for expert in pair)
             assert loads == tuple(counted[expert] for expert in range(EXPERT_COUNT))
-    assert 0.5 < report.layers[0].router_top2_set < 1  # the test can tell something apart
+    assert 0.5 < report.layers[1].router_top2_set < report.layers[1].router_top1 < 1
 
 
 @pytest.mark.parametrize("at_once", [1, 50, 199])
@@ -292,7 +292,7 @@ def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatc
     whole = evaluation.evaluate(outputs["int4"], tiny_release, settings)
     assert pieces.protocol == whole.protocol
     assert pieces.kld.mean.value == pytest.approx(whole.kld.mean.value, rel=1e-6)
-    assert pieces.perplexity.ratio.value == pytest.approx(whole.perplexity.ratio.value, rel=1e-9)
+    assert pieces.perplexity.ratio.value == pytest.approx(whole.perplexity.ratio.value, rel=1e-6)
 
 
 def test_each_tensor_is_read_once(outputs, tiny_release):
@@ -485,7 +485,12 @@ def test_kept_matrices_are_counted_by_their_dtype(tiny_release, settings, tmp_pa
         }
     )
     report = evaluation.evaluate(output, tiny_release, settings)
-    assert report.quantized.schemes == {}
+    assert report.quantized.schemes == {
+        "bfloat16": 16,
+        "int8 channel sym (copy)": 11,
+        "int8 g16 sym (copy)": 1,
+        "int8 g32 sym (copy)": 4,
+    }
 
 
 def test_publish_writes_the_report_and_fills_the_card(report, output):

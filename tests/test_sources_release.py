@@ -486,7 +486,7 @@ WRONG_CONFIGS = {
     "top k": (dict(num_experts_per_tok=5), "num_experts_per_tok is more than"),
     "token": (dict(pad_token_id=-1), "pad_token_id must be a token number"),
     "tokens": (dict(eos_token_id=[1, 2]), "eos_token_id must be a token number"),
-    "many layers": (dict(num_hidden_layers=10**9), "too few for 1000000000 layers"),
+    "many layers": (dict(num_hidden_layers=10**7), "too few for 10000000 layers"),
 }
 
 

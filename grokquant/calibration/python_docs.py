@@ -2,7 +2,8 @@
 
 A document is one topic of the language reference or all docstrings of one standard-library module.
 A document's part follows from a hash of its name alone, so no document is ever in two parts and
-parts stay put between Python versions; a docstring that occurs twice is kept only the first time.
+parts stay put between Python versions. A paragraph that occurs twice is kept only the first time:
+topics quote each other and modules copy docstrings.
 """
 
 import ast
@@ -17,7 +18,10 @@ Part = Literal["train", "calibration", "heldout"]
 
 # Shares of documents in percent: train, calibration, held-out.
 _CALIBRATION_FROM, _HELDOUT_FROM = 80, 88
-_SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "lib2to3", "idlelib"}
+# pydoc_data holds the topics once more, as code.
+_SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "pydoc_data"}
+# Characters below which a repeated paragraph is a common phrase, not a copy.
+_SHORT = 40
 
 
 def documents(part: Part) -> list[str]:
@@ -37,26 +41,36 @@ def part_of(name: str) -> Part:
 def _all_documents() -> tuple[tuple[str, str], ...]:
     seen: set[str] = set()
     found = []
-    for name, pieces in sorted([*_topics(), *_modules()]):
-        fresh = [piece for piece in pieces if not (piece in seen or seen.add(piece))]  # type: ignore[func-returns-value]
-        if text := "\n\n".join(fresh):
-            found.append((name, text + "\n"))
+    for name, text in sorted([*_topics(), *_modules()]):
+        if fresh := _unseen_paragraphs(text, seen):
+            found.append((name, fresh + "\n"))
     return tuple(found)
 
 
-def _topics() -> Iterator[tuple[str, list[str]]]:
+def _unseen_paragraphs(text: str, seen: set[str]) -> str:
+    """`text` without the paragraphs that are in `seen`, to which it adds its own."""
+    fresh = []
+    for paragraph in text.split("\n\n"):
+        words = " ".join(paragraph.split())
+        if len(words) < _SHORT or words not in seen:
+            fresh.append(paragraph)
+        seen.add(words)
+    return "\n\n".join(fresh).strip("\n")
+
+
+def _topics() -> Iterator[tuple[str, str]]:
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
-        yield f"topic:{name}", [text.strip()]
+        yield f"topic:{name}", text.strip()
 
 
-def _modules() -> Iterator[tuple[str, list[str]]]:
+def _modules() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if is_covered(relative):
-            yield f"module:{relative.as_posix()}", _docstrings(path)
+            yield f"module:{relative.as_posix()}", "\n\n".join(_docstrings(path))
 
 
 def is_covered(relative: Path) -> bool:

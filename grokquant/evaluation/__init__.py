@@ -94,7 +94,10 @@ def publish(report: Report, output: Path, directory: Path | None = None) -> tupl
     """Writes report.json and report.html (default: `output`/evaluation) and fills the card."""
     paths = write_report(report, directory or output / "evaluation")
     if (output / REPORT_NAME).is_file():
-        papers.fill_evaluation(output, markdown_table(report))
+        try:
+            papers.fill_evaluation(output, markdown_table(report))
+        except (OSError, UnicodeError) as error:
+            raise InputError(f"{output / papers.CARD_NAME}: cannot be filled in: {error}") from None
     return paths
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grokquant.calibration.blocks import BlockwiseModel
 from grokquant.checkpoint import Checkpoint
+from grokquant.errors import InputError
 from grokquant.evaluation.statistics import TokenFigures, compare_logits
 
 # Windows of the reference that run a second time in another batch order: the noise floor.
@@ -75,7 +76,10 @@ def compare_checkpoints(
 
 
 def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states after the layer and the experts chosen for each token [tokens, k]."""
+    """Hidden states after the layer and the experts chosen for each token [tokens, k].
+
+    Raises InputError where the weights are so large that the states are not finite.
+    """
     chosen: list[Tensor] = []
     mix = model.mix_experts(index)
 
@@ -86,6 +90,8 @@ def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tenso
     model.load_layer(index)
     hidden = model.run_layer(index, hidden, watched)
     model.free_layer(index)
+    if not torch.isfinite(hidden).all():
+        raise InputError(f"{model.source.path}: the outputs of layer {index} are not finite")
     return hidden, chosen[0]
 
 

@@ -12,11 +12,13 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(source: Source) -> Family:
     """The family of an opened checkpoint, by its `architectures`. Raises InputError."""
-    architectures = source.config.get("architectures") or []
-    for architecture in architectures:
-        if architecture in FAMILIES:
-            return FAMILIES[architecture]
-    found = ", ".join(architectures) or "none"
+    match source.config.get("architectures"):
+        case [str(name)] if name in FAMILIES:
+            return FAMILIES[name]
+        case [str(name)]:
+            found = f"{name!r} is not known"
+        case _:
+            found = "is not given as a list of one name"
     raise InputError(
-        f"{source.path}: architecture {found} is not known (known: {', '.join(FAMILIES)})"
+        f"{source.path / 'config.json'}: the architecture {found} (known: {', '.join(FAMILIES)})"
     )

@@ -19,10 +19,11 @@ def unpacked(source: Source) -> Source:
     config = source.config.get("quantization_config")
     if config is None:
         return source
-    method = config.get("quant_method")
-    if method not in FORMATS:
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    packing = FORMATS.get(str(method))
+    if packing is None:
         raise InputError(
             f"{source.path / 'config.json'}: quantization method {method!r} cannot be read "
             f"(known: {', '.join(FORMATS)})"
         )
-    return FORMATS[method].unpacked(source)
+    return packing.unpacked(source)

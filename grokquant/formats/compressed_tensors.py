@@ -8,9 +8,11 @@ A matrix `X.weight` becomes `X.weight_packed` int32 [out, in * bits / 32], `X.we
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
@@ -106,13 +108,7 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
 
 def unpacked(source: Source) -> Source:
     """`source` with each packed matrix presented as one `X.weight` that reads as a QTensor."""
-    config = source.config.get("quantization_config") or {}
-    groups = config.get("config_groups") or {}
-    schemes = [
-        (target, _scheme_of(name, group, source))
-        for name, group in groups.items()
-        for target in group.get("targets") or []
-    ]
+    schemes = _schemes_of(source)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         stem, _, part = name.rpartition(".")
@@ -127,37 +123,44 @@ def unpacked(source: Source) -> Source:
 
 
 def _unpacked_ref(source: Source, stem: str, scheme: Scheme) -> TensorRef:
-    parts = {
-        name: source.tensors[name]
-        for part in _PARTS
-        if (name := f"{stem}.{part}") in source.tensors
-    }
-    needed = {f"{stem}.{part}" for part in (_PARTS if not scheme.symmetric else _PARTS[:3])}
-    if missing := sorted(needed - set(parts)):
-        raise InputError(f"{source.path}: {missing[0]} is missing")
-    packed, scale = parts[f"{stem}.weight_packed"], parts[f"{stem}.weight_scale"]
-    shape = (packed.shape[0], packed.shape[1] * 32 // scheme.bits)
-    expected = packed_layout(f"{stem}.weight", shape, replace(scheme, scale_dtype="bfloat16"))
-    for name, ref in parts.items():
-        if ref.shape != expected[name][1]:
-            raise InputError(
-                f"{source.path}: {name} has shape {list(ref.shape)}, {scheme} needs "
-                f"{list(expected[name][1])}"
-            )
+    names = [f"{stem}.{part}" for part in (_PARTS[:3] if scheme.symmetric else _PARTS)]
+    for name in names:
+        if name not in source.tensors:
+            raise InputError(f"{source.path}: {name} is missing")
+    parts = [source.tensors[name] for name in names]
+    packed, scale = parts[:2]
     if scale.dtype not in _DTYPE_NAMES:
         raise InputError(f"{source.path}: {scale.name} has the unknown scale dtype {scale.dtype}")
     scheme = replace(scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
+    rows, words = packed.shape if len(packed.shape) == 2 else (0, 0)
+    shape = (rows, words * 32 // scheme.bits)
+    _check_layout(source, parts, packed_layout(f"{stem}.weight", shape, scheme), scheme)
+    if shape[1] % (scheme.group_size or 1):
+        raise InputError(f"{source.path}: {stem}: {scheme} does not divide {shape[1]} columns")
 
     def load() -> QTensor:
-        tensors = {name: ref.read() for name, ref in parts.items()}
+        tensors = {ref.name: ref.read() for ref in parts}
         if tensors[f"{stem}.weight_shape"].tolist() != list(shape):
             raise InputError(f"{source.path}: {stem}.weight_shape disagrees with weight_packed")
-        if not torch.isfinite(tensors[f"{stem}.weight_scale"]).all():
-            raise InputError(f"{source.path}: {stem}.weight_scale has non-finite values")
         return unpack(f"{stem}.weight", tensors, scheme)
 
-    stored = sum(ref.stored_bytes for ref in parts.values())
+    stored = sum(ref.stored_bytes for ref in parts)
     return TensorRef(f"{stem}.weight", shape, scale.dtype, stored, load, scheme)
+
+
+def _check_layout(
+    source: Source,
+    parts: Iterable[TensorRef],
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    scheme: Scheme,
+) -> None:
+    for ref in parts:
+        dtype, shape = layout[ref.name]
+        if (ref.dtype, ref.shape) != (dtype, shape):
+            raise InputError(
+                f"{source.path}: {ref.name} is {ref.dtype} {list(ref.shape)}, "
+                f"{scheme} needs {dtype} {list(shape)}"
+            )
 
 
 def _stem(tensor: str) -> str:
@@ -217,15 +220,51 @@ def _matches(stem: str, target: str) -> bool:
     return target in (stem, "Linear") or stem.endswith("." + target)
 
 
-def _scheme_of(name: str, group: dict, source: Source) -> Scheme:
-    where = f"{source.path / 'config.json'}: quantization_config.config_groups.{name}"
-    weights = group.get("weights") or {}
-    bits, strategy = weights.get("num_bits"), weights.get("strategy")
-    if weights.get("type", "int") != "int" or bits not in (4, 8):
-        raise InputError(f"{where}: only int4 and int8 weights can be read")
-    if strategy not in ("group", "channel"):
-        raise InputError(f"{where}: strategy {strategy!r} cannot be read (group or channel)")
-    if group.get("input_activations") is not None:
-        raise InputError(f"{where}: quantized activations cannot be read")
-    group_size = weights.get("group_size") if strategy == "group" else None
-    return Scheme(bits, group_size, bool(weights.get("symmetric", True)))
+def _check_target(target: str) -> str:
+    try:
+        _matches("", target)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return target
+
+
+class _Weights(BaseModel):
+    """The grids that can be read."""
+
+    num_bits: Literal[4, 8]
+    type: Literal["int"] = "int"
+    strategy: Literal["group", "channel"]
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+    symmetric: bool = True
+
+    @property
+    def scheme(self) -> Scheme:
+        whole_row = self.strategy == "channel" or self.group_size in (0, -1)
+        return Scheme(self.num_bits, None if whole_row else self.group_size, self.symmetric)
+
+
+class _Group(BaseModel):
+    targets: list[Annotated[str, AfterValidator(_check_target)]]
+    weights: _Weights
+    input_activations: None = None
+
+
+class _Config(BaseModel):
+    """What reading takes from a `quantization_config`."""
+
+    config_groups: dict[str, _Group]
+
+
+def _schemes_of(source: Source) -> list[tuple[str, Scheme]]:
+    """Targets and their schemes in the order of the config; the first that matches counts."""
+    try:
+        config = _Config.model_validate(source.config["quantization_config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("quantization_config", *first["loc"])))
+        raise InputError(f"{source.path / 'config.json'}: {key}: {first['msg']}") from None
+    return [
+        (target, group.weights.scheme)
+        for group in config.config_groups.values()
+        for target in group.targets
+    ]

@@ -16,15 +16,20 @@ def generate_text(
     seed: int = 0,
     device: str = "cpu",
 ) -> str:
-    """`prompt` and up to `tokens` more tokens; greedy at temperature 0. Raises InputError."""
+    """`prompt` and up to `tokens` more; greedy below temperature 0.001. Raises InputError."""
     model, tokenizer = load(path, device)
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
     encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(device)
-    if encoded.input_ids.shape[1] == 0:
+    length, positions = encoded.input_ids.shape[1], model.config.max_position_embeddings
+    if length == 0:
         raise InputError("--prompt: is empty")
+    if length + tokens > positions:
+        raise InputError(
+            f"--tokens: {tokens} after {length} of the prompt, the model has {positions} positions"
+        )
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature >= 0.001 else {}
     out = cast(Any, model).generate(
         input_ids=encoded.input_ids,
         attention_mask=encoded.attention_mask,

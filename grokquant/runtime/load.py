@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.errors import InputError
 from grokquant.families.family import parameter_parent
 from grokquant.tokenizer import load_tokenizer
 
@@ -20,10 +21,19 @@ def load(
     `path` is a release, a bf16 Hugging Face directory or a quantized output; `toy` names the
     embedded toy. Quantized matrices are multiplied out. Raises InputError.
     """
+    _check_device(device)
     checkpoint = open_checkpoint(path)
     model = build_model(checkpoint, device, dtype)
     has_tokenizer = bool(checkpoint.source.tokenizer_files)
     return model, load_tokenizer(checkpoint) if has_tokenizer else None
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch raises both
+        reason = (str(error).splitlines() or ["cannot be used"])[0]
+        raise InputError(f"device {device}: {reason}") from None
 
 
 @torch.no_grad()

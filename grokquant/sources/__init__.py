@@ -22,11 +22,11 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
 
     Raises InputError where `path` is not a checkpoint of a known layout or is a broken one.
     """
-    if not path.exists():
-        raise InputError(f"{path}: no such directory")
-    if not path.is_dir():
-        raise InputError(f"{path}: a file, expected the directory of a checkpoint")
     try:
+        if not path.exists():
+            raise InputError(f"{path}: no such directory")
+        if not path.is_dir():
+            raise InputError(f"{path}: a file, expected the directory of a checkpoint")
         if not any(path.iterdir()):
             raise InputError(f"{path}: the directory is empty")
         for layout in LAYOUTS.values():

@@ -18,7 +18,7 @@ ALIASES = {
     "max_attn_value": "attn_logit_softcapping",
     "max_attn_val": "attn_logit_softcapping",
 }
-LARGEST = 2**31 - 1
+LARGEST = {int: 2**24, float: 2**31}
 FIELDS: dict[str, type] = {
     "hidden_size": int,
     "intermediate_size": int,
@@ -74,7 +74,11 @@ def read_config(path: Path) -> dict:
 
     Raises InputError naming the file and the field that has the wrong type or value.
     """
-    raw = read_json_object(path)
+    return grok_fields(path, read_json_object(path))
+
+
+def grok_fields(path: Path, raw: dict) -> dict:
+    """`read_config` of a config that has been parsed; `path` is for the complaint."""
     config: dict = {}
     for key, value in raw.items():
         name = ALIASES.get(key, key)
@@ -85,7 +89,7 @@ def read_config(path: Path) -> dict:
         elif name != "tie_word_embeddings":
             continue
         elif value is not True:
-            raise InputError(f"{path}: tie_word_embeddings must be true, the release has no head")
+            raise InputError(f"{path}: tie_word_embeddings must be true, Grok-1 has no other head")
         if config.setdefault(name, value) != value:
             raise InputError(f"{path}: {key} is {value}, but its alias says {config[name]}")
     return config
@@ -105,13 +109,22 @@ def complete_config(
     published = PUBLISHED_SHAPES.items() <= derived.items() and attention == PUBLISHED_ATTENTION
     known = PUBLISHED if published else {}
     config = DEFAULTS | known | given | derived
-    if "num_attention_heads" in config:
-        config.setdefault("head_dim", attention["q_proj"] // config["num_attention_heads"])
-    missing = [name for name in FIELDS if name not in config and name != "head_dim"]
-    if missing:
-        raise InputError(f"{path}: a config.json must also give {', '.join(missing)}")
+    check_config(path, config)
+    config.setdefault("head_dim", attention["q_proj"] // config["num_attention_heads"])
     _check_heads(path, config, attention)
     return config, published
+
+
+def check_config(path: Path, config: dict) -> None:
+    """Raises InputError where a field without a default is missing or two contradict each other."""
+    given = DEFAULTS | grok_fields(path, config)
+    missing = [name for name in FIELDS if name not in given and name != "head_dim"]
+    if missing:
+        raise InputError(f"{path}: a config.json must also give {', '.join(missing)}")
+    if given["num_attention_heads"] % given["num_key_value_heads"]:
+        raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
+    if given["num_experts_per_tok"] > given["num_local_experts"]:
+        raise InputError(f"{path}: num_experts_per_tok is more than num_local_experts")
 
 
 def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
@@ -123,15 +136,11 @@ def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
                 f"{path}: {heads} {config[heads]} times head_dim {config['head_dim']} is {width}, "
                 f"but the files' {projection} has {attention[projection]}"
             )
-    if config["num_attention_heads"] % config["num_key_value_heads"]:
-        raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
-    if config["num_experts_per_tok"] > config["num_local_experts"]:
-        raise InputError(f"{path}: num_experts_per_tok is more than num_local_experts")
 
 
 def _number(path: Path, key: str, value: object) -> int | float:
     kind = FIELDS[ALIASES.get(key, key)]
-    if type(value) not in (int, kind) or not 0 < value <= LARGEST:  # type: ignore[operator]
+    if type(value) not in (int, kind) or not 0 < value <= LARGEST[kind]:  # type: ignore[operator]
         wanted = "a positive whole number" if kind is int else "a positive number"
         raise InputError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:40]}")
     return kind(value)  # type: ignore[arg-type]

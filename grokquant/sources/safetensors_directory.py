@@ -140,9 +140,13 @@ def _ref(path: Path, name: str, stored) -> TensorRef:
 def _load(path: Path, name: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: tensor {name!r} cannot be read: {_line(error)}") from None
+    comparable = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
+    if not comparable.isfinite().all():
+        raise InputError(f"{path}: tensor {name!r} holds non-finite values")
+    return tensor
 
 
 def _line(error: Exception) -> str:

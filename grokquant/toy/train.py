@@ -28,7 +28,7 @@ VOCABULARY, WINDOW, BATCH = 2048, 256, 16
 DOCS_SHARE = 0.6  # of the windows of a batch; the rest is code
 # Row-parallel matrices of the release carry a scale per eighth of their rows.
 GROUPED, SCALE_GROUPS = ("moe/linear_1", "multi_head_attention/linear"), 8
-PEAK_LR, BALANCE_WEIGHT, WEIGHT_DECAY = 3e-3, 0.01, 0.1
+PEAK_LR, BALANCE_WEIGHT, WEIGHT_DECAY, DROPOUT = 3e-3, 0.01, 0.1, 0.1
 
 CONFIG = Grok1Config(
     vocab_size=VOCABULARY,
@@ -145,6 +145,13 @@ def new_model() -> Grok1ForCausalLM:
     return model
 
 
+def add_dropout(model: Grok1ForCausalLM) -> None:
+    """Drops some of what each sub-block adds: the text is read several times over."""
+    for name, module in model.named_modules():
+        if name.endswith(("post_attn_norm", "post_moe_norm")):
+            module.register_forward_hook(lambda m, _, out: F.dropout(out, DROPOUT, m.training))
+
+
 def loss_of(model: Grok1ForCausalLM, windows: Tensor) -> Tensor:
     logits = model(windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
@@ -154,7 +161,9 @@ def loss_of(model: Grok1ForCausalLM, windows: Tensor) -> Tensor:
 def heldout_loss(model: Grok1ForCausalLM, tokens: Tensor, balance: RouterBalance) -> float:
     count = min((len(tokens) - 1) // WINDOW, 64)
     windows = tokens[torch.arange(count)[:, None] * WINDOW + torch.arange(WINDOW + 1)]
+    model.eval()
     losses = [loss_of(model, part) for part in windows.split(16)]
+    model.train()
     balance.logits.clear()
     return torch.stack(losses).mean().item()
 
@@ -162,8 +171,10 @@ def heldout_loss(model: Grok1ForCausalLM, tokens: Tensor, balance: RouterBalance
 def train(model: Grok1ForCausalLM, batches: Batches, heldout: Tensor, steps: int) -> None:
     """AdamW with a short warm-up, then a cosine down to 2 % of the peak rate."""
     balance = RouterBalance(model)
+    add_dropout(model)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
+    model.train()
     optimizer = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": WEIGHT_DECAY},

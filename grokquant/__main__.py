@@ -1,0 +1,5 @@
+"""`python -m grokquant` is the command line."""
+
+from grokquant.cli import main
+
+main()

@@ -1,0 +1,65 @@
+"""Imports point one way, and the pure rooms know only the nouns."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import grokquant
+
+ROOT = Path(grokquant.__file__).parent
+# From the bottom up; a module may import its own room and those below.
+ROOMS = [
+    {"errors", "types"},
+    {"recipe", "sources", "toy"},
+    {"families", "methods", "formats"},
+    {"checkpoint"},
+    {"tokenizer", "calibration", "plan"},
+    {"rounding", "layer", "output", "papers", "verify"},
+    {"pipeline", "runtime"},
+    {"evaluation"},
+    {"inspection", "terminal", "cli", "__main__"},
+]
+FREE = {"__init__", "toy/train"}  # the package's face, and a program of its own
+
+
+def imports() -> list[tuple[str, str]]:
+    """(module, imported module) inside the package, as paths without suffix."""
+    found = []
+    for path in sorted(ROOT.rglob("*.py")):
+        module = path.relative_to(ROOT).with_suffix("").as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            found += [(module, name) for name in names if name.startswith("grokquant.")]
+    return found
+
+
+def level(room: str) -> int:
+    return next(index for index, rooms in enumerate(ROOMS) if room in rooms)
+
+
+@pytest.mark.parametrize(("module", "imported"), imports())
+def test_imports_point_down(module: str, imported: str):
+    if module in FREE:
+        return
+    room, other = module.split("/")[0], imported.split(".")[1]
+    assert level(other) <= level(room), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("room", ["methods", "formats"])
+def test_methods_and_formats_know_only_the_nouns(room: str):
+    allowed = {room, "errors", "types"}
+    others = {imported.split(".")[1] for module, imported in imports() if module.startswith(room)}
+    assert others <= allowed
+
+
+def test_every_room_is_in_the_picture():
+    rooms = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    named = set().union(*ROOMS)
+    assert rooms - {"__init__"} <= named
+    picture = (ROOT.parent / "ARCHITECTURE.md").read_text()
+    assert [room for room in named - {"__main__"} if room not in picture] == []
