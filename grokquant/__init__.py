@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grokquant.families import grok_model as _grok_model
+
+# Imported here so that no later import puts the module in the place of the function `plan`.
+from grokquant.plan import Plan, build_plan
 from grokquant.runtime.load import load
 from grokquant.tokenizer import register as _register_tokenizer
 
 if TYPE_CHECKING:
     from grokquant.evaluation.report import Report
-    from grokquant.plan import Plan
     from grokquant.recipe import Recipe
 
 __version__ = "0.1.0"
@@ -20,10 +22,8 @@ _grok_model.register()
 _register_tokenizer()
 
 
-def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
+def plan(recipe: "Recipe | str | Path | Mapping") -> Plan:
     """What `quantize` would do, from file headers alone. Raises InputError."""
-    from grokquant.plan import build_plan
-
     return build_plan(_as_recipe(recipe))
 
 

@@ -50,8 +50,8 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     config_path = Path(config) if config else None
     source = formats.unpacked(open_source(place, config_path))
     family = family_of(source)
-    fields = family.config(config_path or place / "config.json", source.config)
-    checkpoint = Checkpoint(source, family, fields)
+    model_config = family.config(config_path or place / "config.json", source.config)
+    checkpoint = Checkpoint(source, family, model_config)
     _check_complete(checkpoint)
     return checkpoint
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from transformers.utils import logging as transformers_logging
 
-from grokquant import __version__
+import grokquant
 from grokquant.errors import GrokquantError
 
 _EXIT_CODES = """
@@ -26,6 +26,10 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except GrokquantError as error:
             code, text = error.exit_code, str(error)
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough; click knows
+        except OSError as error:
+            code, text = 2, f"{error.filename}: {error.strerror}"
         except KeyboardInterrupt:
             code, text = 130, "interrupted, nothing was published"
         click.echo(f"grokquant: {_printable(text)}", err=True)
@@ -38,7 +42,7 @@ def _printable(text: str) -> str:
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
-@click.version_option(__version__)
+@click.version_option(grokquant.__version__)
 def main() -> None:
     """Quantize Grok-1 and its kind on a machine that cannot hold them, and prove what it cost.
 
@@ -66,7 +70,11 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 @_overrides
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 def quantize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Quantize a checkpoint as RECIPE says and write a smaller one that loads."""
+    """Quantize a checkpoint as RECIPE says.
+
+    Prints the plan, then a line per block: its error, bits and least-fed expert. The result loads
+    as the source does; its report has a row for every matrix.
+    """
     from grokquant import pipeline
     from grokquant.plan import build_plan
     from grokquant.recipe import load_recipe
@@ -131,16 +139,16 @@ def evaluate(
     from grokquant.output import check_writable
     from grokquant.terminal import LayerProgress
 
-    settings = evaluation.settings_of(output, text, windows, length)
     reports = Path(directory or Path(output) / "evaluation")
     check_writable(reports)
+    settings = evaluation.settings_of(output, text, windows, length)
     with LayerProgress() as progress:
         report = evaluation.evaluate(output, reference, settings, progress.layer_done)
     _, page = evaluation.publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
         return
-    Console().print(terminal_table(report))
+    Console(soft_wrap=True).print(terminal_table(report))
     click.echo(f"{verdict(report)}\nreport: {page}")
 
 

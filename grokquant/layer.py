@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,12 +29,13 @@ class LayerQuantizer:
     def __init__(self, plan: Plan, model: BlockwiseModel, index: int, deliver: Deliver) -> None:
         self.plan, self.model, self.index, self.deliver = plan, model, index, deliver
         self.tokens_per_expert: list[int] = []
+        self._everyone: Hessian | None = None
 
     def run(self, hidden: Tensor) -> Tensor:
         """Quantizes the block and returns the hidden states after it, its errors included."""
         self.model.load_layer(self.index)
         self._quantize_attention(hidden)
-        hidden = self.model.run_layer(self.index, hidden, self._mix)
+        hidden = self.model.run_layer(self.index, hidden, self.model.mix_experts(self._run_expert))
         self.model.free_layer(self.index)
         return hidden
 
@@ -48,35 +48,15 @@ class LayerQuantizer:
                 site = self._site(X, None, partial(accumulate, X))
             self.model.replace(self.index, unit.tensor, self._quantize(unit, site).dequantize())
 
-    def _mix(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        """Quantizes expert after expert on its own tokens; returns what the experts output."""
-        everyone: list[Hessian] = []  # the Hessian of all tokens, made for the first starved expert
+    def _run_expert(self, expert: int, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+        """Quantizes gate and up on one site, then down on what they make of it.
 
-        def all_inputs() -> Hessian:
-            if not everyone:
-                everyone.append(accumulate(x))
-            return everyone[0]
-
-        mixed = torch.zeros(x.shape, dtype=torch.float32)  # (tokens, hidden)
-        for expert in range(self.model.config.num_local_experts):
-            token, slot = torch.where(experts == expert)
-            gate = gates[token, slot].float()  # (routed)
-            out = self._run_expert(expert, x, token, gate, all_inputs)
-            mixed.index_add_(0, token, out * gate[:, None])
-            self.tokens_per_expert.append(len(token))
-        return mixed
-
-    def _run_expert(
-        self,
-        expert: int,
-        x: Tensor,  # (tokens, hidden)
-        token: Tensor,  # (routed)
-        gate: Tensor,  # (routed)
-        all_inputs: Callable[[], Hessian],
-    ) -> Tensor:
-        """Quantizes gate and up on one site, then down on what they make of it. [routed, hidden]"""
+        `x` [tokens, hidden] are the inputs of all experts, `token` [routed] those of this one, with
+        gates `gate` [routed]. Returns the quantized expert's outputs [routed, hidden].
+        """
+        self.tokens_per_expert.append(len(token))
         routed = x[token]
-        site = self._site(routed, gate, all_inputs)
+        site = self._site(routed, gate, lambda: self._all_inputs(x))
         W_gate, W_up = (self._expert_weight(expert, part, site) for part in ("gate", "up"))
 
         def inner(x: Tensor) -> Tensor:
@@ -85,6 +65,12 @@ class LayerQuantizer:
         hidden = inner(routed)  # (routed, inner)
         site = self._site(hidden, gate, lambda: accumulate(inner(x)))
         return F.linear(hidden, self._expert_weight(expert, "down", site)).float()
+
+    def _all_inputs(self, x: Tensor) -> Hessian:
+        """The Hessian of all tokens, made for the first starved expert of the layer."""
+        if self._everyone is None:
+            self._everyone = accumulate(x)
+        return self._everyone
 
     def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
         """The matrix that the block goes on with: quantized where planned, else as it is."""

@@ -49,26 +49,20 @@ def staged(output: Path, source: Path) -> Iterator[Path]:
 
 
 def _refuse_foreign(output: Path, source: Path) -> None:
-    try:
-        if source.resolve().is_relative_to(output.resolve()):
-            raise InputError(f"{output}: holds the model itself, the output needs a directory")
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output}: is a file, the output needs a directory")
-        foreign = output.exists() and any(output.iterdir()) and not (output / REPORT_NAME).is_file()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from None
-    if foreign:
+    if source.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"{output}: holds the model itself; choose another")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise InputError(f"{output}: is a file, the output needs a directory")
+    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
         raise InputError(f"{output}: is not empty and not a result of grokquant; choose another")
 
 
 def check_writable(directory: Path) -> None:
     """Raises InputError where `directory` can neither be written to nor made."""
-    try:
-        place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-        fine = place.is_dir() and os.access(place, os.W_OK)
-    except OSError as error:
-        raise InputError(f"{directory}: {error.strerror}") from None
-    if not fine:
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError(f"{directory}: cannot be written")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from grokquant.formats import FORMATS
 from grokquant.output import REPORT_NAME, write_json, write_text
 from grokquant.plan import Plan
+from grokquant.readable import size
 from grokquant.tokenizer import write_tokenizer
 from grokquant.types import UnitReport
 
@@ -99,7 +100,7 @@ quantized_by: grokquant
 # {Path(plan.recipe.output.path).name}
 
 A quantized {plan.checkpoint.family.name} of {plan.checkpoint.parameters:,} weights, \
-{plan.bits_per_weight:.2f} bits per weight ({plan.output_bytes / 1e9:.3g} GB), made by grokquant \
+{plan.bits_per_weight:.2f} bits per weight ({size(plan.output_bytes)}), made by grokquant \
 from `{name}`. "bf16" below is that source with its stored integers multiplied out.
 
 ## What was quantized

@@ -14,6 +14,7 @@ from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
 from grokquant.formats import FORMATS
 from grokquant.methods.copy import can_copy
+from grokquant.readable import size
 from grokquant.recipe import Recipe, Rule
 from grokquant.types import Scheme, TensorRef, Unit
 
@@ -202,6 +203,6 @@ def _check_disk(plan: Plan) -> None:
     free = shutil.disk_usage(place).free
     if plan.output_bytes > free:
         raise InputError(
-            f"{plan.recipe.output.path}: needs {plan.output_bytes / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free on that disk"
+            f"{plan.recipe.output.path}: needs {size(plan.output_bytes)}, "
+            f"{size(free)} are free on that disk"
         )

@@ -19,16 +19,8 @@ from rich.table import Table
 
 from grokquant.evaluation.compare import LayerFigures
 from grokquant.plan import Plan
+from grokquant.readable import duration, size
 from grokquant.types import UnitReport
-
-
-def size(count: float) -> str:
-    """Bytes in decimal units, as disks are sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def plan_as_dict(plan: Plan) -> dict:
@@ -125,7 +117,7 @@ class _LayerBar:
     def advance(self, line: str) -> None:
         self.done += 1
         left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
-        self.console.print(f"{line}, {_duration(left)} left")
+        self.console.print(f"{line}, {duration(left)} left")
         if self.task is not None:
             self.bar.advance(self.task)
 
@@ -168,7 +160,7 @@ class RunProgress(_LayerBar):
         lines = [
             f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
             f"{plan.bits_per_weight:.3f} bits per weight, "
-            f"{_duration(time.monotonic() - self.start)}",
+            f"{duration(time.monotonic() - self.start)}",
             f"report: {output / 'quantization-report.json'}",
         ]
         if self.fallbacks:
@@ -203,14 +195,6 @@ def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
     weights = {r.name: prod(plan.units[r.name].shape) for r in reports}
     total = sum(weights.values())
     return sum(r.bits_per_weight * weights[r.name] for r in reports) / total if total else 16.0
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def print_description(description: dict) -> None:

@@ -1,14 +1,21 @@
 """Writes small Grok checkpoints with random weights in the release's layout, for tests."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from grokquant.sources.release import LAYER, TOP, leaf_names
-from grokquant.sources.release_writer import Leaf, quantize_leaf, write_release
+from grokquant.sources.release import LAYER, TOP, file_name, leaf_names
+from grokquant.sources.release_writer import (
+    Leaf,
+    _framed,
+    framed_size,
+    quantize_leaf,
+    write_release,
+)
 
 GROUPED = ("moe/linear_1", "multi_head_attention/linear")
 
@@ -72,3 +79,44 @@ def random_leaf(slot: str, sizes: dict[str, int], groups: int, generator: torch.
         return values / math.sqrt(sizes["D"])
     values = values / math.sqrt(shape[-2])
     return quantize_leaf(values, groups if slot in GROUPED else 1) if leaf.quantized else values
+
+
+# Shapes of the real Grok-1's leaves: int8 weights with bf16 scales, or float32 alone.
+GROK_1 = {
+    "moe/linear": ((8, 6144, 32768), (8, 1, 32768)),
+    "moe/linear_1": ((8, 32768, 6144), (8, 8, 6144)),
+    "moe/linear_v": ((8, 6144, 32768), (8, 1, 32768)),
+    "multi_head_attention/key": ((6144, 1024), (1, 1024)),
+    "multi_head_attention/linear": ((6144, 6144), (8, 6144)),
+    "multi_head_attention/query": ((6144, 6144), (1, 6144)),
+    "multi_head_attention/value": ((6144, 1024), (1, 1024)),
+    "router": ((6144, 8), None),
+    "language_model/in_out_embed": ((131072, 6144), None),
+}
+
+
+def write_hollow_grok_1(directory: Path, layers: int = 64) -> int:
+    """All files of the real Grok-1 in full size, with holes in place of weights; their bytes."""
+    (directory / "ckpt-0").mkdir(parents=True)
+    total = 0
+    for index, name in enumerate(leaf_names(layers)):
+        slot = name if name in TOP else name.split("/", 2)[2]
+        weight, scales = GROK_1.get(slot, ((6144,), None))
+        size = framed_size(weight, scales)
+        write_hollow(directory / "ckpt-0" / file_name(index), weight, scales, size)
+        total += size
+    return total
+
+
+def write_hollow(path: Path, weight: tuple, scales: tuple | None, size: int) -> None:
+    arrays = [(torch.float32, weight)]
+    if scales is not None:
+        arrays = [(torch.int8, weight), (torch.bfloat16, scales)]
+    with path.open("wb") as file:
+        for part in _framed(arrays, "numpy.core.multiarray"):
+            if isinstance(part, int):
+                dtype, shape = arrays[part]
+                file.seek(torch.Size(shape).numel() * dtype.itemsize, os.SEEK_CUR)
+            else:
+                file.write(part)
+        assert file.tell() == size

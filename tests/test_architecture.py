@@ -10,7 +10,7 @@ import grokquant
 ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
 ROOMS = [
-    {"errors", "types"},
+    {"errors", "types", "readable"},
     {"recipe", "sources", "toy"},
     {"families", "methods", "formats"},
     {"checkpoint"},

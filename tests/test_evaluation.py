@@ -553,7 +553,7 @@ def test_block_by_block_is_the_model(tiny_release, shape, dtype):
     same(hidden, whole.entered[0])
     for index in range(LAYERS):
         model.load_layer(index)
-        hidden = model.run_layer(index, hidden, model.mix_experts(index))
+        hidden = model.run_layer(index, hidden, model.stored_experts(index))
         model.free_layer(index)
         same(hidden, whole.left[index])
     same(model.logits(hidden), whole.logits)

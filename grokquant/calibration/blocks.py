@@ -25,6 +25,9 @@ _TOKENS_AT_ONCE = 2048
 
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (expert, inputs [tokens, hidden], routed tokens [routed], their gates [routed])
+# -> the expert's outputs of the routed tokens, float32 [routed, hidden]
+RunExpert = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -153,23 +156,31 @@ class BlockwiseModel:
         """One expert matrix [out, in] in the working dtype, read from the source."""
         return self.source.tensors[tensor].read().to(self.dtype)
 
-    def mix_experts(self, index: int) -> Mix:
-        """The experts of layer `index` as the checkpoint has them, read one matrix at a time."""
+    def mix_experts(self, run_expert: RunExpert) -> Mix:
+        """A mix that runs expert after expert on the tokens routed to it and adds the outputs."""
 
         def mix(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             mixed = torch.zeros(x.shape, dtype=torch.float32)
             gates = gates.to(x.dtype).float()
             for expert in range(self.config.num_local_experts):
                 token, slot = torch.where(experts == expert)
-                names = self.family.expert_tensors(index, expert)
-                gate = F.linear(x[token], self.expert_weight(names["gate"]))
-                up = F.linear(x[token], self.expert_weight(names["up"]))
-                inner = self.apply_gate(index, gate, up)  # (routed, inner)
-                out = F.linear(inner, self.expert_weight(names["down"]))
-                mixed.index_add_(0, token, out.float() * gates[token, slot, None])
+                gate = gates[token, slot]  # (routed)
+                mixed.index_add_(0, token, run_expert(expert, x, token, gate) * gate[:, None])
             return mixed
 
         return mix
+
+    def stored_experts(self, index: int) -> Mix:
+        """The experts of layer `index` as the checkpoint has them, read one matrix at a time."""
+
+        def run_expert(expert: int, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+            names, routed = self.family.expert_tensors(index, expert), x[token]
+            out_gate = F.linear(routed, self.expert_weight(names["gate"]))
+            out_up = F.linear(routed, self.expert_weight(names["up"]))
+            inner = self.apply_gate(index, out_gate, out_up)  # (routed, inner)
+            return F.linear(inner, self.expert_weight(names["down"])).float()
+
+        return self.mix_experts(run_expert)
 
     def _name_in_layer(self, index: int, tensor: str) -> str:
         return tensor.removeprefix(self.family.layer_prefix.format(layer=index))

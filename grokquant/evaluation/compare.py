@@ -81,7 +81,7 @@ def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tenso
     Raises InputError where the weights are so large that the states are not finite.
     """
     chosen: list[Tensor] = []
-    mix = model.mix_experts(index)
+    mix = model.stored_experts(index)
 
     def watched(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         chosen.append(experts)

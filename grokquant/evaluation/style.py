@@ -78,6 +78,8 @@ circle{stroke:var(--card);stroke-width:1.5}circle.fine{stroke:none}
 .c{stroke:var(--card);stroke-width:1}
 details{margin-top:14px}
 summary{cursor:pointer;color:var(--accent);padding:6px 0}
+details td,details tbody th{white-space:nowrap}
+details thead .num{white-space:normal}
 .facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:7px 22px;
 padding:14px 0 10px}
 .facts dt{color:var(--soft)}

@@ -11,6 +11,7 @@ from math import floor, log10
 from rich.markup import escape
 from rich.table import Table
 
+from grokquant import readable
 from grokquant.evaluation.report import Checkpoint, Estimate, Report
 
 LOWER, HIGHER = "↓ lower", "↑ higher"
@@ -268,11 +269,8 @@ def count(things: int) -> str:
 
 
 def size(stored: int) -> str:
-    """Bytes in decimal units: 4.10 MB, 158 GB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if stored >= factor:
-            return f"{_three_digits(stored / factor)}{NBSP}{unit}"
-    return f"{stored}{NBSP}B"
+    """Bytes in decimal units, on one line: 4.10 MB, 158 GB."""
+    return readable.size(stored).replace(" ", NBSP)
 
 
 def _three_digits(value: float) -> str:

@@ -9,11 +9,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from grokquant.errors import InputError
-
-# Fields of a config.json that say how weights are stored, not what they are.
-_STORAGE_FIELDS = {"quantization_config", "torch_dtype", "dtype"}
-
 
 @dataclass(frozen=True)
 class Family:
@@ -22,8 +17,9 @@ class Family:
     `matrices` maps the ends of unit names to the ends of checkpoint names within a layer, for
     everything that may be quantized; `{expert}` stands for each expert in turn. All other tensors
     (router, norms, embedding) are carried over as they are. The three expert matrices are named
-    gate, up and down. `router` and `experts` are the modules' names within a layer. `check_config`
-    raises InputError where a config.json, given with its path, does not describe such a model.
+    gate, up and down. `router` and `experts` are the modules' names within a layer. `fields`
+    takes from a config.json, given with its path, what makes the model, and raises InputError
+    where it does not describe one; nothing else of a config.json reaches transformers.
     """
 
     name: str
@@ -32,20 +28,12 @@ class Family:
     matrices: Mapping[str, str]
     router: str
     experts: str
-    check_config: Callable[[Path, dict], None]
+    fields: Callable[[Path, dict], dict]
     layer_prefix: str = "model.layers.{layer}."
 
-    def config(self, path: Path, fields: dict) -> PreTrainedConfig:
-        """The transformers config of the `fields` in the config.json at `path`.
-
-        Raises InputError where they do not describe a model of this family.
-        """
-        self.check_config(path, fields)
-        plain = {key: value for key, value in fields.items() if key not in _STORAGE_FIELDS}
-        try:
-            return self.config_class.from_dict(plain)
-        except Exception as error:  # transformers' checks raise whatever they stumble over
-            raise InputError(f"{path}: {' '.join(str(error).split())[:200]}") from None
+    def config(self, path: Path, content: dict) -> PreTrainedConfig:
+        """The transformers config of the config.json at `path`. Raises InputError."""
+        return self.config_class(**self.fields(path, content))
 
     def units(self, config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
         """(unit name, checkpoint tensor name) of every quantizable matrix, layer by layer."""

@@ -2,7 +2,7 @@
 
 from grokquant.families.family import Family
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
-from grokquant.sources.grok_config import check_config
+from grokquant.sources.grok_config import model_fields
 
 GROK_1 = Family(
     name="grok-1",
@@ -19,5 +19,5 @@ GROK_1 = Family(
     },
     router="block_sparse_moe.gate",
     experts="block_sparse_moe.experts",
-    check_config=check_config,
+    fields=model_fields,
 )

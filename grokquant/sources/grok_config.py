@@ -108,16 +108,19 @@ def complete_config(
             raise InputError(f"{path}: {name} is {given[name]}, but the files have {value}")
     published = PUBLISHED_SHAPES.items() <= derived.items() and attention == PUBLISHED_ATTENTION
     known = PUBLISHED if published else {}
-    config = DEFAULTS | known | given | derived
-    check_config(path, config)
+    config = known | given | derived
+    config = model_fields(path, config)
     config.setdefault("head_dim", attention["q_proj"] // config["num_attention_heads"])
     _check_heads(path, config, attention)
     return config, published
 
 
-def check_config(path: Path, config: dict) -> None:
-    """Raises InputError where a field without a default is missing or two contradict each other."""
-    given = DEFAULTS | grok_fields(path, config)
+def model_fields(path: Path, raw: dict) -> dict:
+    """The Grok fields of a config.json, with defaults.
+
+    Raises InputError where one without a default is missing or two contradict each other.
+    """
+    given = DEFAULTS | grok_fields(path, raw)
     missing = [name for name in FIELDS if name not in given and name != "head_dim"]
     if missing:
         raise InputError(f"{path}: a config.json must also give {', '.join(missing)}")
@@ -125,6 +128,7 @@ def check_config(path: Path, config: dict) -> None:
         raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
     if given["num_experts_per_tok"] > given["num_local_experts"]:
         raise InputError(f"{path}: num_experts_per_tok is more than num_local_experts")
+    return given
 
 
 def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:

@@ -1,0 +1,387 @@
+"""The command line: what each command prints where, and how it ends."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import ATTENTION, EXPERTS
+
+import grokquant
+from grokquant.cli import main
+
+ROOT = Path(grokquant.__file__).parents[1]
+ESCAPE = "\x1b"
+UNITS = 2 * (4 + 4 * 3)
+
+
+def run(*arguments: object, **environment: str) -> Result:
+    """A command that may not raise anything; its output must be plain text."""
+    result = CliRunner(env=environment).invoke(main, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    if not environment:
+        assert ESCAPE not in result.output and "\r" not in result.output
+    return result
+
+
+def done(*arguments: object) -> str:
+    """stdout of a command that ends well."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def json_of(*arguments: object) -> dict:
+    return json.loads(done(*arguments, "--json"))
+
+
+def settings(*changes: str) -> list[str]:
+    return [part for change in changes for part in ("--set", change)]
+
+
+def lines_of(text: str, start: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def recipe(place, tiny_release, text_file) -> Path:
+    path = place / "recipe.yaml"
+    values = {
+        "model": {"path": str(tiny_release)},
+        "calibration": {"data": str(text_file), "samples": 16, "length": 64},
+        "quantize": [EXPERTS, ATTENTION],
+        "output": {"path": str(place / "out")},
+        "eval": {"data": str(text_file), "samples": 4, "length": 64},
+    }
+    path.write_text(json.dumps(values))  # YAML holds JSON
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe) -> Result:
+    return run("quantize", recipe)
+
+
+@pytest.fixture(scope="module")
+def output(finished, place) -> Path:
+    return place / "out"
+
+
+# --- help and usage
+
+
+def test_help_tells_commands_examples_and_exit_codes():
+    text = done("--help")
+    assert set(main.commands) == {"quantize", "plan", "eval", "inspect", "verify", "generate"}
+    for command in main.commands:
+        (line,) = re.findall(rf"^  {command} .*", text, re.MULTILINE)
+        assert line.endswith(".") and not line.endswith("...")  # no description is cut
+    text = " ".join(text.split())
+    assert "grokquant quantize recipes/toy-int4.yaml" in text
+    for code in ("0 ok", "1 a quality", "2 the command", "130 interrupted"):
+        assert code in text
+
+
+@pytest.mark.parametrize("command", main.commands)
+def test_help_of_a_command_explains_every_option(command):
+    text = done(command, "--help")
+    for parameter in main.commands[command].params:
+        if parameter.param_type_name == "option":
+            assert parameter.opts[0] in text
+            assert parameter.help
+        else:
+            assert parameter.human_readable_name in text
+
+
+def test_version():
+    assert done("--version").strip().endswith(f"version {grokquant.__version__}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantise"],
+        ["--loud"],
+        ["quantize"],
+        ["quantize", "a.yaml", "b.yaml"],
+        ["quantize", "a.yaml", "--set"],
+        ["plan", "a.yaml", "--dry-run"],
+        ["eval", "out"],
+        ["eval", "out", "--reference", "toy", "--windows", "0"],
+        ["eval", "out", "--reference", "toy", "--length", "long"],
+        ["generate", "toy"],
+        ["generate", "toy", "--prompt", "x", "--tokens", "0"],
+        ["generate", "toy", "--prompt", "x", "--temperature", "-1"],
+        ["generate", "toy", "--prompt", "x", "--seed", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == "" and "Error: " in result.stderr
+
+
+# --- quantize and plan
+
+
+def test_quantize_prints_sizes_bits_and_the_report(finished, output):
+    assert finished.exit_code == 0, finished.stderr
+    sizes, report = finished.stdout.splitlines()
+    row = json.loads((output / "quantization-report.json").read_text())
+    assert re.fullmatch(rf"{output}: 1\.97 MB -> 1\.60 MB, 11\.165 bits per weight, \d+ s", sizes)
+    assert (round(row["bits_per_weight"], 3), round(row["output_bytes"], -4)) == (11.165, 1600000)
+    assert report == f"report: {output / 'quantization-report.json'}"
+
+
+def test_quantize_shows_the_plan_and_a_line_per_block_on_stderr(finished, output):
+    report = json.loads((output / "quantization-report.json").read_text())
+    stderr = finished.stderr
+    for grid in ("int4 g32 sym (gptq)", "int8 channel sym (copy)", "int8 g16 sym (copy)"):
+        assert grid in stderr
+    lines = lines_of(stderr, "layer ")
+    assert len(lines) == 2
+    for index, line in enumerate(lines):
+        rows = [row for row in report["units"] if row["name"].startswith(f"layers.{index}.")]
+        errors = [row["output_error"] for row in rows if row["method"] == "gptq"]
+        fewest = min(report["tokens_per_expert"][index])
+        error, bits, tokens, left = re.fullmatch(
+            rf"layer {index}: output error (\S+), (\S+) bits, least-fed expert (\d+) tokens, "
+            r"(\d+) s left",
+            line,
+        ).groups()
+        assert float(error) == pytest.approx(sum(errors) / len(errors), abs=1e-4)
+        assert 4.5 < float(bits) < 5.5 and int(tokens) == fewest and int(left) < 60
+    assert lines[-1].endswith(" 0 s left")
+
+
+def test_quantize_takes_set_and_says_what_fell_back(recipe, tmp_path):
+    changes = (f"output.path={tmp_path}/other", "quantize[0].bits=8", "max_fallbacks=1")
+    text = done("quantize", recipe, *settings(*changes, "experts.min_tokens=1000000"))
+    assert "24 matrices fell back to rtn" in text
+    grids = json_of("inspect", tmp_path / "other")["matrices"]
+    assert grids["int8 g32 sym"] == 24 and not any("int4" in grid for grid in grids)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path):
+    change = settings(f"output.path={tmp_path}/out")
+    plan = done("plan", recipe, *change)
+    assert done("quantize", recipe, "--dry-run", *change) == plan
+    assert list(tmp_path.iterdir()) == []
+    assert str(tmp_path / "out") in plan.splitlines()[0]
+    for part in ("experts.down", "int4 g32 sym (gptq)", "1,149,056 weights", "11.165 bits"):
+        assert part in plan
+
+
+def test_plan_as_json_is_what_quantize_makes(recipe, output):
+    plan = json_of("plan", recipe)
+    made = json_of("inspect", output)
+    assert plan["output_bytes"] == made["bytes"]
+    assert plan["bits_per_weight"] == made["bits_per_weight"]
+    assert plan["parameters"] == made["parameters"]
+    report = json.loads((output / "quantization-report.json").read_text())
+    planned = {(unit["name"], unit["method"]) for unit in plan["units"]}
+    assert planned == {(row["name"], row["method"]) for row in report["units"]}
+    assert len(plan["units"]) == UNITS and plan["kept"] == []
+
+
+def test_a_missed_gate_exits_1(recipe, tmp_path):
+    changes = settings("experts.min_tokens=1000000", f"output.path={tmp_path}/out")
+    result = run("quantize", recipe, *changes)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("grokquant: ")
+    assert "max_fallbacks" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- eval
+
+
+@pytest.fixture(scope="module")
+def evaluated(output, tiny_release, text_file, place) -> Result:
+    options = ("--text", text_file, "--windows", 3, "--length", 32, "--output", place / "reports")
+    return run("eval", output, "--reference", tiny_release, *options, "--json")
+
+
+def test_eval_json_is_the_report_alone(evaluated, place):
+    assert evaluated.exit_code == 0, evaluated.stderr
+    report = json.loads(evaluated.stdout)
+    assert report == json.loads((place / "reports" / "report.json").read_text())
+    assert (place / "reports" / "report.html").read_text().startswith("<!doctype html>")
+    assert report["protocol"]["windows"] == 3 and report["protocol"]["length"] == 32
+    assert report["protocol"]["tokens_scored"] == 3 * 31
+    assert len(report["units"]) == UNITS
+
+
+def test_eval_tells_of_each_layer_on_stderr(evaluated):
+    lines = evaluated.stderr.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["layer 0", "layer 1"]
+    assert all(re.search(r"error 0\.\d{4}, .* s left$", line) for line in lines)
+
+
+def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
+    text = done("eval", output, "--reference", tiny_release)
+    for part in ("Mean PPL(Q)", "Mean KLD", "Same top p", "4 windows of 64"):
+        assert part in text
+    page = output / "evaluation" / "report.html"
+    assert text.splitlines()[-1] == f"report: {page}" and page.is_file()
+    assert "Mean KLD" in (output / "README.md").read_text()
+    assert "ok" in done("verify", output)
+
+
+# --- inspect, verify, generate
+
+
+def test_inspect_json(tiny_release, output):
+    release, quantized = json_of("inspect", tiny_release), json_of("inspect", output)
+    for description in (release, quantized):
+        assert description["family"] == "grok-1"
+        assert (description["layers"], description["experts"]) == (2, 4)
+        assert description["parameters"] == 1_149_056
+        assert sum(t["bytes"] for t in description["tensors"]) == description["bytes"]
+        bits = 8 * description["bytes"] / description["parameters"]
+        assert description["bits_per_weight"] == pytest.approx(bits)
+        assert "tokenizer.model" in description["tokenizer"]
+    assert (release["layout"], quantized["layout"]) == ("release", "safetensors")
+    assert quantized["matrices"] == {
+        "int8 channel sym": 6,
+        "int8 g16 sym": 2,
+        "int4 g32 sym": 24,
+    }
+
+
+def test_inspect_prints_whole_names_whatever_the_width(output, tmp_path):
+    # Names with brackets or colons are no markup; those of tensors are not cut off a terminal.
+    odd = tmp_path / "a[/b] [red]c :cat:"
+    shutil.copytree(output, odd)
+    text = done("inspect", odd)
+    assert str(odd) in text
+    assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in text
+    for part in ("1,149,056", "1.60 MB", "24 x int4 g32 sym"):
+        assert part in text
+
+
+def test_verify(output, tmp_path):
+    assert done("verify", output) == f"{output}: ok, {UNITS} quantized matrices as reported\n"
+    damaged = tmp_path / "damaged"
+    shutil.copytree(output, damaged)
+    shard = damaged / "model-00001-of-00001.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    result = run("verify", damaged)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"grokquant: {shard}: its checksum")
+
+
+def test_generate(output):
+    options = ("--prompt", "hello", "--tokens", 5)
+    texts = [
+        done("generate", output, *options),
+        done("generate", output, *options, "--temperature", 2, "--seed", 1),
+        done("generate", output, *options, "--temperature", 2, "--seed", 1),
+        done("generate", output, *options, "--temperature", 2, "--seed", 2),
+    ]
+    assert all(text.startswith("hello") and len(text) > len("hello\n") for text in texts)
+    assert texts[1] == texts[2] and len(set(texts)) == 3
+    assert run("generate", output, *options).stderr == ""
+
+
+# --- colours, control characters, interruptions
+
+
+def test_on_a_terminal_there_is_a_bar_and_no_color_is_obeyed(recipe, tmp_path):
+    change = settings(f"output.path={tmp_path}/out")
+    color = re.compile(r"\x1b\[[0-9;]*[34]\d[0-9;]*m")
+    shown = run("quantize", recipe, *change, FORCE_COLOR="1", TERM="xterm").stderr
+    assert "quantizing" in shown and color.search(shown)
+    plain = run("quantize", recipe, *change, FORCE_COLOR="1", TERM="xterm", NO_COLOR="1").stderr
+    assert "quantizing" in plain and ESCAPE in plain and not color.search(plain)
+
+
+def test_hostile_names_cannot_break_the_line_or_color_the_terminal(tmp_path):
+    result = run("inspect", tmp_path / "a\nb\x1b[31m\u202e")
+    assert result.exit_code == 2
+    assert result.stderr == f"grokquant: {tmp_path}/a\\nb\\x1b[31m\\u202e: no such directory\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("inspection.describe", ["inspect", "toy"]),
+        ("verify.verify", ["verify", "out"]),
+        ("plan.build_plan", ["plan", "{recipe}"]),
+        ("pipeline.quantize", ["quantize", "{recipe}"]),
+        ("runtime.generate.generate_text", ["generate", "toy", "--prompt", "x"]),
+        ("evaluation.evaluate", ["eval", "toy", "--reference", "toy"]),
+    ],
+)
+def test_interrupted_commands_exit_130(target, arguments, recipe, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"grokquant.{target}", interrupt)
+    result = run(*(argument.format(recipe=recipe) for argument in arguments))
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "grokquant: interrupted, nothing was published\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_a_run_without_a_trace(number, recipe, tmp_path, monkeypatch):
+    def send(*_):
+        assert (tmp_path / "out.partial").is_dir()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("grokquant.terminal.RunProgress.layer_done", send)
+    before = signal.getsignal(signal.SIGTERM)
+    result = run("quantize", recipe, *settings(f"output.path={tmp_path}/out"))
+    signal.signal(signal.SIGTERM, before)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1] == "grokquant: interrupted, nothing was published"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- real processes
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "grokquant", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_a_process_keeps_its_streams_apart(recipe):
+    process = start("plan", recipe, "--json")
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stderr) == (0, "")
+    assert json.loads(stdout)["family"] == "grok-1"
+
+
+def test_an_interrupted_process_leaves_nothing(recipe, tmp_path):
+    changes = ("calibration.samples=64", "calibration.length=256", f"output.path={tmp_path}/out")
+    process = start("quantize", recipe, *settings(*changes))
+    next(line for line in process.stderr if line.startswith("calibration: "))
+    assert (tmp_path / "out.partial").is_dir()
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert (process.returncode, stdout) == (130, "")
+    assert stderr.splitlines()[-1] == "grokquant: interrupted, nothing was published"
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,108 @@
+"""Plans: every shipped recipe fits its model, sizes add up, what cannot be is refused by name."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ATTENTION, EXPERTS
+from make_release import write_hollow_grok_1
+
+from grokquant.errors import InputError
+from grokquant.plan import build_plan
+from grokquant.recipe import load_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+EXPERT_WEIGHTS, ATTENTION_WEIGHTS = 309_237_645_312, 5_637_144_576
+REST_BYTES = 4 * (315_684_820_992 - EXPERT_WEIGHTS - ATTENTION_WEIGHTS)  # float32 as released
+SHAPE_BYTES = 16  # weight_shape of each matrix
+MATRICES = 64 * (4 + 8 * 3)
+
+
+@pytest.fixture(scope="module")
+def grok_1(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("grok-1")
+    write_hollow_grok_1(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def huge_disk(monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("toy-*.yaml")), ids=lambda p: p.stem)
+def test_toy_recipes_plan(recipe):
+    plan = build_plan(load_recipe(recipe))
+    assert len(plan.units) == 4 * (4 + 8 * 3) and plan.kept == ()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expert_bits"), [("grok-1-int4-g128", 4.125), ("grok-1-int8-lossless", 8.125)]
+)
+def test_grok_1_recipes_plan_the_real_shapes_in_seconds(grok_1, recipe, expert_bits):
+    loaded = load_recipe(RECIPES / f"{recipe}.yaml", [f"model.path={grok_1}"])
+    start = time.process_time()
+    plan = build_plan(loaded)
+    assert time.process_time() - start < 10
+    quantized = EXPERT_WEIGHTS * expert_bits + ATTENTION_WEIGHTS * 8.125
+    assert plan.output_bytes == quantized / 8 + REST_BYTES + MATRICES * SHAPE_BYTES
+    assert all(sum(t.bytes for t in shard) <= 5e9 for shard in plan.shards)
+
+
+def test_a_small_disk_refuses_before_the_run(tiny_recipe, tmp_path, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match="out: needs .* MB, 1.00 kB are free"):
+        build_plan(tiny_recipe())
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (
+            EXPERTS | {"match": "layers.*.expert.*"},
+            "quantize\\[0\\].match: 'layers.\\*.expert.\\*'",
+        ),
+        (EXPERTS | {"match": "layers.*.router"}, "matches no matrix"),
+        (EXPERTS | {"match": "layers.2.*"}, "matches no matrix"),
+        (ATTENTION | {"group": "channel"}, "layers.0.attention.o: copy to int8 channel sym is not"),
+        ({"match": "layers.*", "method": "keep"}, "nothing to do"),
+    ],
+)
+def test_rules_that_cannot_be_are_named(tiny_recipe, rule, words):
+    with pytest.raises(InputError, match=words):
+        build_plan(tiny_recipe(rule))
+
+
+def test_groups_must_divide_the_input(tmp_path, tiny_recipe):
+    from make_release import write_random_release
+
+    write_random_release(tmp_path / "odd", hidden=96, heads=3, kv_heads=1, head_dim=32)
+    recipe = tiny_recipe(EXPERTS | {"group": 64}, model={"path": str(tmp_path / "odd")})
+    with pytest.raises(InputError, match=r"gate: 96 input features are not divisible by group 64"):
+        build_plan(recipe)
+
+
+def test_copy_takes_the_largest_group_that_both_allow(tiny_recipe):
+    units = build_plan(tiny_recipe(ATTENTION | {"match": "layers.*", "group": 64})).units
+    groups = {name.rpartition(".")[2]: unit.scheme.group_size for name, unit in units.items()}
+    # Stored: one group per row, but 8 groups in o (of 128 features) and down (of 256).
+    assert groups == {"q": 64, "k": 64, "v": 64, "o": 16, "gate": 64, "up": 64, "down": 32}
+
+
+def test_first_rule_wins_and_the_rest_is_kept(tiny_recipe):
+    plan = build_plan(tiny_recipe(EXPERTS | {"match": "*.experts.3.*", "bits": 8}, EXPERTS))
+    assert plan.units["layers.1.experts.3.up"].scheme.bits == 8
+    assert plan.units["layers.1.experts.2.up"].scheme.bits == 4
+    assert len(plan.kept) == 2 * 4 and all(".attention." in name for name in plan.kept)
+
+
+def test_the_function_survives_the_import_of_its_module():
+    import grokquant
+    import grokquant.evaluation
+    import grokquant.pipeline
+
+    recipe = str(RECIPES / "toy-int8.yaml")
+    assert grokquant.plan(recipe).output_bytes == grokquant.plan(recipe).output_bytes
