@@ -83,7 +83,7 @@ def scheme_counts(reports: list[UnitReport]) -> dict[str, int]:
 
 def model_card(plan: Plan, reports: list[UnitReport]) -> str:
     source = plan.checkpoint.source
-    name = Path(source.path).absolute().name
+    name = _base_name(plan)
     rows = "\n".join(f"| {scheme} | {n} |" for scheme, n in scheme_counts(reports).items())
     licence = f"license: {source.licence}\n" if source.licence else ""
     fallen = [f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback]
@@ -138,6 +138,12 @@ def fill_evaluation(directory: Path, table: str) -> None:
     _, end, after = rest.partition(TABLE_END)
     if start and end:
         write_text(path, f"{before}{start}\n{table.strip()}\n{end}{after}")
+
+
+def _base_name(plan: Plan) -> str:
+    """What the source is called: the last folder of its path that is not ckpt-0."""
+    path = Path(plan.recipe.model.path).absolute()
+    return path.parent.name if path.name == "ckpt-0" else path.name
 
 
 def _kept_sentence(plan: Plan) -> str:
