@@ -45,7 +45,7 @@ class LayerQuantizer:
             site = None
             if unit.method == "gptq":
                 X = self.model.inputs_of(self.index, unit.tensor, hidden)
-                site = self._site(X, None, partial(accumulate, X))
+                site = self._site(X, partial(accumulate, X))
             self.model.replace(self.index, unit.tensor, self._quantize(unit, site).dequantize())
 
     def _run_expert(self, expert: int, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ class LayerQuantizer:
         """
         self.tokens_per_expert.append(len(token))
         routed = x[token]
-        site = self._site(routed, gate, lambda: self._all_inputs(x))
+        site = self._site(routed, lambda: self._all_inputs(x))
         W_gate, W_up = (self._expert_weight(expert, part, site) for part in ("gate", "up"))
 
         def inner(x: Tensor) -> Tensor:
             return self.model.apply_gate(self.index, F.linear(x, W_gate), F.linear(x, W_up))
 
         hidden = inner(routed)  # (routed, inner)
-        site = self._site(hidden, gate, lambda: accumulate(inner(x)))
+        site = self._site(hidden, lambda: accumulate(inner(x)))
         return F.linear(hidden, self._expert_weight(expert, "down", site)).float()
 
     def _all_inputs(self, x: Tensor) -> Hessian:
@@ -87,21 +87,19 @@ class LayerQuantizer:
         self.deliver(unit, quantized, report)
         return quantized
 
-    def _site(self, X: Tensor, gate: Tensor | None, everyone: Callable[[], Hessian]) -> Site:
-        """The site of inputs X [tokens, in]. Tokens count by the square of their gate, as the
-        error of an expert does in the output (gates multiply it)."""
+    def _site(self, X: Tensor, everyone: Callable[[], Hessian]) -> Site:
+        """The site of inputs X [tokens, in]; `everyone` makes the Hessian of all tokens."""
         tokens, features = X.shape
         limits = self.plan.recipe.experts
         if tokens < limits.min_tokens:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
-            return Site(tokens, lambda: accumulate(X), refusal=reason)
-        weights = None if gate is None else gate.square()
+            return Site(tokens, partial(accumulate, X), refusal=reason)
         floor = limits.blend_tokens
         if tokens >= (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor):
-            return Site(tokens, lambda: accumulate(X, weights))
+            return Site(tokens, partial(accumulate, X))
         prior = _PRIOR_TOKENS_PER_FEATURE * features
         return Site(
             tokens,
-            lambda: blend(accumulate(X, weights), everyone(), prior),
+            lambda: blend(accumulate(X), everyone(), prior),
             note=f"{tokens} tokens, blended with all tokens as a prior of {prior:.0f}",
         )

@@ -379,7 +379,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no regular expression": (
         lambda s: edit_json(s / "config.json", **{GROUP + "targets": ["re:("]}),
-        "group_0.targets.0: Value error, not a regular expression",
+        "group_0.targets.0: not a regular expression",
     ),
     "nobody's target": (
         lambda s: edit_json(s / "config.json", quantization_config__config_groups={}),
@@ -485,6 +485,7 @@ RECIPES = {
     "output.shard=5 parsecs": "--set output.shard: expected a size",
     "output.format=gguf": "--set output.format: ",
     "model.path=": "--set model.path: ",
+    'model.path="\\ud800"': "--set model.path: expected a path",
     "model.config=absent.json": "absent.json: cannot be read",
     "calibration.length=4": "--set calibration.length: ",
     "calibration.data=wikitext": "--set calibration.data: expected python-docs",
@@ -668,6 +669,12 @@ def test_reports_cannot_be_written(hf, tiny_release):
     assert message == f"{hf.out}: cannot be written"
 
 
+def test_text_that_does_not_exist(place, quantized, tiny_release):
+    command = ("eval", quantized, "--reference", tiny_release, "--text")
+    assert place.fails(*command, "wikitext").startswith("eval.data: expected python-docs, a .txt")
+    assert place.fails(*command, "absent.jsonl") == "absent.jsonl: No such file or directory"
+
+
 @pytest.mark.parametrize("target", ["source", "absent", "recipe.yaml"])
 def test_verify_of_something_else(place, target):
     assert "has no quantization-report.json" in place.fails("verify", place.root / target)
@@ -691,6 +698,7 @@ def test_verify_of_damaged_papers(hf):
     ("options", "complaint"),
     [
         (["--prompt", ""], "--prompt: is empty"),
+        (["--prompt", "caf\udce9"], "--prompt: is not UTF-8 text"),
         (["--prompt", "x", "--tokens", 512], "--tokens: 512 after 1 of the prompt"),
         (["--prompt", "x", "--device", "abacus"], "device abacus: "),
         (["--prompt", "x", "--device", "meta"], "device meta: "),

@@ -58,7 +58,8 @@ def settings_of(
     try:
         return EvalSection(**(settings.model_dump() | changes))
     except ValidationError as error:
-        raise InputError(f"eval: {error.errors()[0]['msg']}") from None
+        (key, *_), text = error.errors()[0]["loc"], error.errors()[0]["msg"]
+        raise InputError(f"eval.{key}: {text.removeprefix('Value error, ')}") from None
 
 
 def evaluate(

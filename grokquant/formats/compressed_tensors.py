@@ -262,7 +262,8 @@ def _schemes_of(source: Source) -> list[tuple[str, Scheme]]:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, ("quantization_config", *first["loc"])))
-        raise InputError(f"{source.path / 'config.json'}: {key}: {first['msg']}") from None
+        text = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{source.path / 'config.json'}: {key}: {text}") from None
     return [
         (target, group.weights.scheme)
         for group in config.config_groups.values()

@@ -56,7 +56,7 @@ def check_data(data: str) -> str:
 def _check_path(path: object) -> object:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
-    if isinstance(path, str) and (not path.strip() or "\0" in path):
+    if isinstance(path, str) and (not path.strip() or re.search("[\0\ud800-\udfff]", path)):
         raise ValueError(f"expected a path, not {path!r}")
     return path
 

@@ -17,13 +17,15 @@ def generate_text(
     device: str = "cpu",
 ) -> str:
     """`prompt` and up to `tokens` more; greedy below temperature 0.001. Raises InputError."""
+    if not prompt:
+        raise InputError("--prompt: is empty")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):  # undecoded bytes
+        raise InputError("--prompt: is not UTF-8 text")
     model, tokenizer = load(path, device)
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
     encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(device)
     length, positions = encoded.input_ids.shape[1], model.config.max_position_embeddings
-    if length == 0:
-        raise InputError("--prompt: is empty")
     if length + tokens > positions:
         raise InputError(
             f"--tokens: {tokens} after {length} of the prompt, the model has {positions} positions"
