@@ -7,7 +7,7 @@ def size(count: float) -> str:
         if count >= factor:
             value = count / factor
             digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-            return f"{value:.{digits}f} {unit}"
+            return f"{value:,.{digits}f} {unit}"
     return f"{count:.0f} B"
 
 

@@ -602,6 +602,38 @@ def test_an_earlier_result_survives_a_failure(place, quantized, monkeypatch):
     assert CliRunner().invoke(main, ["verify", str(place.out)]).exit_code == 0
 
 
+def test_an_earlier_result_comes_back_if_the_new_one_cannot_take_its_name(
+    place, quantized, monkeypatch
+):
+    shutil.copytree(quantized, place.out)
+    rename = Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        if path.name == "out.partial":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    message = place.quantizing_fails()
+    assert message == f"{place.out}: cannot be written: Input/output error"
+
+
+def test_replacing_a_result_spares_what_lies_beside_it(place, quantized):
+    for name in ("out", "out.old", "out.bak"):
+        shutil.copytree(quantized, place.root / name)
+    before = place.snapshot()
+    assert CliRunner().invoke(main, ["quantize", str(place.recipe)]).exit_code == 0
+    assert place.snapshot().keys() == before.keys()
+
+
+def test_output_in_the_current_directory(place, monkeypatch):
+    place.out.mkdir()
+    monkeypatch.chdir(place.out)
+    command = ["quantize", str(place.recipe), "--set", "output.path=."]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert CliRunner().invoke(main, ["verify", str(place.out)]).exit_code == 0
+
+
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Callable[..., Path]]:
     """Mounts a small file system in memory; for root only."""
@@ -629,6 +661,14 @@ def test_the_disk_fills_up(place, mount, quantized, monkeypatch, file):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # as if it filled up later
     message = place.quantizing_fails(f"output.path={disk}/out")
     assert message.startswith(f"{disk}/out: cannot be written: ") and "No space left" in message
+    assert list(disk.iterdir()) == []
+
+
+def test_the_disk_fills_up_with_a_report(place, mount, quantized, tiny_release):
+    disk = mount("size=16k")
+    options = ("--reference", tiny_release, "--text", place.text, "--output", disk)
+    message = place.fails("eval", quantized, *options, "--windows", 2)
+    assert message == f"{disk}: cannot be written: No space left on device"
     assert list(disk.iterdir()) == []
 
 

@@ -347,8 +347,10 @@ def test_signals_end_a_run_without_a_trace(number, recipe, tmp_path, monkeypatch
 
     monkeypatch.setattr("grokquant.terminal.RunProgress.layer_done", send)
     before = signal.getsignal(signal.SIGTERM)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal
     result = run("quantize", recipe, *settings(f"output.path={tmp_path}/out"))
     signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, ignored)
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr.splitlines()[-1] == "grokquant: interrupted, nothing was published"
     assert list(tmp_path.iterdir()) == []
@@ -365,6 +367,7 @@ def start(*arguments: object) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background
     )
 
 
