@@ -29,7 +29,8 @@ class _Commands(click.Group):
         except BrokenPipeError:
             raise  # whoever read the output has seen enough; click knows
         except OSError as error:
-            code, text = 2, ": ".join(filter(None, (error.filename, error.strerror))) or str(error)
+            where = f"{error.filename}: " if error.filename else ""
+            code, text = 2, f"{where}{error.strerror or error}"
         except KeyboardInterrupt:
             code, text = 130, "interrupted, nothing was published"
         click.echo(f"grokquant: {_printable(text)}", err=True)

@@ -23,6 +23,8 @@ from grokquant.plan import Plan
 REPORT_NAME = "quantization-report.json"
 INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
+# Stands in a directory as long as a run is writing it.
+_MARK = ".grokquant-unfinished"
 
 
 @contextmanager
@@ -35,10 +37,12 @@ def staged(output: Path, source: Path) -> Iterator[Path]:
     _refuse_foreign(output, source)
     output = output.absolute()  # "." has no name that could be extended
     partial = output.with_name(output.name + ".partial")
+    _clear_partial(partial)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        (partial / _MARK).touch()
         yield partial
+        (partial / _MARK).unlink()
         _publish(partial, output)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -46,6 +50,16 @@ def staged(output: Path, source: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _clear_partial(partial: Path) -> None:
+    """Removes what a killed run left behind. Raises InputError if it is not such a thing."""
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise InputError(f"{partial}: is in the way; move it or choose another output")
+    ours = any((partial / name).is_file() for name in (_MARK, REPORT_NAME))
+    if partial.exists() and any(partial.iterdir()) and not ours:
+        raise InputError(f"{partial}: is not empty and not a result of grokquant; move it")
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse_foreign(output: Path, source: Path) -> None:
@@ -121,7 +135,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_sums(directory: Path) -> None:
     """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""
-    free = {SUMS_NAME, "README.md"}
+    free = {SUMS_NAME, "README.md", _MARK}
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name not in free)
     write_text(directory / SUMS_NAME, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
 

@@ -229,6 +229,20 @@ def test_foreign_directories_are_refused_and_kept(tiny_recipe, tmp_path):
     assert precious.read_text() == "years of work"
 
 
+def test_what_a_killed_run_left_is_cleared_but_nothing_else(tiny_recipe, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"out\.partial: is not empty and not a result"):
+        pipeline.quantize(tiny_recipe())
+    assert (partial / "thesis.txt").read_text() == "years of work"
+    (partial / ".grokquant-unfinished").touch()
+    output = pipeline.quantize(tiny_recipe())
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not (output / ".grokquant-unfinished").exists()
+    assert "unfinished" not in (output / "SHA256SUMS").read_text()
+
+
 def test_an_earlier_result_is_replaced_whole(tiny_recipe, tmp_path):
     output = pipeline.quantize(tiny_recipe())
     (output / "stale.txt").write_text("from the first run")
