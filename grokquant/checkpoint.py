@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -29,7 +30,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        return sum(_count(ref.shape) for ref in self.source.tensors.values())
+        return sum(prod(ref.shape) for ref in self.source.tensors.values())
 
     @property
     def stored_bytes(self) -> int:
@@ -86,10 +87,3 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
             for part, name in family.expert_tensors(layer, expert).items():
                 shapes[name] = (hidden, inner) if part == "down" else (inner, hidden)
     return shapes
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total

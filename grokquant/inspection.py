@@ -11,7 +11,7 @@ def describe(path: str | Path) -> dict:
     checkpoint = open_checkpoint(path)
     tensors = checkpoint.source.tensors
     units = dict(checkpoint.units())
-    grids = Counter(str(ref.scheme or ref.dtype).removeprefix("torch.") for ref in units.values())
+    grids = Counter(ref.stored_as for ref in units.values())
     return {
         "path": str(checkpoint.source.path),
         "layout": checkpoint.source.layout,
@@ -28,7 +28,7 @@ def describe(path: str | Path) -> dict:
             {
                 "name": name,
                 "shape": list(ref.shape),
-                "stored_as": str(ref.scheme or ref.dtype).removeprefix("torch."),
+                "stored_as": ref.stored_as,
                 "bytes": ref.stored_bytes,
             }
             for name, ref in tensors.items()

@@ -20,6 +20,7 @@ from torch import Tensor
 from grokquant.errors import GrokquantError, InputError
 from grokquant.plan import Plan
 
+CARD_NAME = "README.md"
 REPORT_NAME = "quantization-report.json"
 INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
@@ -135,7 +136,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_sums(directory: Path) -> None:
     """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""
-    free = {SUMS_NAME, "README.md", _MARK}
+    free = {SUMS_NAME, CARD_NAME, _MARK}
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name not in free)
     write_text(directory / SUMS_NAME, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
 

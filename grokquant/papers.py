@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grokquant.formats import FORMATS
-from grokquant.output import REPORT_NAME, write_json, write_text
+from grokquant.output import CARD_NAME, REPORT_NAME, write_json, write_text
 from grokquant.plan import Plan
 from grokquant.readable import size
 from grokquant.tokenizer import write_tokenizer
 from grokquant.types import UnitReport
 
-CARD_NAME = "README.md"
 # The evaluation table of the card stands between these; `grokquant eval` fills it.
 TABLE_START, TABLE_END = "<!-- evaluation -->", "<!-- /evaluation -->"
 

@@ -102,7 +102,7 @@ def build_plan(recipe: Recipe) -> Plan:
     _check_rules_match(recipe, names)
     units, kept = {}, []
     for name, ref in checkpoint.units():
-        rule = next((rule for rule in recipe.quantize if rule.matches(name)), None)
+        rule = recipe.rule_for(name)
         if rule is None or rule.method == "keep":
             kept.append(name)
         else:

@@ -5,10 +5,13 @@ def size(count: float) -> str:
     """Bytes in decimal units, three digits: 4.10 MB, 158 GB."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
-            value = count / factor
-            digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
-            return f"{value:,.{digits}f} {unit}"
+            return f"{three_digits(count / factor)} {unit}"
     return f"{count:.0f} B"
+
+
+def three_digits(value: float) -> str:
+    """A number from 1 up with three significant digits: 4.10, 15.8, 1,000."""
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def duration(seconds: float) -> str:

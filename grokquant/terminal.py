@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from grokquant.evaluation.compare import LayerFigures
+from grokquant.output import REPORT_NAME
 from grokquant.plan import Plan
 from grokquant.readable import duration, size
 from grokquant.types import UnitReport
@@ -161,7 +162,7 @@ class RunProgress(_LayerBar):
             f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
             f"{plan.bits_per_weight:.3f} bits per weight, "
             f"{duration(time.monotonic() - self.start)}",
-            f"report: {output / 'quantization-report.json'}",
+            f"report: {output / REPORT_NAME}",
         ]
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn, the report says why")

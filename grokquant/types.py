@@ -81,6 +81,11 @@ class TensorRef:
     load: Callable[[], "Tensor | QTensor"] = field(repr=False, compare=False)
     scheme: Scheme | None = None
 
+    @property
+    def stored_as(self) -> str:
+        """The grid or dtype at the source, as people read it: int8 g32 sym, bfloat16."""
+        return str(self.scheme or self.dtype).removeprefix("torch.")
+
     def read(self) -> Tensor:
         """The dense tensor; integers are multiplied out in their scales' dtype."""
         tensor = self.load()

@@ -9,8 +9,17 @@ from make_release import write_random_release
 
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.toy import TOY_PATH
+from grokquant.types import Scheme
 
 EXPERTS = {"match": "layers.*.experts.*.*", "method": "gptq", "bits": 4, "group": 32}
+# Every integer grid that a recipe can ask for.
+GRIDS = [
+    Scheme(bits, group, symmetric, dtype)
+    for bits in (4, 8)
+    for group in (32, 64, 128, None)
+    for symmetric in (True, False)
+    for dtype in ("bfloat16", "float16")
+]
 ATTENTION = {"match": "layers.*.attention.*", "method": "copy"}
 
 

@@ -6,18 +6,12 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
+from conftest import GRIDS
 
 from grokquant.formats import FORMATS, compressed_tensors
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.types import QTensor, Scheme, Unit
 
-GRIDS = [
-    Scheme(bits, group, symmetric, dtype)
-    for bits in (4, 8)
-    for group in (32, 64, 128, None)
-    for symmetric in (True, False)
-    for dtype in ("bfloat16", "float16")
-]
 NAME = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 
 

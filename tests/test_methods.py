@@ -3,20 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import GRIDS
 
 from grokquant.methods.copy import can_copy, copy_quantized
 from grokquant.methods.gptq import UnusableHessian, factorize, quantize_gptq
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.methods.scales import find_scales
 from grokquant.types import QTensor, Scheme
-
-GRIDS = [
-    Scheme(bits, group, symmetric, dtype)
-    for bits in (4, 8)
-    for group in (32, 64, 128, None)
-    for symmetric in (True, False)
-    for dtype in ("bfloat16", "float16")
-]
 
 
 @pytest.fixture

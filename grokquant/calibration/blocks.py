@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from grokquant.checkpoint import Checkpoint
-from grokquant.families.family import parameter_parent
+from grokquant.families.family import parameter_parent, set_parameter
 
 STREAMED = "grokquant-streamed"
 _TOKENS_AT_ONCE = 2048
@@ -199,9 +199,7 @@ class BlockwiseModel:
         self._set(module, name, self.source.tensors[tensor].read())
 
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
-        parent, last = parameter_parent(module, name)
-        dtype = self.family.working_dtype(name, self.dtype)
-        setattr(parent, last, nn.Parameter(value.to(dtype), requires_grad=False))
+        set_parameter(module, name, value.to(self.family.working_dtype(name, self.dtype)))
 
 
 def _rows_at_once(rows: Tensor) -> int:

@@ -139,10 +139,7 @@ def _describe(
 ) -> parts.Checkpoint:
     """What is stored; the methods are those of the quantization report's `rows`."""
     methods = {row.name: f" ({row.method})" for row in rows}
-    grids = Counter(
-        str(ref.scheme or ref.dtype).removeprefix("torch.") + methods.get(name, "")
-        for name, ref in checkpoint.units()
-    )
+    grids = Counter(ref.stored_as + methods.get(name, "") for name, ref in checkpoint.units())
     return parts.Checkpoint(
         path=str(path),
         family=checkpoint.family.name,
@@ -175,16 +172,16 @@ def _unit_row(row: dict) -> parts.UnitRow:
 def _figures(comparison: Comparison) -> dict:
     """The figures of a comparison under the names of the report."""
     figures = comparison.figures
-    mean_kld = parts.Estimate(**_estimate(mean_and_error(figures.kld)))
+    mean_kld = _estimate(mean_and_error(figures.kld))
     return {
         "perplexity": _perplexity(figures),
         "kld": parts.Divergence(mean=mean_kld, **_spread(figures.kld, _QUANTILES)),
         "delta_p": parts.DeltaP(
-            mean=parts.Estimate(**_estimate(mean_and_error(figures.delta_p))),
-            rms=parts.Estimate(**_estimate(rms_and_error(figures.delta_p))),
+            mean=_estimate(mean_and_error(figures.delta_p)),
+            rms=_estimate(rms_and_error(figures.delta_p)),
             **_spread(figures.delta_p, (*_QUANTILES, "75.0%", "25.0%")),
         ),
-        "same_top_p": parts.Estimate(**_estimate(mean_and_error(figures.same_top))),
+        "same_top_p": _estimate(mean_and_error(figures.same_top)),
         "noise_floor": parts.NoiseFloor(
             mean_kld=comparison.noise_kld,
             how="the reference against itself, the same windows in another batch order",
@@ -213,8 +210,8 @@ def _perplexity(figures: TokenFigures) -> parts.Perplexity:
     )
 
 
-def _estimate(value_and_error: tuple[float, float]) -> dict:
-    return {"value": value_and_error[0], "error": value_and_error[1]}
+def _estimate(value_and_error: tuple[float, float]) -> parts.Estimate:
+    return parts.Estimate(value=value_and_error[0], error=value_and_error[1])
 
 
 def _spread(x: torch.Tensor, quantiles: tuple[str, ...]) -> dict:

@@ -264,17 +264,13 @@ def count(things: int) -> str:
     """7.7 million, 314 billion."""
     for word, factor in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
         if things >= factor:
-            return f"{_three_digits(things / factor)}{NBSP}{word}"
+            return f"{readable.three_digits(things / factor)}{NBSP}{word}"
     return str(things)
 
 
 def size(stored: int) -> str:
     """Bytes in decimal units, on one line: 4.10 MB, 158 GB."""
     return readable.size(stored).replace(" ", NBSP)
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def _cell(text: str) -> str:

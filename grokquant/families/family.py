@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -79,6 +79,12 @@ class Family:
         """The model with all parameters on the meta device: shapes, no memory."""
         with torch.device("meta"):
             return self.model_class(config).eval()
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Puts `value` in the place of the parameter called `name`."""
+    parent, last = parameter_parent(module, name)
+    setattr(parent, last, nn.Parameter(value, requires_grad=False))
 
 
 def parameter_parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:

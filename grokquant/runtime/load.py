@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
-from grokquant.families.family import parameter_parent
+from grokquant.families.family import set_parameter
 from grokquant.tokenizer import load_tokenizer
 
 
@@ -44,7 +43,7 @@ def build_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PreT
     for name, _ in list(model.named_parameters()):
         if f".{family.experts}." not in name:
             value = tensors[name].read()
-            _set(model, name, value.to(device, family.working_dtype(name, dtype)))
+            set_parameter(model, name, value.to(device, family.working_dtype(name, dtype)))
     for index, layer in enumerate(family.layers(model)):
         _fill_experts(checkpoint, index, family.experts_of(layer), device, dtype)
     model.tie_weights()
@@ -65,10 +64,5 @@ def _fill_experts(
         half = part["gate"].shape[0]
         gate_up[expert, :half], gate_up[expert, half:] = part["gate"], part["up"]
         down[expert] = part["down"]
-    _set(experts, "gate_up_proj", gate_up)
-    _set(experts, "down_proj", down)
-
-
-def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    parent, last = parameter_parent(module, name)
-    setattr(parent, last, nn.Parameter(value, requires_grad=False))
+    set_parameter(experts, "gate_up_proj", gate_up)
+    set_parameter(experts, "down_proj", down)
