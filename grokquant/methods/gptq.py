@@ -2,18 +2,28 @@
 
 Written in its equivalent LDLQ form (Chee et al., arXiv 2307.13304, theorem 6): with H = F D F^T and
 F unit upper triangular, column k is rounded at w_k + (W - Q)[:, :k] F[:k, k]. F comes from one
-Cholesky factorisation; no inverse is taken. Everything is float32.
+Cholesky factorisation; no inverse is taken. Everything is float32. A Hessian may be block-diagonal:
+it comes as a list of squares, a full one as a list of one.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
 
+from grokquant.methods.gptq_kernels import round_columns
+from grokquant.methods.ldl import factorize_, permute_
 from grokquant.methods.scales import ScaleRule, find_scales, round_to_grid
 from grokquant.types import QTensor, Scheme
 
-_BLOCK = 128
+# Columns rounded one by one; the feedback between any more is a matrix product.
+_LEAF = 64
+# Rows rounded at once: bounds the working memory, and the products stay large.
+_SLAB = 4096
+# Sign combinations of rows that stand for all rows in ||W X||.
+_PROBES = 256
 # Damping is raised this often, tenfold each time, before a Hessian counts as unusable.
 _RETRIES = 3
 
@@ -23,80 +33,207 @@ class UnusableHessian(ValueError):
 
 
 @dataclass(frozen=True)
+class Factor:
+    """A diagonal block of a Hessian in visiting order: H + shift I = F diag(D) F^T.
+
+    `columns` int64 [block] are the matrix columns in that order. Of `F` [block, block] only what
+    lies above the diagonal means anything. `D` is [block].
+    """
+
+    columns: Tensor
+    F: Tensor
+    D: Tensor
+    shift: float
+
+
+@dataclass(frozen=True)
 class Feedback:
     """What rounding needs of a Hessian; gate and up share one.
 
-    `order` is the order in which columns are visited, `F` [in, in] the unit upper factor in that
-    order, `importance` [in] the Hessian's diagonal in natural order, `damping` the share used.
+    `importance` [in] is the Hessian's diagonal, `damping` the largest share of its mean that was
+    added to the diagonal of a block.
     """
 
-    order: Tensor
-    F: Tensor
+    factors: list[Factor]
     importance: Tensor
     damping: float
 
 
-def factorize(H: Tensor, damping: float, act_order: bool) -> Feedback:
-    """Factor of H [in, in] + damping * mean(diag H) * I. Raises UnusableHessian."""
-    diagonal = H.diagonal().clone()
-    mean = diagonal.mean().item()
-    if not torch.isfinite(H).all():
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix rounded by GPTQ and its `output_error` ||(W - Q) X|| / ||W X||.
+
+    The numerator is exact, the denominator up to 256 rows; above, that many random combinations of
+    the rows estimate it, to about a hundredth.
+    """
+
+    quantized: QTensor
+    output_error: float
+
+
+def factorize(H: Tensor | list[Tensor], damping: float, act_order: bool) -> Feedback:
+    """Factors of a Hessian's diagonal blocks + damping * mean(diag H) * I. Raises UnusableHessian.
+
+    The blocks of a list are overwritten and become the factors, so that a large Hessian never
+    exists twice; the list is left empty. A tensor is one block and is left alone.
+    """
+    blocks = [H.clone()] if isinstance(H, Tensor) else H
+    importance = torch.cat([block.diagonal() for block in blocks])
+    # No entry of a Gram matrix exceeds its diagonal, so that is all there is to check.
+    if not torch.isfinite(importance).all():
         raise UnusableHessian("the Hessian is not finite")
+    mean = importance.mean().item()
     if mean <= 0:
         raise UnusableHessian("the Hessian is zero")
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(len(H))
-    backwards = order.flip(0)
-    H = H[backwards][:, backwards]
-    for attempt in range(_RETRIES + 1):
-        share = damping * 10**attempt
-        damped = H.clone()
-        damped.diagonal().add_(share * mean)
-        L, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            # H = R R^T with R = J L J upper triangular; its columns over its diagonal give F.
-            F = L.div_(L.diagonal().clone()).flip(0, 1)
-            return Feedback(order, F, diagonal, share)
-    raise UnusableHessian(f"the Hessian is not positive definite at damping {share:g}")
+    factors: list[Factor] = []
+    start = 0
+    while blocks:
+        factors.append(_factorize_block(blocks.pop(0), start, damping * mean, act_order))
+        start += len(factors[-1].columns)
+    return Feedback(factors, importance, max(factor.shift for factor in factors) / mean)
 
 
 def quantize_gptq(
     W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = "mse"
 ) -> QTensor:
+    """The matrix of `round_gptq` alone."""
+    return round_gptq(W, feedback, scheme, rule).quantized
+
+
+def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = "mse") -> Rounded:
     """Rounds W [out, in] column by column, each time with the feedback of the errors so far.
 
     Scales are found before, in natural column order (static groups), so that the result needs no
-    group index whatever the order of the columns.
+    group index whatever the order of the columns. Besides W and the result it takes the memory of
+    four float32 slabs of 4096 rows.
     """
     importance = feedback.importance if rule == "mse" else None
     scales, zero_points = find_scales(W, scheme, rule, importance)
-    order = feedback.order
-    group_of = order // (W.shape[1] // scales.shape[1])  # the group of each visited column
-    column_scales = scales.float()[:, group_of]  # (out, in), in visiting order
-    column_zeros = None if zero_points is None else zero_points.float()[:, group_of]
-    codes = _round_with_feedback(
-        W.float()[:, order], feedback.F, column_scales, column_zeros, scheme
-    )
-    natural = torch.empty_like(codes)
-    natural[:, order] = codes
-    return QTensor(natural, scales, scheme, zero_points)
-
-
-def _round_with_feedback(
-    W: Tensor, F: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme
-) -> Tensor:
-    """Codes int8 [out, in] of W, all arguments in visiting order."""
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    errors = torch.zeros_like(W)  # W - Q of the columns already rounded
-    for start in range(0, W.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, W.shape[1])
-        targets = W[:, start:stop] + errors[:, :start] @ F[:start, start:stop]
-        for column in range(start, stop):
-            target = targets[:, column - start]
-            zeros = None if zero_points is None else zero_points[:, column]
-            code = round_to_grid(target, scales[:, column], zeros, scheme)
-            codes[:, column] = code.to(torch.int8)
-            value = (code if zeros is None else code - zeros) * scales[:, column]
-            errors[:, column] = W[:, column] - value
-            later = slice(column + 1, stop)
-            targets[:, column + 1 - start :] += errors[:, column, None] * F[column, later]
-    return codes
+    quantized = QTensor(codes, scales, scheme, zero_points)
+    lost = 0.0
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        for start in range(0, len(W), _SLAB):
+            rows = slice(start, start + _SLAB)
+            for factor in feedback.factors:
+                slab = _Slab(W, quantized, rows, factor)
+                lost += slab.round(threads if W.device.type == "cpu" else None)
+                slab.store(codes)
+    energy = _output_energy(W, feedback)
+    return Rounded(quantized, sqrt(max(lost, 0.0) / max(energy, 1e-30)))
+
+
+def _factorize_block(H: Tensor, start: int, shift: float, act_order: bool) -> Factor:
+    """The factor of H [block, block], the block of the columns from `start` on."""
+    order = torch.arange(len(H), device=H.device)
+    if act_order:
+        order = H.diagonal().argsort(descending=True, stable=True)
+        permute_(H, order)
+    for attempt in range(_RETRIES + 1):
+        raised = shift * 10**attempt
+        D = factorize_(H, raised)
+        if D is not None:
+            return Factor(order + start, H, D, raised)
+    raise UnusableHessian(
+        f"the Hessian is not positive definite, its damping raised {_RETRIES} times"
+    )
+
+
+def _output_energy(W: Tensor, feedback: Feedback) -> float:
+    """tr(W H W^T), of random combinations of the rows where there are more than _PROBES."""
+    probes = _probes(W)
+    energy = 0.0
+    for factor in feedback.factors:
+        F, Y = factor.F, probes[:, factor.columns]  # (probes, block)
+        for start in range(0, len(F), _SLAB):
+            part = slice(start, start + _SLAB)
+            YF = Y[:, part] + Y[:, part] @ F[part, part].triu(1)
+            YF.addmm_(Y[:, :start], F[:start, part])
+            energy += (YF.square_() @ factor.D[part]).sum(dtype=torch.float64).item()
+        energy -= factor.shift * Y.norm().item() ** 2
+    return energy
+
+
+def _probes(W: Tensor) -> Tensor:
+    """A float32 matrix P of at most _PROBES rows for which P^T P is about W^T W."""
+    if len(W) <= _PROBES:
+        return W.float()
+    generator = torch.Generator(W.device).manual_seed(0)
+    probes = torch.zeros(_PROBES, W.shape[1], device=W.device)
+    for rows in W.split(_SLAB):
+        shape = (_PROBES, len(rows))
+        signs = torch.randint(0, 2, shape, generator=generator, device=W.device).mul_(2).sub_(1)
+        probes.addmm_(signs.float(), rows.float(), alpha=_PROBES**-0.5)
+    return probes
+
+
+class _Slab:
+    """Some rows of W in the columns of a factor, while they are rounded.
+
+    All is transposed, [columns in visiting order, rows], so that a column is one line of memory.
+    `errors` holds the weights until a column is rounded, then W - Q; `targets` the weights with
+    what feedback they have got so far.
+    """
+
+    def __init__(self, W: Tensor, quantized: QTensor, rows: slice, factor: Factor) -> None:
+        self.factor, self.scheme, self.rows = factor, quantized.scheme, rows
+        self.first = int(factor.columns.min())
+        self.order = factor.columns - self.first
+        last = self.first + len(self.order)
+        self.errors = W[rows, self.first : last].T.float().contiguous()[self.order]
+        self.targets = self.errors.clone()
+        self.codes = torch.empty(self.errors.shape, dtype=torch.int8, device=W.device)
+        scales, zeros = quantized.scales[rows], quantized.zero_points
+        zeros = torch.zeros_like(scales) if zeros is None else zeros[rows]
+        self.groups = factor.columns // (W.shape[1] // scales.shape[1])
+        self.scales, self.zeros = (M.T.float().contiguous() for M in (scales, zeros))
+
+    def round(self, threads: ThreadPoolExecutor | None) -> float:
+        """Rounds all; returns tr(E H E^T) of the errors E. Compiled where there are `threads`."""
+        loss = self._descend(0, len(self.codes), threads)
+        return loss - self.factor.shift * self.errors.norm().item() ** 2
+
+    def store(self, codes: Tensor) -> None:
+        """Puts the rounded codes where they belong in `codes` int8 [out, in]."""
+        natural = torch.empty_like(self.codes)
+        natural[self.order] = self.codes
+        codes[self.rows, self.first : self.first + len(natural)] = natural.T
+
+    def _descend(self, start: int, stop: int, threads: ThreadPoolExecutor | None) -> float:
+        """Rounds these columns, whose targets hold the feedback of all others before them."""
+        if stop - start <= _LEAF:
+            part = slice(start, stop)
+            return self._plain(part) if threads is None else self._compiled(part, threads)
+        middle = (start + stop) // 2
+        loss = self._descend(start, middle, threads)
+        factor = self.factor.F[start:middle, middle:stop]
+        self.targets[middle:stop].addmm_(factor.T, self.errors[start:middle])
+        return loss + self._descend(middle, stop, threads)
+
+    def _compiled(self, part: slice, threads: ThreadPoolExecutor) -> float:
+        count = self.codes.shape[1]
+        share = -(-count // torch.get_num_threads())
+        scheme, factor = self.scheme, self.factor
+        arrays = [M[part] for M in (self.errors, self.targets, self.codes, self.groups, factor.D)]
+        arrays += [factor.F[part, part].contiguous(), self.scales, self.zeros]
+        arguments = [array.numpy() for array in arrays]
+        limits = float(scheme.qmin), float(scheme.qmax)
+
+        def round_rows(start: int) -> float:
+            return round_columns(limits, (start, min(start + share, count)), *arguments)
+
+        return sum(threads.map(round_rows, range(0, count, share)))
+
+    def _plain(self, part: slice) -> float:
+        """The same in PyTorch, for other devices than the CPU."""
+        loss = torch.zeros((), device=self.codes.device)
+        F, D = self.factor.F, self.factor.D
+        for k in range(part.start, part.stop):
+            scale, zero = self.scales[self.groups[k]], self.zeros[self.groups[k]]
+            code = round_to_grid(self.targets[k], scale, zero, self.scheme)
+            value = (code - zero) * scale
+            loss += D[k] * (self.targets[k] - value).square().sum()
+            self.codes[k] = code
+            self.errors[k] -= value
+            self.targets[k + 1 : part.stop].addr_(F[k, k + 1 : part.stop], self.errors[k])
+        return loss.item()
