@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grokquant.devices import device_of
 from grokquant.families import grok_model as _grok_model
 
 # Imported here so that no later import puts the module in the place of the function `plan`.
@@ -27,11 +28,14 @@ def plan(recipe: "Recipe | str | Path | Mapping") -> Plan:
     return build_plan(_as_recipe(recipe))
 
 
-def quantize(recipe: "Recipe | str | Path | Mapping") -> Path:
-    """Quantizes as a recipe (file, mapping or object) says; returns the output directory."""
+def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> Path:
+    """Quantizes as a recipe (file, mapping or object) says; returns the output directory.
+
+    The same call continues a run that was interrupted.
+    """
     from grokquant import pipeline
 
-    return pipeline.quantize(_as_recipe(recipe))
+    return pipeline.quantize(_as_recipe(recipe), device=device_of(device))
 
 
 def evaluate(
@@ -40,6 +44,7 @@ def evaluate(
     data: str | None = None,
     samples: int | None = None,
     length: int | None = None,
+    device: str = "auto",
 ) -> "Report":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
@@ -48,7 +53,7 @@ def evaluate(
     from grokquant import evaluation
 
     settings = evaluation.settings_of(quantized, data, samples, length)
-    return evaluation.evaluate(quantized, reference, settings)
+    return evaluation.evaluate(quantized, reference, settings, device=device_of(device))
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":

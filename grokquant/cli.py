@@ -4,12 +4,16 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from transformers.utils import logging as transformers_logging
 
 import grokquant
 from grokquant.errors import GrokquantError
+
+if TYPE_CHECKING:
+    from grokquant.recipe import Recipe
 
 _EXIT_CODES = """
 Exit codes: 0 ok; 1 a quality or verification gate was missed; 2 the command, recipe or an input
@@ -63,31 +67,46 @@ _overrides = click.option(
     metavar="KEY=VALUE",
     help="Change a recipe key, e.g. --set model.path=DIR or --set quantize[0].bits=8.",
 )
+_device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where to compute: cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 @main.command()
 @click.argument("recipe")
 @_overrides
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
-def quantize(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
-    """Quantize a checkpoint as RECIPE says.
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `grokquant plan` does.")
+@_device
+@_json
+def quantize(
+    recipe: str, overrides: tuple[str, ...], dry_run: bool, device: str, as_json: bool
+) -> None:
+    """Quantize a checkpoint as RECIPE says, or go on where such a run was interrupted.
 
-    Prints the plan, then a line per block: its error, bits and least-fed expert. The result loads
-    as the source does; its report has a row for every matrix.
+    Prints the plan, then a line per block: its error, bits and least-fed expert. Ctrl-C finishes
+    the file in progress, twice stops at once; nothing that is finished is done again. The result
+    loads as the source does; its report has a row for every matrix.
     """
     from grokquant import pipeline
-    from grokquant.plan import build_plan
+    from grokquant.devices import device_of
     from grokquant.recipe import load_recipe
-    from grokquant.terminal import RunProgress, print_plan
+    from grokquant.terminal import RunProgress
 
     loaded = load_recipe(recipe, overrides)
+    place = device_of(device)
     if dry_run:
-        print_plan(build_plan(loaded))
+        _show_plan(loaded, as_json)
         return
     with RunProgress() as progress:
-        output = pipeline.quantize(loaded, progress)
-    click.echo(progress.summary(output))
+        output = pipeline.quantize(loaded, progress, place)
+    if as_json:
+        _print_json(progress.as_dict(output))
+    else:
+        click.echo(progress.summary(output))
 
 
 @main.command()
@@ -99,15 +118,9 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
     Every kind of matrix with its grid, and the size of the result, from file headers alone.
     """
-    from grokquant.plan import build_plan
     from grokquant.recipe import load_recipe
-    from grokquant.terminal import plan_as_dict, print_plan
 
-    built = build_plan(load_recipe(recipe, overrides))
-    if as_json:
-        _print_json(plan_as_dict(built))
-    else:
-        print_plan(built)
+    _show_plan(load_recipe(recipe, overrides), as_json)
 
 
 @main.command(name="eval")
@@ -117,6 +130,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--windows", type=click.IntRange(1), help="How many windows of text to score.")
 @click.option("--length", type=click.IntRange(8), help="Tokens per window.")
 @click.option("--output", "directory", metavar="DIR", help="For reports, not OUTPUT/evaluation.")
+@_device
 @_json
 def evaluate(
     output: str,
@@ -125,6 +139,7 @@ def evaluate(
     windows: int | None,
     length: int | None,
     directory: str | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Compare OUTPUT with the checkpoint that it was made from.
@@ -136,6 +151,7 @@ def evaluate(
     from rich.console import Console
 
     from grokquant import evaluation
+    from grokquant.devices import device_of
     from grokquant.evaluation.tables import terminal_table, verdict
     from grokquant.output import check_writable
     from grokquant.terminal import LayerProgress
@@ -144,7 +160,9 @@ def evaluate(
     check_writable(reports)
     settings = evaluation.settings_of(output, text, windows, length)
     with LayerProgress() as progress:
-        report = evaluation.evaluate(output, reference, settings, progress.layer_done)
+        report = evaluation.evaluate(
+            output, reference, settings, progress.layer_done, device_of(device)
+        )
     _, page = evaluation.publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
@@ -201,7 +219,7 @@ def verify(output: str) -> None:
     type=click.IntRange(0, 2**63 - 1),
     help="Draws the same text again; for a temperature above 0.",
 )
-@click.option("--device", default="cpu", show_default=True, help="As torch calls it, e.g. cuda:0.")
+@_device
 def generate(
     path: str, prompt: str, tokens: int, temperature: float, seed: int, device: str
 ) -> None:
@@ -212,6 +230,17 @@ def generate(
     from grokquant.runtime.generate import generate_text
 
     click.echo(generate_text(path, prompt, tokens, temperature, seed, device))
+
+
+def _show_plan(recipe: "Recipe", as_json: bool) -> None:
+    from grokquant.plan import build_plan
+    from grokquant.terminal import plan_as_dict, print_plan
+
+    built = build_plan(recipe)
+    if as_json:
+        _print_json(plan_as_dict(built))
+    else:
+        print_plan(built)
 
 
 def _print_json(value: object) -> None:

@@ -17,3 +17,9 @@ class GateError(GrokquantError):
     """A quality or verification gate that the result missed (exit 1)."""
 
     exit_code = 1
+
+
+class Stopped(GrokquantError):
+    """A signal asked the run to stop, and it did, with everything committed kept (exit 130)."""
+
+    exit_code = 130

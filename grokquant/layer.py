@@ -1,12 +1,12 @@
 """Quantizing one block while the calibration tokens pass through it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from grokquant.calibration.blocks import BlockwiseModel
+from grokquant.calibration.blocks import BlockwiseModel, Expert
 from grokquant.calibration.hessian import Hessian, accumulate, blend
 from grokquant.plan import Plan
 from grokquant.rounding import Site, round_unit
@@ -17,17 +17,29 @@ _PRIOR_TOKENS_PER_FEATURE = 0.1
 # Below this many routed tokens per input feature an expert's own Hessian counts as starved.
 _BLEND_TOKENS_PER_FEATURE = 4
 
+# Makes an iterator over inputs [some tokens, features] of a site, each time it is called.
+Inputs = Callable[[], Iterator[Tensor]]
 Deliver = Callable[[Unit, QTensor, UnitReport], None]
+Committed = Callable[[Unit], QTensor | None]
 
 
 class LayerQuantizer:
-    """Layer `index` of a plan. Every quantized unit goes to `deliver` as soon as it is done.
+    """Layer `index` of a plan. Every quantized unit goes to `deliver` as soon as it is done, but
+    those that `committed` knows are taken as they are.
 
     `tokens_per_expert` is filled by `run`.
     """
 
-    def __init__(self, plan: Plan, model: BlockwiseModel, index: int, deliver: Deliver) -> None:
-        self.plan, self.model, self.index, self.deliver = plan, model, index, deliver
+    def __init__(
+        self,
+        plan: Plan,
+        model: BlockwiseModel,
+        index: int,
+        deliver: Deliver,
+        committed: Committed,
+    ) -> None:
+        self.plan, self.model, self.index = plan, model, index
+        self.deliver, self.committed = deliver, committed
         self.tokens_per_expert: list[int] = []
         self._everyone: Hessian | None = None
 
@@ -35,7 +47,7 @@ class LayerQuantizer:
         """Quantizes the block and returns the hidden states after it, its errors included."""
         self.model.load_layer(self.index)
         self._quantize_attention(hidden)
-        hidden = self.model.run_layer(self.index, hidden, self.model.mix_experts(self._run_expert))
+        hidden = self.model.run_layer(self.index, hidden, self.model.mix_experts(self._make_expert))
         self.model.free_layer(self.index)
         return hidden
 
@@ -43,33 +55,43 @@ class LayerQuantizer:
         """Quantizes what is planned outside the experts, in the order of the computation."""
         for unit in self.plan.units_of(self.index, experts=False):
             site = None
-            if unit.method == "gptq":
+            if unit.method == "gptq" and self.committed(unit) is None:
                 X = self.model.inputs_of(self.index, unit.tensor, hidden)
-                site = self._site(X, partial(accumulate, X))
+                site = Site(len(X), partial(accumulate, self._inputs(X)(), X.shape[1]))
             self.model.replace(self.index, unit.tensor, self._quantize(unit, site).dequantize())
 
-    def _run_expert(self, expert: int, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
+    def _make_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
         """Quantizes gate and up on one site, then down on what they make of it.
 
-        `x` [tokens, hidden] are the inputs of all experts, `token` [routed] those of this one, with
-        gates `gate` [routed]. Returns the quantized expert's outputs [routed, hidden].
+        `x` [tokens, hidden] are the inputs of all experts, `token` [routed] those of this one.
         """
         self.tokens_per_expert.append(len(token))
-        routed = x[token]
-        site = self._site(routed, lambda: self._all_inputs(x))
+        features = x.shape[1]
+        site = self._site(self._inputs(x, token), len(token), features, lambda: self._all_inputs(x))
         W_gate, W_up = (self._expert_weight(expert, part, site) for part in ("gate", "up"))
 
         def inner(x: Tensor) -> Tensor:
-            return self.model.apply_gate(self.index, F.linear(x, W_gate), F.linear(x, W_up))
+            return self.model.hidden_units(self.index, x, W_gate, W_up)
 
-        hidden = inner(routed)  # (routed, inner)
-        site = self._site(hidden, lambda: accumulate(inner(x)))
-        return F.linear(hidden, self._expert_weight(expert, "down", site)).float()
+        def everyone() -> Hessian:
+            return accumulate(map(inner, self._inputs(x)()), len(W_up))
+
+        routed = self._inputs(x, token)
+        site = self._site(lambda: map(inner, routed()), len(token), len(W_up), everyone)
+        W_down = self._expert_weight(expert, "down", site)
+        return lambda x: F.linear(inner(x), W_down)
+
+    def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
+        """The rows `token` of x, all of them by default, some at a time on the model's device."""
+        device = self.model.device
+        if token is None:
+            return lambda: (part.to(device) for (part,) in self.model.parts(x))
+        return lambda: (x[part].to(device) for (part,) in self.model.parts(token))
 
     def _all_inputs(self, x: Tensor) -> Hessian:
         """The Hessian of all tokens, made for the first starved expert of the layer."""
         if self._everyone is None:
-            self._everyone = accumulate(x)
+            self._everyone = accumulate(self._inputs(x)(), x.shape[1])
         return self._everyone
 
     def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
@@ -81,25 +103,32 @@ class LayerQuantizer:
         return self._quantize(unit, site).dequantize().to(self.model.dtype)
 
     def _quantize(self, unit: Unit, site: Site | None) -> QTensor:
+        if (done := self.committed(unit)) is not None:
+            return done
         rule = self.plan.rule_of(unit.name)
         ref = self.plan.checkpoint.source.tensors[unit.tensor]
-        quantized, report = round_unit(unit, rule, ref, site)
+        quantized, report = round_unit(unit, rule, ref, site, self.model.device)
         self.deliver(unit, quantized, report)
         return quantized
 
-    def _site(self, X: Tensor, everyone: Callable[[], Hessian]) -> Site:
-        """The site of inputs X [tokens, in]; `everyone` makes the Hessian of all tokens."""
-        tokens, features = X.shape
+    def _site(
+        self, inputs: Inputs, tokens: int, features: int, everyone: Callable[[], Hessian]
+    ) -> Site:
+        """The site of `tokens` inputs [tokens, features]; `everyone` makes all tokens' Hessian."""
+
+        def own() -> Hessian:
+            return accumulate(inputs(), features)
+
         limits = self.plan.recipe.experts
         if tokens < limits.min_tokens:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
-            return Site(tokens, partial(accumulate, X), refusal=reason)
+            return Site(tokens, own, refusal=reason)
         floor = limits.blend_tokens
         if tokens >= (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor):
-            return Site(tokens, partial(accumulate, X))
+            return Site(tokens, own)
         prior = _PRIOR_TOKENS_PER_FEATURE * features
         return Site(
             tokens,
-            lambda: blend(accumulate(X), everyone(), prior),
+            lambda: blend(own(), everyone(), prior),
             note=f"{tokens} tokens, blended with all tokens as a prior of {prior:.0f}",
         )

@@ -1,77 +1,149 @@
-"""The output directory: shards, index, config and papers, published whole or not at all.
+"""The weight files of an output: each grows at its final size and place until it is complete."""
 
-Everything is written to `OUT.partial` beside the output; the finished directory takes the final
-name by rename. So a directory under the final name is complete.
-"""
-
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from time import perf_counter
+from types import TracebackType
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
+from grokquant.durable import temporary_name
 from grokquant.errors import GrokquantError, InputError
-from grokquant.plan import Plan
+from grokquant.plan import Plan, PlannedFile
+from grokquant.sources.safetensors_header import file_layout
+from grokquant.types import UnitReport
 
 CARD_NAME = "README.md"
 REPORT_NAME = "quantization-report.json"
 INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
-# Stands in a directory as long as a run is writing it.
-_MARK = ".grokquant-unfinished"
+# So many tensors may wait for the disk: bounds memory, keeps the disk busy.
+_WAITING = 2
+
+# (planned file, its complete temporary file, the reports of its units)
+Commit = Callable[[PlannedFile, Path, list[UnitReport]], None]
 
 
-@contextmanager
-def staged(output: Path, source: Path) -> Iterator[Path]:
-    """A fresh directory that becomes `output` when the block ends, and vanishes if it fails.
+@dataclass
+class _Growing:
+    """A file that still lacks `missing` bytes of its tensors."""
 
-    An earlier result of ours is replaced only then. Raises InputError if `output` holds anything
-    else, or the checkpoint `source` that is being read.
+    temporary: Path
+    descriptor: int
+    missing: int
+    reports: list[UnitReport] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Writes tensors to their places in any order and commits each file once it is complete.
+
+    Writing and committing happen in a thread of their own, in the order of the calls; what goes
+    wrong there is raised by a later call. `seconds` is how long that thread was busy, `incomplete`
+    names the files that were begun.
     """
-    _refuse_foreign(output, source)
-    output = output.absolute()  # "." has no name that could be extended
-    partial = output.with_name(output.name + ".partial")
-    _clear_partial(partial)
+
+    def __init__(self, directory: Path, plan: Plan, commit: Commit) -> None:
+        self.directory, self.commit, self.file_of = directory, commit, plan.file_of
+        self.planned = {t.name: t for file in plan.files for t in file.tensors}
+        self.unwritten = {f.name: sum(t.bytes for t in f.tensors) for f in plan.files}
+        self.incomplete: set[str] = set()
+        self.seconds = 0.0
+        self._growing: dict[str, _Growing] = {}
+        self._waiting: deque[Future] = deque()
+        self._failed = False
+        self._thread = ThreadPoolExecutor(1, "writer")
+
+    def write(self, tensors: Mapping[str, Tensor], report: UnitReport | None = None) -> None:
+        """Whole tensors by name. `report` is that of the unit they stand for."""
+        for name, tensor in tensors.items():
+            planned = self.planned[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
+                raise GrokquantError(f"{name}: not what was planned; this is a bug")
+            self.write_rows(name, 0, tensor, report)
+            report = None
+
+    def write_rows(
+        self, name: str, first: int, rows: Tensor, report: UnitReport | None = None
+    ) -> None:
+        """Rows of the tensor `name`, the first of which has the index `first`."""
+        file, planned = self.file_of[name], self.planned[name]
+        offset = file.layout.offsets[name] + first * planned.bytes // planned.shape[0]
+        self.unwritten[file.name] -= rows.nbytes
+        change = self.incomplete.add if self.unwritten[file.name] else self.incomplete.discard
+        change(file.name)
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._write, file, offset, rows, report))
+
+    def drain(self) -> None:
+        """Waits until everything is written; all complete files are committed then."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Removes what is incomplete. Where nothing is, what still waits completes a file."""
+        self._thread.shutdown(cancel_futures=bool(self.incomplete))
+        for growing in self._growing.values():
+            os.close(growing.descriptor)
+            growing.temporary.unlink(missing_ok=True)
+
+    def _write(
+        self, file: PlannedFile, offset: int, rows: Tensor, report: UnitReport | None
+    ) -> None:
+        if self._failed:
+            return  # what was raised ends the run; a file with a hole must not become complete
+        start = perf_counter()
+        self._failed = True
+        growing = self._growing.get(file.name) or self._begin(file)
+        _write_at(growing.descriptor, offset, rows)
+        growing.missing -= rows.nbytes
+        if report:
+            growing.reports.append(report)
+        if growing.missing == 0:
+            del self._growing[file.name]
+            os.close(growing.descriptor)
+            self._finish(file, growing)
+        self._failed = False
+        self.seconds += perf_counter() - start
+
+    def _begin(self, file: PlannedFile) -> _Growing:
+        temporary = temporary_name(self.directory / file.name)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        growing = _Growing(temporary, descriptor, sum(t.bytes for t in file.tensors))
+        self._growing[file.name] = growing
+        _write_all(descriptor, 0, memoryview(file.layout.header))
+        return growing
+
+    def _finish(self, file: PlannedFile, growing: _Growing) -> None:
+        try:
+            self.commit(file, growing.temporary, growing.reports)
+        finally:
+            growing.temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, written tensor by tensor without a copy in memory; not synced."""
+    layout = file_layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        partial.mkdir(parents=True)
-        (partial / _MARK).touch()
-        yield partial
-        (partial / _MARK).unlink()
-        _publish(partial, output)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{output}: cannot be written: {_plain(error)}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _clear_partial(partial: Path) -> None:
-    """Removes what a killed run left behind. Raises InputError if it is not such a thing."""
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise InputError(f"{partial}: is in the way; move it or choose another output")
-    ours = any((partial / name).is_file() for name in (_MARK, REPORT_NAME))
-    if partial.exists() and any(partial.iterdir()) and not ours:
-        raise InputError(f"{partial}: is not empty and not a result of grokquant; move it")
-    shutil.rmtree(partial, ignore_errors=True)
-
-
-def _refuse_foreign(output: Path, source: Path) -> None:
-    if source.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"{output}: holds the model itself; choose another")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise InputError(f"{output}: is a file, the output needs a directory")
-    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
-        raise InputError(f"{output}: is not empty and not a result of grokquant; choose another")
+        _write_all(descriptor, 0, memoryview(layout.header))
+        for name, tensor in tensors.items():
+            _write_at(descriptor, layout.offsets[name], tensor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(directory: Path) -> None:
@@ -81,95 +153,12 @@ def check_writable(directory: Path) -> None:
         raise InputError(f"{directory}: cannot be written")
 
 
-class ShardWriter:
-    """Takes tensors in any order and writes each shard once its last tensor has come."""
-
-    def __init__(self, directory: Path, plan: Plan) -> None:
-        self.directory, self.plan = directory, plan
-        self.shard_of = {t.name: i for i, shard in enumerate(plan.shards) for t in shard}
-        self.planned = {t.name: t for shard in plan.shards for t in shard}
-        self.waiting: list[dict[str, Tensor]] = [{} for _ in plan.shards]
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            planned = self.planned[name]
-            if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
-                raise GrokquantError(f"{name}: not what was planned; this is a bug")
-            index = self.shard_of[name]
-            self.waiting[index][name] = tensor
-            if len(self.waiting[index]) == len(self.plan.shards[index]):
-                self._write(index)
-
-    def finish(self) -> None:
-        """Writes the index. Raises GrokquantError if a planned tensor never came."""
-        for index, tensors in enumerate(self.waiting):
-            if tensors:
-                missing = {t.name for t in self.plan.shards[index]} - set(tensors)
-                raise GrokquantError(f"{min(missing)}: planned but never written; this is a bug")
-        weight_map = {n: self.plan.shard_name(i) for n, i in sorted(self.shard_of.items())}
-        metadata = {"total_size": self.plan.output_bytes}
-        write_json(self.directory / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
-
-    def _write(self, index: int) -> None:
-        path = self.directory / self.plan.shard_name(index)
-        tensors = {name: tensor.contiguous() for name, tensor in self.waiting[index].items()}
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes files private
-        sync(path)
-        self.waiting[index] = {}
+def _write_at(descriptor: int, offset: int, tensor: Tensor) -> None:
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    _write_all(descriptor, offset, flat.numpy().data)
 
 
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` under a temporary name, syncs it and renames it to `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_sums(directory: Path) -> None:
-    """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""
-    free = {SUMS_NAME, CARD_NAME, _MARK}
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name not in free)
-    write_text(directory / SUMS_NAME, "".join(f"{sha256(p)}  {p.name}\n" for p in files))
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Makes a file or directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Renames `partial` to `output`. An earlier result steps aside, and back if that fails."""
-    sync(partial)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
-        old = Path(aside, output.name)
-        try:
-            if output.exists():
-                output.replace(old)
-            partial.replace(output)
-        except BaseException:
-            if old.exists():
-                old.replace(output)
-            raise
-    sync(output.parent)
-
-
-def _plain(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
+    while data:
+        written = os.pwrite(descriptor, data[: 1 << 26], offset)
+        data, offset = data[written:], offset + written

@@ -4,11 +4,12 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from grokquant import tokenizer
+from grokquant.durable import write_json, write_text
 from grokquant.formats import FORMATS
-from grokquant.output import CARD_NAME, REPORT_NAME, write_json, write_text
+from grokquant.output import CARD_NAME, REPORT_NAME
 from grokquant.plan import Plan
 from grokquant.readable import size
-from grokquant.tokenizer import write_tokenizer
 from grokquant.types import UnitReport
 
 # The evaluation table of the card stands between these; `grokquant eval` fills it.
@@ -25,9 +26,14 @@ class Record:
     calibration_rows: tuple[int, ...]
 
 
+def write_tokenizer(directory: Path, plan: Plan) -> None:
+    """First of all, so that a broken tokenizer costs no night."""
+    tokenizer.write_tokenizer(plan.checkpoint.source, directory)
+
+
 def write(directory: Path, plan: Plan, record: Record) -> None:
-    """Writes every paper of a finished run into `directory`."""
-    write_tokenizer(plan.checkpoint.source, directory)
+    """Writes the papers of a finished run into `directory`; config.json, which makes a directory
+    loadable, last."""
     write_text(directory / "recipe.yaml", plan.recipe.to_yaml())
     write_json(directory / REPORT_NAME, quantization_report(plan, record))
     write_text(directory / CARD_NAME, model_card(plan, record.units))

@@ -1,12 +1,13 @@
 """Decides everything before anything is spent: which matrix gets which grid, and its size."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from math import gcd, prod
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -15,7 +16,8 @@ from grokquant.errors import InputError
 from grokquant.formats import FORMATS
 from grokquant.methods.copy import can_copy
 from grokquant.readable import size
-from grokquant.recipe import Recipe, Rule
+from grokquant.recipe import OutputSection, Recipe, Rule
+from grokquant.sources.safetensors_header import FileLayout, file_layout
 from grokquant.types import Scheme, TensorRef, Unit
 
 
@@ -33,27 +35,44 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class PlannedFile:
+    """One file of the output, of one layer (None: of what lies outside the layers)."""
+
+    name: str
+    layer: int | None
+    tensors: tuple[PlannedTensor, ...]
+
+    @cached_property
+    def layout(self) -> FileLayout:
+        return file_layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors})
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe applied to a checkpoint.
 
     `units` are the matrices to quantize by unit name; `kept` names the quantizable matrices that
-    stay as they are; `shards` lists the output's tensors file by file.
+    stay as they are; `files` are the output's, in the order in which they are written.
     """
 
     recipe: Recipe
     checkpoint: Checkpoint
     units: dict[str, Unit]
     kept: tuple[str, ...]
-    shards: tuple[tuple[PlannedTensor, ...], ...]
+    files: tuple[PlannedFile, ...]
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all tensors, file headers not counted."""
-        return sum(tensor.bytes for shard in self.shards for tensor in shard)
+        """Bytes of all weight files, to the byte."""
+        return sum(file.layout.size for file in self.files)
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(_bytes(file.tensors) for file in self.files)
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.output_bytes / self.checkpoint.parameters
+        return 8 * self.tensor_bytes / self.checkpoint.parameters
 
     @property
     def needs_calibration(self) -> bool:
@@ -87,8 +106,14 @@ class Plan:
             for layer, names in tensors_by_layer(self.checkpoint).items()
         }
 
-    def shard_name(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+    @cached_property
+    def file_of(self) -> dict[str, PlannedFile]:
+        """The file of each tensor of the output."""
+        return {tensor.name: file for file in self.files for tensor in file.tensors}
+
+    def file_of_unit(self, unit: Unit) -> PlannedFile:
+        packing = FORMATS[self.recipe.output.format]
+        return self.file_of[next(iter(packing.packed_layout(unit.tensor, unit.shape, unit.scheme)))]
 
 
 def build_plan(recipe: Recipe) -> Plan:
@@ -109,9 +134,8 @@ def build_plan(recipe: Recipe) -> Plan:
             units[name] = _plan_unit(name, ref, rule, recipe.output.format)
     if not units:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
-    tensors = list(_output_tensors(checkpoint, units, recipe.output.format))
-    shards = _fill_shards(tensors, recipe.output.shard)
-    plan = Plan(recipe, checkpoint, units, tuple(kept), shards)
+    files = _plan_files(checkpoint, units, recipe.output)
+    plan = Plan(recipe, checkpoint, units, tuple(kept), files)
     _check_disk(plan)
     return plan
 
@@ -156,20 +180,58 @@ def _group_size(name: str, ref: TensorRef, rule: Rule) -> int | None:
     return None if group == columns else group
 
 
-def _output_tensors(
-    checkpoint: Checkpoint, units: dict[str, Unit], output_format: str
-) -> Iterable[PlannedTensor]:
-    """Every tensor of the output: embedding and final norm first, then layer by layer."""
+def _plan_files(
+    checkpoint: Checkpoint, units: dict[str, Unit], output: OutputSection
+) -> tuple[PlannedFile, ...]:
+    """Groups in order, as many to a file as `output.shard` allows; none goes over two layers."""
     planned = {unit.tensor: unit for unit in units.values()}
-    for name in chain.from_iterable(tensors_by_layer(checkpoint).values()):
-        ref = checkpoint.source.tensors[name]
-        if name not in planned:
-            yield PlannedTensor(name, ref.dtype, ref.shape)
+    packing = FORMATS[output.format]
+    files: list[tuple[int | None, list[PlannedTensor]]] = []
+    for layer, group in _groups(checkpoint):
+        tensors = [t for name in group for t in _stored_as(checkpoint, name, planned, packing)]
+        size = sum(tensor.bytes for tensor in tensors)
+        if files and files[-1][0] == layer and size + _bytes(files[-1][1]) <= output.shard:
+            files[-1][1].extend(tensors)
+        else:
+            files.append((layer, tensors))
+    return tuple(
+        PlannedFile(_file_name(index, len(files)), layer, tuple(tensors))
+        for index, (layer, tensors) in enumerate(files)
+    )
+
+
+def _groups(checkpoint: Checkpoint) -> Iterator[tuple[int | None, list[str]]]:
+    """(layer, checkpoint names) of what must not be split: an expert, the rest of a layer."""
+    family = checkpoint.family
+    for layer, names in tensors_by_layer(checkpoint).items():
+        if layer is None:
+            yield from ((None, [name]) for name in names)
             continue
-        unit = planned[name]
-        layout = FORMATS[output_format].packed_layout(name, unit.shape, unit.scheme)
-        for packed, (dtype, shape) in layout.items():
-            yield PlannedTensor(packed, dtype, shape)
+        numbers = range(checkpoint.config.num_local_experts)
+        experts = [list(family.expert_tensors(layer, number).values()) for number in numbers]
+        in_experts = set(chain.from_iterable(experts))
+        yield layer, [name for name in names if name not in in_experts]
+        yield from ((layer, expert) for expert in experts)
+
+
+def _stored_as(
+    checkpoint: Checkpoint, name: str, planned: dict[str, Unit], packing: ModuleType
+) -> Iterator[PlannedTensor]:
+    """What the output holds of the checkpoint's tensor `name`."""
+    unit, ref = planned.get(name), checkpoint.source.tensors[name]
+    layout = {name: (ref.dtype, ref.shape)}
+    if unit:
+        layout = packing.packed_layout(name, unit.shape, unit.scheme)
+    for stored, (dtype, shape) in layout.items():
+        yield PlannedTensor(stored, dtype, shape)
+
+
+def _bytes(tensors: Iterable[PlannedTensor]) -> int:
+    return sum(tensor.bytes for tensor in tensors)
+
+
+def _file_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
@@ -182,18 +244,6 @@ def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
         prefix = ".".join(name.split(".")[:depth]) + "."
         by_layer[owners.get(prefix)].append(name)
     return by_layer
-
-
-def _fill_shards(tensors: list[PlannedTensor], limit: int) -> tuple[tuple[PlannedTensor, ...], ...]:
-    shards: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.bytes
-    return tuple(tuple(shard) for shard in shards)
 
 
 def _check_disk(plan: Plan) -> None:

@@ -34,7 +34,7 @@ def plan_as_dict(plan: Plan) -> dict:
         "source_bytes": plan.checkpoint.stored_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": plan.bits_per_weight,
-        "shards": len(plan.shards),
+        "files": len(plan.files),
         "kept": list(plan.kept),
         "units": [
             {
@@ -68,7 +68,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(table)
     console.print(
         f"{plan.checkpoint.parameters:,} weights, {size(plan.checkpoint.stored_bytes)} -> "
-        f"{size(plan.output_bytes)} in {len(plan.shards)} file(s), "
+        f"{size(plan.output_bytes)} in {len(plan.files)} file(s), "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
 
@@ -139,8 +139,20 @@ class RunProgress(_LayerBar):
 
     def planned(self, plan: Plan) -> None:
         self.plan, self.fallbacks = plan, 0
+        self.busy: dict[str, float] = {}
         print_plan(plan, self.console)
         self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
+
+    def continuing(self, done: int, files: int, damaged: list[str]) -> None:
+        for name in damaged:
+            self.console.print(f"{name}: is no longer what was committed, it is made again")
+        self.console.print(f"continuing: {done} of {files} files are committed")
+
+    def worked(self, busy: dict[str, float]) -> None:
+        self.busy = busy
+
+    def stopping(self) -> None:
+        self.console.print("stopping after the file in progress; once more stops at once")
 
     def calibrating(self, rows: int, length: int) -> None:
         asked = self.plan.recipe.calibration
@@ -156,6 +168,17 @@ class RunProgress(_LayerBar):
             line += f", least-fed expert {min(tokens)} tokens"
         self.advance(line)
 
+    def as_dict(self, output: Path) -> dict:
+        """The result for machines. `busy_seconds` overlap."""
+        return {
+            "output": str(output),
+            "output_bytes": self.plan.output_bytes,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "seconds": time.monotonic() - self.start,
+            "busy_seconds": self.busy,
+            "fallbacks": self.fallbacks,
+        }
+
     def summary(self, output: Path) -> str:
         plan = self.plan
         lines = [
@@ -164,6 +187,10 @@ class RunProgress(_LayerBar):
             f"{duration(time.monotonic() - self.start)}",
             f"report: {output / REPORT_NAME}",
         ]
+        if self.busy:
+            took = time.monotonic() - self.start
+            shares = (f"{what} {seconds / took:.0%}" for what, seconds in self.busy.items())
+            lines.append(f"of that time, at once: {', '.join(shares)}")
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn, the report says why")
         return "\n".join(lines)

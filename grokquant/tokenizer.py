@@ -1,6 +1,5 @@
 """The tokenizer that belongs to a checkpoint."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from grokquant.checkpoint import Checkpoint
+from grokquant.durable import commit, temporary, write_json
 from grokquant.errors import InputError
 from grokquant.families.grok_model import Grok1Config
 from grokquant.types import Source
@@ -37,11 +37,13 @@ def write_tokenizer(source: Source, directory: Path) -> None:
     """Copies the tokenizer's files and says in tokenizer_config.json how to read them."""
     files = {path.name: path for path in source.tokenizer_files}
     for name, path in files.items():
-        shutil.copyfile(path, directory / name)
+        with temporary(directory / name) as copy:
+            shutil.copyfile(path, copy)
+            commit(copy, directory / name)
     if "tokenizer.model" in files and "tokenizer_config.json" not in files:
         tokenizer = _open(files["tokenizer.model"])
         config = {"tokenizer_class": type(tokenizer).__name__} | tokenizer.special_tokens_map
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(directory / "tokenizer_config.json", config)
 
 
 def _read(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

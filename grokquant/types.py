@@ -3,7 +3,7 @@
 Matrices are always [out, in] here, whatever a checkpoint stores.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+# Of a tensor that is carried over as it is, at once.
+_BLOCK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,19 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """(codes - zero_points) * scales, multiplied in the scale dtype as engines do. [out, in]"""
-        rows, columns = self.codes.shape
-        codes = self.codes.view(rows, self.scales.shape[1], -1).to(self.scales.dtype)
+        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).to(self.scales.dtype)
         if self.zero_points is not None:
             codes = codes - self.zero_points.to(self.scales.dtype).unsqueeze(-1)
-        return (codes * self.scales.unsqueeze(-1)).view(rows, columns)
+        return (codes * self.scales.unsqueeze(-1)).flatten(1)
+
+    def rows(self, part: slice) -> "QTensor":
+        """A view of some rows."""
+        zero_points = None if self.zero_points is None else self.zero_points[part]
+        return QTensor(self.codes[part], self.scales[part], self.scheme, zero_points)
+
+    def to(self, device: torch.device) -> "QTensor":
+        zero_points = None if self.zero_points is None else self.zero_points.to(device)
+        return QTensor(self.codes.to(device), self.scales.to(device), self.scheme, zero_points)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class TensorRef:
     `shape` and `dtype` are those that `read()` returns: an expert of a stacked, transposed or
     packed source tensor appears as one [out, in] matrix. `scheme` is set where the source itself
     stores integers and scales. `stored_bytes` is what the tensor takes up at the source.
+    `load_rows` reads the rows from a first to before a second index, where the source can.
     """
 
     name: str
@@ -80,6 +93,7 @@ class TensorRef:
     stored_bytes: int
     load: Callable[[], "Tensor | QTensor"] = field(repr=False, compare=False)
     scheme: Scheme | None = None
+    load_rows: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def stored_as(self) -> str:
@@ -90,6 +104,20 @@ class TensorRef:
         """The dense tensor; integers are multiplied out in their scales' dtype."""
         tensor = self.load()
         return tensor.dequantize() if isinstance(tensor, QTensor) else tensor
+
+    def load_on(self, device: torch.device) -> Tensor:
+        """As `read`, multiplied out on `device`: integers are what goes there."""
+        tensor = self.load().to(device)
+        return tensor.dequantize() if isinstance(tensor, QTensor) else tensor
+
+    def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The dense tensor from first row to last, in blocks that fit the memory of any machine."""
+        if self.load_rows is None:
+            yield 0, self.read()
+            return
+        at_once = max(1, _BLOCK_BYTES * self.shape[0] // max(self.stored_bytes, 1))
+        for first in range(0, self.shape[0], at_once):
+            yield first, self.load_rows(first, min(first + at_once, self.shape[0]))
 
     def read_quantized(self) -> QTensor:
         """Integers and scales exactly as stored. Only where `scheme` is set."""

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.durable import sha256
 from grokquant.errors import GateError, InputError
-from grokquant.output import REPORT_NAME, SUMS_NAME, sha256
+from grokquant.output import REPORT_NAME, SUMS_NAME
 from grokquant.plan import Plan
 from grokquant.types import Scheme
 

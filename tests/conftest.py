@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from make_release import write_random_release
 
+from grokquant.durable import sha256
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.toy import TOY_PATH
 from grokquant.types import Scheme
@@ -21,6 +22,13 @@ GRIDS = [
     for dtype in ("bfloat16", "float16")
 ]
 ATTENTION = {"match": "layers.*.attention.*", "method": "copy"}
+
+
+def seal(output: Path) -> None:
+    """SHA256SUMS of what is there, as a forger would write it."""
+    free = {"SHA256SUMS", "README.md"}
+    files = sorted(p for p in output.iterdir() if p.is_file() and p.name not in free)
+    (output / "SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.name}\n" for p in files))
 
 
 @pytest.fixture(scope="session")

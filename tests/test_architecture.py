@@ -10,12 +10,13 @@ import grokquant
 ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
 ROOMS = [
-    {"errors", "types", "readable"},
+    {"errors", "types", "readable", "durable", "devices"},
     {"recipe", "sources", "toy"},
     {"families", "methods", "formats"},
     {"checkpoint"},
     {"tokenizer", "calibration", "plan"},
-    {"rounding", "layer", "output", "papers", "verify"},
+    {"identity", "output", "workdir", "papers", "verify"},
+    {"tiles", "rounding", "layer", "stopping"},
     {"pipeline", "runtime"},
     {"evaluation"},
     {"inspection", "terminal", "cli", "__main__"},

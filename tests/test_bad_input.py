@@ -14,18 +14,17 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ATTENTION, EXPERTS
+from conftest import ATTENTION, EXPERTS, seal
 from make_release import write_random_release
 from safetensors.torch import load_file, save_file
 
 from grokquant.cli import main
-from grokquant.output import write_sums
-from grokquant.sources.pickles import map_array, read_headers
+from grokquant.sources.pickles import read_array, read_headers
 from grokquant.sources.release_writer import write_leaf
 
 # What a run may say before it fails: the plan, how much text there is, blocks.
 PROGRESS = re.compile(r".* -> .*|[┏┃┡│└].*|[\d,]+ weights, .*|calibration: .*|layer \d+: .*")
-SHARD = "model-00001-of-00001.safetensors"
+SHARD = "model-00002-of-00003.safetensors"
 
 
 class Place:
@@ -48,8 +47,9 @@ class Place:
         self.recipe.write_text(json.dumps(self.values))  # YAML holds JSON
 
     def snapshot(self) -> dict[str, str]:
-        """Every file below the folder with a digest of what it holds."""
-        return {str(path.relative_to(self.root)): _digest(path) for path in self.root.rglob("*")}
+        """Every file below the folder with a digest of what it holds, committed work left out."""
+        paths = [path for path in self.root.rglob("*") if "out.partial" not in path.parts]
+        return {str(path.relative_to(self.root)): _digest(path) for path in paths}
 
     def fails(self, *arguments: object, code: int = 2) -> str:
         """The complaint of a command that must fail without a trace of itself."""
@@ -61,7 +61,15 @@ class Place:
         assert (result.exit_code, result.stdout, len(lines)) == (code, "", 1), result.output
         assert lines[0].startswith("grokquant: ") and result.stderr.endswith(lines[0] + "\n")
         assert self.snapshot() == before
+        self._check_partial()
         return lines[0].removeprefix("grokquant: ")
+
+    def _check_partial(self) -> None:
+        """A work directory is there only if something is committed in it, and nothing half-done."""
+        partial = self.out.with_name("out.partial")
+        if partial.is_dir() and (partial / "run.json").exists():
+            assert any((partial / "journal").iterdir())
+            assert not list(partial.rglob("*.tmp"))
 
     def quantizing_fails(self, *changes: str, code: int = 2) -> str:
         options = [part for change in changes for part in ("--set", change)]
@@ -128,7 +136,7 @@ def swap(source: Path, first: int, second: int) -> None:
 def poison(source: Path, index: int) -> None:
     """Makes the last float of a file NaN: a scale where there are scales."""
     path = leaf(source, index)
-    *codes, floats = (map_array(path, header).clone() for header in read_headers(path))
+    *codes, floats = (read_array(path, header).clone() for header in read_headers(path))
     floats.view(-1)[-1] = torch.nan
     write_leaf(path, (*codes, floats) if codes else floats)
 
@@ -266,13 +274,16 @@ def flip(path: Path, *positions: int) -> None:
 
 
 def edit_tensors(source: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Changes the tensors of the shard, with the index and the checksums to match."""
-    tensors = load_file(source / SHARD)
+    """Changes the tensors, now all in one shard, with index and checksums to match."""
+    tensors = {}
+    for shard in source.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
     change(tensors)
     save_file(tensors, source / SHARD, metadata={"format": "pt"})
     index = source / "model.safetensors.index.json"
     edit_json(index, weight_map={name: SHARD for name in tensors})
-    write_sums(source)
+    seal(source)
 
 
 def set_to(tensors: dict[str, torch.Tensor], name: str, value: object) -> None:
@@ -289,7 +300,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     "header damaged": (lambda s: flip(s / SHARD, 9), f"{SHARD}: header"),
     "header huge": (lambda s: flip(s / SHARD, 6), f"{SHARD}: header of"),
     "header cut": (lambda s: os.truncate(s / SHARD, 50), f"{SHARD}: truncated"),
-    "truncated": (lambda s: os.truncate(s / SHARD, 500_000), f"{SHARD}: not a valid"),
+    "truncated": (lambda s: os.truncate(s / SHARD, 100_000), f"{SHARD}: not a valid"),
     "shard missing": (lambda s: (s / SHARD).unlink(), f"{SHARD}: no such file"),
     "index missing": (
         lambda s: (s / "model.safetensors.index.json").unlink(),
@@ -592,7 +603,7 @@ def test_output_is_the_source(hf):
 def test_too_little_disk(place, monkeypatch):
     usage = shutil.disk_usage(place.root)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert "out: needs 1.60 MB, 1.00 MB are free" in place.quantizing_fails()
+    assert "out: needs 1.62 MB, 1.00 MB are free" in place.quantizing_fails()
 
 
 def test_an_earlier_result_survives_a_failure(place, quantized, monkeypatch):
@@ -609,13 +620,15 @@ def test_an_earlier_result_comes_back_if_the_new_one_cannot_take_its_name(
     rename = Path.replace
 
     def replace(path: Path, target: Path) -> Path:
-        if path.name == "out.partial":
+        if path.name == "files":
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "replace", replace)
     message = place.quantizing_fails()
-    assert message == f"{place.out}: cannot be written: Input/output error"
+    assert message == (
+        f"{place.out}: cannot be written: Input/output error; run the same command to continue"
+    )
 
 
 def test_replacing_a_result_spares_what_lies_beside_it(place, quantized):
@@ -730,7 +743,7 @@ def test_verify_of_damaged_papers(hf):
     assert "SHA256SUMS: is missing" in hf.fails("verify", hf.source, code=1)
     for content in ("{", "[]", '{"units": [{"name": "x"}]}', "[" * 100_000):
         report.write_text(content)
-        write_sums(hf.source)
+        seal(hf.source)
         assert f"{report}: cannot be read" in hf.fails("verify", hf.source, code=1)
 
 

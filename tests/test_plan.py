@@ -47,8 +47,21 @@ def test_grok_1_recipes_plan_the_real_shapes_in_seconds(grok_1, recipe, expert_b
     plan = build_plan(loaded)
     assert time.process_time() - start < 10
     quantized = EXPERT_WEIGHTS * expert_bits + ATTENTION_WEIGHTS * 8.125
-    assert plan.output_bytes == quantized / 8 + REST_BYTES + MATRICES * SHAPE_BYTES
-    assert all(sum(t.bytes for t in shard) <= 5e9 for shard in plan.shards)
+    assert plan.tensor_bytes == quantized / 8 + REST_BYTES + MATRICES * SHAPE_BYTES
+    assert plan.output_bytes == sum(file.layout.size for file in plan.files)
+    assert 0 < plan.output_bytes - plan.tensor_bytes < 1_000_000  # headers
+    sizes = [sum(t.bytes for t in file.tensors) for file in plan.files]
+    assert all(size <= 5e9 for size in sizes) and sum(sizes) == plan.tensor_bytes
+    layers = [{layer_of(tensor.name) for tensor in file.tensors} for file in plan.files]
+    assert all(len(found) == 1 for found in layers)  # no file is of two layers
+    order = [file.layer for file in plan.files]
+    assert order == [layer for (layer,) in layers]
+    assert order == sorted(order, key=lambda layer: -1 if layer is None else layer)
+
+
+def layer_of(tensor: str) -> int | None:
+    parts = tensor.split(".")
+    return int(parts[2]) if parts[1] == "layers" else None
 
 
 def test_a_small_disk_refuses_before_the_run(tiny_recipe, tmp_path, monkeypatch):

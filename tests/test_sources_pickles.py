@@ -21,7 +21,7 @@ import torch
 
 from grokquant.errors import InputError
 from grokquant.sources.pickle_objects import Malformed
-from grokquant.sources.pickles import map_array, read_headers, walk
+from grokquant.sources.pickles import read_array, read_headers, walk
 from grokquant.sources.release_writer import framed_size, write_leaf
 
 WRITE_REAL_PICKLES = """
@@ -105,7 +105,7 @@ def test_real_pickles_are_read_and_written_alike(real_pickles, tmp_path, i):
     weight, scales = SHAPES[i]
     leaf = leaf_of(weight, scales)
     headers = read_headers(real_pickles / str(i))
-    arrays = [map_array(real_pickles / str(i), header) for header in headers]
+    arrays = [read_array(real_pickles / str(i), header) for header in headers]
     wanted = [leaf] if scales is None else list(leaf)
     assert [header.field for header in headers] == (
         [""] if scales is None else ["weight", "scales"]
@@ -129,7 +129,7 @@ def test_numpy_1_bytes_are_reproduced(tmp_path):
     weight, scales = read_headers(tmp_path / "mine")
     assert (weight.shape, weight.dtype, weight.nbytes) == ((2, 3, 4), "int8", 24)
     assert (scales.shape, scales.dtype, scales.nbytes) == ((2, 1, 4), "bfloat16", 16)
-    assert torch.equal(map_array(tmp_path / "mine", weight), leaf[0])
+    assert torch.equal(read_array(tmp_path / "mine", weight), leaf[0])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_mapped_arrays_do_not_change_the_file(tmp_path):
     write_leaf(tmp_path / "leaf", torch.ones(5))
     (header,) = read_headers(tmp_path / "leaf")
     before = (tmp_path / "leaf").read_bytes()
-    map_array(tmp_path / "leaf", header).zero_()
+    read_array(tmp_path / "leaf", header).zero_()
     assert (tmp_path / "leaf").read_bytes() == before
 
 

@@ -7,7 +7,7 @@ run through transformers' experts registry: a first pass over all rows records w
 once for all tokens, and a block needs no more memory than its attention and one expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,16 +18,18 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from grokquant.checkpoint import Checkpoint
+from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
 
 STREAMED = "grokquant-streamed"
-_TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE = 2048
 
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
-# (expert, inputs [tokens, hidden], routed tokens [routed], their gates [routed])
-# -> the expert's outputs of the routed tokens, float32 [routed, hidden]
-RunExpert = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# inputs [tokens, hidden] -> outputs [tokens, hidden]
+Expert = Callable[[Tensor], Tensor]
+# (expert, inputs of all tokens [tokens, hidden], the tokens routed to it [routed]) -> the expert
+MakeExpert = Callable[[int, Tensor, Tensor], Expert]
 
 
 @dataclass
@@ -40,10 +42,10 @@ class Exchange:
 
     def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         if self.outputs is None:
-            self.recorded.append((x, experts, gates))
+            self.recorded.append((x.cpu(), experts.cpu(), gates.cpu()))
             return torch.zeros_like(x)
         self.position += len(x)
-        return self.outputs[self.position - len(x) : self.position].to(x.dtype)
+        return self.outputs[self.position - len(x) : self.position].to(x)
 
 
 def _streamed_experts(self: Any, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -70,11 +72,17 @@ class Tap(nn.Module):
 class BlockwiseModel:
     """A checkpoint that runs block by block. `dtype` is that of all arithmetic.
 
-    Hidden states are [rows, time, hidden] and all rows have the same length.
+    Hidden states are [rows, time, hidden], in main memory; all rows have the same length.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
-        self.source, self.family, self.dtype = checkpoint.source, checkpoint.family, dtype
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
+        self.source, self.family = checkpoint.source, checkpoint.family
+        self.dtype, self.device = dtype, device
         self.config = deepcopy(checkpoint.config)
         self.config._experts_implementation = STREAMED
         self.model = self.family.empty_model(self.config)
@@ -90,9 +98,10 @@ class BlockwiseModel:
         """Hidden states that enter the first block, of token ids [rows, time]."""
         entered = []
         for rows in tokens.split(_rows_at_once(tokens)):
-            self.model.base_model.forward(input_ids=rows)
-            entered.append(self.taps[0].entered)
-        self.model.base_model.forward(input_ids=tokens[:1])  # leaves masks that broadcast over rows
+            self.model.base_model.forward(input_ids=rows.to(self.device))
+            entered.append(self.taps[0].entered.cpu())
+        first = tokens[:1].to(self.device)
+        self.model.base_model.forward(input_ids=first)  # leaves masks that broadcast over rows
         return torch.cat(entered)
 
     @torch.no_grad()
@@ -127,7 +136,7 @@ class BlockwiseModel:
         inputs: list[Tensor] = []
         linear, _ = parameter_parent(self.layers[index], self._name_in_layer(index, tensor))
         hook = linear.register_forward_pre_hook(
-            lambda _, args: inputs.append(args[0].flatten(0, -2))
+            lambda _, args: inputs.append(args[0].flatten(0, -2).cpu())
         )
         self._run_rows(index, hidden)
         hook.remove()
@@ -141,11 +150,11 @@ class BlockwiseModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [rows, time, vocabulary] of what the last block returned."""
-        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
-        self.taps[-1].hidden = hidden
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+        self.taps[-1].hidden = hidden.to(self.device)
         logits = self.model(input_ids=tokens, use_cache=False).logits
         self.taps[-1].hidden = None
-        return logits
+        return logits.cpu()
 
     def apply_gate(self, index: int, gate: Tensor, up: Tensor) -> Tensor:
         """The family's activation of an expert's hidden units [tokens, inner], in float32."""
@@ -154,33 +163,43 @@ class BlockwiseModel:
 
     def expert_weight(self, tensor: str) -> Tensor:
         """One expert matrix [out, in] in the working dtype, read from the source."""
-        return self.source.tensors[tensor].read().to(self.dtype)
+        return self.source.tensors[tensor].load_on(self.device).to(self.dtype)
 
-    def mix_experts(self, run_expert: RunExpert) -> Mix:
+    def mix_experts(self, make_expert: MakeExpert) -> Mix:
         """A mix that runs expert after expert on the tokens routed to it and adds the outputs."""
 
         def mix(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             mixed = torch.zeros(x.shape, dtype=torch.float32)
             gates = gates.to(x.dtype).float()
-            for expert in range(self.config.num_local_experts):
-                token, slot = torch.where(experts == expert)
-                gate = gates[token, slot]  # (routed)
-                mixed.index_add_(0, token, run_expert(expert, x, token, gate) * gate[:, None])
+            for number in range(self.config.num_local_experts):
+                token, slot = torch.where(experts == number)
+                expert = make_expert(number, x, token)
+                gate = gates[token, slot].unsqueeze(1)  # (routed, 1)
+                for part, share in self.parts(token, gate):
+                    y = expert(x[part].to(self.device)).float().cpu()  # (part, hidden)
+                    mixed.index_add_(0, part, y * share)
             return mixed
 
         return mix
 
     def stored_experts(self, index: int) -> Mix:
-        """The experts of layer `index` as the checkpoint has them, read one matrix at a time."""
+        """The experts of layer `index` as the checkpoint has them, read one after the other."""
 
-        def run_expert(expert: int, x: Tensor, token: Tensor, gate: Tensor) -> Tensor:
-            names, routed = self.family.expert_tensors(index, expert), x[token]
-            out_gate = F.linear(routed, self.expert_weight(names["gate"]))
-            out_up = F.linear(routed, self.expert_weight(names["up"]))
-            inner = self.apply_gate(index, out_gate, out_up)  # (routed, inner)
-            return F.linear(inner, self.expert_weight(names["down"])).float()
+        def make_expert(number: int, x: Tensor, token: Tensor) -> Expert:
+            names = self.family.expert_tensors(index, number)
+            W_gate, W_up, W_down = (self.expert_weight(names[p]) for p in ("gate", "up", "down"))
+            return lambda x: F.linear(self.hidden_units(index, x, W_gate, W_up), W_down)
 
-        return self.mix_experts(run_expert)
+        return self.mix_experts(make_expert)
+
+    def hidden_units(self, index: int, x: Tensor, W_gate: Tensor, W_up: Tensor) -> Tensor:
+        """What an expert makes of inputs x [tokens, hidden] before its down: [tokens, inner]."""
+        return self.apply_gate(index, F.linear(x, W_gate), F.linear(x, W_up))
+
+    @staticmethod
+    def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Tensors of as many rows, some rows at a time; nothing of tensors without rows."""
+        yield from zip(*(t.split(TOKENS_AT_ONCE) for t in tensors if len(t)), strict=True)
 
     def _name_in_layer(self, index: int, tensor: str) -> str:
         return tensor.removeprefix(self.family.layer_prefix.format(layer=index))
@@ -193,15 +212,17 @@ class BlockwiseModel:
     def _run_rows(self, index: int, hidden: Tensor) -> Tensor:
         args, kwargs = self.taps[index].arguments
         layer, at_once = self.layers[index], _rows_at_once(hidden)
-        return torch.cat([layer(rows, *args, **kwargs) for rows in hidden.split(at_once)])
+        outputs = (layer(rows.to(self.device), *args, **kwargs) for rows in hidden.split(at_once))
+        return torch.cat([output.to(hidden.device) for output in outputs])
 
     def _fill(self, module: nn.Module, name: str, tensor: str) -> None:
         self._set(module, name, self.source.tensors[tensor].read())
 
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
-        set_parameter(module, name, value.to(self.family.working_dtype(name, self.dtype)))
+        dtype = self.family.working_dtype(name, self.dtype)
+        set_parameter(module, name, value.to(self.device, dtype))
 
 
 def _rows_at_once(rows: Tensor) -> int:
     """Rows [rows, time, ...] in one forward pass: enough for the cores, few enough for memory."""
-    return max(1, _TOKENS_AT_ONCE // rows.shape[1])
+    return max(1, TOKENS_AT_ONCE // rows.shape[1])

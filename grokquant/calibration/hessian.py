@@ -1,12 +1,10 @@
 """The statistics of a site: how its inputs weigh the errors of the matrices that read them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# Tokens multiplied at once: bounds the float32 copy of the inputs.
-_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -17,12 +15,13 @@ class Hessian:
     tokens: int
 
 
-def accumulate(X: Tensor) -> Hessian:
-    """The Hessian of inputs X [tokens, in]."""
-    H = torch.zeros(X.shape[1], X.shape[1])
-    for part in X.split(_CHUNK):
+def accumulate(parts: Iterable[Tensor], features: int) -> Hessian:
+    """The Hessian of inputs that come in parts [tokens, features]."""
+    H, tokens = torch.zeros(features, features), 0
+    for part in parts:
         H.addmm_(part.float().T, part.float())
-    return Hessian(H, len(X))
+        tokens += len(part)
+    return Hessian(H, tokens)
 
 
 def blend(routed: Hessian, everyone: Hessian, prior_tokens: float) -> Hessian:

@@ -11,6 +11,7 @@ import grokquant
 from grokquant import papers
 from grokquant.calibration.text import load_documents, text_digest, token_rows
 from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
 from grokquant.evaluation.compare import Comparison, LayerDone, compare_checkpoints
@@ -67,8 +68,9 @@ def evaluate(
     reference: str | Path,
     settings: EvalSection | None = None,
     layer_done: LayerDone | None = None,
+    device: torch.device = CPU,
 ) -> Report:
-    """Runs both checkpoints over the same held-out tokens, block by block.
+    """Runs both checkpoints over the same held-out tokens, block by block, on `device`.
 
     `settings` default to those of the recipe that made `quantized`. Raises InputError where the
     two cannot be compared.
@@ -79,7 +81,7 @@ def evaluate(
     own, theirs = _unit_rows(candidate), _unit_rows(base)
     documents = load_documents(settings.data, "heldout")
     rows = _rows(settings, documents, base)
-    comparison = compare_checkpoints(candidate, base, rows, layer_done)
+    comparison = compare_checkpoints(candidate, base, rows, layer_done, device)
     return Report(
         grokquant=grokquant.__version__,
         quantized=_describe(candidate, quantized, own),

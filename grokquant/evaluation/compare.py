@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grokquant.calibration.blocks import BlockwiseModel
 from grokquant.checkpoint import Checkpoint
+from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation.statistics import TokenFigures, compare_logits
 
@@ -51,12 +52,13 @@ def compare_checkpoints(
     reference: Checkpoint,
     rows: Tensor,
     layer_done: LayerDone | None = None,
+    device: torch.device = CPU,
 ) -> Comparison:
     """Runs both models over token ids `rows` [windows, time], layer by layer, each read once.
 
     Every token but the first of each window is scored. Arithmetic is float32.
     """
-    model, base = BlockwiseModel(quantized), BlockwiseModel(reference)
+    model, base = (BlockwiseModel(c, device=device) for c in (quantized, reference))
     repeated = rows[:_REPEATED].flip(0)
     hidden = model.embed(rows)
     hidden_base = base.embed(torch.cat((rows, repeated)))

@@ -7,6 +7,7 @@ Every number taken from the report carries its JSON pointer and its full precisi
 from html import escape
 from pathlib import Path
 
+from grokquant.durable import write_json, write_text
 from grokquant.errors import InputError
 from grokquant.evaluation.markup import better, datum, section, value_of
 from grokquant.evaluation.report import JSON_NAME, Checkpoint, Report
@@ -31,7 +32,6 @@ from grokquant.evaluation.tables import (
     verdict,
     with_unit,
 )
-from grokquant.output import write_json, write_text
 
 HTML_NAME = "report.html"
 

@@ -1,16 +1,18 @@
-"""How the scale and zero point of a group are found, and rounding onto the grid they span."""
+"""How the scale and zero point of a group are found, and rounding onto the grid they span.
+
+`kernels` does the same on CPUs, much faster; what is here runs on any device and says what is meant.
+"""
 
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from grokquant.methods import kernels
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme
 
 ScaleRule = Literal["absmax", "mse"]
 
-# Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
-_SHRINKS = torch.linspace(1.0, 0.6, 21)
 # Rows searched at once: keeps the temporaries inside the cache.
 _ROWS_AT_ONCE = 256
 
@@ -30,8 +32,20 @@ def find_scales(
     diagonal); a symmetric scale may then be negative, which lets -2^(bits-1) meet the largest
     weight on either side.
     """
-    if importance is None or importance.sum() == 0:
-        importance = torch.ones(W.shape[1], dtype=W.dtype, device=W.device)
+    if importance is not None and importance.sum() == 0:
+        importance = None
+    if kernels.can_round(W, scheme):
+        found = kernels.quantize(W, scheme, rule == "mse", importance)
+        return found.scales, found.zero_points
+    return search_scales(W, scheme, rule, importance)
+
+
+def search_scales(
+    W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`find_scales` in torch operations, on the device of W."""
+    if importance is None:
+        importance = torch.ones(W.shape[1], device=W.device)
     groups = group_columns(importance.unsqueeze(0), scheme)  # (1, groups, group_size)
     found = [
         _find_in_rows(group_columns(rows.float(), scheme), groups.float(), scheme, rule)
@@ -82,16 +96,15 @@ def _find_in_rows(
 def _candidates(
     groups: Tensor, scheme: Scheme, rule: ScaleRule
 ) -> list[tuple[Tensor, Tensor | None]]:
-    shrinks = _SHRINKS.tolist()
+    shrinks = kernels.SHRINKS.tolist()
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if not scheme.symmetric:
-        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         tried = shrinks if rule == "mse" else shrinks[:1]
         return [_asymmetric(low * f, high * f, scheme) for f in tried]
-    absmax = groups.abs().amax(-1)
+    absmax = torch.maximum(high, -low)
     if rule == "absmax":
         return [(_stored(absmax / scheme.qmax, scheme), None)]
-    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    sign = torch.where(peak > 0, -1.0, 1.0)  # the code -2^(bits-1) goes to the peak's side
+    sign = torch.where(high >= -low, -1.0, 1.0)  # the code -2^(bits-1) goes to the peak's side
     step = absmax * sign / -scheme.qmin
     steps = [absmax * f / scheme.qmax for f in shrinks] + [step * f for f in shrinks]
     return [(_stored(candidate, scheme), None) for candidate in steps]
@@ -119,8 +132,22 @@ def _squared_error(
     scheme: Scheme,
 ) -> Tensor:
     wide = scale.float().unsqueeze(-1)
-    zeros = None if zero_point is None else zero_point.float().unsqueeze(-1)
-    codes = round_to_grid(groups, wide, zeros, scheme)
-    if zeros is not None:
-        codes = codes - zeros
-    return ((codes * wide - groups).square() * importance).sum(-1)
+    low, high = scheme.qmin, scheme.qmax
+    codes = torch.round(groups * (1 / wide))
+    if zero_point is None:
+        codes = codes.clamp(low, high)
+    else:
+        zeros = zero_point.float().unsqueeze(-1)
+        codes = codes.clamp(low - zeros, high - zeros)
+    return _sum_columns((codes * wide - groups).square() * importance)
+
+
+def _sum_columns(terms: Tensor) -> Tensor:
+    """Sums [rows, groups, group_size] over the last dimension, in the order of the kernels: float32
+    within 128 columns, float64 beyond, so that both find the same candidate best."""
+    if terms.shape[-1] % kernels.STEP:
+        return terms.sum(-1, dtype=torch.float64)
+    total = torch.zeros(terms.shape[:2], dtype=torch.float64, device=terms.device)
+    for block in terms.split(kernels.BLOCK, dim=-1):
+        while block.shape[-1] ...
+    return total

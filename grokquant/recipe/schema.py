@@ -182,11 +182,15 @@ class ExpertsSection(Section):
 
 
 class OutputSection(Section):
-    """Where the result goes and in which format; `shard` is the largest file in bytes."""
+    """Where the result goes and in which format.
+
+    A file holds whole experts of one layer, as many as fit into `shard` bytes, one at least. Files
+    are what a run commits: one that is killed repeats no more than it.
+    """
 
     path: PathText
     format: Literal["compressed-tensors"] = "compressed-tensors"
-    shard: ByteSize = 5 * 10**9
+    shard: ByteSize = 500 * 10**6
 
 
 class EvalSection(Section):

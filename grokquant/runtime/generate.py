@@ -24,7 +24,7 @@ def generate_text(
     model, tokenizer = load(path, device)
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
-    encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(device)
+    encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     length, positions = encoded.input_ids.shape[1], model.config.max_position_embeddings
     if length + tokens > positions:
         raise InputError(

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
-from grokquant.errors import InputError
+from grokquant.devices import device_of
 from grokquant.families.family import set_parameter
 from grokquant.tokenizer import load_tokenizer
 
@@ -20,23 +20,17 @@ def load(
     `path` is a release, a bf16 Hugging Face directory or a quantized output; `toy` names the
     embedded toy. Quantized matrices are multiplied out. Raises InputError.
     """
-    _check_device(device)
+    place = device_of(device)
     checkpoint = open_checkpoint(path)
-    model = build_model(checkpoint, device, dtype)
+    model = build_model(checkpoint, place, dtype)
     has_tokenizer = bool(checkpoint.source.tokenizer_files)
     return model, load_tokenizer(checkpoint) if has_tokenizer else None
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch raises both
-        reason = (str(error).splitlines() or ["cannot be used"])[0]
-        raise InputError(f"device {device}: {reason}") from None
-
-
 @torch.no_grad()
-def build_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PreTrainedModel:
+def build_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     """The family's own model class with every parameter filled, tensor by tensor."""
     family, tensors = checkpoint.family, checkpoint.source.tensors
     model = family.empty_model(checkpoint.config)
@@ -53,7 +47,7 @@ def build_model(checkpoint: Checkpoint, device: str, dtype: torch.dtype) -> PreT
 
 
 def _fill_experts(
-    checkpoint: Checkpoint, index: int, experts: Any, device: str, dtype: torch.dtype
+    checkpoint: Checkpoint, index: int, experts: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Fuses the experts of a layer: gate over up, then down, each [experts, out, in]."""
     gate_up = torch.empty(experts.gate_up_proj.shape, dtype=dtype, device=device)

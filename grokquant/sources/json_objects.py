@@ -12,7 +12,12 @@ def read_json_object(path: Path) -> dict:
         raw = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_json_object(raw, str(path))
+    content = parse_json_object(raw, str(path))
+    try:
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # NaN, 1e999 or half a character could never be written again
+        raise InputError(f"{path}: not valid JSON: {error}") from None
+    return content
 
 
 def parse_json_object(raw: bytes, name: str) -> dict:

@@ -1,11 +1,12 @@
 """The release's pickles, walked and never run: where the arrays of one tensor file lie.
 
 A closed set of opcodes moves placeholders about; names are compared as strings and nothing is
-ever imported, called or evaluated. Payloads are skipped here and mapped on request.
+ever imported, called or evaluated. Payloads are skipped here and read on request.
 """
 
 import struct
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -45,17 +46,18 @@ def walk(file: BinaryIO) -> tuple[ArrayHeader, ...]:
     return _Walker(file).walk()
 
 
-def map_array(path: Path, header: ArrayHeader) -> Tensor:
-    """The array as a tensor over the mapped file; pages are read when they are touched.
-
-    The mapping is private: writing to the tensor would not change the file.
-    """
+def read_array(path: Path, header: ArrayHeader, first: int = 0, stop: int | None = None) -> Tensor:
+    """The array, or what it holds from index `first` to before `stop` along its first axis."""
+    storage = np.dtype(STORAGE[header.dtype])
+    count = (header.shape[0] if stop is None else stop) - first
+    shape = (count, *header.shape[1:])
+    row = prod(header.shape[1:])
+    offset = header.offset + first * row * storage.itemsize
     try:
-        storage = STORAGE[header.dtype]
-        mapped = np.memmap(path, storage, mode="c", offset=header.offset, shape=header.shape)
+        read = np.fromfile(path, storage, count * row, offset=offset).reshape(shape)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be mapped: {error}") from None
-    return torch.from_numpy(mapped).view(DTYPES[header.dtype])
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    return torch.from_numpy(read).view(DTYPES[header.dtype])
 
 
 class _Walker:

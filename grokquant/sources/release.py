@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
-from grokquant.sources.pickles import ArrayHeader, map_array, read_headers
+from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
 from grokquant.types import QTensor, Scheme, Source, TensorRef
 
 LAYOUT, LOOKS_FOR = "release", "ckpt-0/tensor00000_000"
@@ -211,16 +211,24 @@ def _refs(item: _Stored) -> list[TensorRef]:
 
 
 def _dense_ref(item: _Stored, name: str) -> TensorRef:
-    transposed = item.name.endswith("/router")
-    shape = item.weight.shape[::-1] if transposed else item.weight.shape
-    load = partial(_load_dense, item, transposed)
-    return TensorRef(name, shape, torch.float32, item.weight.nbytes, load)
+    nbytes = item.weight.nbytes
+    if item.name.endswith("/router"):
+        shape = item.weight.shape[::-1]
+        load = partial(_load_transposed, item)
+        return TensorRef(name, shape, torch.float32, nbytes, load)
+    shape, load = item.weight.shape, partial(_load_rows, item, 0, item.weight.shape[0])
+    by_rows = partial(_load_rows, item)
+    return TensorRef(name, shape, torch.float32, nbytes, load, load_rows=by_rows)
 
 
-def _load_dense(item: _Stored, transposed: bool) -> Tensor:
-    stored = map_array(item.path, item.weight).clone()
-    _refuse_nonfinite(item, stored, "")
-    return stored.T.contiguous() if transposed else stored
+def _load_transposed(item: _Stored) -> Tensor:
+    return _load_rows(item, 0, item.weight.shape[0]).T.contiguous()
+
+
+def _load_rows(item: _Stored, first: int, stop: int) -> Tensor:
+    rows = read_array(item.path, item.weight, first, stop)
+    _refuse_nonfinite(item, rows, "", first)
+    return rows
 
 
 def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
@@ -238,24 +246,26 @@ def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
 
 
 def _load_quantized(item: _Stored, expert: int | None) -> QTensor:
+    """Codes as a transposed view of what is stored: who reads them decides about the copy."""
     assert item.scales is not None
-    weight, scales = map_array(item.path, item.weight), map_array(item.path, item.scales)
+    part = (0, None) if expert is None else (expert, expert + 1)
+    weight, scales = (read_array(item.path, a, *part) for a in (item.weight, item.scales))
     if expert is not None:
-        weight, scales = weight[expert], scales[expert]
+        weight, scales = weight[0], scales[0]
     _refuse_nonfinite(item, scales, " scales" if expert is None else f" scales of expert {expert}")
     rows, groups = len(weight), len(scales)
     scheme = Scheme(bits=8, group_size=None if groups == 1 else rows // groups)
-    return QTensor(weight.T.contiguous(), scales.T.contiguous(), scheme)
+    return QTensor(weight.T, scales.T, scheme)
 
 
-def _refuse_nonfinite(item: _Stored, values: Tensor, what: str) -> None:
+def _refuse_nonfinite(item: _Stored, values: Tensor, what: str, first_row: int = 0) -> None:
     """`values` as stored; the index in the message is that of the file's array."""
     count, first = 0, ()
     for start in range(0, len(values), CHUNK_ROWS):
         bad = ~values[start : start + CHUNK_ROWS].isfinite()
         if count == 0 and bad.any():
             row, *rest = bad.nonzero()[0].tolist()
-            first = (start + row, *rest)
+            first = (first_row + start + row, *rest)
         count += int(bad.sum())
     if count:
         raise InputError(

@@ -8,6 +8,7 @@ import os
 import struct
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,18 @@ from grokquant.sources.release import file_name, leaf_names
 FRAME_TARGET, FRAME_MINIMUM = 64 * 1024, 4
 MULTIARRAY = "numpy.core.multiarray"
 
-Leaf = Tensor | tuple[Tensor, Tensor]  # float32, or int8 weight [.., K, N], scales [.., G, N]
+
+@dataclass(frozen=True)
+class Chunked:
+    """An array that is never whole in memory; `chunks` make it up in order, split anywhere."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Iterable[Tensor]
+
+
+Array = Tensor | Chunked
+Leaf = Array | tuple[Array, Array]  # float32, or int8 weight [.., K, N], scales [.., G, N]
 
 # Constructor argument and state of a numpy dtype, as numpy 1.26 and ml_dtypes 0.2 to 0.5 put it.
 DTYPES: dict[torch.dtype, tuple[str, tuple]] = {
@@ -49,11 +61,21 @@ def write_release(directory: Path, config: dict, leaves: Iterable[tuple[str, Lea
 
 
 def write_leaf(path: Path, leaf: Leaf, multiarray: str = MULTIARRAY) -> None:
-    """Writes one tensor file; `multiarray` is numpy's module that the pickle names."""
-    arrays = [leaf] if isinstance(leaf, Tensor) else list(leaf)
-    arrays = [array.detach().cpu().contiguous() for array in arrays]
+    """Writes one tensor file; `multiarray` is numpy's module that the pickle names.
+
+    Raises ValueError where the chunks of an array are fewer or more than its shape says.
+    """
+    arrays = list(leaf) if isinstance(leaf, tuple) else [leaf]
     parts = _framed([(array.dtype, tuple(array.shape)) for array in arrays], multiarray)
-    _publish(path, (_payload(arrays[part]) if isinstance(part, int) else part for part in parts))
+    _publish(path, _filled(parts, arrays))
+
+
+def _filled(parts: Iterable[bytes | int], arrays: list[Array]) -> Iterator[bytes | memoryview]:
+    for part in parts:
+        if isinstance(part, int):
+            yield from _payload(arrays[part])
+        else:
+            yield part
 
 
 def framed_size(weight: tuple[int, ...], scales: tuple[int, ...] | None = None) -> int:
@@ -83,8 +105,14 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _payload(array: Tensor) -> memoryview:
-    return array.reshape(-1).view(torch.uint8).numpy().data
+def _payload(array: Array) -> Iterator[memoryview]:
+    left = _nbytes(array.dtype, tuple(array.shape))
+    for chunk in array.chunks if isinstance(array, Chunked) else [array]:
+        data = chunk.detach().cpu().to(array.dtype).reshape(-1).view(torch.uint8).numpy().data
+        left -= len(data)
+        yield data
+    if left:
+        raise ValueError(f"chunks of a {tuple(array.shape)} array are {-left} bytes too long")
 
 
 def _publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:

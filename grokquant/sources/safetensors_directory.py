@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.sources.json_objects import parse_json_object, read_json_object
+from grokquant.sources.safetensors_header import DTYPES
 from grokquant.types import Source, TensorRef
 
 LAYOUT, LOOKS_FOR = "safetensors", "model.safetensors.index.json or model.safetensors"
@@ -30,23 +31,6 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def recognizes(path: Path) -> bool:

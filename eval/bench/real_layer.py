@@ -1,0 +1,33 @@
+"""One layer of Grok-1's true shapes, the recipes to quantize it by, and the command that does it."""
+
+import json
+from pathlib import Path
+
+import measure
+from make_release import write_random_grok
+
+from grokquant.families.grok_model import Grok1Config
+
+INT4 = {"match": "layers.*.experts.*", "method": "rtn", "bits": 4, "group": 128}
+COPY = {"match": "layers.*.attention.*", "method": "copy"}
+RULES = {
+    "int4-absmax": [INT4 | {"scale": "absmax"}, COPY],
+    "int4-mse": [INT4 | {"scale": "mse"}, COPY],
+    "int8-lossless": [{"match": "layers.*", "method": "copy"}],
+}
+
+
+def release_at(given: Path | None, work: Path) -> Path:
+    """The release that was given, or a new one of one layer in `work`."""
+    if given is None:
+        given = work / "release"
+        write_random_grok(given, Grok1Config(num_hidden_layers=1))
+    return given
+
+
+def quantize_command(rules: str, release: Path, output: Path) -> list[str]:
+    """The command that makes `output` by RULES[rules]; its recipe is written beside it."""
+    recipe = output.with_name(f"{output.name}.yaml")
+    values = {"quantize": RULES[rules], "output": {"path": str(output)}}
+    recipe.write_text(json.dumps({"model": {"path": str(release)}} | values))
+    return [*measure.GROKQUANT, "quantize", str(recipe)]

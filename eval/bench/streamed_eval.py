@@ -1,0 +1,59 @@
+"""Evaluating a layer of Grok-1's true shapes against its source, streamed from a cold disk.
+
+    python eval/bench/streamed_eval.py [--release DIR] [--quantized DIR] [--work DIR] [--tokens 4096]
+
+Prints a JSON line: wall seconds, peak memory, and the bytes read from disk over those of both
+checkpoints (1 means that each was read once). Makes what is not given, in WORK.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import measure
+from real_layer import quantize_command, release_at
+
+LENGTH = 256
+
+
+def measure_evaluation(release: Path, quantized: Path, tokens: int, reports: Path) -> dict:
+    """Evaluates `quantized` against `release` on windows of LENGTH tokens."""
+    files = measure.files_of(release) + measure.files_of(quantized)
+    measure.drop_from_cache(files)
+    command = [*measure.GROKQUANT, "eval", str(quantized), "--reference", str(release), "--json"]
+    window = ["--windows", str(tokens // LENGTH), "--length", str(LENGTH)]
+    found = measure.run([*command, *window, "--output", str(reports)])
+    report = json.loads(found.stdout)
+    return {
+        "bench": "streamed_eval",
+        "tokens": tokens,
+        "seconds": found.seconds,
+        "peak_rss": found.peak_rss,
+        "peak_anonymous": found.peak_anonymous,
+        "disk_read": found.disk_read,
+        "model_bytes": measure.total_bytes(files),
+        "read_share": found.disk_read / measure.total_bytes(files),
+        "mean_kld": report["kld"]["mean"]["value"],
+        "noise_kld": report["noise_floor"]["mean_kld"],
+    } | measure.conditions()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--release", type=Path)
+    parser.add_argument("--quantized", type=Path, help="an int4 result of that release")
+    parser.add_argument("--work", type=Path, help="for what is made; default a temporary place")
+    parser.add_argument("--tokens", type=int, default=4096)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.work) as work:
+        release = release_at(given.release, Path(work))
+        quantized = given.quantized
+        if quantized is None:
+            quantized = Path(work, "int4")
+            measure.run(quantize_command("int4-absmax", release, quantized))
+        print(json.dumps(measure_evaluation(release, quantized, given.tokens, Path(work, "report"))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""What stands before the data of a safetensors file, known before any data is.
+
+The library writes whole files only; ours grow tensor by tensor, each at its final place.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """The header of a file, where each tensor's bytes begin in it, and its size in bytes."""
+
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def file_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> FileLayout:
+    """The file of tensors with these dtypes and shapes; wide dtypes lie first, so all are aligned.
+
+    Format: github.com/huggingface/safetensors, "Format".
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts, end = {}, 0
+    for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize):
+        dtype, shape = tensors[name]
+        starts[name], end = end, end + prod(shape) * dtype.itemsize
+        entries[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [starts[name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    offsets = {name: len(header) + start for name, start in starts.items()}
+    return FileLayout(header, offsets, len(header) + end)

@@ -1,0 +1,112 @@
+"""The benchmark programs: what they measure on is shaped like the release."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from grokquant.checkpoint import open_checkpoint
+from grokquant.families.grok_model import Grok1Config
+from grokquant.sources.release import LAYER, TOP, leaf_names
+from grokquant.sources.release_writer import Chunked, framed_size, write_leaf
+
+BENCH = Path(__file__).parents[1] / "eval" / "bench"
+SMALL = dict(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    embedding_multiplier_scale=8.0,
+)
+# Bytes of the real files; every norm has 24727.
+SIZES = {
+    "language_model/in_out_embed": 3_221_225_637,
+    "moe/linear": 1_611_137_347,
+    "moe/linear_1": 1_611_399_491,
+    "moe/linear_v": 1_611_137_347,
+    "multi_head_attention/key": 6_293_814,
+    "multi_head_attention/linear": 37_847_359,
+    "multi_head_attention/query": 37_761_334,
+    "multi_head_attention/value": 6_293_814,
+    "router": 196_770,
+}
+
+
+def load(name: str):
+    """A program of eval/bench as a module; the tests have a make_release of their own."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("small")
+    load("make_release").write_random_grok(directory, Grok1Config(**SMALL))
+    return directory
+
+
+def file_bytes(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("ckpt-0/*"))}
+
+
+def test_leaves_have_the_sizes_of_the_real_files():
+    program = load("make_release")
+    for name in leaf_names(1):
+        slot = name if name in TOP else name.split("/", 2)[2]
+        leaf = (TOP | LAYER)[slot]
+        sizes = program._sizes(Grok1Config(num_hidden_layers=1))
+        shape = tuple(sizes[letter] for letter in leaf.dimensions)
+        scales = (*shape[:-2], program.GROUPS.get(slot, 1), shape[-1]) if leaf.quantized else None
+        assert framed_size(shape, scales) == SIZES.get(slot, 24_727), slot
+
+
+def test_the_release_opens_and_weights_look_trained(small):
+    checkpoint = open_checkpoint(small)
+    assert checkpoint.config.num_hidden_layers == 2
+    assert checkpoint.source.tokenizer_files
+    for name, ref in checkpoint.units():
+        quantized = ref.read_quantized()
+        grouped = quantized.codes.float().view(*quantized.scales.shape, -1)
+        assert (grouped.abs().amax(-1) == 127).all(), name
+        weights = quantized.dequantize().float()
+        spread = weights.std(1).log().std()
+        assert 0.15 < spread < 0.6, name
+    standard = weights / weights.std(1, keepdim=True)
+    assert standard.pow(4).mean() > 3.2  # heavier tails than a normal distribution's
+    embedding = checkpoint.source.tensors["model.embed_tokens.weight"].read()
+    assert embedding.square().mean().sqrt().item() == pytest.approx(1 / 8, rel=0.05)
+
+
+def test_no_two_matrices_are_equal(small):
+    tensors = [ref.read_quantized() for _, ref in open_checkpoint(small).units()]
+    assert len({bytes(tensor.codes.numpy()) for tensor in tensors}) == len(tensors)
+    assert len({bytes(tensor.scales.view(torch.int16).numpy()) for tensor in tensors}) == len(
+        tensors
+    )
+
+
+def test_a_seed_gives_the_same_bytes_and_another_one_others(small, tmp_path):
+    program = load("make_release")
+    program.write_random_grok(tmp_path / "again", Grok1Config(**SMALL))
+    program.write_random_grok(tmp_path / "other", Grok1Config(**SMALL), seed=1)
+    first, again, other = map(file_bytes, (small, tmp_path / "again", tmp_path / "other"))
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_chunks_are_written_as_the_whole(tmp_path):
+    whole = torch.arange(70_000, dtype=torch.float32).view(100, 700)
+    write_leaf(tmp_path / "whole", whole)
+    write_leaf(tmp_path / "parts", Chunked(torch.float32, (100, 700), whole.split(33)))
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+    for rows, length in ((whole[:99], "-2800"), (torch.cat((whole, whole[:1])), "2800")):
+        with pytest.raises(ValueError, match=f"are {length} bytes too long"):
+            write_leaf(tmp_path / "wrong", Chunked(torch.float32, (100, 700), rows.split(33)))
+        assert not (tmp_path / "wrong").exists()
