@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test test-kill check bench clean
 
 install: .venv/installed
 
@@ -18,6 +18,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Kills and starves a small run at every step: 20 minutes.
+test-kill: install
+	$(BIN)/python -m pytest -m kill
 
 # Style and types.
 check: install

@@ -116,7 +116,9 @@ def quantize(
 def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what quantize would do.
 
-    Every kind of matrix with its grid, and the size of the result, from file headers alone.
+    Every kind of matrix with its grid, and the size of the result to the byte, from file headers
+    alone; the memory that the run will take and at which step, and its time, from a probe of this
+    machine that lasts some seconds.
     """
     from grokquant.recipe import load_recipe
 
@@ -233,14 +235,17 @@ def generate(
 
 
 def _show_plan(recipe: "Recipe", as_json: bool) -> None:
+    from grokquant.budget import budget_of
     from grokquant.plan import build_plan
-    from grokquant.terminal import plan_as_dict, print_plan
+    from grokquant.terminal import plan_as_dict, print_budget, print_plan
 
-    built = build_plan(recipe)
+    plan = build_plan(recipe)
+    budget = budget_of(plan)
     if as_json:
-        _print_json(plan_as_dict(built))
-    else:
-        print_plan(built)
+        _print_json(plan_as_dict(plan, budget))
+        return
+    print_plan(plan)
+    print_budget(budget)
 
 
 def _print_json(value: object) -> None:

@@ -77,3 +77,8 @@ def _alive(process: int) -> bool:
     except PermissionError:
         pass
     return process != os.getpid()  # a number that came round again: its file is older than we are
+
+
+def nearest_directory(path: Path) -> Path:
+    """`path` or the closest of its parents that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -9,6 +9,7 @@ from torch import Tensor
 from grokquant.calibration.blocks import BlockwiseModel, Expert
 from grokquant.calibration.hessian import Hessian, accumulate, blend
 from grokquant.plan import Plan
+from grokquant.recipe import ExpertsSection
 from grokquant.rounding import Site, round_unit
 from grokquant.types import QTensor, Unit, UnitReport
 
@@ -19,8 +20,16 @@ _BLEND_TOKENS_PER_FEATURE = 4
 
 # Makes an iterator over inputs [some tokens, features] of a site, each time it is called.
 Inputs = Callable[[], Iterator[Tensor]]
+# Makes the Hessian of a site, of blocks of so many columns if it is given a number.
+BuildHessian = Callable[[int | None], Hessian]
 Deliver = Callable[[Unit, QTensor, UnitReport], None]
 Committed = Callable[[Unit], QTensor | None]
+
+
+def is_starved(limits: ExpertsSection, tokens: int, features: int) -> bool:
+    """Whether so few tokens of so many features need the Hessian of all tokens beside their own."""
+    floor = limits.blend_tokens
+    return tokens < (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor)
 
 
 class LayerQuantizer:
@@ -41,7 +50,7 @@ class LayerQuantizer:
         self.plan, self.model, self.index = plan, model, index
         self.deliver, self.committed = deliver, committed
         self.tokens_per_expert: list[int] = []
-        self._everyone: Hessian | None = None
+        self._everyone: dict[int | None, Hessian] = {}
 
     def run(self, hidden: Tensor) -> Tensor:
         """Quantizes the block and returns the hidden states after it, its errors included."""
@@ -57,7 +66,7 @@ class LayerQuantizer:
             site = None
             if unit.method == "gptq" and self.committed(unit) is None:
                 X = self.model.inputs_of(self.index, unit.tensor, hidden)
-                site = Site(len(X), partial(accumulate, self._inputs(X)(), X.shape[1]))
+                site = Site(len(X), self._hessian(self._inputs(X), X.shape[1]))
             self.model.replace(self.index, unit.tensor, self._quantize(unit, site).dequantize())
 
     def _make_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
@@ -67,19 +76,17 @@ class LayerQuantizer:
         """
         self.tokens_per_expert.append(len(token))
         features = x.shape[1]
-        site = self._site(self._inputs(x, token), len(token), features, lambda: self._all_inputs(x))
+        routed = self._inputs(x, token)
+        site = self._site(routed, len(token), features, partial(self._all_inputs, x))
         W_gate, W_up = (self._expert_weight(expert, part, site) for part in ("gate", "up"))
 
-        def inner(x: Tensor) -> Tensor:
-            return self.model.hidden_units(self.index, x, W_gate, W_up)
+        def inner(inputs: Inputs) -> Inputs:
+            return lambda: (self.model.hidden_units(self.index, x, W_gate, W_up) for x in inputs())
 
-        def everyone() -> Hessian:
-            return accumulate(map(inner, self._inputs(x)()), len(W_up))
-
-        routed = self._inputs(x, token)
-        site = self._site(lambda: map(inner, routed()), len(token), len(W_up), everyone)
+        everyone = self._hessian(inner(self._inputs(x)), len(W_up))
+        site = self._site(inner(routed), len(token), len(W_up), everyone)
         W_down = self._expert_weight(expert, "down", site)
-        return lambda x: F.linear(inner(x), W_down)
+        return lambda x: F.linear(self.model.hidden_units(self.index, x, W_gate, W_up), W_down)
 
     def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
         """The rows `token` of x, all of them by default, some at a time on the model's device."""
@@ -88,11 +95,14 @@ class LayerQuantizer:
             return lambda: (part.to(device) for (part,) in self.model.parts(x))
         return lambda: (x[part].to(device) for (part,) in self.model.parts(token))
 
-    def _all_inputs(self, x: Tensor) -> Hessian:
+    def _hessian(self, inputs: Inputs, features: int) -> BuildHessian:
+        return lambda block: accumulate(inputs(), features, block)
+
+    def _all_inputs(self, x: Tensor, block: int | None) -> Hessian:
         """The Hessian of all tokens, made for the first starved expert of the layer."""
-        if self._everyone is None:
-            self._everyone = accumulate(self._inputs(x)(), x.shape[1])
-        return self._everyone
+        if block not in self._everyone:
+            self._everyone[block] = accumulate(self._inputs(x)(), x.shape[1], block)
+        return self._everyone[block]
 
     def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
         """The matrix that the block goes on with: quantized where planned, else as it is."""
@@ -111,24 +121,17 @@ class LayerQuantizer:
         self.deliver(unit, quantized, report)
         return quantized
 
-    def _site(
-        self, inputs: Inputs, tokens: int, features: int, everyone: Callable[[], Hessian]
-    ) -> Site:
+    def _site(self, inputs: Inputs, tokens: int, features: int, everyone: BuildHessian) -> Site:
         """The site of `tokens` inputs [tokens, features]; `everyone` makes all tokens' Hessian."""
-
-        def own() -> Hessian:
-            return accumulate(inputs(), features)
-
-        limits = self.plan.recipe.experts
+        own, limits = self._hessian(inputs, features), self.plan.recipe.experts
         if tokens < limits.min_tokens:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
             return Site(tokens, own, refusal=reason)
-        floor = limits.blend_tokens
-        if tokens >= (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor):
+        if not is_starved(limits, tokens, features):
             return Site(tokens, own)
         prior = _PRIOR_TOKENS_PER_FEATURE * features
         return Site(
             tokens,
-            lambda: blend(own(), everyone(), prior),
+            lambda block: blend(own(block), everyone(block), prior),
             note=f"{tokens} tokens, blended with all tokens as a prior of {prior:.0f}",
         )

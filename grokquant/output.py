@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from grokquant.durable import temporary_name
+from grokquant.durable import nearest_directory, temporary_name
 from grokquant.errors import GrokquantError, InputError
 from grokquant.plan import Plan, PlannedFile
 from grokquant.sources.safetensors_header import file_layout
@@ -148,7 +148,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def check_writable(directory: Path) -> None:
     """Raises InputError where `directory` can neither be written to nor made."""
-    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    place = nearest_directory(directory)
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError(f"{directory}: cannot be written")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from grokquant import papers
-from grokquant.calibration.blocks import BlockwiseModel
+from grokquant.calibration.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.calibration.text import calibration_rows
 from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
@@ -58,9 +58,7 @@ class Silence:
     def worked(self, busy: dict[str, float]) -> None: ...
 
 
-def quantize(
-    recipe: Recipe, progress: Progress | None = None, device: torch.device = CPU
-) -> Path:
+def quantize(recipe: Recipe, progress: Progress | None = None, device: torch.device = CPU) -> Path:
     """Quantizes as `recipe` says and returns the output directory.
 
     Arithmetic happens on `device`. The same call continues a run that was interrupted. Raises
@@ -216,7 +214,7 @@ def _quantize_blocks(run: Run, rows: Tensor | None) -> None:
 def _with_calibration(run: Run, rows: Tensor) -> None:
     run.progress.calibrating(*rows.shape)
     plan, work = run.plan, run.work
-    model = BlockwiseModel(plan.checkpoint, device=run.device)
+    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device)
     layers = plan.checkpoint.config.num_hidden_layers
     first, hidden = 0, model.embed(rows)  # (rows, time, hidden)
     if saved := work.load_hidden(_first_open_layer(plan, work) or 0):

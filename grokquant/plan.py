@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.durable import nearest_directory
 from grokquant.errors import InputError
 from grokquant.formats import FORMATS
 from grokquant.methods.copy import can_copy
@@ -89,6 +90,16 @@ class Plan:
     @cached_property
     def unit_of_tensor(self) -> dict[str, Unit]:
         return {unit.tensor: unit for unit in self.units.values()}
+
+    def packed_bytes(self, unit: Unit) -> int:
+        packing = FORMATS[self.recipe.output.format]
+        layout = packing.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
+        return sum(prod(shape) * dtype.itemsize for dtype, shape in layout)
+
+    @property
+    def carried_over(self) -> list[str]:
+        """Checkpoint tensors that are in the output as they are."""
+        return [name for names in self._kept_by_layer.values() for name in names]
 
     @property
     def kept_outside_layers(self) -> list[str]:
@@ -247,10 +258,7 @@ def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
 
 
 def _check_disk(plan: Plan) -> None:
-    place = Path(plan.recipe.output.path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(nearest_directory(Path(plan.recipe.output.path))).free
     if plan.output_bytes > free:
         raise InputError(
             f"{plan.recipe.output.path}: needs {size(plan.output_bytes)}, "

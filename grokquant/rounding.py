@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from types import ModuleType
 
 import torch
@@ -16,7 +16,8 @@ from grokquant.methods.copy import copy_quantized
 from grokquant.methods.gptq import Feedback, UnusableHessian, factorize, round_gptq
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.recipe import Rule
-from grokquant.types import QTensor, TensorRef, Unit, UnitReport
+from grokquant.tiles import round_and_pack
+from grokquant.types import SCALE_DTYPES, QTensor, Scheme, TensorRef, Unit, UnitReport
 
 # Rows looked at at once: bounds the float32 copies.
 _ROWS_AT_ONCE = 2048
@@ -26,50 +27,48 @@ _ROWS_AT_ONCE = 2048
 class Site:
     """The input that units share. Its Hessian and factors are made once, when first needed.
 
-    `refusal` says why the Hessian is not to be used, `note` what was done to it.
+    `build` makes the Hessian, in blocks of so many columns if it is given a number. `refusal` says
+    why it is not to be used, `note` what was done to it.
     """
 
     tokens: int
-    build: Callable[[], Hessian]
+    build: Callable[[int | None], Hessian]
     refusal: str | None = None
     note: str | None = None
-    _made: tuple[tuple[float, bool], Feedback] | None = None
+    _made: tuple[tuple, Feedback] | None = None
 
-    def feedback(self, damping: float, act_order: bool) -> Feedback:
+    def feedback(self, rule: Rule) -> Feedback:
         """Raises UnusableHessian with the reason.
 
-        The factors take the memory of the Hessian; for others than the last it is built again.
+        The factors take the memory of the Hessian; for a rule unlike the last it is built again.
         """
         if self.refusal:
             raise UnusableHessian(self.refusal)
-        key = (damping, act_order)
+        key = (rule.damping, rule.act_order, rule.hessian_block)
         if self._made is None or self._made[0] != key:
             self._made = None
-            self._made = key, factorize([self.build().H], damping, act_order)
+            blocks = self.build(rule.hessian_block).blocks
+            self._made = key, factorize(blocks, rule.damping, rule.act_order)
         return self._made[1]
 
 
 def round_without_data(
     unit: Unit, rule: Rule, stored: Tensor | QTensor, packing: ModuleType
 ) -> tuple[dict[str, Tensor], UnitReport]:
-    """rtn or copy of one matrix, packed for the disk, and its report."""
+    """rtn or copy of one matrix, packed for the disk, and its report. Raises InputError."""
     start = time.perf_counter()
-    if unit.method == "copy":
-        assert isinstance(stored, QTensor)
-        quantized, error = copy_quantized(stored, unit.scheme), 0.0
-    else:
-        W = stored.dequantize() if isinstance(stored, QTensor) else stored
-        quantized = quantize_rtn(W, unit.scheme, rule.scale)
-        error = _errors(W, quantized)[0]
-    report = UnitReport(
+    parts, errors = round_and_pack(
+        unit.tensor, stored, unit.method, unit.scheme, rule.scale, packing
+    )
+    return parts, UnitReport(
         name=unit.name,
         method=unit.method,
         scheme=unit.scheme,
-        bits_per_weight=stored_bits(quantized) / quantized.codes.numel(),
-        relative_error=error,
+        bits_per_weight=stored_bits(unit.scheme, unit.shape) / prod(unit.shape),
+        relative_error=errors.relative,
         seconds=time.perf_counter() - start,
+        note=_zero_rows_note(errors.zero_rows),
     )
-    return packing.pack(unit.tensor, quantized.to(CPU)), report
 
 
 def round_unit(
@@ -96,25 +95,24 @@ def round_unit(
         name=unit.name,
         method="rtn" if fallback else unit.method,
         scheme=unit.scheme,
-        bits_per_weight=stored_bits(quantized) / quantized.codes.numel(),
+        bits_per_weight=stored_bits(unit.scheme, unit.shape) / prod(unit.shape),
         relative_error=relative_error,
         output_error=output_error,
         seconds=time.perf_counter() - start,
         tokens=site.tokens if site else None,
         fallback=fallback,
-        note="; ".join(filter(None, (note, zero_rows_note(zero_rows)))) or None,
+        note="; ".join(filter(None, (note, _zero_rows_note(zero_rows)))) or None,
     )
 
 
-def stored_bits(quantized: QTensor) -> int:
-    """Bits of codes, scales and zero points."""
-    scheme, scales = quantized.scheme, quantized.scales
-    zero_points = 0 if scheme.symmetric else scales.numel() * scheme.bits
-    codes = quantized.codes.numel() * scheme.bits
-    return codes + scales.numel() * scales.element_size() * 8 + zero_points
+def stored_bits(scheme: Scheme, shape: tuple[int, int]) -> int:
+    """Bits of codes, scales and zero points of a matrix [out, in]."""
+    scales = shape[0] * scheme.groups(shape[1])
+    of_scale = SCALE_DTYPES[scheme.scale_dtype].itemsize * 8
+    return prod(shape) * scheme.bits + scales * (of_scale + scheme.bits * (not scheme.symmetric))
 
 
-def zero_rows_note(count: int) -> str | None:
+def _zero_rows_note(count: int) -> str | None:
     return f"{count} rows of nothing but zeros" if count else None
 
 
@@ -125,7 +123,7 @@ def _round(
     if unit.method != "gptq" or site is None:
         return quantize_rtn(W, unit.scheme, rule.scale), None, None
     try:
-        feedback = site.feedback(rule.damping, rule.act_order)
+        feedback = site.feedback(rule)
     except UnusableHessian as reason:
         return quantize_rtn(W, unit.scheme, rule.scale), None, str(reason)
     rounded = round_gptq(W, feedback, unit.scheme, rule.scale)

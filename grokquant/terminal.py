@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from grokquant.budget import Budget
 from grokquant.evaluation.compare import LayerFigures
 from grokquant.output import REPORT_NAME
 from grokquant.plan import Plan
@@ -24,8 +25,8 @@ from grokquant.readable import duration, size
 from grokquant.types import UnitReport
 
 
-def plan_as_dict(plan: Plan) -> dict:
-    """The plan for machines: totals, kept matrices and a row per unit."""
+def plan_as_dict(plan: Plan, budget: Budget) -> dict:
+    """The plan for machines: totals, files, kept matrices and a row per unit."""
     return {
         "model": plan.recipe.model.path,
         "output": plan.recipe.output.path,
@@ -34,7 +35,11 @@ def plan_as_dict(plan: Plan) -> dict:
         "source_bytes": plan.checkpoint.stored_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": plan.bits_per_weight,
-        "files": len(plan.files),
+        "files": {file.name: file.layout.size for file in plan.files},
+        "peak_bytes": budget.peak_bytes,
+        "peak_step": budget.peak.name,
+        "peak_knob": budget.peak.knob,
+        "seconds": budget.seconds,
         "kept": list(plan.kept),
         "units": [
             {
@@ -71,6 +76,14 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"{size(plan.output_bytes)} in {len(plan.files)} file(s), "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
+
+
+def print_budget(budget: Budget) -> None:
+    console = text_console()
+    console.print(
+        f"memory: {size(budget.peak_bytes)} at {budget.peak.name}; less with {budget.peak.knob}"
+    )
+    console.print(f"time: {duration(budget.seconds)} on this machine")
 
 
 def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:

@@ -14,7 +14,7 @@ SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32":
 
 
 # Of a tensor that is carried over as it is, at once.
-_BLOCK_BYTES = 1 << 26
+ROW_BLOCK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TensorRef:
         if self.load_rows is None:
             yield 0, self.read()
             return
-        at_once = max(1, _BLOCK_BYTES * self.shape[0] // max(self.stored_bytes, 1))
+        at_once = max(1, ROW_BLOCK_BYTES * self.shape[0] // max(self.stored_bytes, 1))
         for first in range(0, self.shape[0], at_once):
             yield first, self.load_rows(first, min(first + at_once, self.shape[0]))
 

@@ -2,9 +2,11 @@
 
 import random
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jobs import Job, Launcher, new_job
 from make_release import write_random_release
 
 from grokquant.durable import sha256
@@ -69,3 +71,47 @@ def tiny_recipe(tiny_release, text_file, tmp_path):
         return parse_recipe(values | sections)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def smallest_release(tmp_path_factory) -> Path:
+    """A release that a run of a second quantizes, into a dozen files."""
+    directory = tmp_path_factory.mktemp("smallest")
+    write_random_release(directory, layers=2, vocab=2048)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "tokenizer.model")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def jobs(launcher, smallest_release, text_file, tmp_path_factory) -> Callable[[str], Job]:
+    """The run of a kind ("gptq" or "rtn") in an empty directory, its steps and outcome known."""
+    known: dict[str, Job] = {}
+
+    def make(kind: str) -> Job:
+        if kind not in known:
+            known[kind] = job = new_job(
+                launcher, tmp_path_factory.mktemp(kind), smallest_release, text_file, kind
+            )
+            launcher.ask(warm=str(job.recipe))
+            job.learn()
+        known[kind].clear()
+        return known[kind]
+
+    return make
+
+
+@pytest.fixture
+def own_job(launcher, smallest_release, text_file, tmp_path) -> Job:
+    """A run by gptq whose source and text can be changed."""
+    shutil.copytree(smallest_release, tmp_path / "source")
+    shutil.copyfile(text_file, tmp_path / "text.txt")
+    job = new_job(launcher, tmp_path / "home", tmp_path / "source", tmp_path / "text.txt", "gptq")
+    job.clear()
+    return job

@@ -17,7 +17,7 @@ ROOMS = [
     {"tokenizer", "calibration", "plan"},
     {"identity", "output", "workdir", "papers", "verify"},
     {"tiles", "rounding", "layer", "stopping"},
-    {"pipeline", "runtime"},
+    {"budget", "pipeline", "runtime"},
     {"evaluation"},
     {"inspection", "terminal", "cli", "__main__"},
 ]

@@ -1,6 +1,9 @@
 """The benchmark programs: what they measure on is shaped like the release."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,13 +16,13 @@ from grokquant.sources.release_writer import Chunked, framed_size, write_leaf
 
 BENCH = Path(__file__).parents[1] / "eval" / "bench"
 SMALL = dict(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=512,
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=1024,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
+    head_dim=32,
     embedding_multiplier_scale=8.0,
 )
 # Bytes of the real files; every norm has 24727.
@@ -50,6 +53,13 @@ def small(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("small")
     load("make_release").write_random_grok(directory, Grok1Config(**SMALL))
     return directory
+
+
+def run_program(name: str, *arguments: object) -> list[dict]:
+    """The JSON lines that a program of eval/bench prints."""
+    command = [sys.executable, BENCH / f"{name}.py", *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def file_bytes(directory: Path) -> dict[str, bytes]:
@@ -110,3 +120,45 @@ def test_chunks_are_written_as_the_whole(tmp_path):
         with pytest.raises(ValueError, match=f"are {length} bytes too long"):
             write_leaf(tmp_path / "wrong", Chunked(torch.float32, (100, 700), rows.split(33)))
         assert not (tmp_path / "wrong").exists()
+
+
+def test_a_command_is_measured():
+    measure = load("measure")
+    program = "import time; block = bytearray(10**8); print(len(block)); time.sleep(0.4)"
+    found = measure.run([sys.executable, "-c", program])
+    assert found.stdout == "100000000\n"
+    assert 0.4 < found.seconds < 30
+    assert 10**8 < found.peak_anonymous <= found.peak_rss < 2 * 10**8
+    with pytest.raises(subprocess.CalledProcessError):
+        measure.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_conditions_name_machine_and_versions():
+    conditions = load("measure").conditions()
+    assert conditions["machine"]["cores"] >= 1
+    assert conditions["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_weight_only_and_lossless_compare_with_plain_copies(small, tmp_path):
+    given = ("--release", small, "--work", tmp_path, "--repeat", 1)
+    source_bytes = sum(path.stat().st_size for path in small.rglob("*") if path.is_file())
+    absmax, mse = run_program("weight_only", *given)
+    assert (absmax["rules"], mse["rules"]) == ("int4-absmax", "int4-mse")
+    for found in (absmax, mse):
+        assert found["output_bytes"] < found["source_bytes"] == source_bytes
+        assert found["ratio_to_dd"] == found["seconds"] / found["dd_seconds"]
+        assert set(found["busy_share"]) >= {"writing"}
+    (lossless,) = run_program("lossless", *given)
+    assert lossless["share"] == lossless["cp_sync_seconds"] / lossless["seconds"]
+    assert lossless["output_bytes"] > lossless["source_bytes"] * 0.99
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_streamed_eval_reads_each_model_once(small, tmp_path):
+    (found,) = run_program("streamed_eval", "--release", small, "--work", tmp_path, "--tokens", 512)
+    assert found["tokens"] == 512
+    assert found["mean_kld"] > found["noise_kld"] >= 0
+    assert found["peak_rss"] > found["peak_anonymous"] > 10**8
+    assert list(tmp_path.iterdir()) == []

@@ -68,7 +68,7 @@ def naive_gptq(
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_integers_are_those_of_the_paper(W, X, scheme, act_order, block, slab, monkeypatch):
-    monkeypatch.setattr(gptq, "_SLAB", slab)
+    monkeypatch.setattr(gptq, "SLAB_ROWS", slab)
     quantized = round_gptq(W, factorize(squares(X, block), 0.01, act_order), scheme, "absmax")
     quantized = quantized.quantized
     shift = 0.01 * X.square().sum().item() / COLUMNS

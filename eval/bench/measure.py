@@ -1,4 +1,4 @@
-"""Measuring a command from outside: time, memory, bytes from and to the disk, and on what machine."""
+"""Measuring a command from outside: seconds, memory, disk traffic, and on what machine."""
 
 import os
 import platform
@@ -12,13 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 GROKQUANT = [sys.executable, "-m", "grokquant"]
-SAMPLE_SECONDS = 0.05
+SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`peak_rss` counts pages of mapped files too, `peak_anonymous` (sampled) does not.
+    """`peak_rss` counts pages of mapped files too, `peak_anonymous` does not.
 
+    Both are sampled: wait4's figure would count what the measuring program held when it forked.
     `disk_read` are bytes that came from the disk and not from the page cache.
     """
 
@@ -35,26 +36,27 @@ def run(command: list[str]) -> Measured:
     with TemporaryFile("w+") as stdout:
         start = time.perf_counter()
         child = subprocess.Popen(command, stdout=stdout)
-        anonymous = _watch(child.pid)
+        peak_rss, peak_anonymous = _watch(child.pid)
         seconds = time.perf_counter() - start
         counters = _numbers(child.pid, "io")  # of a process that has ended but is still there
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
+        child.wait()
         stdout.seek(0)
         text = stdout.read()
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command, text)
     read, written = counters["read_bytes"], counters["write_bytes"]
-    return Measured(seconds, usage.ru_maxrss * 1024, anonymous, read, written, text)
+    return Measured(seconds, peak_rss, peak_anonymous, read, written, text)
 
 
-def _watch(pid: int) -> int:
-    """Waits for the end of a process without reaping it; its peak anonymous memory in bytes."""
-    peak = 0
+def _watch(pid: int) -> tuple[int, int]:
+    """Waits for the end of a process without reaping it; its peak memory, all and anonymous."""
+    peak = anonymous = 0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        peak = max(peak, _numbers(pid, "status").get("RssAnon", 0) * 1024)
+        status = _numbers(pid, "status")  # in KiB
+        peak = max(peak, status.get("VmHWM", 0) * 1024)
+        anonymous = max(anonymous, status.get("RssAnon", 0) * 1024)
         time.sleep(SAMPLE_SECONDS)
-    return peak
+    return peak, anonymous
 
 
 def _numbers(pid: int, name: str) -> dict[str, int]:

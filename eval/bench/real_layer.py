@@ -1,4 +1,4 @@
-"""One layer of Grok-1's true shapes, the recipes to quantize it by, and the command that does it."""
+"""A layer of Grok-1's true shapes, recipes to quantize it by, and the command that does it."""
 
 import json
 from pathlib import Path

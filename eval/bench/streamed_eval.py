@@ -1,6 +1,6 @@
 """Evaluating a layer of Grok-1's true shapes against its source, streamed from a cold disk.
 
-    python eval/bench/streamed_eval.py [--release DIR] [--quantized DIR] [--work DIR] [--tokens 4096]
+    python eval/bench/streamed_eval.py [--release DIR [--quantized DIR]] [--work DIR] [--tokens N]
 
 Prints a JSON line: wall seconds, peak memory, and the bytes read from disk over those of both
 checkpoints (1 means that each was read once). Makes what is not given, in WORK.
@@ -52,7 +52,9 @@ def main() -> None:
         if quantized is None:
             quantized = Path(work, "int4")
             measure.run(quantize_command("int4-absmax", release, quantized))
-        print(json.dumps(measure_evaluation(release, quantized, given.tokens, Path(work, "report"))))
+        print(
+            json.dumps(measure_evaluation(release, quantized, given.tokens, Path(work, "report")))
+        )
 
 
 if __name__ == "__main__":

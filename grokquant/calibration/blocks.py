@@ -9,7 +9,7 @@ once for all tokens, and a block needs no more memory than its attention and one
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
 
 STREAMED = "grokquant-streamed"
+# Of calibration: hidden states and weights; Hessians are float32.
+CALIBRATION_DTYPE = torch.float32
 TOKENS_AT_ONCE = 2048
 
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
@@ -34,18 +36,30 @@ MakeExpert = Callable[[int, Tensor, Tensor], Expert]
 
 @dataclass
 class Exchange:
-    """What passes between the experts of a running block and `mix`."""
+    """What passes between the experts of a running block and `mix`, of `tokens` tokens in all.
 
-    recorded: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    The first pass records into `recorded`, the second takes `outputs`; `position` counts tokens.
+    """
+
+    tokens: int
+    recorded: tuple[Tensor, ...] = ()
     outputs: Tensor | None = None
     position: int = 0
 
     def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        if self.outputs is None:
-            self.recorded.append((x.cpu(), experts.cpu(), gates.cpu()))
-            return torch.zeros_like(x)
-        self.position += len(x)
-        return self.outputs[self.position - len(x) : self.position].to(x)
+        part = slice(self.position, self.position + len(x))
+        self.position = part.stop % self.tokens
+        if self.outputs is not None:
+            return self.outputs[part].to(x)
+        given = (x, experts, gates)
+        if not self.recorded:
+            shapes = [(self.tokens, *t.shape[1:]) for t in given]
+            self.recorded = tuple(
+                t.new_empty(s, device=CPU) for t, s in zip(given, shapes, strict=True)
+            )
+        for whole, rows in zip(self.recorded, given, strict=True):
+            whole[part] = rows
+        return torch.zeros_like(x)
 
 
 def _streamed_experts(self: Any, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -73,6 +87,7 @@ class BlockwiseModel:
     """A checkpoint that runs block by block. `dtype` is that of all arithmetic.
 
     Hidden states are [rows, time, hidden], in main memory; all rows have the same length.
+    Embedding and head, where equal, are shared with `twin`, a model of the same family.
     """
 
     def __init__(
@@ -80,6 +95,7 @@ class BlockwiseModel:
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
+        twin: "BlockwiseModel | None" = None,
     ) -> None:
         self.source, self.family = checkpoint.source, checkpoint.family
         self.dtype, self.device = dtype, device
@@ -89,8 +105,11 @@ class BlockwiseModel:
         self.layers = self.family.layers(self.model)
         self.taps = [Tap() for _ in self.layers]
         self.model.base_model.layers = nn.ModuleList(self.taps)
+        others = dict(twin.model.named_parameters()) if twin else {}
         for name, _ in list(self.model.named_parameters()):
             self._fill(self.model, name, name)
+            if name in others and torch.equal(self.model.get_parameter(name), others[name]):
+                set_parameter(self.model, name, others[name])
         self.model.tie_weights()
 
     @torch.no_grad()
@@ -121,24 +140,25 @@ class BlockwiseModel:
     @torch.no_grad()
     def run_layer(self, index: int, hidden: Tensor, mix: Mix) -> Tensor:
         """Hidden states after layer `index`, whose experts are computed by `mix`."""
-        exchange = self._exchange(index)
-        self._run_rows(index, hidden)
-        columns = [torch.cat(column) for column in zip(*exchange.recorded, strict=True)]
-        exchange.recorded.clear()
-        exchange.outputs = mix(*columns)
-        del columns
-        return self._run_rows(index, hidden)
+        exchange = self._exchange(index, hidden)
+        for _ in self._run_rows(index, hidden):
+            pass
+        recorded, exchange.recorded = exchange.recorded, ()
+        exchange.outputs = mix(*recorded)
+        del recorded
+        return torch.cat(list(self._run_rows(index, hidden)))
 
     @torch.no_grad()
     def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:
         """What the matrix `tensor` (its checkpoint name) of layer `index` reads: [tokens, in]."""
-        self._exchange(index)
+        self._exchange(index, hidden)
         inputs: list[Tensor] = []
         linear, _ = parameter_parent(self.layers[index], self._name_in_layer(index, tensor))
         hook = linear.register_forward_pre_hook(
             lambda _, args: inputs.append(args[0].flatten(0, -2).cpu())
         )
-        self._run_rows(index, hidden)
+        for _ in self._run_rows(index, hidden):
+            pass
         hook.remove()
         return torch.cat(inputs)
 
@@ -204,16 +224,16 @@ class BlockwiseModel:
     def _name_in_layer(self, index: int, tensor: str) -> str:
         return tensor.removeprefix(self.family.layer_prefix.format(layer=index))
 
-    def _exchange(self, index: int) -> Exchange:
-        exchange = Exchange()
+    def _exchange(self, index: int, hidden: Tensor) -> Exchange:
+        exchange = Exchange(hidden.shape[0] * hidden.shape[1])
         self.family.experts_of(self.layers[index]).exchange = exchange
         return exchange
 
-    def _run_rows(self, index: int, hidden: Tensor) -> Tensor:
+    def _run_rows(self, index: int, hidden: Tensor) -> Iterator[Tensor]:
+        """Outputs of the layer for all rows, some rows at a time."""
         args, kwargs = self.taps[index].arguments
-        layer, at_once = self.layers[index], _rows_at_once(hidden)
-        outputs = (layer(rows.to(self.device), *args, **kwargs) for rows in hidden.split(at_once))
-        return torch.cat([output.to(hidden.device) for output in outputs])
+        for rows in hidden.split(_rows_at_once(hidden)):
+            yield self.layers[index](rows.to(self.device), *args, **kwargs).to(hidden.device)
 
     def _fill(self, module: nn.Module, name: str, tensor: str) -> None:
         self._set(module, name, self.source.tensors[tensor].read())

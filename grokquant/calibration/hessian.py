@@ -1,33 +1,110 @@
 """The statistics of a site: how its inputs weigh the errors of the matrices that read them."""
 
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from grokquant.calibration import gram_kernels
+
+# Tokens multiplied at once: bounds the float32 or packed copy of the inputs.
+_TOKENS = 2048
+# Columns of the result made by one product; what such a panel has below the diagonal is waste.
+_PANEL = 512
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """H = sum of x x^T over `tokens` inputs, float32 [in, in]."""
+    """H = sum of x x^T over `tokens` inputs: the float32 squares along its diagonal.
 
-    H: Tensor
+    A full H is one square; of a block-diagonal one the rest counts as zero.
+    """
+
+    blocks: list[Tensor]
     tokens: int
 
+    @property
+    def H(self) -> Tensor:
+        """A full Hessian's only square."""
+        (H,) = self.blocks
+        return H
 
-def accumulate(parts: Iterable[Tensor], features: int) -> Hessian:
-    """The Hessian of inputs that come in parts [tokens, features]."""
-    H, tokens = torch.zeros(features, features), 0
+
+def accumulate(parts: Iterable[Tensor], features: int, block: int | None = None) -> Hessian:
+    """The Hessian of inputs that come in parts [tokens, features] of any number of tokens.
+
+    Products of bfloat16 inputs are exact and added up in float32; half of the symmetric result is
+    computed. `block` is the number of columns in a diagonal block, None makes a full Hessian. The
+    same parts give the same bits.
+    """
+    blocks: list[Tensor] = []
+    tokens = 0
     for part in parts:
-        H.addmm_(part.float().T, part.float())
+        blocks = blocks or _zeros(features, block, part.device)
         tokens += len(part)
-    return Hessian(H, tokens)
+        for X in part.split(_TOKENS):
+            columns = X.split([len(H) for H in blocks], dim=1)
+            for H, X_block in zip(blocks, columns, strict=True):
+                _add_products(X_block, H)
+    blocks = blocks or _zeros(features, block, torch.device("cpu"))
+    for H in blocks:
+        _mirror(H)
+    return Hessian(blocks, tokens)
 
 
 def blend(routed: Hessian, everyone: Hessian, prior_tokens: float) -> Hessian:
     """An expert's Hessian with that of all tokens as a prior worth `prior_tokens` tokens.
 
-    The prior vanishes where the expert has data and takes over where it has hardly any.
+    The prior vanishes where the expert has data and takes over where it has hardly any. The blocks
+    of `routed` are changed in place and become those of the result.
     """
-    H = routed.H + everyone.H * (prior_tokens / max(everyone.tokens, 1))
-    return Hessian(H, routed.tokens)
+    for H, prior in zip(routed.blocks, everyone.blocks, strict=True):
+        H.add_(prior, alpha=prior_tokens / max(everyone.tokens, 1))
+    return routed
+
+
+def _zeros(features: int, block: int | None, device: torch.device) -> list[Tensor]:
+    sizes = [len(part) for part in torch.arange(features).split(block or features)]
+    return [torch.zeros(size, size, device=device) for size in sizes]
+
+
+def _add_products(X: Tensor, H: Tensor) -> None:
+    """Adds X^T X to the upper triangle of H; what lies below means nothing until it is mirrored."""
+    on_cpu, exact = X.device.type == "cpu", X.dtype == torch.bfloat16
+    if on_cpu and exact and gram_kernels.available():
+        return _add_bfloat16_products(X, H)
+    if on_cpu or not exact:
+        X, exact = X.float(), False
+    for start in range(0, len(H), _PANEL):
+        stop = min(start + _PANEL, len(H))
+        panel, left, right = H[:stop, start:stop], X[:, :stop].T, X[:, start:stop]
+        if exact:
+            panel += torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            panel.addmm_(left, right)
+
+
+def _add_bfloat16_products(X: Tensor, H: Tensor) -> None:
+    panels = -(-len(H) // gram_kernels.WIDTH)
+    packed = np.empty((panels, -(-len(X) // 2), gram_kernels.WIDTH), np.uint32)
+    gram_kernels.pack(X.view(torch.uint16).numpy(), packed)
+    threads = torch.get_num_threads()
+
+    def add(first: int) -> None:
+        gram_kernels.add_products(packed, H.numpy(), first, threads)
+
+    with ThreadPoolExecutor(threads) as pool:
+        # Each panel of columns is one thread's, so that their number does not change the sums.
+        list(pool.map(add, range(threads)))
+
+
+def _mirror(H: Tensor) -> None:
+    """Copies the upper triangle of H to the lower one."""
+    for start in range(0, len(H), _PANEL):
+        stop = min(start + _PANEL, len(H))
+        H[start:stop, :start] = H[:start, start:stop].T
+        corner = H[start:stop, start:stop].triu_()
+        corner.add_(corner.triu(1).T)

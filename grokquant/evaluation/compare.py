@@ -14,8 +14,8 @@ from grokquant.evaluation.statistics import TokenFigures, compare_logits
 
 # Windows of the reference that run a second time in another batch order: the noise floor.
 _REPEATED = 4
-# Positions whose logits of both models are held at once, in float64.
-_POSITIONS_AT_ONCE = 512
+# Positions whose logits of both models are held at once, and how many of them in float64.
+_POSITIONS_AT_ONCE, _POSITIONS_COMPARED = 512, 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def compare_checkpoints(
 
     Every token but the first of each window is scored. Arithmetic is float32.
     """
-    model, base = (BlockwiseModel(c, device=device) for c in (quantized, reference))
+    base = BlockwiseModel(reference, device=device)
+    model = BlockwiseModel(quantized, device=device, twin=base)
     repeated = rows[:_REPEATED].flip(0)
     hidden = model.embed(rows)
     hidden_base = base.embed(torch.cat((rows, repeated)))
@@ -128,5 +129,6 @@ def _score(
             logits, logits_base = (
                 m.logits(h[None, positions])[0] for m, h in ((model, own), (base, theirs))
             )
-            parts.append(compare_logits(logits, logits_base, targets))
+            pieces = (t.split(_POSITIONS_COMPARED) for t in (logits, logits_base, targets))
+            parts += [compare_logits(*piece) for piece in zip(*pieces, strict=True)]
     return TokenFigures.cat(parts)

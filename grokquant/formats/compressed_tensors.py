@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.words import pack_words, unpack_words
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Source, TensorRef, Unit
 
 NAME = "compressed-tensors"
@@ -52,16 +52,33 @@ def packed_layout(
 
 def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
     """The named tensors that stand for `tensor` in a checkpoint."""
-    stem, bits = _stem(tensor), quantized.scheme.bits
-    packed = {
-        f"{stem}.weight_packed": _pack_words(quantized.codes, bits),
-        f"{stem}.weight_scale": quantized.scales.contiguous(),
-        f"{stem}.weight_shape": torch.tensor(quantized.codes.shape, dtype=torch.int64),
+    rows, columns = quantized.codes.shape
+    layout = packed_layout(tensor, (rows, columns), quantized.scheme)
+    device = quantized.codes.device
+    parts = {
+        name: torch.empty(s, dtype=dtype, device=device) for name, (dtype, s) in layout.items()
     }
+    pack_into(parts, tensor, slice(0, rows), quantized)
+    return parts
+
+
+def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
+    """Writes some rows of a matrix to where `packed_layout` puts them in the whole one's parts.
+
+    Begins and, but for the last rows, ends at a multiple of 8. Tiles may be written concurrently.
+    """
+    stem, bits = _stem(tensor), quantized.scheme.bits
+    words = parts[f"{stem}.weight_packed"]
+    shape = torch.tensor([len(words), quantized.codes.shape[1]])
+    parts[f"{stem}.weight_shape"].copy_(shape)
+    parts[f"{stem}.weight_scale"][rows] = quantized.scales.to(words.device)
+    pack_words(quantized.codes, bits, words[rows])
     if quantized.zero_points is not None:
-        words = _pack_words(quantized.zero_points.T.contiguous(), bits)
-        packed[f"{stem}.weight_zero_point"] = words.T.contiguous()
-    return packed
+        per_word, (count, groups) = 32 // bits, quantized.zero_points.shape
+        packed = words.new_empty(groups, count // per_word)
+        pack_words(quantized.zero_points.T, bits, packed)
+        first = rows.start // per_word
+        parts[f"{stem}.weight_zero_point"][first : first + count // per_word] = packed.T
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -69,11 +86,11 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
     stem = _stem(tensor)
     rows, columns = packed[f"{stem}.weight_shape"].tolist()
     scales = packed[f"{stem}.weight_scale"]
-    codes = _unpack_words(packed[f"{stem}.weight_packed"], scheme.bits)[:, :columns].contiguous()
+    codes = unpack_words(packed[f"{stem}.weight_packed"], scheme.bits)[:, :columns].contiguous()
     zero_points = None
     if not scheme.symmetric:
         words = packed[f"{stem}.weight_zero_point"].T.contiguous()
-        zero_points = _unpack_words(words, scheme.bits)[:, :rows].T.contiguous()
+        zero_points = unpack_words(words, scheme.bits)[:, :rows].T.contiguous()
     return QTensor(codes, scales, scheme, zero_points)
 
 
@@ -165,24 +182,6 @@ def _check_layout(
 
 def _stem(tensor: str) -> str:
     return tensor.removesuffix(".weight")
-
-
-def _pack_words(codes: Tensor, bits: int) -> Tensor:
-    """int8 [rows, n] to int32 [rows, ceil(n * bits / 32)]."""
-    unsigned = codes.view(torch.uint8) + (1 << (bits - 1))  # wraps modulo 256
-    unsigned = unsigned & ((1 << bits) - 1)
-    unsigned = F.pad(unsigned, (0, -codes.shape[1] % (32 // bits)))
-    if bits == 4:
-        unsigned = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.flatten().view(torch.int32).view(len(codes), -1)
-
-
-def _unpack_words(words: Tensor, bits: int) -> Tensor:
-    """int32 [rows, words] to int8 codes [rows, words * 32 / bits]."""
-    unsigned = words.flatten().view(torch.uint8)
-    if bits == 4:
-        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1)
-    return (unsigned - (1 << (bits - 1))).view(torch.int8).view(len(words), -1)
 
 
 def _weight_arguments(scheme: Scheme) -> dict:

@@ -21,7 +21,7 @@ from grokquant.types import QTensor, Scheme
 # Columns rounded one by one; the feedback between any more is a matrix product.
 _LEAF = 64
 # Rows rounded at once: bounds the working memory, and the products stay large.
-_SLAB = 4096
+SLAB_ROWS = 4096
 # Sign combinations of rows that stand for all rows in ||W X||.
 _PROBES = 256
 # Damping is raised this often, tenfold each time, before a Hessian counts as unusable.
@@ -113,8 +113,8 @@ def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = 
     quantized = QTensor(codes, scales, scheme, zero_points)
     lost = 0.0
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for start in range(0, len(W), _SLAB):
-            rows = slice(start, start + _SLAB)
+        for start in range(0, len(W), SLAB_ROWS):
+            rows = slice(start, start + SLAB_ROWS)
             for factor in feedback.factors:
                 slab = _Slab(W, quantized, rows, factor)
                 lost += slab.round(threads if W.device.type == "cpu" else None)
@@ -145,8 +145,8 @@ def _output_energy(W: Tensor, feedback: Feedback) -> float:
     energy = 0.0
     for factor in feedback.factors:
         F, Y = factor.F, probes[:, factor.columns]  # (probes, block)
-        for start in range(0, len(F), _SLAB):
-            part = slice(start, start + _SLAB)
+        for start in range(0, len(F), SLAB_ROWS):
+            part = slice(start, start + SLAB_ROWS)
             YF = Y[:, part] + Y[:, part] @ F[part, part].triu(1)
             YF.addmm_(Y[:, :start], F[:start, part])
             energy += (YF.square_() @ factor.D[part]).sum(dtype=torch.float64).item()
@@ -160,7 +160,7 @@ def _probes(W: Tensor) -> Tensor:
         return W.float()
     generator = torch.Generator(W.device).manual_seed(0)
     probes = torch.zeros(_PROBES, W.shape[1], device=W.device)
-    for rows in W.split(_SLAB):
+    for rows in W.split(SLAB_ROWS):
         shape = (_PROBES, len(rows))
         signs = torch.randint(0, 2, shape, generator=generator, device=W.device).mul_(2).sub_(1)
         probes.addmm_(signs.float(), rows.float(), alpha=_PROBES**-0.5)

@@ -2,13 +2,19 @@
 
 from torch import Tensor
 
-from grokquant.methods.scales import ScaleRule, find_scales, quantize_nearest
+from grokquant.methods import kernels
+from grokquant.methods.scales import ScaleRule, quantize_nearest, search_scales
 from grokquant.types import QTensor, Scheme
 
 
-def quantize_rtn(
-    W: Tensor, scheme: Scheme, rule: ScaleRule = "mse", importance: Tensor | None = None
-) -> QTensor:
+def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
     """Rounds W [out, in] to the nearest codes of the scales that `rule` finds."""
-    scales, zero_points = find_scales(W, scheme, rule, importance)
-    return quantize_nearest(W, scales, zero_points, scheme)
+    if kernels.can_round(W, scheme):
+        return kernels.quantize(W, scheme, rule == "mse")
+    return quantize_with_torch(W, scheme, rule)
+
+
+def quantize_with_torch(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
+    """`quantize_rtn` on any device and for any group size; the kernels' reference."""
+    dense = W.dequantize() if isinstance(W, QTensor) else W
+    return quantize_nearest(dense, *search_scales(dense, scheme, rule), scheme)

@@ -1,8 +1,9 @@
 """How the scale and zero point of a group are found, and rounding onto the grid they span.
 
-`kernels` does the same on CPUs, much faster; what is here runs on any device and says what is meant.
+`kernels` does the same on CPUs, much faster; what is here is the reference, for any device.
 """
 
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -81,7 +82,7 @@ def _find_in_rows(
     candidates = _candidates(groups, scheme, rule)
     if len(candidates) == 1:
         return candidates[0]
-    best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
+    best_error = torch.full(groups.shape[:2], torch.inf, dtype=torch.float64, device=groups.device)
     best_scale, best_zero = candidates[0]
     for scale, zero_point in candidates:
         error = _squared_error(groups, importance, scale, zero_point, scheme)  # (rows, groups)
@@ -149,5 +150,8 @@ def _sum_columns(terms: Tensor) -> Tensor:
         return terms.sum(-1, dtype=torch.float64)
     total = torch.zeros(terms.shape[:2], dtype=torch.float64, device=terms.device)
     for block in terms.split(kernels.BLOCK, dim=-1):
-        while block.shape[-1] ...
+        sums = block.unflatten(-1, (-1, kernels.STEP))
+        while sums.shape[-1] > 1:
+            sums = sums[..., ::2] + sums[..., 1::2]
+        total += reduce(torch.add, sums.squeeze(-1).unbind(-1))
     return total

@@ -38,7 +38,11 @@ _METHOD_KEYS: dict[str, dict[str, Any]] = {
         "scale": "mse",
     },
 }
-_METHOD_KEYS["gptq"] = _METHOD_KEYS["rtn"] | {"act_order": True, "damping": 0.01}
+_METHOD_KEYS["gptq"] = _METHOD_KEYS["rtn"] | {
+    "act_order": True,
+    "damping": 0.01,
+    "hessian_block": None,
+}
 
 
 def check_data(data: str) -> str:
@@ -118,6 +122,9 @@ class Rule(Section):
     dots included, `?` for one character, `[0-3]` for one of a set.
     `keep` leaves units in bfloat16, `copy` takes the source's int8 as it is, `rtn` rounds to
     nearest, `gptq` rounds with error feedback. Keys that a method does not take must be unset.
+
+    `hessian_block` lets feedback of gptq reach only inside blocks of so many input features (unset:
+    all of them), which takes so much less memory and time.
     """
 
     match: Annotated[str, Field(min_length=1, max_length=200)]
@@ -129,6 +136,7 @@ class Rule(Section):
     scale: Literal["absmax", "mse"] = "mse"
     act_order: bool = True
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    hessian_block: Annotated[int, Field(ge=32)] | None = None
 
     def matches(self, unit_name: str) -> bool:
         return fnmatchcase(unit_name, self.match)

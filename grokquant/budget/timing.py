@@ -1,0 +1,171 @@
+"""The time of a run: that of the real code on small pieces of this model, on this machine."""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from time import perf_counter
+
+import torch
+import torch.nn.functional as F
+
+from grokquant import durable
+from grokquant.calibration.blocks import CALIBRATION_DTYPE
+from grokquant.calibration.hessian import accumulate
+from grokquant.formats import FORMATS
+from grokquant.layer import is_starved
+from grokquant.methods.gptq import factorize, round_gptq
+from grokquant.plan import Plan
+from grokquant.rounding import round_without_data
+from grokquant.types import QTensor, TensorRef, Unit
+
+_PIECE = 2048  # rows, columns or tokens of a probe at most
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 24  # places where the source is read
+_WRITTEN_BYTES = 1 << 28
+
+
+def expected_seconds(plan: Plan) -> float:
+    """From the first tensor to the last file."""
+    written = plan.output_bytes / _write_rate(plan)
+    read = plan.checkpoint.stored_bytes / _read_rate(plan.checkpoint.source.weight_files)
+    if not plan.needs_calibration:
+        return max(read, written, _rounding(plan))
+    return max(read + _calibrating(plan), written)
+
+
+def _rounding(plan: Plan) -> float:
+    """Seconds of rounding without data: a piece of one unit of each kind, scaled to all of them."""
+    kinds: dict[tuple, Unit] = {}
+    weights: Counter[tuple] = Counter()
+    for unit in plan.units.values():
+        stored = plan.checkpoint.source.tensors[unit.tensor].scheme
+        kind = (unit.method, unit.scheme, plan.rule_of(unit.name).scale, stored)
+        kinds.setdefault(kind, unit)
+        weights[kind] += prod(unit.shape)
+    return sum(_rounding_of(plan, unit) * weights[kind] for kind, unit in kinds.items())
+
+
+def _rounding_of(plan: Plan, unit: Unit) -> float:
+    """Seconds per weight of a unit that needs no data."""
+    rows, columns = min(unit.shape[0], _PIECE), unit.shape[1]
+    stored = _piece(plan.checkpoint.source.tensors[unit.tensor], rows, columns)
+    packing, rule = FORMATS[plan.recipe.output.format], plan.rule_of(unit.name)
+    return _time(lambda: round_without_data(unit, rule, stored, packing)) / (rows * columns)
+
+
+def _piece(ref: TensorRef, rows: int, columns: int) -> torch.Tensor | QTensor:
+    """Random weights [rows, columns], stored as those of `ref`."""
+    generator = torch.Generator().manual_seed(0)
+    if ref.scheme is None:
+        return torch.randn(rows, columns, generator=generator).to(ref.dtype)
+    codes = torch.randint(-127, 128, (columns, rows), generator=generator, dtype=torch.int8)
+    scales = torch.full((ref.scheme.groups(columns), rows), 0.001, dtype=torch.bfloat16)
+    return QTensor(codes.T, scales.T, ref.scheme)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """What this machine does in a second: multiply-adds of the model's products, of Hessians and of
+    their factorisation; weights of rounding where a matrix has `columns` columns."""
+
+    products: float
+    hessians: float
+    factors: float
+    weights: float
+    columns: int
+
+
+def _calibrating(plan: Plan) -> float:
+    """Seconds of forward passes, Hessians and rounding, with tokens spread evenly over experts."""
+    settings, config = plan.recipe.calibration, plan.checkpoint.config
+    length = min(settings.length, config.max_position_embeddings)
+    tokens = settings.samples * length
+    routed = tokens * config.num_experts_per_tok // config.num_local_experts
+    rates = _probe(plan, min(routed, _PIECE))
+    seconds = 0.0
+    for name, ref in plan.checkpoint.units():
+        unit, weights = plan.units.get(name), prod(ref.shape)
+        expert = ".experts." in name
+        gptq = unit is not None and unit.method == "gptq"
+        # Attention runs twice and once more for each Hessian; gate and up also for that of down.
+        passes = 1 if name.endswith(".down") else 2 + (gptq and not expert)
+        seconds += passes * weights * (routed if expert else tokens) / rates.products
+        if unit and gptq:
+            seconds += _gptq(plan, unit, routed if expert else tokens, tokens, rates)
+        elif unit:
+            seconds += weights / rates.weights
+    return seconds
+
+
+def _gptq(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> float:
+    """Seconds of one matrix that sees `seen` of all `tokens`. gate and up share a Hessian."""
+    rows, columns = unit.shape
+    block = min(plan.rule_of(unit.name).hessian_block or columns, columns)
+    rounding = rows * columns / rates.weights
+    rounding += rows * columns * max(block - rates.columns, 0) / 2 / rates.hessians
+    if unit.name.endswith(".up"):
+        return rounding
+    own = seen * columns * block / rates.hessians + columns * block**2 / 6 / rates.factors
+    if not is_starved(plan.recipe.experts, seen, columns):
+        return own + rounding
+    everyone = tokens * columns * block / rates.hessians
+    if unit.name.endswith(".down"):
+        everyone += 2 * tokens * rows * columns / rates.products
+    elif not unit.name.endswith("experts.0.gate"):
+        everyone = 0.0  # made once for all experts
+    return own + everyone + rounding
+
+
+def _probe(plan: Plan, tokens: int) -> _Rates:
+    """The functions that a run calls, on `tokens` inputs of a piece of a matrix."""
+    unit = next(unit for unit in plan.units.values() if unit.method == "gptq")
+    rule, rows, columns = plan.rule_of(unit.name), *(min(n, _PIECE) for n in unit.shape)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(tokens, columns, generator=generator).to(CALIBRATION_DTYPE)
+    W = torch.randn(rows, columns, generator=generator).to(CALIBRATION_DTYPE)
+    H = accumulate([X], columns).H
+    H.diagonal().add_(1.0)
+    feedback = factorize(H, rule.damping, rule.act_order)
+    return _Rates(
+        products=tokens * rows * columns / _time(lambda: F.linear(X, W)),
+        hessians=tokens * columns**2 / _time(lambda: accumulate([X], columns)),
+        factors=columns**3 / 6 / _time(lambda: factorize(H, rule.damping, rule.act_order)),
+        weights=rows * columns / _time(lambda: round_gptq(W, feedback, unit.scheme, rule.scale)),
+        columns=columns,
+    )
+
+
+def _read_rate(files: tuple[Path, ...]) -> float:
+    """Bytes per second of reading at places all over the source."""
+    largest = sorted(files, key=lambda path: path.stat().st_size)[-_SAMPLES:]
+    read, start = 0, perf_counter()
+    for number, path in enumerate(largest):
+        with path.open("rb", buffering=0) as file:
+            file.seek(path.stat().st_size * number // (2 * len(largest)))
+            read += len(file.read(_SAMPLE_BYTES))
+    return read / (perf_counter() - start)
+
+
+def _write_rate(plan: Plan) -> float:
+    """Bytes per second of writing, hashing and syncing where the output will be."""
+    place = durable.nearest_directory(Path(plan.recipe.output.path).absolute().parent)
+    data = os.urandom(1 << 20)
+    with durable.temporary(place / "grokquant-probe") as probe:
+        start = perf_counter()
+        with probe.open("wb", buffering=0) as file:
+            while file.tell() < min(_WRITTEN_BYTES, plan.output_bytes):
+                file.write(data)
+            written = file.tell()
+        durable.sha256(probe)
+        durable.sync(probe)
+        return written / (perf_counter() - start)
+
+
+def _time(action: Callable[[], object]) -> float:
+    """Seconds of the second call; the first one compiles and warms up."""
+    action()
+    start = perf_counter()
+    action()
+    return perf_counter() - start

@@ -1,0 +1,379 @@
+"""Compiled `rtn` for CPUs: reads, rounds and measures a tile of rows in one pass over its memory.
+
+`scales` and `rtn` say the same in torch operations, and the integers are theirs bit for bit. Rows
+lie side by side (they are contiguous in Grok-1's files), so that 64 of them fill vector registers.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numba import njit
+from numba.extending import overload
+from torch import Tensor
+
+from grokquant.types import SCALE_DTYPES, QTensor, Scheme
+
+# Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
+SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
+TILE_ROWS = 128  # small enough for the cache, large enough for the interpreter not to be felt
+LANES = 64  # rows done at once
+BLOCK = 128  # columns in the scratch memory: 32 KB of float32
+STEP = 8  # columns whose squared errors are added up first, as a tree
+
+_T = TypeVar("_T")
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+_f32, _u32 = np.float32, np.uint32
+_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
+    """Whether `round_tile` is made for rounding W, or tiles of it, to `scheme`."""
+    matrix = W.codes if isinstance(W, QTensor) else W
+    group_size = scheme.group_size or matrix.shape[1]
+    known_dtype = SCALE_DTYPES[scheme.scale_dtype] in _DROPPED_BITS
+    return matrix.device.type == "cpu" and known_dtype and group_size % STEP == 0
+
+
+def round_tile(
+    tile: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
+) -> tuple[QTensor, np.ndarray]:
+    """Rounds [rows, in] to scales of the whole range, or to those that a search finds best.
+
+    Also returns float64 [3]: the sums of squares of the errors and of the weights, and the number
+    of rows that are zero throughout.
+    """
+    source = _rows(tile)
+    rows, columns = (tile.codes if isinstance(tile, QTensor) else tile).shape
+    codes, sums = np.empty((rows, columns), np.int8), np.zeros(3)
+    scales, zeros = np.empty((2, rows, scheme.groups(columns)), np.float32)
+    candidates = len(SHRINKS) * (2 if scheme.symmetric else 1) if search else 1
+    weights = np.ones(columns, np.float32) if importance is None else importance.float().numpy()
+    words = codes.view(np.uint32)
+    round_rows(source, SHRINKS, candidates, _grid(scheme), weights, words, scales, zeros, sums)
+    zero_points = None if scheme.symmetric else torch.from_numpy(zeros.astype(np.int8))
+    stored = torch.from_numpy(scales).to(SCALE_DTYPES[scheme.scale_dtype])
+    return QTensor(torch.from_numpy(codes), stored, scheme, zero_points), sums
+
+
+def quantize(
+    W: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
+) -> QTensor:
+    """All of W [out, in] as `round_tile` rounds it."""
+    shape = (W.codes if isinstance(W, QTensor) else W).shape
+
+    def work(rows: slice) -> QTensor:
+        tile = W.rows(rows) if isinstance(W, QTensor) else W[rows]
+        return round_tile(tile, scheme, search, importance)[0]
+
+    tiles = in_tiles(shape[0], work)
+    zero_points = [tile.zero_points for tile in tiles if tile.zero_points is not None]
+    return QTensor(
+        torch.cat([tile.codes for tile in tiles]),
+        torch.cat([tile.scales for tile in tiles]),
+        scheme,
+        torch.cat(zero_points) if zero_points else None,
+    )
+
+
+def in_tiles(rows: int, work: Callable[[slice], _T], tile_rows: int = TILE_ROWS) -> list[_T]:
+    """`work` for all tiles of so many rows, on as many threads as torch uses; in their order."""
+    tiles = [slice(start, min(start + tile_rows, rows)) for start in range(0, rows, tile_rows)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(work, tiles))
+
+
+def _rows(tile: Tensor | QTensor) -> "Rows":
+    if isinstance(tile, QTensor):
+        if tile.zero_points is None and tile.scales.dtype == torch.bfloat16:
+            codes = tile.codes.T if tile.codes.stride(0) == 1 else tile.codes.T.contiguous()
+            columns, rows = codes.shape
+            stride = codes.stride(0)
+            values = codes.as_strided(((columns - 1) * stride + rows,), (1,)).numpy()
+            group_size = columns // tile.scales.shape[1]
+            return Rows(values, stride, _float32(tile.scales.T), group_size)
+        tile = tile.dequantize()
+    return Rows(_float32(tile).reshape(-1), tile.shape[1], np.empty((0, 0), np.float32), 0)
+
+
+def _float32(values: Tensor) -> np.ndarray:
+    """In numpy, which unlike torch starts no threads of its own."""
+    if values.dtype != torch.bfloat16:
+        return np.ascontiguousarray(values.numpy(), np.float32)
+    bits = values.view(torch.int16).numpy().view(np.uint16)
+    return (bits.astype(np.uint32, order="C") << np.uint32(16)).view(np.float32)
+
+
+def _grid(scheme: Scheme) -> "Grid":
+    dtype = SCALE_DTYPES[scheme.scale_dtype]
+    dropped, tiny = _DROPPED_BITS[dtype], torch.finfo(dtype).tiny
+    return Grid(
+        qmin=np.float32(scheme.qmin),
+        qmax=np.float32(scheme.qmax),
+        symmetric=scheme.symmetric,
+        dropped=np.uint32(dropped),
+        limit=np.float32(65536.0 if dtype == torch.float16 else np.inf),
+        tiny=np.float32(tiny),
+        least=np.float32(tiny * (1 - 2.0 ** (dropped - 24))),
+    )
+
+
+class Rows(NamedTuple):
+    """Rows to round, all in one piece of memory with gaps of a fixed size.
+
+    Either float32 rows that begin `stride` apart, or int8 columns that do, with bfloat16 `scales`
+    [groups, rows] widened to float32, one for `group_size` columns.
+    """
+
+    values: np.ndarray
+    stride: int
+    scales: np.ndarray
+    group_size: int
+
+
+class Grid(NamedTuple):
+    """A scheme in numbers of one type each. Scales keep `32 - dropped` bits of a float32, become
+    infinite from `limit` on and 1 below `least`, which is what rounds to `tiny`."""
+
+    qmin: np.float32
+    qmax: np.float32
+    symmetric: bool
+    dropped: np.uint32
+    limit: np.float32
+    tiny: np.float32
+    least: np.float32
+
+
+@_compiled
+def _rounded(x, dropped):
+    """float32 without its lowest `dropped` bits, ties to even: 16 of them makes a bfloat16."""
+    bits, unit = _f32(x).view(_u32), _u32(_u32(1) << dropped)
+    odd = _u32(_u32(bits >> dropped) & _u32(1))
+    bits = _u32(_u32(bits + odd) + _u32(_u32(unit >> _u32(1)) - _u32(1)))
+    return _u32(bits & _u32(-unit)).view(_f32)
+
+
+@_compiled
+def _stored(x, grid):
+    """The scale as the file will hold it, 1 where that would be no normal number."""
+    size = abs(x)
+    value = _rounded(grid.tiny if size < grid.tiny else size, grid.dropped)
+    value = _f32(np.inf) if value >= grid.limit else value
+    value = -value if x < 0 else value
+    return _f32(1) if size < grid.least else value
+
+
+@_compiled
+def _candidates(low, high, shrinks, grid, scales, zeros):
+    """The scales and zero points [candidates, LANES] to try for groups that span low..high."""
+    for index in range(len(scales)):
+        shrink = shrinks[index % len(shrinks)]
+        scale, zero = scales[index], zeros[index]
+        for n in range(LANES):
+            if not grid.symmetric:
+                bottom, top = _f32(low[n] * shrink), _f32(high[n] * shrink)
+                scale[n] = _stored(_f32(_f32(top - bottom) / _f32(grid.qmax - grid.qmin)), grid)
+                offset = _f32(np.rint(_f32(grid.qmin - _f32(bottom / scale[n]))))
+                zero[n] = min(max(offset, grid.qmin), grid.qmax)
+            elif index < len(shrinks):
+                absmax = max(high[n], -low[n])
+                scale[n] = _stored(_f32(_f32(absmax * shrink) / grid.qmax), grid)
+                zero[n] = 0
+            else:  # the lowest code, one further out, goes to the side of the largest weight
+                peak = -high[n] if high[n] >= -low[n] else -low[n]
+                scale[n] = _stored(_f32(_f32(peak / -grid.qmin) * shrink), grid)
+                zero[n] = 0
+
+
+@_compiled
+def _load_stored(source, first, lanes, column, columns, W):
+    for k in range(columns):
+        at = (column + k) * source.stride + first
+        codes = source.values[at : at + lanes]
+        scales = source.scales[(column + k) // source.group_size, first : first + lanes]
+        for n in range(lanes):
+            W[k * LANES + n] = _rounded(_f32(_f32(codes[n]) * scales[n]), _u32(16))
+
+
+@_compiled
+def _load_dense(source, first, lanes, column, columns, W):
+    for n in range(lanes):
+        at = (first + n) * source.stride + column
+        row = source.values[at : at + columns]
+        for k in range(columns):
+            W[k * LANES + n] = row[k]
+
+
+def _load(source, first, lanes, column, columns, W):
+    """`lanes` rows from `first` on of a block of columns, to W [columns, LANES]."""
+
+
+@overload(_load)
+def _load_either(source, first, lanes, column, columns, W):
+    load = _load_stored if source[0].dtype.bitwidth == 8 else _load_dense
+    return lambda source, first, lanes, column, columns, W: load(
+        source, first, lanes, column, columns, W
+    )
+
+
+@_compiled
+def _widen(W, columns, low, high):
+    """Lets low..high of each lane span the weights of a block."""
+    for step in range(columns // STEP):
+        w = W[step * STEP * LANES : (step + 1) * STEP * LANES]
+        for n in range(LANES):
+            a, b, c, d = w[n], w[LANES + n], w[2 * LANES + n], w[3 * LANES + n]
+            e, f, g, h = w[4 * LANES + n], w[5 * LANES + n], w[6 * LANES + n], w[7 * LANES + n]
+            bottom = min(min(min(a, b), min(c, d)), min(min(e, f), min(g, h)))
+            top = max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
+            low[n], high[n] = min(low[n], bottom), max(high[n], top)
+
+
+@_compiled
+def _lost(w, level, n, weight):
+    """Squared error of w on the grid of lane n."""
+    code = np.rint(min(max(_f32(w * level[n]), level[2 * LANES + n]), level[3 * LANES + n]))
+    error = _f32(_f32(code * level[LANES + n]) - w)
+    return _f32(_f32(error * error) * weight)
+
+
+@_compiled
+def _set_level(scale, zero, grid, level):
+    """The grid of each lane: 1 / scale, scale, lowest and highest multiple of it, zero point."""
+    for n in range(LANES):
+        level[n] = _f32(1) / scale[n]
+        level[LANES + n] = scale[n]
+        level[2 * LANES + n] = grid.qmin - zero[n]
+        level[3 * LANES + n] = grid.qmax - zero[n]
+        level[4 * LANES + n] = zero[n]
+
+
+@_compiled
+def _add_errors(W, columns, importance, level, total, errors):
+    """Adds the weighted squared error of each lane on its grid to `errors`."""
+    total[:] = 0
+    for step in range(columns // STEP):
+        w = W[step * STEP * LANES : (step + 1) * STEP * LANES]
+        weight = importance[step * STEP : (step + 1) * STEP]
+        for n in range(LANES):
+            a = _lost(w[n], level, n, weight[0])
+            b = _lost(w[LANES + n], level, n, weight[1])
+            c = _lost(w[2 * LANES + n], level, n, weight[2])
+            d = _lost(w[3 * LANES + n], level, n, weight[3])
+            e = _lost(w[4 * LANES + n], level, n, weight[4])
+            f = _lost(w[5 * LANES + n], level, n, weight[5])
+            g = _lost(w[6 * LANES + n], level, n, weight[6])
+            h = _lost(w[7 * LANES + n], level, n, weight[7])
+            total[n] += ((a + b) + (c + d)) + ((e + f) + (g + h))
+    for n in range(LANES):
+        errors[n] += total[n]
+
+
+@_compiled
+def _multiple(w, level, n):
+    """code - zero point of w on the grid of lane n, nearest with ties to even."""
+    return np.rint(min(max(_f32(w / level[LANES + n]), level[2 * LANES + n]), level[3 * LANES + n]))
+
+
+@_compiled
+def _square_of_error(w, multiple, scale, grid):
+    value = _rounded(_f32(multiple * scale), grid.dropped)
+    error = _f32(w - value) if abs(value) < grid.limit else _f32(np.inf)
+    return _f32(error * error)
+
+
+@_compiled
+def _round_block(W, columns, level, grid, sums, words):
+    """Words [columns / 4, LANES] of four codes each; adds to the sums of squares of the lanes."""
+    for word in range(columns // 4):
+        w = W[word * 4 * LANES : (word + 1) * 4 * LANES]
+        for n in range(LANES):
+            w0, w1, w2, w3 = w[n], w[LANES + n], w[2 * LANES + n], w[3 * LANES + n]
+            m0, m1 = _multiple(w0, level, n), _multiple(w1, level, n)
+            m2, m3 = _multiple(w2, level, n), _multiple(w3, level, n)
+            scale, zero = level[LANES + n], level[4 * LANES + n]
+            e0, e1 = _square_of_error(w0, m0, scale, grid), _square_of_error(w1, m1, scale, grid)
+            e2, e3 = _square_of_error(w2, m2, scale, grid), _square_of_error(w3, m3, scale, grid)
+            sums[n] += (e0 + e1) + (e2 + e3)
+            sums[LANES + n] += (w0 * w0 + w1 * w1) + (w2 * w2 + w3 * w3)
+            a = _u32(_u32(np.int32(m0 + zero)) & _u32(255))
+            b = _u32(_u32(_u32(np.int32(m1 + zero)) & _u32(255)) << _u32(8))
+            c = _u32(_u32(_u32(np.int32(m2 + zero)) & _u32(255)) << _u32(16))
+            d = _u32(_u32(np.int32(m3 + zero)) << _u32(24))
+            words[word * LANES + n] = _u32(_u32(a | b) | _u32(c | d))
+
+
+@_compiled
+def _search(W, columns, importance, grid, scales, zeros, level, total, errors):
+    """Adds what a block loses on each of the candidates."""
+    for index in range(len(scales)):
+        _set_level(scales[index], zeros[index], grid, level)
+        _add_errors(W, columns, importance, level, total, errors[index])
+
+
+@_compiled
+def _keep_best(errors, least, scales, zeros):
+    """Puts the first of the candidates with the least error in the place of number 0."""
+    least[:] = np.inf
+    for index in range(len(errors)):
+        for n in range(LANES):
+            if errors[index, n] < least[n]:
+                least[n] = errors[index, n]
+                scales[0, n] = scales[index, n]
+                zeros[0, n] = zeros[index, n]
+
+
+@_compiled
+def round_rows(source, shrinks, candidates, grid, importance, words, scales, zeros, sums):
+    """Rounds all rows of `source`, group by group and 64 rows at once.
+
+    Fills `words` uint32 [rows, in / 4] with four int8 codes each, `scales` and `zeros` float32
+    [rows, groups]. Adds to `sums` float64 [3] the squares of the errors, those of the weights, and
+    the number of rows that are zero throughout.
+    """
+    rows, groups = scales.shape
+    size = len(importance) // groups
+    W, packed = np.zeros(BLOCK * LANES, _f32), np.empty(BLOCK // 4 * LANES, _u32)
+    low, high, peak = np.empty(LANES, _f32), np.empty(LANES, _f32), np.empty(LANES, _f32)
+    level, total, lost = np.empty(5 * LANES, _f32), np.empty(LANES, _f32), np.empty(2 * LANES, _f32)
+    tried, tried_zeros = np.empty((candidates, LANES), _f32), np.empty((candidates, LANES), _f32)
+    errors, least = np.empty((candidates, LANES), np.float64), np.empty(LANES, np.float64)
+    for first in range(0, rows, LANES):
+        lanes = min(LANES, rows - first)
+        peak[:] = 0
+        for group in range(groups):
+            start, stop = group * size, (group + 1) * size
+            low[:], high[:], errors[:] = 0, 0, 0
+            for column in range(start, stop, BLOCK):
+                columns = min(BLOCK, stop - column)
+                _load(source, first, lanes, column, columns, W)
+                _widen(W, columns, low, high)
+            _candidates(low, high, shrinks, grid, tried, tried_zeros)
+            if candidates > 1:
+                for column in range(start, stop, BLOCK):
+                    columns = min(BLOCK, stop - column)
+                    if size > BLOCK:  # else it is still there
+                        _load(source, first, lanes, column, columns, W)
+                    weights = importance[column:]
+                    _search(W, columns, weights, grid, tried, tried_zeros, level, total, errors)
+                _keep_best(errors, least, tried, tried_zeros)
+            _set_level(tried[0], tried_zeros[0], grid, level)
+            for column in range(start, stop, BLOCK):
+                columns = min(BLOCK, stop - column)
+                if size > BLOCK:
+                    _load(source, first, lanes, column, columns, W)
+                lost[:] = 0
+                _round_block(W, columns, level, grid, lost, packed)
+                for n in range(lanes):
+                    sums[0] += lost[n]
+                    sums[1] += lost[LANES + n]
+                    row = words[first + n, column // 4 : (column + columns) // 4]
+                    for word in range(columns // 4):
+                        row[word] = packed[word * LANES + n]
+            for n in range(lanes):
+                scales[first + n, group], zeros[first + n, group] = tried[0, n], tried_zeros[0, n]
+                peak[n] = max(peak[n], max(high[n], -low[n]))
+        for n in range(lanes):
+            sums[2] += peak[n] == 0

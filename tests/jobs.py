@@ -1,0 +1,214 @@
+"""Small runs that tests kill, continue and compare."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grokquant
+from grokquant.durable import sha256
+
+DRIVER = Path(__file__).parent / "kill_driver.py"
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(Path(grokquant.__file__).parents[1]),
+    "OMP_NUM_THREADS": "1",
+}
+KILLED = -signal.SIGKILL
+# The file for everything that is committed is small, so that there are many.
+SHARD = "20KB"
+EXPERTS = {"match": "layers.*.experts.*", "method": "gptq", "bits": 4, "group": 32}
+ATTENTION = {"match": "layers.*.attention.*", "method": "copy"}
+RULES = {
+    "gptq": [EXPERTS, ATTENTION],
+    "rtn": [{"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "symmetric": False}],
+}
+
+
+class Launcher:
+    """A process that has imported everything and forks runs off."""
+
+    def __init__(self) -> None:
+        pipe = subprocess.PIPE
+        command = [sys.executable, str(DRIVER), "--serve"]
+        self.server = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=ENVIRONMENT, bufsize=1
+        )
+        self._reply()
+
+    def ask(self, **request: object) -> dict:
+        assert self.server.stdin
+        self.server.stdin.write(json.dumps(request) + "\n")
+        return self._reply()
+
+    def _reply(self) -> dict:
+        assert self.server.stdout
+        line = self.server.stdout.readline()
+        assert line, "the launcher died"
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.server.stdin and self.server.stdout
+        self.server.stdin.close()
+        self.server.wait(60)
+        self.server.stdout.close()
+
+
+@dataclass
+class Job:
+    """A recipe and the directory `root` in which nothing but its output is written.
+
+    `steps` are those of an undisturbed run, `whole` is the tree that it leaves, of `size` bytes.
+    """
+
+    launcher: Launcher
+    home: Path
+    recipe: Path
+    steps: list[str] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
+    size: int = 0
+
+    @property
+    def root(self) -> Path:
+        return self.home / "root"
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+    @property
+    def partial(self) -> Path:
+        return self.root / "out.partial"
+
+    @property
+    def stderr(self) -> str:
+        return (self.home / "stderr").read_text()
+
+    @property
+    def last_line(self) -> str:
+        return self.stderr.splitlines()[-1].removeprefix("grokquant: ")
+
+    def clear(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir(parents=True)
+
+    def start(
+        self,
+        *settings: str,
+        step: str | None = None,
+        how: str = "die",
+        seconds: float | None = None,
+        changes: tuple[str, ...] = (),
+        log: Path | None = None,
+        streams: str = "",
+    ) -> int:
+        """A process with this run in it, which dies (or what else `how` is) at `step`."""
+        options = [part for setting in settings for part in ("--set", setting)]
+        return self.launcher.ask(
+            root=str(self.root),
+            arguments=["quantize", str(self.recipe), *options],
+            step=step,
+            how=how,
+            seconds=seconds,
+            changes=changes,
+            log=log and str(log),
+            stdout=str(self.home / f"stdout{streams}"),
+            stderr=str(self.home / f"stderr{streams}"),
+        )["process"]
+
+    def wait(self, process: int) -> int:
+        return self.launcher.ask(wait=process)["status"]
+
+    def run(self, *settings: str, **options: object) -> int:
+        """The exit status."""
+        return self.wait(self.start(*settings, **options))  # type: ignore[arg-type]
+
+    def learn(self) -> None:
+        """Fills `steps`, `whole` and `size`."""
+        self.clear()
+        log = self.home / "steps"
+        assert self.run(log=log) == 0, self.stderr
+        self.steps, self.whole = log.read_text().splitlines(), tree(self.out)
+        self.size = sum(path.stat().st_size for path in self.out.iterdir())
+
+    def check_whole(self) -> None:
+        """The output is that of the undisturbed run, and nothing lies beside it."""
+        assert tree(self.out) == self.whole
+        assert [path.name for path in self.root.iterdir()] == ["out"]
+
+    def finish(self, *settings: str) -> None:
+        """The same command goes on to the end and makes nothing again that is committed."""
+        before = self.committed()
+        assert self.run(*settings) == 0, self.stderr
+        assert {name: found for name, found in self.stamps().items() if name in before} == before
+        self.check_whole()
+
+    def committed(self) -> dict[str, tuple[int, int]]:
+        """The files with a record: inode and time of change."""
+        records = [path.stem for path in (self.partial / "journal").glob("model-*.json")]
+        place = self.partial / "files" if (self.partial / "files").is_dir() else self.out
+        return {name: stamp(place / name) for name in records}
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        return {path.name: stamp(path) for path in self.out.glob("model-*")}
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def tree(directory: Path) -> dict[str, str]:
+    """Every file below a directory with its checksum."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): sha256(path) for path in sorted(files)}
+
+
+def new_job(launcher: Launcher, home: Path, source: Path, text: Path, kind: str) -> Job:
+    home.mkdir(exist_ok=True)
+    job = Job(launcher, home, home / "recipe.yaml")
+    values = {
+        "model": {"path": str(source)},
+        "calibration": {"data": str(text), "samples": 8, "length": 32},
+        "quantize": RULES[kind],
+        "experts": {"min_tokens": 1},
+        "output": {"path": str(job.out), "shard": SHARD},
+    }
+    job.recipe.write_text(json.dumps(values))  # YAML holds JSON
+    return job
+
+
+def can_mount() -> bool:
+    if os.geteuid() != 0 or not shutil.which("mount"):
+        return False
+    with tempfile.TemporaryDirectory() as place:
+        if mount("-t", "tmpfs", "none", place):
+            return False
+        subprocess.run(["umount", place], check=True)
+    return True
+
+
+def mount(*arguments: str) -> int:
+    return subprocess.run(["mount", *arguments], capture_output=True).returncode
+
+
+def fill_up(job: Job, size: int) -> int:
+    """Runs on a disk of `size` bytes, then on a larger one; the exit status of the first run."""
+    job.clear()
+    assert mount("-t", "tmpfs", "-o", f"size={size}", "none", str(job.root)) == 0
+    try:
+        status = job.run(changes=("endless disk",))
+        if status:
+            assert status == 2 and "Traceback" not in job.stderr, (size, job.stderr)
+            assert "out: cannot be written: No space left on device" in job.last_line, size
+            assert not list(job.root.rglob("*.tmp")), size
+            assert mount("-o", f"remount,size={size + 50_000_000}", str(job.root)) == 0
+            job.finish()
+        job.check_whole()
+        return status
+    finally:
+        subprocess.run(["umount", str(job.root)], check=True)

@@ -1,0 +1,210 @@
+"""Runs grokquant and lets it die, or pause, at a named step of what it does to files.
+
+    python tests/kill_driver.py DIR list -- quantize RECIPE ...      names the steps, on stderr
+    python tests/kill_driver.py DIR STEP -- quantize RECIPE ...      dies at that step
+    python tests/kill_driver.py --serve                              forks a run for each request
+
+Steps are counted for files below DIR. Nothing in grokquant knows of them: the calls of the
+operating system are wrapped. Every step is the moment before a call, "inside pwrite" is that where
+half of the bytes are written. Serving saves the imports: a run is forked off for each line of JSON.
+"""
+
+import builtins
+import io
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.\d+\.[0-9a-f]{32}\.tmp$")
+HOLD = {"die": signal.SIGKILL, "pause": signal.SIGSTOP, "interrupt": signal.SIGINT}
+
+
+class Steps:
+    """Wraps the calls that change files and tells `reached` the name of each step."""
+
+    def __init__(self, root: Path, reached: Callable[[str], None]) -> None:
+        self.root, self.reached = os.path.abspath(root), reached
+        self.counts: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def install(self) -> None:
+        for operation in ("fsync", "ftruncate"):
+            self._wrap(os, operation, lambda fd, *_, **__: _path_of(fd))
+        for operation in ("replace", "rename"):
+            self._wrap(os, operation, lambda source, target, **_: target)
+        for operation in ("unlink", "rmdir", "mkdir"):
+            self._wrap(os, operation, _in_directory)
+        self._wrap(os, "open", lambda path, flags, *_, **__: path if flags & os.O_CREAT else None)
+        for module in (io, builtins):
+            self._wrap(module, "open", _opened_to_write)
+        self._wrap_pwrite()
+
+    def _wrap(self, module: object, operation: str, path_of: Callable) -> None:
+        call = getattr(module, operation)
+
+        def wrapped(*arguments: object, **options: object) -> object:
+            self._step(operation, path_of(*arguments, **options))
+            return call(*arguments, **options)
+
+        setattr(module, operation, wrapped)
+
+    def _wrap_pwrite(self) -> None:
+        call = os.pwrite
+
+        def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+            half = call(descriptor, data[: len(data) // 2], offset)
+            self._step("inside pwrite", _path_of(descriptor))
+            return half + call(descriptor, data[half:], offset + half)
+
+        os.pwrite = pwrite
+
+    def _step(self, operation: str, path: object) -> None:
+        if isinstance(path, str | os.PathLike) and (name := self._name(os.path.abspath(path))):
+            with self.lock:
+                step = f"{operation} {name}"
+                self.counts[step] += 1
+                step = f"{step} #{self.counts[step]}"
+            self.reached(step)
+
+    def _name(self, path: str) -> str | None:
+        if not path.startswith(self.root + os.sep):
+            return None
+        parent, name = os.path.split(os.path.relpath(path, self.root))
+        return os.path.join(parent, TEMPORARY.sub(r"\1.tmp", name))
+
+
+def _path_of(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def _in_directory(path: object, *_: object, dir_fd: int | None = None) -> str:
+    path = os.fspath(path)
+    return path if dir_fd is None else os.path.join(_path_of(dir_fd), path)
+
+
+def _opened_to_write(path: object, mode: str = "r", *_: object, **__: object) -> object:
+    return path if set(mode) & set("wax+") else None
+
+
+# --- what a test may change in the world of a run
+
+
+def _lying_lock() -> None:
+    import fcntl
+
+    fcntl.flock = lambda *_: None
+
+
+def _endless_disk() -> None:
+    import shutil
+
+    usage = shutil.disk_usage("/")
+    shutil.disk_usage = lambda _: usage._replace(free=10**15)
+
+
+def _other_torch() -> None:
+    from grokquant import identity
+
+    known = identity.version
+    identity.version = lambda name: "9.9.9" if name == "torch" else known(name)
+
+
+CHANGES = {"lying lock": _lying_lock, "endless disk": _endless_disk, "other torch": _other_torch}
+
+
+# --- running
+
+
+def run(root: Path, arguments: list[str], step: str | None, how: str, log: Path | None) -> int:
+    """The command line in this process, up to `step`; the names of all steps go to `log`."""
+    from grokquant.cli import main
+
+    seen = log.open("a", buffering=1) if log else None
+
+    def reached(name: str) -> None:
+        if seen:
+            seen.write(name + "\n")
+        if name == step:
+            os.kill(os.getpid(), HOLD[how])
+
+    Steps(root, reached).install()
+    try:
+        main(arguments, prog_name="grokquant")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+def _fork(request: dict) -> int:
+    if child := os.fork():
+        return child
+    code = 70
+    try:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            where = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(where, number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for change in request["changes"]:
+            CHANGES[change]()
+        log = Path(request["log"]) if request["log"] else None
+        place = request["root"], request["arguments"]
+        code = run(*place, request["step"], request["how"], log)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _answer(request: dict) -> dict:
+    """{"wait": process}, {"continue": process}, {"warm": arguments} or what `_fork` needs."""
+    if "wait" in request:
+        return {"status": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
+    if "continue" in request:
+        os.kill(request["continue"], signal.SIGCONT)
+        return {}
+    if "warm" in request:
+        from grokquant import pipeline
+        from grokquant.recipe import load_recipe
+
+        pipeline.quantize(load_recipe(request["warm"]))
+        return {}
+    child = _fork(request)
+    if request["how"] == "pause":
+        os.waitid(os.P_PID, child, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    if request["seconds"] is not None:
+        time.sleep(request["seconds"])
+        os.kill(child, signal.SIGKILL)
+    return {"process": child}
+
+
+def serve() -> None:
+    import torch
+
+    import grokquant.pipeline
+    import grokquant.terminal  # noqa: F401
+
+    torch.set_num_threads(1)
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    replies.write("{}\n")
+    for line in sys.stdin:
+        replies.write(json.dumps(_answer(json.loads(line))) + "\n")
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--serve"]:
+        serve()
+        return
+    root, step, _, *arguments = sys.argv[1:]
+    log = Path("/dev/stderr") if step == "list" else None
+    sys.exit(run(Path(root), arguments, step, "die", log))
+
+
+if __name__ == "__main__":
+    main()
