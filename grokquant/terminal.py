@@ -80,9 +80,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def print_budget(budget: Budget) -> None:
     console = text_console()
-    console.print(
-        f"memory: {size(budget.peak_bytes)} at {budget.peak.name}; less with {budget.peak.knob}"
-    )
+    knob = f"; {budget.peak.knob} lowers it" if budget.peak.knob else ""
+    console.print(f"memory: {size(budget.peak_bytes)} at {budget.peak.name}{knob}")
     console.print(f"time: {duration(budget.seconds)} on this machine")
 
 

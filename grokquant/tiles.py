@@ -74,10 +74,10 @@ def round_and_pack(
         return errors
 
     if matrix.device.type != "cpu":
-        tile_rows = _TORCH_ROWS
+        size = _TORCH_ROWS
     else:
-        tile_rows = _COPY_ROWS if method == "copy" else kernels.TILE_ROWS
-    errors = sum(kernels.in_tiles(rows, work, tile_rows), Errors())
+        size = _COPY_ROWS if method == "copy" else kernels.tile_rows(columns)
+    errors = sum(kernels.in_tiles(rows, size, work), Errors())
     if not isfinite(errors.squared_error + errors.squared_norm) or not _finite_scales(stored):
         raise _not_finite(tensor, stored, scheme)
     return filled, errors

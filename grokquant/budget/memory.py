@@ -19,11 +19,11 @@ FLOAT = torch.float32.itemsize
 
 @dataclass(frozen=True)
 class Step:
-    """A moment of the run: what it holds then, and what would make that less."""
+    """A moment of the run: what it holds then, and the recipe key that would make that less."""
 
     name: str
     bytes: int
-    knob: str
+    knob: str | None
 
 
 def peak_step(plan: Plan) -> Step:
@@ -46,7 +46,7 @@ def _copying(plan: Plan) -> Step:
     kept = [plan.checkpoint.source.tensors[name] for name in plan.carried_over]
     blocks = [(_block_bytes(ref), ref.name) for ref in kept]
     largest, name = max(blocks, default=(0, ""))
-    return Step(f"{name}: carried over", 4 * largest, "none is needed")
+    return Step(f"{name}: carried over", 4 * largest, None)
 
 
 def _block_bytes(ref: TensorRef) -> int:
@@ -58,7 +58,7 @@ def _without_data(plan: Plan) -> Iterator[Step]:
     """A matrix as stored and the next one; packed, one in work and one at the disk."""
     for unit in plan.units.values():
         stored = plan.checkpoint.source.tensors[unit.tensor].stored_bytes
-        yield Step(f"{unit.name}: rounding", 2 * stored + 2 * plan.packed_bytes(unit), "none")
+        yield Step(f"{unit.name}: rounding", 2 * stored + 2 * plan.packed_bytes(unit), None)
 
 
 def _calibrated(plan: Plan) -> Iterator[Step]:
@@ -82,15 +82,15 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     weights = rows * columns
     # The matrix as stored, multiplied out and rounded; slabs of it in float32 while rounding.
     own = weights * (1 + 2 + 1) + 4 * min(rows, SLAB_ROWS) * columns * FLOAT
-    hessian, knob = 0, "none"
+    hessian, knob = 0, "calibration.samples"
     if unit.method == "gptq":
         block = plan.rule_of(unit.name).hessian_block or columns
-        hessian, knob = columns * min(block, columns) * FLOAT, "calibration.samples"
+        hessian = columns * min(block, columns) * FLOAT
     if unit.name.endswith(".down"):
         # gate and up as rounded; the hidden units of some tokens, several times over.
-        own += 2 * weights * size + 6 * min(TOKENS_AT_ONCE, 2048) * columns * FLOAT
-        if hessian > always:
-            knob = f"hessian_block of the rule for {unit.name}"
+        own += 2 * weights * size + 6 * TOKENS_AT_ONCE * columns * FLOAT
+    if hessian > always:
+        knob = "hessian_block"
     return Step(f"{unit.name}: {unit.method}", always + own + hessian, knob)
 
 

@@ -18,6 +18,9 @@ from numba.extending import intrinsic
 # A tile of the result: as many accumulators as the instruction's latency needs, and in registers.
 _ROWS, _LANES, _VECTORS = 8, 16, 2
 WIDTH = _LANES * _VECTORS
+_PAIR_BYTES = WIDTH * 4
+# Bytes of a panel added up in one run: many short sums round less than a long one.
+_RUN = 128 * _PAIR_BYTES
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
@@ -51,13 +54,17 @@ def add_products(packed: np.ndarray, H: np.ndarray, first: int, step: int) -> No
     """
     tile = np.empty((_ROWS, WIDTH), np.float32)
     features, start = H.shape[0], packed.ctypes.data
-    panel_bytes = packed.shape[1] * WIDTH * 4
+    panel_bytes = packed.shape[1] * _PAIR_BYTES
     for panel in range(first, packed.shape[0], step):
         column = panel * WIDTH
         width = min(WIDTH, features - column)
         for row in range(0, min(column + WIDTH, features), _ROWS):
             left = start + row // WIDTH * panel_bytes + row % WIDTH * 4
-            _multiply(left, start + panel * panel_bytes, panel_bytes, tile.ctypes.data)
+            right = start + panel * panel_bytes
+            tile[:] = 0
+            for run in range(0, panel_bytes, _RUN):
+                size = min(_RUN, panel_bytes - run)
+                _multiply(left + run, right + run, size, tile.ctypes.data)
             for i in range(min(_ROWS, features - row)):
                 for j in range(width):
                     H[row + i, column + j] += tile[i, j]
@@ -73,7 +80,7 @@ class _BFloat(ir.Type):
 def _multiply_code(
     _: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
 ) -> ir.Value:
-    """tile = left^T right over panels of `size` bytes, all accumulators in registers."""
+    """Adds left^T right of `size` bytes of two panels to a tile, all accumulators in registers."""
     left, right, size, tile = arguments
     pairs, sums = ir.VectorType(ir.IntType(32), _LANES), ir.VectorType(ir.FloatType(), _LANES)
     halves = ir.VectorType(_BFloat(), 2 * _LANES)
@@ -108,13 +115,14 @@ def _multiply_code(
             accumulator.add_incoming(
                 builder.call(dot, [accumulator, lanes, vectors[vector]]), builder.block
             )
-    following = builder.add(offset, ir.Constant(offset.type, WIDTH * 4))
+    following = builder.add(offset, ir.Constant(offset.type, _PAIR_BYTES))
     offset.add_incoming(following, builder.block)
     builder.cbranch(builder.icmp_unsigned("<", following, size), loop, after)
     builder.position_at_end(after)
     for index, accumulator in enumerate(accumulators):
-        total = accumulator.incomings[1][0]
-        builder.store(total, at(tile, index * _LANES * 4, sums), align=4)
+        line = at(tile, index * _LANES * 4, sums)
+        total = builder.fadd(builder.load(line, align=4), accumulator.incomings[1][0])
+        builder.store(total, line, align=4)
     return ir.Constant(ir.IntType(8).as_pointer(), None)
 
 

@@ -44,6 +44,8 @@ def accumulate(parts: Iterable[Tensor], features: int, block: int | None = None)
     tokens = 0
     for part in parts:
         blocks = blocks or _zeros(features, block, part.device)
+        if not len(part):
+            continue
         tokens += len(part)
         for X in part.split(_TOKENS):
             columns = X.split([len(H) for H in blocks], dim=1)

@@ -18,13 +18,14 @@ from grokquant.types import SCALE_DTYPES, QTensor, Scheme
 
 # Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
 SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
-TILE_ROWS = 128  # small enough for the cache, large enough for the interpreter not to be felt
+# Weights of a tile: few enough for the cache, enough for the interpreter not to be felt.
+_TILE = 3 << 19
 LANES = 64  # rows done at once
 BLOCK = 128  # columns in the scratch memory: 32 KB of float32
 STEP = 8  # columns whose squared errors are added up first, as a tree
 
 _T = TypeVar("_T")
-_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
+_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 _f32, _u32 = np.float32, np.uint32
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
 
@@ -33,8 +34,7 @@ def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
     """Whether `round_tile` is made for rounding W, or tiles of it, to `scheme`."""
     matrix = W.codes if isinstance(W, QTensor) else W
     group_size = scheme.group_size or matrix.shape[1]
-    known_dtype = SCALE_DTYPES[scheme.scale_dtype] in _DROPPED_BITS
-    return matrix.device.type == "cpu" and known_dtype and group_size % STEP == 0
+    return matrix.device.type == "cpu" and group_size % STEP == 0
 
 
 def round_tile(
@@ -58,17 +58,22 @@ def round_tile(
     return QTensor(torch.from_numpy(codes), stored, scheme, zero_points), sums
 
 
+def tile_rows(columns: int) -> int:
+    """How many rows to give to `round_tile` at once."""
+    return max(_TILE // columns // LANES, 1) * LANES
+
+
 def quantize(
     W: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
 ) -> QTensor:
     """All of W [out, in] as `round_tile` rounds it."""
-    shape = (W.codes if isinstance(W, QTensor) else W).shape
+    rows, columns = (W.codes if isinstance(W, QTensor) else W).shape
 
-    def work(rows: slice) -> QTensor:
-        tile = W.rows(rows) if isinstance(W, QTensor) else W[rows]
+    def work(part: slice) -> QTensor:
+        tile = W.rows(part) if isinstance(W, QTensor) else W[part]
         return round_tile(tile, scheme, search, importance)[0]
 
-    tiles = in_tiles(shape[0], work)
+    tiles = in_tiles(rows, tile_rows(columns), work)
     zero_points = [tile.zero_points for tile in tiles if tile.zero_points is not None]
     return QTensor(
         torch.cat([tile.codes for tile in tiles]),
@@ -78,9 +83,9 @@ def quantize(
     )
 
 
-def in_tiles(rows: int, work: Callable[[slice], _T], tile_rows: int = TILE_ROWS) -> list[_T]:
-    """`work` for all tiles of so many rows, on as many threads as torch uses; in their order."""
-    tiles = [slice(start, min(start + tile_rows, rows)) for start in range(0, rows, tile_rows)]
+def in_tiles(rows: int, size: int, work: Callable[[slice], _T]) -> list[_T]:
+    """`work` for all tiles of `size` rows, on as many threads as torch uses; in their order."""
+    tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(work, tiles))
 
@@ -93,17 +98,17 @@ def _rows(tile: Tensor | QTensor) -> "Rows":
             stride = codes.stride(0)
             values = codes.as_strided(((columns - 1) * stride + rows,), (1,)).numpy()
             group_size = columns // tile.scales.shape[1]
-            return Rows(values, stride, _float32(tile.scales.T), group_size)
+            scales = (_bits(tile.scales.T).astype(np.uint32, order="C") << 16).view(np.float32)
+            return Rows(values, stride, scales, group_size)
         tile = tile.dequantize()
-    return Rows(_float32(tile).reshape(-1), tile.shape[1], np.empty((0, 0), np.float32), 0)
+    values = (
+        _bits(tile) if tile.dtype == torch.bfloat16 else tile.numpy().astype(np.float32, copy=False)
+    )
+    return Rows(np.ravel(values), tile.shape[1], np.empty((0, 0), np.float32), 0)
 
 
-def _float32(values: Tensor) -> np.ndarray:
-    """In numpy, which unlike torch starts no threads of its own."""
-    if values.dtype != torch.bfloat16:
-        return np.ascontiguousarray(values.numpy(), np.float32)
-    bits = values.view(torch.int16).numpy().view(np.uint16)
-    return (bits.astype(np.uint32, order="C") << np.uint32(16)).view(np.float32)
+def _bits(values: Tensor) -> np.ndarray:
+    return values.view(torch.int16).numpy().view(np.uint16)
 
 
 def _grid(scheme: Scheme) -> "Grid":
@@ -123,8 +128,8 @@ def _grid(scheme: Scheme) -> "Grid":
 class Rows(NamedTuple):
     """Rows to round, all in one piece of memory with gaps of a fixed size.
 
-    Either float32 rows that begin `stride` apart, or int8 columns that do, with bfloat16 `scales`
-    [groups, rows] widened to float32, one for `group_size` columns.
+    Either float32 rows (or bfloat16 ones, as uint16) that begin `stride` apart, or int8 columns that
+    do, with bfloat16 `scales` [groups, rows] widened to float32, one for `group_size` columns.
     """
 
     values: np.ndarray
@@ -150,9 +155,9 @@ class Grid(NamedTuple):
 def _rounded(x, dropped):
     """float32 without its lowest `dropped` bits, ties to even: 16 of them makes a bfloat16."""
     bits, unit = _f32(x).view(_u32), _u32(_u32(1) << dropped)
-    odd = _u32(_u32(bits >> dropped) & _u32(1))
-    bits = _u32(_u32(bits + odd) + _u32(_u32(unit >> _u32(1)) - _u32(1)))
-    return _u32(bits & _u32(-unit)).view(_f32)
+    odd, half = _u32(_u32(bits >> dropped) & _u32(1)), _u32(unit >> _u32(1))
+    carry = _u32(_u32(_u32(half - _u32(1)) + odd) & _u32(unit - _u32(1)))
+    return _u32(_u32(bits + carry) & _u32(-unit)).view(_f32)
 
 
 @_compiled
@@ -206,13 +211,22 @@ def _load_dense(source, first, lanes, column, columns, W):
             W[k * LANES + n] = row[k]
 
 
+@_compiled
+def _load_bfloat16(source, first, lanes, column, columns, W):
+    for n in range(lanes):
+        at = (first + n) * source.stride + column
+        row = source.values[at : at + columns]
+        for k in range(columns):
+            W[k * LANES + n] = _u32(_u32(row[k]) << _u32(16)).view(_f32)
+
+
 def _load(source, first, lanes, column, columns, W):
     """`lanes` rows from `first` on of a block of columns, to W [columns, LANES]."""
 
 
 @overload(_load)
-def _load_either(source, first, lanes, column, columns, W):
-    load = _load_stored if source[0].dtype.bitwidth == 8 else _load_dense
+def _load_any(source, first, lanes, column, columns, W):
+    load = {8: _load_stored, 16: _load_bfloat16, 32: _load_dense}[source[0].dtype.bitwidth]
     return lambda source, first, lanes, column, columns, W: load(
         source, first, lanes, column, columns, W
     )

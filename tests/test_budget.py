@@ -1,0 +1,59 @@
+"""Plans that can be trusted: bytes exactly, memory and time nearly."""
+
+import shutil
+import time
+
+import pytest
+from conftest import ATTENTION, EXPERTS
+from make_release import write_hollow_grok_1
+
+from grokquant import pipeline
+from grokquant.budget import budget_of
+from grokquant.budget.memory import peak_step, resident_bytes
+from grokquant.plan import build_plan
+
+RTN = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
+
+
+@pytest.mark.parametrize("rules", [(EXPERTS, ATTENTION), (RTN,), (EXPERTS | {"symmetric": False},)])
+@pytest.mark.parametrize("shard", ["1KB", "200KB", "1GB"])
+def test_every_file_has_its_planned_size(tiny_recipe, tmp_path, rules, shard):
+    recipe = tiny_recipe(*rules, output={"path": str(tmp_path / "out"), "shard": shard})
+    plan = build_plan(recipe)
+    output = pipeline.quantize(recipe)
+    sizes = {path.name: path.stat().st_size for path in output.glob("*.safetensors")}
+    assert sizes == {file.name: file.layout.size for file in plan.files}
+    assert plan.output_bytes == sum(sizes.values())
+
+
+def test_a_budget_names_a_step_and_takes_seconds(tiny_recipe):
+    plan = build_plan(tiny_recipe())
+    start = time.monotonic()
+    budget = budget_of(plan)
+    assert time.monotonic() - start < 60
+    assert budget.peak.name.split(":")[0] in {*plan.units, "embedding", *plan.carried_over}
+    assert budget.peak_bytes > resident_bytes() and budget.seconds > 0
+
+
+def test_the_probe_leaves_nothing_behind(tiny_recipe, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    budget_of(build_plan(tiny_recipe()))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_smaller_hessian_lowers_the_peak_of_grok_1(tmp_path, tiny_recipe, monkeypatch):
+    write_hollow_grok_1(tmp_path / "grok-1", layers=1)
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
+    model, few = {"path": str(tmp_path / "grok-1")}, {"samples": 4, "length": 1024}
+    experts = EXPERTS | {"group": 128}
+
+    def peak(**keys):
+        rules = (experts | keys, ATTENTION | {"group": 128})
+        return peak_step(build_plan(tiny_recipe(*rules, model=model, calibration=few)))
+
+    whole, blocks = peak(), peak(hessian_block=4096)
+    assert whole.name.endswith("down: gptq") and whole.knob == "hessian_block"
+    hessian = 4 * 32768**2
+    assert whole.bytes - blocks.bytes == pytest.approx(hessian - hessian / 8, rel=0.01)
+    assert whole.bytes < 14e9
