@@ -217,6 +217,7 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device)
     layers = plan.checkpoint.config.num_hidden_layers
     first, hidden = 0, model.embed(rows)  # (rows, time, hidden)
+    model.free_embedding()
     if saved := work.load_hidden(_first_open_layer(plan, work) or 0):
         first, hidden = saved
     del work.tokens_per_expert[first:]

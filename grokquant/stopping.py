@@ -21,11 +21,11 @@ class StopRequest:
     def check(self) -> None:
         """Raises Stopped if that was asked for and no unit is in progress."""
         if self.requested and not self.busy():
-            raise Stopped("stopped")
+            raise Stopped("interrupted, nothing was published")
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested or not self.busy():
-            raise Stopped("stopped")
+            raise Stopped("interrupted, nothing was published")
         self.requested = True
         self.notify()
 

@@ -12,7 +12,7 @@ from conftest import ATTENTION, EXPERTS, seal
 from safetensors.torch import load_file, save_file
 
 from grokquant import pipeline
-from grokquant.calibration.blocks import BlockwiseModel
+from grokquant.calibration.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.calibration.text import calibration_rows
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import GateError, GrokquantError, InputError
@@ -85,19 +85,19 @@ def test_later_blocks_see_the_errors_of_earlier_ones(tiny_recipe):
     recipe = tiny_recipe()
     plan = build_plan(recipe)
     rows = calibration_rows(recipe.calibration, load_tokenizer(plan.checkpoint), plan.checkpoint)
-    running = BlockwiseModel(plan.checkpoint)
+    running = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE)
     hidden = running.embed(rows)
 
     def deliver(*_: object) -> None: ...
 
     for index in range(2):
         hidden = LayerQuantizer(plan, running, index, deliver, lambda _: None).run(hidden)
-    written = BlockwiseModel(open_checkpoint(pipeline.quantize(recipe)))
+    written = BlockwiseModel(open_checkpoint(pipeline.quantize(recipe)), CALIBRATION_DTYPE)
     after = written.embed(rows)
     for index in range(2):
         written.load_layer(index)
         after = written.run_layer(index, after, written.stored_experts(index))
-    assert torch.allclose(hidden, after, atol=1e-5)
+    assert torch.equal(hidden, after)
 
 
 def test_attention_can_be_quantized_by_gptq(tiny_recipe):

@@ -67,11 +67,11 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
     tokens = settings.samples * min(settings.length, config.max_position_embeddings)
     size = CALIBRATION_DTYPE.itemsize
     states = tokens * config.hidden_size * size
-    outside = sum(prod(_shape(plan, name)) * FLOAT for name in plan.kept_outside_layers)
+    outside = sum(prod(_shape(plan, name)) * (size + FLOAT) for name in plan.kept_outside_layers)
     yield Step("embedding", outside + 2 * states, "calibration.samples")
     # Hidden states, the experts' inputs and the sum of their outputs; the block's attention.
     attention = sum(prod(unit.shape) * size for unit in plan.units_of(0, experts=False))
-    always = outside + attention + 2 * states + tokens * config.hidden_size * FLOAT
+    always = attention + 2 * states + tokens * config.hidden_size * FLOAT
     for unit in plan.units_of(0):
         yield _calibrated_unit(plan, unit, always)
 

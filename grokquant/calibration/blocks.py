@@ -22,8 +22,8 @@ from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
 
 STREAMED = "grokquant-streamed"
-# Of calibration: hidden states and weights; Hessians are float32.
-CALIBRATION_DTYPE = torch.float32
+# Of calibration: hidden states and weights. Hessians add its products up exactly, in float32.
+CALIBRATION_DTYPE = torch.bfloat16
 TOKENS_AT_ONCE = 2048
 
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
@@ -122,6 +122,10 @@ class BlockwiseModel:
         first = tokens[:1].to(self.device)
         self.model.base_model.forward(input_ids=first)  # leaves masks that broadcast over rows
         return torch.cat(entered)
+
+    def free_embedding(self) -> None:
+        """Gives the memory of everything outside the layers back; `embed` and `logits` are over."""
+        self.model.to("meta")
 
     @torch.no_grad()
     def load_layer(self, index: int) -> nn.Module:

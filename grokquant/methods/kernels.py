@@ -10,8 +10,9 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numba import njit
-from numba.extending import overload
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme
@@ -22,6 +23,7 @@ SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
 _TILE = 3 << 19
 LANES = 64  # rows done at once
 BLOCK = 128  # columns in the scratch memory: 32 KB of float32
+_AHEAD = 32  # columns asked for before their turn, since they lie too far apart to be foreseen
 STEP = 8  # columns whose squared errors are added up first, as a tree
 
 _T = TypeVar("_T")
@@ -128,8 +130,8 @@ def _grid(scheme: Scheme) -> "Grid":
 class Rows(NamedTuple):
     """Rows to round, all in one piece of memory with gaps of a fixed size.
 
-    Either float32 rows (or bfloat16 ones, as uint16) that begin `stride` apart, or int8 columns that
-    do, with bfloat16 `scales` [groups, rows] widened to float32, one for `group_size` columns.
+    Either float32 rows (or bfloat16 ones, as uint16) that begin `stride` apart, or int8 columns
+    that do, with bfloat16 `scales` [groups, rows] widened to float32, each for `group_size` columns.
     """
 
     values: np.ndarray
@@ -192,10 +194,27 @@ def _candidates(low, high, shrinks, grid, scales, zeros):
                 zero[n] = 0
 
 
+@intrinsic
+def _prefetch(typing, array, index):
+    """Asks for array[index] to be in the cache soon; it may lie outside of the array."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(prefetch, [address, number(0), number(3), number(1)])  # to read, near, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
 @_compiled
 def _load_stored(source, first, lanes, column, columns, W):
     for k in range(columns):
         at = (column + k) * source.stride + first
+        _prefetch(source.values, at + _AHEAD * source.stride)
         codes = source.values[at : at + lanes]
         scales = source.scales[(column + k) // source.group_size, first : first + lanes]
         for n in range(lanes):
