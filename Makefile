@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-kill check bench clean
+.PHONY: install demo test test-kill check bench bench-real clean
 
 install: .venv/installed
 
@@ -29,9 +29,15 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Prints one JSON line per benchmark.
+# Prints a JSON line per case: what runs in minutes, and what needs Grok-1's real shapes (30 GB of
+# disk, an hour; the programs take peers and places as options, see eval/bench/README.md).
 bench: install
-	for program in eval/bench/*.py; do $(BIN)/python $$program || exit 1; done
+	for name in quality rtn_kernel hessian gptq_solver planning; do \
+		$(BIN)/python eval/bench/$$name.py || exit 1; done
+
+bench-real: install
+	for name in weight_only lossless streamed_eval gptq_expert; do \
+		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 clean:
 	rm -rf .venv runs build *.egg-info
