@@ -25,7 +25,8 @@ class _Commands(click.Group):
     """Turns our errors and interruptions into one line and an exit code, whatever command ran."""
 
     def invoke(self, ctx: click.Context) -> object:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+        for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore SIGINT in the background
+            signal.signal(number, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except GrokquantError as error:

@@ -27,7 +27,7 @@ Committed = Callable[[Unit], QTensor | None]
 
 
 def is_starved(limits: ExpertsSection, tokens: int, features: int) -> bool:
-    """Whether so few tokens of so many features need the Hessian of all tokens beside their own."""
+    """Whether a Hessian of so few tokens over so many features needs that of all tokens as well."""
     floor = limits.blend_tokens
     return tokens < (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor)
 
@@ -77,14 +77,16 @@ class LayerQuantizer:
         self.tokens_per_expert.append(len(token))
         features = x.shape[1]
         routed = self._inputs(x, token)
-        site = self._site(routed, len(token), features, partial(self._all_inputs, x))
+        span = self._span(expert, "gate", features)
+        site = self._site(routed, len(token), features, span, partial(self._all_inputs, x))
         W_gate, W_up = (self._expert_weight(expert, part, site) for part in ("gate", "up"))
 
         def inner(inputs: Inputs) -> Inputs:
             return lambda: (self.model.hidden_units(self.index, x, W_gate, W_up) for x in inputs())
 
         everyone = self._hessian(inner(self._inputs(x)), len(W_up))
-        site = self._site(inner(routed), len(token), len(W_up), everyone)
+        span = self._span(expert, "down", len(W_up))
+        site = self._site(inner(routed), len(token), len(W_up), span, everyone)
         W_down = self._expert_weight(expert, "down", site)
         return lambda x: F.linear(self.model.hidden_units(self.index, x, W_gate, W_up), W_down)
 
@@ -106,7 +108,7 @@ class LayerQuantizer:
 
     def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
         """The matrix that the block goes on with: quantized where planned, else as it is."""
-        tensor = self.model.family.expert_tensors(self.index, expert)[part]
+        tensor = self._tensor(expert, part)
         unit = self.plan.unit_of_tensor.get(tensor)
         if unit is None:
             return self.model.expert_weight(tensor)
@@ -121,15 +123,26 @@ class LayerQuantizer:
         self.deliver(unit, quantized, report)
         return quantized
 
-    def _site(self, inputs: Inputs, tokens: int, features: int, everyone: BuildHessian) -> Site:
+    def _span(self, expert: int, part: str, features: int) -> int:
+        """How many of a matrix's input features the feedback of one of them can reach."""
+        unit = self.plan.unit_of_tensor.get(self._tensor(expert, part))
+        block = self.plan.rule_of(unit.name).hessian_block if unit else None
+        return min(block or features, features)
+
+    def _tensor(self, expert: int, part: str) -> str:
+        return self.model.family.expert_tensors(self.index, expert)[part]
+
+    def _site(
+        self, inputs: Inputs, tokens: int, features: int, span: int, everyone: BuildHessian
+    ) -> Site:
         """The site of `tokens` inputs [tokens, features]; `everyone` makes all tokens' Hessian."""
         own, limits = self._hessian(inputs, features), self.plan.recipe.experts
         if tokens < limits.min_tokens:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
             return Site(tokens, own, refusal=reason)
-        if not is_starved(limits, tokens, features):
+        if not is_starved(limits, tokens, span):
             return Site(tokens, own)
-        prior = _PRIOR_TOKENS_PER_FEATURE * features
+        prior = _PRIOR_TOKENS_PER_FEATURE * span
         return Site(
             tokens,
             lambda block: blend(own(block), everyone(block), prior),

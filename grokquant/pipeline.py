@@ -6,8 +6,9 @@ planned unit is there, and publish.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -93,6 +94,8 @@ def _fill(
     device: torch.device,
 ) -> None:
     """Brings everything that is to be published into the work directory."""
+    stop.busy = lambda: False
+    stop.check()
     papers.write_tokenizer(work.files, plan)
     work.recover(plan)
     if work.sums or work.damaged:
@@ -173,7 +176,7 @@ class Run:
                 f"max_fallbacks = {limit:g} allows {int(limit * units)} ({named})"
             )
 
-    def read_ahead(self, units: list[Unit]) -> Iterator[Tensor | QTensor]:
+    def read_ahead(self, units: list[Unit]) -> Generator[Tensor | QTensor, None, None]:
         """What is stored of each unit; the next one is read while one is worked on."""
         with ThreadPoolExecutor(1, "reader") as reader:
             reading: deque[Future] = deque()
@@ -236,13 +239,13 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
 def _without_data(run: Run) -> None:
     """Reading, computing and writing overlap: the disk is what this waits for."""
     left = [unit for unit in run.plan.units.values() if unit.name not in run.work.reports]
-    stored = run.read_ahead(left)
-    for index in range(run.plan.checkpoint.config.num_hidden_layers):
-        run.write_kept(run.plan.kept_in_layer(index))
-        for unit in run.plan.units_of(index):
-            if unit.name not in run.work.reports:
-                run.round(unit, next(stored))
-        run.layer_done(index, [])
+    with closing(run.read_ahead(left)) as stored:
+        for index in range(run.plan.checkpoint.config.num_hidden_layers):
+            run.write_kept(run.plan.kept_in_layer(index))
+            for unit in run.plan.units_of(index):
+                if unit.name not in run.work.reports:
+                    run.round(unit, next(stored))
+            run.layer_done(index, [])
 
 
 def _calibration_rows(plan: Plan) -> Tensor | None:

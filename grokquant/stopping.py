@@ -11,12 +11,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether the run is to stop. `busy` says whether a unit is in progress, `notify` tells the
-    user that it will be finished."""
+    """Whether the run is to stop. `busy` says whether something is in progress that is better
+    finished, as making the work directory at the start; `notify` tells the user so."""
 
     def __init__(self, notify: Callable[[], None]) -> None:
         self.requested, self.notify = False, notify
-        self.busy: Callable[[], bool] = lambda: False
+        self.busy: Callable[[], bool] = lambda: True
 
     def check(self) -> None:
         """Raises Stopped if that was asked for and no unit is in progress."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.methods import kernels
+from grokquant.methods import compiled
 from grokquant.methods.copy import copy_quantized
 from grokquant.methods.rtn import quantize_with_torch
 from grokquant.methods.scales import ScaleRule
@@ -76,16 +76,16 @@ def round_and_pack(
     if matrix.device.type != "cpu":
         size = _TORCH_ROWS
     else:
-        size = _COPY_ROWS if method == "copy" else kernels.tile_rows(columns)
-    errors = sum(kernels.in_tiles(rows, size, work), Errors())
+        size = _COPY_ROWS if method == "copy" else compiled.tile_rows(columns)
+    errors = sum(compiled.in_tiles(rows, size, work), Errors())
     if not isfinite(errors.squared_error + errors.squared_norm) or not _finite_scales(stored):
         raise _not_finite(tensor, stored, scheme)
     return filled, errors
 
 
 def _round(tile: Tensor | QTensor, scheme: Scheme, rule: ScaleRule) -> tuple[QTensor, Errors]:
-    if kernels.can_round(tile, scheme):
-        quantized, (error, norm, zero_rows) = kernels.round_tile(tile, scheme, rule == "mse")
+    if compiled.can_round(tile, scheme):
+        quantized, (error, norm, zero_rows) = compiled.round_tile(tile, scheme, rule == "mse")
         return quantized, Errors(float(error), float(norm), int(zero_rows))
     W = _dense(tile)
     quantized = quantize_with_torch(W, scheme, rule)

@@ -131,7 +131,7 @@ class WorkDirectory:
 
     def write_sums(self) -> None:
         """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""
-        free = {SUMS_NAME, CARD_NAME}
+        free = {SUMS_NAME, CARD_NAME, *(path.name for path in self._temporaries())}
         files = sorted(p for p in self.files.iterdir() if p.name not in free)
         sums = ((self.sums.get(p.name) or durable.sha256(p), p.name) for p in files)
         text = "".join(f"{checksum}  {name}\n" for checksum, name in sums)
@@ -139,8 +139,6 @@ class WorkDirectory:
 
     def publish(self) -> None:
         """Gives the output its name; an earlier result makes way only then."""
-        for path in self.files.glob(".*.tmp"):
-            path.unlink()
         run = _read_record(self.path / RUN) or {}
         complete = durable.sha256(self.files / SUMS_NAME)
         _write_record(self.path / RUN, run | {"complete": complete})
@@ -148,6 +146,8 @@ class WorkDirectory:
             if self.output.exists() and self.files.exists():
                 self.output.replace(self.path / REPLACED)
                 durable.sync(self.path)
+            for path in self._temporaries():
+                path.unlink(missing_ok=True)
             self.files.replace(self.output)
         except BaseException:  # a signal too
             self.give_back()
@@ -173,6 +173,10 @@ class WorkDirectory:
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):  # another run may have come
             self.path.rmdir()
+
+    def _temporaries(self) -> Iterator[Path]:
+        """Of another run, where a lock does not keep it out."""
+        return self.files.glob(".*.tmp")
 
     def _remember(self, file: PlannedFile, record: dict) -> None:
         self.sums[file.name] = record["sha256"]

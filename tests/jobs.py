@@ -135,6 +135,12 @@ class Job:
         self.steps, self.whole = log.read_text().splitlines(), tree(self.out)
         self.size = sum(path.stat().st_size for path in self.out.iterdir())
 
+    def stop_at_file(self, number: int) -> None:
+        """Kills a run when it begins its file `number`; those before are committed."""
+        name = f"model-{number:05d}-of-00012.safetensors"
+        assert self.run(step=f"open out.partial/files/{name}.tmp #1") == KILLED, self.stderr
+        assert len(self.committed()) == number - 1
+
     def check_whole(self) -> None:
         """The output is that of the undisturbed run, and nothing lies beside it."""
         assert tree(self.out) == self.whole

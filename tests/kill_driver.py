@@ -23,7 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.\d+\.[0-9a-f]{32}\.tmp$")
-HOLD = {"die": signal.SIGKILL, "pause": signal.SIGSTOP, "interrupt": signal.SIGINT}
+# What happens at a step.
+SIGNALS = {
+    "die": [signal.SIGKILL],
+    "pause": [signal.SIGSTOP],
+    "interrupt": [signal.SIGINT],
+    "interrupt twice": [signal.SIGINT] * 2,
+    "terminate": [signal.SIGTERM],
+}
 
 
 class Steps:
@@ -116,7 +123,16 @@ def _other_torch() -> None:
     identity.version = lambda name: "9.9.9" if name == "torch" else known(name)
 
 
-CHANGES = {"lying lock": _lying_lock, "endless disk": _endless_disk, "other torch": _other_torch}
+def _background() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells do for what ends with &
+
+
+CHANGES = {
+    "lying lock": _lying_lock,
+    "endless disk": _endless_disk,
+    "other torch": _other_torch,
+    "background": _background,
+}
 
 
 # --- running
@@ -132,7 +148,9 @@ def run(root: Path, arguments: list[str], step: str | None, how: str, log: Path 
         if seen:
             seen.write(name + "\n")
         if name == step:
-            os.kill(os.getpid(), HOLD[how])
+            for number in SIGNALS[how]:
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)
 
     Steps(root, reached).install()
     try:

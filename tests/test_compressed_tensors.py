@@ -9,6 +9,7 @@ from compressed_tensors.utils.match import match_name
 from conftest import GRIDS
 
 from grokquant.formats import FORMATS, compressed_tensors
+from grokquant.formats.words import pack_words, unpack_words
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.types import QTensor, Scheme, Unit
 
@@ -67,6 +68,31 @@ def test_unpack_inverts_pack(quantized):
     assert (back.zero_points is None) == quantized.scheme.symmetric
     if back.zero_points is not None:
         assert torch.equal(back.zero_points, quantized.zero_points)
+
+
+def test_tiles_make_the_same_as_the_whole(quantized):
+    by_columns = QTensor(
+        quantized.codes.T.contiguous().T,
+        quantized.scales.T.contiguous().T,
+        quantized.scheme,
+        quantized.zero_points,
+    )
+    whole = compressed_tensors.pack(NAME, quantized)
+    for tiled in (quantized, by_columns):
+        parts = {name: torch.full_like(part, -1) for name, part in whole.items()}
+        for rows in (slice(40, 64), slice(0, 8), slice(8, 40)):
+            compressed_tensors.pack_into(parts, NAME, rows, tiled.rows(rows))
+        assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 600])
+@pytest.mark.parametrize("columns", [4, 24, 136])
+def test_columns_are_packed_as_rows_are(rows, columns):
+    codes = torch.randint(-128, 128, (columns, rows + 3), dtype=torch.int8)[:, 2:-1].T
+    words = torch.empty(rows, columns // 4, dtype=torch.int32)
+    pack_words(codes, 8, words)
+    assert torch.equal(words, pack_to_int32(codes.contiguous(), 8))
+    assert torch.equal(unpack_words(words, 8), codes)
 
 
 def test_layout_is_known_before_packing(quantized):

@@ -6,7 +6,6 @@ import torch
 from conftest import GRIDS
 
 from grokquant.methods.copy import can_copy, copy_quantized
-from grokquant.methods.gptq import UnusableHessian, factorize, quantize_gptq
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.methods.scales import find_scales
 from grokquant.types import QTensor, Scheme
@@ -16,13 +15,6 @@ from grokquant.types import QTensor, Scheme
 def W() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(48, 256, generator=generator) * torch.rand(48, 1, generator=generator)
-
-
-@pytest.fixture
-def X() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(256, 256, generator=generator) / 16
-    return torch.randn(700, 256, generator=generator) @ mixing
 
 
 def naive_rtn(W: np.ndarray, scheme: Scheme) -> np.ndarray:
@@ -81,58 +73,6 @@ def test_all_zero_rows_stay_zero_and_finite():
         quantized = quantize_rtn(W, scheme)
         assert torch.isfinite(quantized.scales).all()
         assert (quantized.dequantize() == 0).all()
-
-
-def naive_gptq(W, H, scales, qmin, qmax, damping, order):
-    """The paper's algorithm 1 without blocks: inverse Hessian, error spread to later columns."""
-    H = H.double() + damping * H.diagonal().mean().item() * torch.eye(len(H), dtype=torch.double)
-    H, W = H[order][:, order], W.double()[:, order].clone()
-    scales = scales.double()[:, order]
-    upper = torch.linalg.cholesky(torch.linalg.inv(H), upper=True)
-    codes = torch.zeros_like(W)
-    for i in range(W.shape[1]):
-        codes[:, i] = torch.round(W[:, i] / scales[:, i]).clamp(qmin, qmax)
-        error = (W[:, i] - codes[:, i] * scales[:, i]) / upper[i, i]
-        W[:, i:] -= error[:, None] * upper[i, i:]
-    natural = torch.empty_like(codes)
-    natural[:, order] = codes
-    return natural
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("group", [32, 128, None])
-def test_gptq_has_the_integers_of_the_paper(W, X, group, act_order):
-    scheme, H = Scheme(4, group), X.T @ X
-    quantized = quantize_gptq(W, factorize(H, 0.01, act_order), scheme, "absmax")
-    diagonal = H.diagonal()
-    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(256)
-    scales = quantized.scales.float().repeat_interleave(256 // quantized.scales.shape[1], dim=1)
-    expected = naive_gptq(W, H, scales, -8, 7, 0.01, order)
-    assert (quantized.codes != expected).float().mean() < 1e-4  # ties of float32 may differ
-
-
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 128, False), Scheme(4, None)], ids=str)
-def test_gptq_loses_less_of_the_output_than_rtn(W, X, scheme):
-    def lost(quantized: QTensor) -> float:
-        return ((W - quantized.dequantize().float()) @ X.T).square().sum().item()
-
-    gptq = quantize_gptq(W, factorize(X.T @ X, 0.01, True), scheme)
-    assert lost(gptq) < 0.75 * lost(quantize_rtn(W, scheme))
-
-
-def test_damping_rescues_a_singular_hessian(X):
-    low_rank = X[:3].T @ X[:3]
-    assert factorize(low_rank, 0.01, True).damping >= 0.01
-    hopeless = -torch.eye(256)
-    hopeless[0, 0] = 1000.0
-    with pytest.raises(UnusableHessian, match="positive definite"):
-        factorize(hopeless, 1e-9, False)
-
-
-@pytest.mark.parametrize("bad", [torch.zeros(8, 8), torch.full((8, 8), torch.nan)])
-def test_unusable_hessians_say_why(bad):
-    with pytest.raises(UnusableHessian, match="zero|not finite"):
-        factorize(bad, 0.01, False)
 
 
 def test_copy_repeats_scales_and_changes_no_value():

@@ -108,7 +108,7 @@ def _gptq(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> floa
     if unit.name.endswith(".up"):
         return rounding
     own = seen * columns * block / rates.hessians + columns * block**2 / 6 / rates.factors
-    if not is_starved(plan.recipe.experts, seen, columns):
+    if not is_starved(plan.recipe.experts, seen, block):
         return own + rounding
     everyone = tokens * columns * block / rates.hessians
     if unit.name.endswith(".down"):

@@ -125,7 +125,7 @@ class BlockwiseModel:
 
     def free_embedding(self) -> None:
         """Gives the memory of everything outside the layers back; `embed` and `logits` are over."""
-        self.model.to("meta")
+        nn.Module.to(self.model, "meta")
 
     @torch.no_grad()
     def load_layer(self, index: int) -> nn.Module:

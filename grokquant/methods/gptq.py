@@ -93,13 +93,6 @@ def factorize(H: Tensor | list[Tensor], damping: float, act_order: bool) -> Feed
     return Feedback(factors, importance, max(factor.shift for factor in factors) / mean)
 
 
-def quantize_gptq(
-    W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = "mse"
-) -> QTensor:
-    """The matrix of `round_gptq` alone."""
-    return round_gptq(W, feedback, scheme, rule).quantized
-
-
 def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = "mse") -> Rounded:
     """Rounds W [out, in] column by column, each time with the feedback of the errors so far.
 
@@ -180,7 +173,7 @@ class _Slab:
         self.first = int(factor.columns.min())
         self.order = factor.columns - self.first
         last = self.first + len(self.order)
-        self.errors = W[rows, self.first : last].T.float().contiguous()[self.order]
+        self.errors = W[rows, self.first : last].T.contiguous()[self.order].float()
         self.targets = self.errors.clone()
         self.codes = torch.empty(self.errors.shape, dtype=torch.int8, device=W.device)
         scales, zeros = quantized.scales[rows], quantized.zero_points
@@ -228,8 +221,8 @@ class _Slab:
         """The same in PyTorch, for other devices than the CPU."""
         loss = torch.zeros((), device=self.codes.device)
         F, D = self.factor.F, self.factor.D
-        for k in range(part.start, part.stop):
-            scale, zero = self.scales[self.groups[k]], self.zeros[self.groups[k]]
+        for k, group in enumerate(self.groups[part].tolist(), part.start):
+            scale, zero = self.scales[group], self.zeros[group]
             code = round_to_grid(self.targets[k], scale, zero, self.scheme)
             value = (code - zero) * scale
             loss += D[k] * (self.targets[k] - value).square().sum()

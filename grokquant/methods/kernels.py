@@ -1,137 +1,30 @@
-"""Compiled `rtn` for CPUs: reads, rounds and measures a tile of rows in one pass over its memory.
+"""Compiled `rtn` for CPUs: reads, rounds and measures rows in one pass over their memory.
 
-`scales` and `rtn` say the same in torch operations, and the integers are theirs bit for bit. Rows
-lie side by side (they are contiguous in Grok-1's files), so that 64 of them fill vector registers.
+`scales` says the same in torch operations, and the integers are equal bit for bit. 64 rows lie side
+by side, as they do in Grok-1's files, so that each step is one of whole vector registers.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
-from torch import Tensor
 
-from grokquant.types import SCALE_DTYPES, QTensor, Scheme
-
-# Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
-SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
-# Weights of a tile: few enough for the cache, enough for the interpreter not to be felt.
-_TILE = 3 << 19
 LANES = 64  # rows done at once
 BLOCK = 128  # columns in the scratch memory: 32 KB of float32
-_AHEAD = 32  # columns asked for before their turn, since they lie too far apart to be foreseen
 STEP = 8  # columns whose squared errors are added up first, as a tree
+_AHEAD = 32  # columns asked for before their turn, since they lie too far apart to be foreseen
 
-_T = TypeVar("_T")
-_DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 _f32, _u32 = np.float32, np.uint32
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
-
-
-def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
-    """Whether `round_tile` is made for rounding W, or tiles of it, to `scheme`."""
-    matrix = W.codes if isinstance(W, QTensor) else W
-    group_size = scheme.group_size or matrix.shape[1]
-    return matrix.device.type == "cpu" and group_size % STEP == 0
-
-
-def round_tile(
-    tile: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
-) -> tuple[QTensor, np.ndarray]:
-    """Rounds [rows, in] to scales of the whole range, or to those that a search finds best.
-
-    Also returns float64 [3]: the sums of squares of the errors and of the weights, and the number
-    of rows that are zero throughout.
-    """
-    source = _rows(tile)
-    rows, columns = (tile.codes if isinstance(tile, QTensor) else tile).shape
-    codes, sums = np.empty((rows, columns), np.int8), np.zeros(3)
-    scales, zeros = np.empty((2, rows, scheme.groups(columns)), np.float32)
-    candidates = len(SHRINKS) * (2 if scheme.symmetric else 1) if search else 1
-    weights = np.ones(columns, np.float32) if importance is None else importance.float().numpy()
-    words = codes.view(np.uint32)
-    round_rows(source, SHRINKS, candidates, _grid(scheme), weights, words, scales, zeros, sums)
-    zero_points = None if scheme.symmetric else torch.from_numpy(zeros.astype(np.int8))
-    stored = torch.from_numpy(scales).to(SCALE_DTYPES[scheme.scale_dtype])
-    return QTensor(torch.from_numpy(codes), stored, scheme, zero_points), sums
-
-
-def tile_rows(columns: int) -> int:
-    """How many rows to give to `round_tile` at once."""
-    return max(_TILE // columns // LANES, 1) * LANES
-
-
-def quantize(
-    W: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
-) -> QTensor:
-    """All of W [out, in] as `round_tile` rounds it."""
-    rows, columns = (W.codes if isinstance(W, QTensor) else W).shape
-
-    def work(part: slice) -> QTensor:
-        tile = W.rows(part) if isinstance(W, QTensor) else W[part]
-        return round_tile(tile, scheme, search, importance)[0]
-
-    tiles = in_tiles(rows, tile_rows(columns), work)
-    zero_points = [tile.zero_points for tile in tiles if tile.zero_points is not None]
-    return QTensor(
-        torch.cat([tile.codes for tile in tiles]),
-        torch.cat([tile.scales for tile in tiles]),
-        scheme,
-        torch.cat(zero_points) if zero_points else None,
-    )
-
-
-def in_tiles(rows: int, size: int, work: Callable[[slice], _T]) -> list[_T]:
-    """`work` for all tiles of `size` rows, on as many threads as torch uses; in their order."""
-    tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(work, tiles))
-
-
-def _rows(tile: Tensor | QTensor) -> "Rows":
-    if isinstance(tile, QTensor):
-        if tile.zero_points is None and tile.scales.dtype == torch.bfloat16:
-            codes = tile.codes.T if tile.codes.stride(0) == 1 else tile.codes.T.contiguous()
-            columns, rows = codes.shape
-            stride = codes.stride(0)
-            values = codes.as_strided(((columns - 1) * stride + rows,), (1,)).numpy()
-            group_size = columns // tile.scales.shape[1]
-            scales = (_bits(tile.scales.T).astype(np.uint32, order="C") << 16).view(np.float32)
-            return Rows(values, stride, scales, group_size)
-        tile = tile.dequantize()
-    values = (
-        _bits(tile) if tile.dtype == torch.bfloat16 else tile.numpy().astype(np.float32, copy=False)
-    )
-    return Rows(np.ravel(values), tile.shape[1], np.empty((0, 0), np.float32), 0)
-
-
-def _bits(values: Tensor) -> np.ndarray:
-    return values.view(torch.int16).numpy().view(np.uint16)
-
-
-def _grid(scheme: Scheme) -> "Grid":
-    dtype = SCALE_DTYPES[scheme.scale_dtype]
-    dropped, tiny = _DROPPED_BITS[dtype], torch.finfo(dtype).tiny
-    return Grid(
-        qmin=np.float32(scheme.qmin),
-        qmax=np.float32(scheme.qmax),
-        symmetric=scheme.symmetric,
-        dropped=np.uint32(dropped),
-        limit=np.float32(65536.0 if dtype == torch.float16 else np.inf),
-        tiny=np.float32(tiny),
-        least=np.float32(tiny * (1 - 2.0 ** (dropped - 24))),
-    )
 
 
 class Rows(NamedTuple):
     """Rows to round, all in one piece of memory with gaps of a fixed size.
 
     Either float32 rows (or bfloat16 ones, as uint16) that begin `stride` apart, or int8 columns
-    that do, with bfloat16 `scales` [groups, rows] widened to float32, each for `group_size` columns.
+    that do, with bfloat16 `scales` [groups, rows] widened to float32, for `group_size` columns.
     """
 
     values: np.ndarray
@@ -141,24 +34,28 @@ class Rows(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A scheme in numbers of one type each. Scales keep `32 - dropped` bits of a float32, become
-    infinite from `limit` on and 1 below `least`, which is what rounds to `tiny`."""
+    """A scheme in numbers.
+
+    Scales are float32 without the bits below `unit`; `even` and `odd` are added before these are
+    cut off. They become infinite from `limit` on, and 1 below `least`, which rounds to `tiny`.
+    """
 
     qmin: np.float32
     qmax: np.float32
     symmetric: bool
-    dropped: np.uint32
+    unit: np.uint32
+    even: np.uint32
+    odd: np.uint32
     limit: np.float32
     tiny: np.float32
     least: np.float32
 
 
 @_compiled
-def _rounded(x, dropped):
-    """float32 without its lowest `dropped` bits, ties to even: 16 of them makes a bfloat16."""
-    bits, unit = _f32(x).view(_u32), _u32(_u32(1) << dropped)
-    odd, half = _u32(_u32(bits >> dropped) & _u32(1)), _u32(unit >> _u32(1))
-    carry = _u32(_u32(_u32(half - _u32(1)) + odd) & _u32(unit - _u32(1)))
+def _rounded(x, unit, even, odd):
+    """float32 x without its bits below `unit`, ties to even; what is added carries into them."""
+    bits = _f32(x).view(_u32)
+    carry = odd if bits & unit else even
     return _u32(_u32(bits + carry) & _u32(-unit)).view(_f32)
 
 
@@ -166,7 +63,7 @@ def _rounded(x, dropped):
 def _stored(x, grid):
     """The scale as the file will hold it, 1 where that would be no normal number."""
     size = abs(x)
-    value = _rounded(grid.tiny if size < grid.tiny else size, grid.dropped)
+    value = _rounded(grid.tiny if size < grid.tiny else size, grid.unit, grid.even, grid.odd)
     value = _f32(np.inf) if value >= grid.limit else value
     value = -value if x < 0 else value
     return _f32(1) if size < grid.least else value
@@ -212,13 +109,16 @@ def _prefetch(typing, array, index):
 
 @_compiled
 def _load_stored(source, first, lanes, column, columns, W):
-    for k in range(columns):
-        at = (column + k) * source.stride + first
-        _prefetch(source.values, at + _AHEAD * source.stride)
-        codes = source.values[at : at + lanes]
-        scales = source.scales[(column + k) // source.group_size, first : first + lanes]
-        for n in range(lanes):
-            W[k * LANES + n] = _rounded(_f32(_f32(codes[n]) * scales[n]), _u32(16))
+    size, stop = source.group_size, column + columns
+    for group in range(column // size, (stop - 1) // size + 1):
+        scales = source.scales[group, first : first + lanes]
+        for k in range(max(group * size, column), min((group + 1) * size, stop)):
+            at, to = k * source.stride + first, (k - column) * LANES
+            _prefetch(source.values, at + _AHEAD * source.stride)  # type: ignore[call-arg]
+            codes, line = source.values[at : at + lanes], W[to : to + LANES]
+            for n in range(lanes):
+                value = _f32(_f32(codes[n]) * scales[n])
+                line[n] = _rounded(value, _u32(0x10000), _u32(0x7FFF), _u32(0x8000))
 
 
 @_compiled
@@ -312,7 +212,7 @@ def _multiple(w, level, n):
 
 @_compiled
 def _square_of_error(w, multiple, scale, grid):
-    value = _rounded(_f32(multiple * scale), grid.dropped)
+    value = _rounded(_f32(multiple * scale), grid.unit, grid.even, grid.odd)
     error = _f32(w - value) if abs(value) < grid.limit else _f32(np.inf)
     return _f32(error * error)
 
@@ -369,15 +269,14 @@ def round_rows(source, shrinks, candidates, grid, importance, words, scales, zer
     rows, groups = scales.shape
     size = len(importance) // groups
     W, packed = np.zeros(BLOCK * LANES, _f32), np.empty(BLOCK // 4 * LANES, _u32)
-    low, high, peak = np.empty(LANES, _f32), np.empty(LANES, _f32), np.empty(LANES, _f32)
+    low, high, peak = np.empty(LANES, _f32), np.empty(LANES, _f32), np.zeros(rows, _f32)
     level, total, lost = np.empty(5 * LANES, _f32), np.empty(LANES, _f32), np.empty(2 * LANES, _f32)
     tried, tried_zeros = np.empty((candidates, LANES), _f32), np.empty((candidates, LANES), _f32)
     errors, least = np.empty((candidates, LANES), np.float64), np.empty(LANES, np.float64)
-    for first in range(0, rows, LANES):
-        lanes = min(LANES, rows - first)
-        peak[:] = 0
-        for group in range(groups):
-            start, stop = group * size, (group + 1) * size
+    for group in range(groups):
+        start, stop = group * size, (group + 1) * size
+        for first in range(0, rows, LANES):
+            lanes = min(LANES, rows - first)
             low[:], high[:], errors[:] = 0, 0, 0
             for column in range(start, stop, BLOCK):
                 columns = min(BLOCK, stop - column)
@@ -407,6 +306,6 @@ def round_rows(source, shrinks, candidates, grid, importance, words, scales, zer
                         row[word] = packed[word * LANES + n]
             for n in range(lanes):
                 scales[first + n, group], zeros[first + n, group] = tried[0, n], tried_zeros[0, n]
-                peak[n] = max(peak[n], max(high[n], -low[n]))
-        for n in range(lanes):
-            sums[2] += peak[n] == 0
+                peak[first + n] = max(peak[first + n], max(high[n], -low[n]))
+    for n in range(rows):
+        sums[2] += peak[n] == 0

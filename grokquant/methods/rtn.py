@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from grokquant.methods import kernels
+from grokquant.methods import compiled
 from grokquant.methods.scales import ScaleRule, quantize_nearest, search_scales
 from grokquant.types import QTensor, Scheme
 
 
 def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
     """Rounds W [out, in] to the nearest codes of the scales that `rule` finds."""
-    if kernels.can_round(W, scheme):
-        return kernels.quantize(W, scheme, rule == "mse")
+    if compiled.can_round(W, scheme):
+        return compiled.quantize(W, scheme, rule == "mse")
     return quantize_with_torch(W, scheme, rule)
 
 

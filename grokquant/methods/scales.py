@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grokquant.methods import kernels
+from grokquant.methods import compiled, kernels
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme
 
 ScaleRule = Literal["absmax", "mse"]
@@ -35,8 +35,8 @@ def find_scales(
     """
     if importance is not None and importance.sum() == 0:
         importance = None
-    if kernels.can_round(W, scheme):
-        found = kernels.quantize(W, scheme, rule == "mse", importance)
+    if compiled.can_round(W, scheme):
+        found = compiled.quantize(W, scheme, rule == "mse", importance)
         return found.scales, found.zero_points
     return search_scales(W, scheme, rule, importance)
 
@@ -97,7 +97,7 @@ def _find_in_rows(
 def _candidates(
     groups: Tensor, scheme: Scheme, rule: ScaleRule
 ) -> list[tuple[Tensor, Tensor | None]]:
-    shrinks = kernels.SHRINKS.tolist()
+    shrinks = compiled.SHRINKS.tolist()
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     if not scheme.symmetric:
         tried = shrinks if rule == "mse" else shrinks[:1]

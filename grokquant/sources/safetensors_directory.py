@@ -21,6 +21,7 @@ LAYOUT, LOOKS_FOR = "safetensors", "model.safetensors.index.json or model.safete
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 MAX_HEADER_BYTES, MAX_TENSORS = 25_000_000, 100_000
+CHUNK = 1 << 24  # values that are checked at once
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -127,10 +128,14 @@ def _load(path: Path, name: str) -> Tensor:
             tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: tensor {name!r} cannot be read: {_line(error)}") from None
-    comparable = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
-    if not comparable.isfinite().all():
+    if not all(map(_is_finite, tensor.flatten().split(CHUNK))):
         raise InputError(f"{path}: tensor {name!r} holds non-finite values")
     return tensor
+
+
+def _is_finite(values: Tensor) -> bool:
+    comparable = values.float() if values.dtype == torch.float8_e4m3fn else values
+    return bool(comparable.isfinite().all())
 
 
 def _line(error: Exception) -> str:

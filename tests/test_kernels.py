@@ -1,0 +1,127 @@
+"""The compiled kernels give the integers of the torch reference, bit for bit."""
+
+import pytest
+import torch
+from conftest import GRIDS
+
+from grokquant.methods import compiled
+from grokquant.methods.rtn import quantize_rtn, quantize_with_torch
+from grokquant.methods.scales import find_scales, search_scales
+from grokquant.types import QTensor, Scheme
+
+RULES = ("absmax", "mse")
+
+
+def random_weights(rows: int, columns: int) -> torch.Tensor:
+    """Rows of very different size; one is zero, and so is a part of another."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    W = torch.randn(rows, columns, generator=generator) * 2 ** torch.linspace(-20, 4, rows)[:, None]
+    W[rows // 2] = 0
+    W[-1, : columns // 2] = 0
+    return W
+
+
+def random_release(rows: int, columns: int, group_size: int | None) -> QTensor:
+    """As Grok-1's files hold matrices: by columns, all 256 codes, -128 among them."""
+    generator = torch.Generator().manual_seed(rows)
+    scheme = Scheme(8, group_size)
+    codes = torch.randint(-128, 128, (columns, rows), dtype=torch.int8, generator=generator)
+    scales = torch.rand(scheme.groups(columns), rows, generator=generator).bfloat16() / 64
+    return QTensor(codes.T, scales.T, scheme)
+
+
+def check(W: torch.Tensor | QTensor, scheme: Scheme, rule: str) -> None:
+    assert compiled.can_round(W, scheme)
+    found, expected = quantize_rtn(W, scheme, rule), quantize_with_torch(W, scheme, rule)
+    assert torch.equal(found.scales, expected.scales)
+    assert torch.equal(found.codes, expected.codes)
+    assert found.scales.dtype == expected.scales.dtype
+    if not scheme.symmetric:
+        assert torch.equal(found.zero_points, expected.zero_points)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("scheme", [*GRIDS, Scheme(4, 128, scale_dtype="float32")], ids=str)
+def test_equal_to_torch_on_every_grid(scheme, rule):
+    check(random_weights(70, 384), scheme, rule)
+    check(random_weights(70, 384).bfloat16(), scheme, rule)
+    check(random_release(70, 384, 128), scheme, rule)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 129])
+def test_any_number_of_rows_and_columns(rows, rule):
+    for scheme in (Scheme(4, None), Scheme(4, 8, symmetric=False), Scheme(8, 41 * 8)):
+        check(random_weights(rows, 328), scheme, rule)
+        check(random_release(rows, 328, None), scheme, rule)
+
+
+@pytest.mark.parametrize("stored_group", [32, 96, 768, None])
+def test_groups_of_the_source_need_not_be_those_of_the_result(stored_group):
+    for group in (32, 128, 256, None):
+        check(random_release(66, 768, stored_group), Scheme(4, group), "mse")
+
+
+def test_other_sources_are_read_as_they_are():
+    release = random_release(40, 256, 64)
+    by_rows = QTensor(release.codes.contiguous(), release.scales.contiguous(), release.scheme)
+    half = QTensor(release.codes, release.scales.half(), Scheme(8, 64, True, "float16"))
+    shifted = quantize_rtn(random_weights(40, 256), Scheme(8, 64, symmetric=False))
+    for source in (by_rows, half, shifted, release.dequantize().T.contiguous().T):
+        check(source, Scheme(4, 64), "mse")
+    check(random_weights(40, 256)[:, 64:192].half(), Scheme(4, 64), "absmax")
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ties_go_to_even(bits, rule):
+    """Weights in the middle of two codes of a scale that is a power of two."""
+    scheme = Scheme(bits, 32)
+    steps = torch.arange(-scheme.qmax, scheme.qmax) + 0.5
+    W = steps[torch.arange(64 * 256) % len(steps)].view(64, 256) / 16
+    W[:, ::32] = scheme.qmax / 16
+    check(W, scheme, rule)
+    if rule == "absmax":
+        codes = quantize_rtn(W, scheme, rule).codes
+        assert (codes[scheme.qmax / 16 != W] % 2 == 0).all()
+
+
+@pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
+def test_smallest_and_largest_scales(scale_dtype):
+    """Around the smallest normal scale, below which it becomes 1, and beyond the largest."""
+    smallest = torch.finfo(getattr(torch, scale_dtype)).tiny
+    sizes = smallest * (1 + torch.arange(-20, 20) * 2.0**-13)
+    W = torch.cat([7 * sizes, torch.tensor([1e-45, 4e5, 7 * 65519.0, 7 * 65520.0, 3e38])])
+    for rule in RULES:
+        for symmetric in (True, False):
+            check(W[:, None].repeat(1, 8), Scheme(4, 8, symmetric, scale_dtype), rule)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, None), Scheme(8, 64, False)], ids=str)
+def test_importance_counts_the_same(scheme):
+    W = random_weights(50, 256)
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(0))[::2] ** 4
+    found = find_scales(W, scheme, "mse", importance)
+    expected = search_scales(W, scheme, "mse", importance)
+    assert torch.equal(found[0], expected[0])
+    assert scheme.symmetric or torch.equal(found[1], expected[1])
+    assert torch.equal(
+        find_scales(W, scheme, "mse", torch.zeros(256))[0], find_scales(W, scheme, "mse")[0]
+    )
+
+
+def test_other_group_sizes_go_to_torch():
+    scheme = Scheme(4, 12)
+    assert not compiled.can_round(random_weights(8, 96), scheme)
+    assert quantize_rtn(random_weights(8, 96), scheme).scales.shape == (8, 8)
+
+
+@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+def test_sums_of_squares(scheme):
+    W = random_weights(70, 384)
+    W[3] = 0
+    quantized, (lost, norm, zero_rows) = compiled.round_tile(W, scheme, search=False)
+    error = W.double() - quantized.dequantize().double()
+    assert lost == pytest.approx(error.square().sum().item(), rel=1e-5)
+    assert norm == pytest.approx(W.double().square().sum().item(), rel=1e-5)
+    assert zero_rows == 2
