@@ -109,11 +109,9 @@ def jobs(launcher, smallest_release, text_file, tmp_path_factory) -> Callable[[s
 
 @pytest.fixture
 def own_job(launcher, smallest_release, text_file, tmp_path) -> Job:
-    """A run by gptq, one layer and three files from its end, whose source can be changed."""
+    """A run by gptq whose source and text can be changed; nothing is known of it."""
     shutil.copytree(smallest_release, tmp_path / "source")
     shutil.copyfile(text_file, tmp_path / "text.txt")
     job = new_job(launcher, tmp_path / "home", tmp_path / "source", tmp_path / "text.txt", "gptq")
-    job.learn()
     job.clear()
-    job.stop_at_file(10)
     return job

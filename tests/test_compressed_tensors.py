@@ -9,7 +9,7 @@ from compressed_tensors.utils.match import match_name
 from conftest import GRIDS
 
 from grokquant.formats import FORMATS, compressed_tensors
-from grokquant.formats.words import pack_words, unpack_words
+from grokquant.formats.words import pack_with_torch, pack_words, unpack_words
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.types import QTensor, Scheme, Unit
 
@@ -93,6 +93,14 @@ def test_columns_are_packed_as_rows_are(rows, columns):
     pack_words(codes, 8, words)
     assert torch.equal(words, pack_to_int32(codes.contiguous(), 8))
     assert torch.equal(unpack_words(words, 8), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_devices_pack_alike(bits):
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (24, 7), dtype=torch.int8).T
+    words = torch.empty(7, 24 * bits // 32, dtype=torch.int32)
+    pack_words(codes, bits, words)
+    assert torch.equal(pack_with_torch(codes, bits), words)
 
 
 def test_layout_is_known_before_packing(quantized):

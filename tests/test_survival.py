@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXPERTS
 from jobs import ENVIRONMENT, KILLED, Job, can_mount, fill_up, tree
 from safetensors.torch import load_file
 
-from grokquant.families.grok_model import GrokRouter
+from grokquant.sources.pickles import read_array, read_headers
+from grokquant.sources.release_writer import write_leaf
 
 FILES = "out.partial/files/model-000"
 JOURNAL = "out.partial/journal/"
@@ -32,17 +32,11 @@ JOURNAL = "out.partial/journal/"
 @pytest.mark.parametrize(
     ("kind", "step"),
     [
-        ("gptq", "replace out.partial/run.json #1"),
         ("gptq", f"inside pwrite {FILES}05-of-00012.safetensors.tmp #7"),
-        ("gptq", f"replace {FILES}07-of-00012.safetensors #1"),
         ("gptq", f"replace {JOURNAL}model-00007-of-00012.safetensors.json #1"),
-        ("gptq", "replace out.partial/hidden-1 #1"),
         ("gptq", f"replace {JOURNAL}hidden.json #1"),
-        ("gptq", "replace out.partial/files/config.json #1"),
         ("gptq", "replace out #1"),
-        ("gptq", "unlink out.partial/run.json #1"),
-        ("rtn", f"fsync {FILES}04-of-00012.safetensors.tmp #1"),
-        ("rtn", f"open {JOURNAL}model-00012-of-00012.safetensors.json.tmp #1"),
+        ("rtn", f"replace {FILES}04-of-00012.safetensors #1"),
         ("rtn", "fsync out.partial/files/SHA256SUMS.tmp #1"),
     ],
 )
@@ -84,7 +78,7 @@ def flip_bit(path: Path, position: int | None = None) -> None:
 
 
 def shorten(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
+    os.truncate(path, path.stat().st_size - 2)
 
 
 def fill_with_garbage(path: Path) -> None:
@@ -92,30 +86,52 @@ def fill_with_garbage(path: Path) -> None:
 
 
 MODEL = "model-00004-of-00012.safetensors"
+MADE_AGAIN = ": is no longer what was committed, it is made again"
 
 
-@pytest.mark.parametrize("damage", [flip_bit, shorten, Path.unlink, fill_with_garbage])
 @pytest.mark.parametrize(
-    ("path", "named"),
+    ("damage", "path", "named"),
     [
-        (f"files/{MODEL}", MODEL),
-        (f"journal/{MODEL}.json", MODEL),
-        ("hidden-1", "hidden-1"),
-        ("journal/hidden.json", "hidden"),
+        (flip_bit, f"files/{MODEL}", MODEL),
+        (flip_bit, "hidden-1", "hidden-1"),
+        (shorten, f"files/{MODEL}", MODEL),
+        (shorten, "journal/hidden.json", "hidden"),
+        (Path.unlink, f"files/{MODEL}", MODEL),
+        (Path.unlink, f"journal/{MODEL}.json", None),  # as if it had never been written
+        (fill_with_garbage, f"journal/{MODEL}.json", MODEL),
     ],
 )
-def test_damage_is_found_named_and_mended(jobs, path, named, damage):
+def test_damage_is_found_named_and_mended(jobs, damage, path, named):
     job = jobs("gptq")
     job.stop_at_file(10)
     before = job.committed()
     damage(job.partial / path)
     assert job.run() == 0, job.stderr
     job.check_whole()
-    lines = [line for line in job.stderr.splitlines() if "no longer what was committed" in line]
-    lost = damage is Path.unlink and path.startswith("journal")  # as if it had never been written
-    assert lines == ([] if lost else [f"{named}: is no longer what was committed, it is made again"])
+    lines = [line for line in job.stderr.splitlines() if line.endswith(MADE_AGAIN)]
+    assert lines == ([named + MADE_AGAIN] if named else [])
     changed = {name for name, stamp in before.items() if job.stamps()[name] != stamp}
     assert changed == ({MODEL} if MODEL in path else set())
+
+
+@pytest.mark.kill
+def test_every_damaged_file_is_found_named_and_mended(jobs):
+    job = jobs("gptq")
+    job.stop_at_file(10)
+    kept = shutil.copytree(job.partial, job.home / "kept")
+    inner = [*kept.glob("files/model-*"), *kept.glob("journal/*"), *kept.glob("hidden-*")]
+    assert len(inner) == 9 + 10 + 1
+    for path in inner:
+        for damage in (flip_bit, shorten, fill_with_garbage, Path.unlink):
+            job.clear()
+            shutil.copytree(kept, job.partial)
+            damage(job.partial / path.relative_to(kept))
+            assert job.run() == 0, job.stderr
+            job.check_whole()
+            named = [f"{path.name.removesuffix('.json')}{MADE_AGAIN}"]
+            lost = damage is Path.unlink and path.suffix == ".json"
+            lines = [line for line in job.stderr.splitlines() if line.endswith(MADE_AGAIN)]
+            assert lines == ([] if lost else named)
 
 
 def test_every_bit_of_a_record_counts(jobs):
@@ -124,12 +140,12 @@ def test_every_bit_of_a_record_counts(jobs):
     job.stop_at_file(10)
     record = job.partial / "journal" / f"{MODEL}.json"
     text = record.read_text()
-    digit = re.search(r'"relative_error": 0\.0(\d)', text)
+    digit = re.search(r'"relative_error": 0\.(\d)', text)
     assert digit
     flip_bit(record, digit.start(1))
     assert json.loads(record.read_text()) != json.loads(text)
     assert job.run() == 0
-    assert f"{MODEL}: is no longer what was committed" in job.stderr
+    assert MODEL + MADE_AGAIN in job.stderr
     job.check_whole()
 
 
@@ -146,8 +162,8 @@ def test_a_damaged_identity_is_refused(jobs):
 # --- what may not change before a run is continued
 
 
-def append_space(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b" ")
+def append_unknown_field(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\xfa\x07\x00")  # of a protocol buffer, and empty
 
 
 def other_words(path: Path) -> None:
@@ -162,7 +178,11 @@ def other_multiplier(source: Path) -> None:
 
 
 def test_a_run_of_something_else_is_refused_and_loses_nothing(own_job):
-    job, before = own_job, own_job.committed()
+    job = own_job
+    job.learn()
+    job.clear()
+    job.stop_at_file(10)
+    before = job.committed()
 
     def refused(complaint: str, *settings: str, changes: tuple[str, ...] = ()) -> None:
         assert job.run(*settings, changes=changes) == 2
@@ -174,7 +194,7 @@ def test_a_run_of_something_else_is_refused_and_loses_nothing(own_job):
 
     refused(r"recipe\.quantize\[0\]\.bits was 4, is 8", "quantize[0].bits=8")
     refused(r"recipe\.calibration\.seed was 0, is 1", "calibration.seed=1")
-    refused(r"recipe\.output\.shard was 20000, is 30000", "output.shard=30KB")
+    refused(r"recipe\.output\.shard was 20KB, is 30KB", "output.shard=30KB")
     refused(r"version\.torch was \S+, is 9\.9\.9", changes=("other torch",))
 
     def with_changed(path: Path, change: Callable[[Path], None], complaint: str) -> None:
@@ -187,7 +207,9 @@ def test_a_run_of_something_else_is_refused_and_loses_nothing(own_job):
     source, home = job.home.parent / "source", job.home.parent
     shard = "tensor00002_000"
     with_changed(source / "ckpt-0" / shard, flip_bit, rf"source\.{shard} was \d+ bytes of .*")
-    with_changed(source / "tokenizer.model", append_space, r"tokenizer\.tokenizer\.model was .*")
+    with_changed(
+        source / "tokenizer.model", append_unknown_field, r"tokenizer\.tokenizer\.model was .*"
+    )
     other = r"config\.attn_output_multiplier was 0\.\d+, is 0\.5"
     with_changed(source / "config.json", lambda path: other_multiplier(path.parent), other)
     text = (home / "text.txt").read_bytes()
@@ -235,10 +257,8 @@ def test_the_second_of_two_runs_is_refused(jobs):
 @pytest.mark.parametrize(
     "step",
     [
-        "open out.partial/lock #1",
-        f"replace {FILES}05-of-00012.safetensors #1",
+        f"open {FILES}05-of-00012.safetensors.tmp #1",
         "fsync out.partial/files/SHA256SUMS.tmp #1",
-        "replace out #1",
     ],
 )
 def test_two_runs_whose_lock_lies_damage_nothing(jobs, step):
@@ -256,8 +276,9 @@ def test_two_runs_whose_lock_lies_damage_nothing(jobs, step):
 # --- signals
 
 
-@pytest.mark.parametrize("how", ["interrupt", "terminate"])
-@pytest.mark.parametrize("changes", [(), ("background",)])
+@pytest.mark.parametrize(
+    ("how", "changes"), [("interrupt", ()), ("terminate", ()), ("interrupt", ("background",))]
+)
 def test_a_signal_lets_the_file_in_progress_be_finished(jobs, how, changes):
     job = jobs("gptq")
     step = f"inside pwrite {FILES}05-of-00012.safetensors.tmp #3"
@@ -294,7 +315,7 @@ def test_a_signal_before_anything_is_committed_leaves_nothing(jobs):
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root can mount a small disk")
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.8, 1.0])
 def test_a_full_disk(jobs, share):
     job = jobs("gptq")
     assert fill_up(job, 8192 + int(share * job.size)) == 2
@@ -302,7 +323,7 @@ def test_a_full_disk(jobs, share):
 
 # --- what reaches the disk when
 
-CALLS = "fsync,fdatasync,rename,renameat,renameat2,write,writev,pwrite64,mkdir,ftruncate"
+CALLS = "fsync,fdatasync,rename,renameat,renameat2,write,writev,pwrite64,sendfile,mkdir,ftruncate"
 FINISHED = re.compile(r"(\w+)\((.*)\) += \d+")
 
 
@@ -366,6 +387,7 @@ def check_order(events: list[Event], root: Path) -> None:
     for kind, paths in events:
         path = Path(paths[-1])
         if kind == "mkdir":
+            assert not renamed
             made.add(str(path.parent))
         elif kind == "sync":
             for waiting in (unwritten, renamed, made):
@@ -395,5 +417,79 @@ def check_order(events: list[Event], root: Path) -> None:
 # --- numbers that are none
 
 
-def report_of(job: Job) -> dict:
-    return json.loads((job.out / "quantization-report.json").read_text())
+def leaf_of(job: Job, index: int) -> tuple[Path, list[torch.Tensor]]:
+    """A file of the source and its arrays, [expert, in, out] int8 and their scales."""
+    path = job.home.parent / "source" / "ckpt-0" / f"tensor{index:05d}_000"
+    return path, [read_array(path, header).clone() for header in read_headers(path)]
+
+
+def check_finite(directory: Path) -> None:
+    for file in directory.glob("model-*.safetensors"):
+        for name, tensor in load_file(file).items():
+            assert tensor.isfinite().all(), name
+
+
+def rows_of(job: Job) -> dict[str, dict]:
+    report = json.loads((job.out / "quantization-report.json").read_text())
+    return {row["name"]: row for row in report["units"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "value"), [("gptq", torch.nan), ("rtn", -torch.inf), ("copy", torch.nan)]
+)
+def test_scales_that_are_no_numbers_are_never_written(own_job, value, method):
+    job = own_job
+    path, (codes, scales) = leaf_of(job, 14)  # of layer 1, experts
+    scales[2, 0, 5] = value
+    write_leaf(path, (codes, scales))
+    assert job.run(f"quantize[0].method={method}", "quantize[0].bits=8") == 2
+    assert job.last_line == (
+        f"{path}: transformer/decoder_layer_1/moe/linear scales of expert 2: "
+        "1 values are NaN or infinite, first at (0, 5)"
+    )
+    assert len(job.committed()) >= 7 and not job.out.exists()
+    check_finite(job.partial / "files")
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_rows_of_zeros_are_named(own_job, method):
+    job = own_job
+    path, (codes, scales) = leaf_of(job, 2)  # of layer 0, experts
+    codes[1, :, :3] = 0
+    write_leaf(path, (codes, scales))
+    assert job.run(f"quantize[0].method={method}") == 0, job.stderr
+    noted = {name: row["note"] for name, row in rows_of(job).items() if "zeros" in str(row["note"])}
+    assert len(noted) == 1
+    ((name, note),) = noted.items()
+    assert name.startswith("layers.0.experts.1.") and "3 rows of nothing but zeros" in note
+    check_finite(job.out)
+
+
+def test_hessians_that_cannot_be_used_are_named(own_job):
+    job = own_job
+    path, (codes, scales) = leaf_of(job, 2)
+    write_leaf(path, (torch.zeros_like(codes), scales))  # what the layer's gates let through is 0
+    assert job.run("max_fallbacks=1", "experts.blend_tokens=0") == 0, job.stderr
+    rows = rows_of(job)
+    fallen = {name: row["fallback"] for name, row in rows.items() if row["fallback"]}
+    assert fallen == {f"layers.0.experts.{e}.down": "the Hessian is zero" for e in range(4)}
+    job.clear()
+    (job.home.parent / "text.txt").write_text("so " * 4000)  # of rank one
+    settings = ("max_fallbacks=1", "experts.blend_tokens=0", "quantize[0].damping=1e-30")
+    assert job.run(*settings) == 0, job.stderr
+    fallen = {name: row["fallback"] for name, row in rows_of(job).items() if row["fallback"]}
+    assert any("not positive definite" in reason for reason in fallen.values())
+    check_finite(job.out)
+
+
+def test_activations_that_are_no_numbers_are_named(own_job):
+    """Weights may be finite and their products not."""
+    job = own_job
+    for index in (2, 4):  # what is multiplied in the experts of layer 0
+        path, (codes, scales) = leaf_of(job, index)
+        write_leaf(path, (codes, scales * 1e20))
+    assert job.run() == 1 and "the Hessian is not finite" in job.last_line
+    assert job.run("max_fallbacks=1") == 2
+    assert job.last_line == "layer 0: its outputs on the calibration text are not finite"
+    assert not job.out.exists()
+    check_finite(job.partial / "files")

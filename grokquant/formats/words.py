@@ -17,7 +17,7 @@ def pack_words(codes: Tensor, bits: int, words: Tensor) -> None:
     """Fills contiguous int32 words [rows, n * bits / 32] from int8 codes [rows, n]."""
     by_columns = codes.stride(0) == 1 and len(codes) > 1
     if codes.device.type != "cpu":
-        words.copy_(_pack_with_torch(codes, bits))
+        words.copy_(pack_with_torch(codes, bits))
     elif bits == 8 and by_columns and codes.shape[1] % 8 == 0:
         stride, columns = codes.stride(1), codes.shape[1]
         flat = codes.T.as_strided(((columns - 1) * stride + len(codes),), (1,))
@@ -29,20 +29,21 @@ def pack_words(codes: Tensor, bits: int, words: Tensor) -> None:
         _pack_nibbles(pairs, words.view(-1).numpy().view(np.uint8))
 
 
+def pack_with_torch(codes: Tensor, bits: int) -> Tensor:
+    """The words in torch operations, on the device of `codes`."""
+    unsigned = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))  # wraps modulo 256
+    if bits == 4:
+        unsigned = unsigned & 15
+        unsigned = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
+    return unsigned.contiguous().view(torch.int32)
+
+
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [rows, words] to int8 codes [rows, words * 32 / bits]."""
     unsigned = words.flatten().view(torch.uint8)
     if bits == 4:
         unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1)
     return (unsigned - (1 << (bits - 1))).view(torch.int8).view(len(words), -1)
-
-
-def _pack_with_torch(codes: Tensor, bits: int) -> Tensor:
-    unsigned = codes.contiguous().view(torch.uint8) + (1 << (bits - 1))  # wraps modulo 256
-    if bits == 4:
-        unsigned = unsigned & 15
-        unsigned = unsigned[:, ::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)
 
 
 def _flip_signs(codes: np.ndarray, words: np.ndarray) -> None:

@@ -23,7 +23,7 @@ _LEAF = 64
 # Rows rounded at once: bounds the working memory, and the products stay large.
 SLAB_ROWS = 4096
 # Sign combinations of rows that stand for all rows in ||W X||.
-_PROBES = 256
+_PROBES = 128
 # Damping is raised this often, tenfold each time, before a Hessian counts as unusable.
 _RETRIES = 3
 
@@ -63,7 +63,7 @@ class Feedback:
 class Rounded:
     """A matrix rounded by GPTQ and its `output_error` ||(W - Q) X|| / ||W X||.
 
-    The numerator is exact, the denominator up to 256 rows; above, that many random combinations of
+    The numerator is exact, the denominator up to 128 rows; above, that many random combinations of
     the rows estimate it, to about a hundredth.
     """
 
