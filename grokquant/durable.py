@@ -44,6 +44,20 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_record(path: Path, record: dict) -> None:
+    write_json(path, {"sha256": _digest(record), "record": record})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None if it is not there or no longer that."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        record, digest = value["record"], value["sha256"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return record if digest == _digest(record) else None
+
+
 def sync(path: Path) -> None:
     """Makes a file or directory durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -56,6 +70,10 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def holds(path: Path, checksum: str) -> bool:
+    return path.is_file() and sha256(path) == checksum
 
 
 def remove_abandoned(directory: Path) -> None:
@@ -82,3 +100,7 @@ def _alive(process: int) -> bool:
 def nearest_directory(path: Path) -> Path:
     """`path` or the closest of its parents that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def _digest(record: object) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

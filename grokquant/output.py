@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from grokquant.direct import PlacedFile
 from grokquant.durable import nearest_directory, temporary_name
 from grokquant.errors import GrokquantError, InputError
 from grokquant.plan import Plan, PlannedFile
@@ -25,16 +26,15 @@ SUMS_NAME = "SHA256SUMS"
 # So many tensors may wait for the disk: bounds memory, keeps the disk busy.
 _WAITING = 2
 
-# (planned file, its complete temporary file, the reports of its units)
-Commit = Callable[[PlannedFile, Path, list[UnitReport]], None]
+# (planned file, its complete temporary file, that file's sha256 if known, the reports of its units)
+Commit = Callable[[PlannedFile, Path, str | None, list[UnitReport]], None]
 
 
 @dataclass
 class _Growing:
     """A file that still lacks `missing` bytes of its tensors."""
 
-    temporary: Path
-    descriptor: int
+    stored: PlacedFile
     missing: int
     reports: list[UnitReport] = field(default_factory=list)
 
@@ -97,8 +97,8 @@ class ShardWriter:
         """Removes what is incomplete. Where nothing is, what still waits completes a file."""
         self._thread.shutdown(cancel_futures=bool(self.incomplete))
         for growing in self._growing.values():
-            os.close(growing.descriptor)
-            growing.temporary.unlink(missing_ok=True)
+            growing.stored.close()
+            growing.stored.path.unlink(missing_ok=True)
 
     def _write(
         self, file: PlannedFile, offset: int, rows: Tensor, report: UnitReport | None
@@ -108,42 +108,46 @@ class ShardWriter:
         start = perf_counter()
         self._failed = True
         growing = self._growing.get(file.name) or self._begin(file)
-        _write_at(growing.descriptor, offset, rows)
+        growing.stored.write(offset, _bytes_of(rows))
         growing.missing -= rows.nbytes
         if report:
             growing.reports.append(report)
         if growing.missing == 0:
             del self._growing[file.name]
-            os.close(growing.descriptor)
+            growing.stored.close()
             self._finish(file, growing)
         self._failed = False
         self.seconds += perf_counter() - start
 
     def _begin(self, file: PlannedFile) -> _Growing:
-        temporary = temporary_name(self.directory / file.name)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        growing = _Growing(temporary, descriptor, sum(t.bytes for t in file.tensors))
+        stored = PlacedFile(temporary_name(self.directory / file.name))
+        growing = _Growing(stored, sum(t.bytes for t in file.tensors))
         self._growing[file.name] = growing
-        _write_all(descriptor, 0, memoryview(file.layout.header))
+        stored.write(0, memoryview(file.layout.header))
         return growing
 
     def _finish(self, file: PlannedFile, growing: _Growing) -> None:
+        stored = growing.stored
         try:
-            self.commit(file, growing.temporary, growing.reports)
+            self.commit(file, stored.path, stored.checksum(), growing.reports)
         finally:
-            growing.temporary.unlink(missing_ok=True)
+            stored.path.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, written tensor by tensor without a copy in memory; not synced."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
+    """A safetensors file, written tensor by tensor without a copy in memory; not synced.
+
+    Returns its sha256 if that is known.
+    """
     layout = file_layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    stored = PlacedFile(path)
     try:
-        _write_all(descriptor, 0, memoryview(layout.header))
+        stored.write(0, memoryview(layout.header))
         for name, tensor in tensors.items():
-            _write_at(descriptor, layout.offsets[name], tensor)
+            stored.write(layout.offsets[name], _bytes_of(tensor))
     finally:
-        os.close(descriptor)
+        stored.close()
+    return stored.checksum()
 
 
 def check_writable(directory: Path) -> None:
@@ -153,12 +157,6 @@ def check_writable(directory: Path) -> None:
         raise InputError(f"{directory}: cannot be written")
 
 
-def _write_at(descriptor: int, offset: int, tensor: Tensor) -> None:
+def _bytes_of(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    _write_all(descriptor, offset, flat.numpy().data)
-
-
-def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
-    while data:
-        written = os.pwrite(descriptor, data[: 1 << 26], offset)
-        data, offset = data[written:], offset + written
+    return flat.numpy().data

@@ -10,17 +10,20 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from types import ModuleType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from grokquant import papers
 from grokquant.calibration.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.calibration.text import calibration_rows
+from grokquant.claim import work_directory
 from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
 from grokquant.formats import FORMATS
@@ -32,9 +35,9 @@ from grokquant.recipe import Recipe
 from grokquant.rounding import round_without_data
 from grokquant.stopping import StopRequest, stopping
 from grokquant.tokenizer import load_tokenizer
-from grokquant.types import QTensor, Unit, UnitReport
+from grokquant.types import QTensor, TensorRef, Unit, UnitReport
 from grokquant.verify import verify_against_plan
-from grokquant.workdir import WorkDirectory, work_directory
+from grokquant.workdir import WorkDirectory
 
 
 class Progress(Protocol):
@@ -156,13 +159,14 @@ class Run:
         return self.packing.unpack(unit.tensor, parts, unit.scheme).to(self.device)
 
     def write_kept(self, tensors: list[str]) -> None:
-        """Carries tensors over as they are: router, norms, embedding, matrices that are kept."""
+        """Carries tensors over as they are: router, norms, embedding, matrices that are kept.
+
+        No source hands out values that are not finite.
+        """
         for name in tensors:
             if self.work.committed(self.plan.file_of[name]):
                 continue
             for first, rows in self.plan.checkpoint.source.tensors[name].row_blocks():
-                if not torch.isfinite(rows).all():
-                    raise InputError(f"{name}: the source holds non-finite values")
                 self.writer.write_rows(name, first, rows)
 
     def check_fallbacks(self) -> None:
@@ -177,18 +181,24 @@ class Run:
             )
 
     def read_ahead(self, units: list[Unit]) -> Generator[Tensor | QTensor, None, None]:
-        """What is stored of each unit; the next one is read while one is worked on."""
+        """What is stored of each unit; the next one is read while one is worked on.
+
+        Each takes the memory of the last but one.
+        """
+        refs = [self.plan.checkpoint.source.tensors[unit.tensor] for unit in units]
+        largest = max((ref.stored_bytes for ref in refs), default=0)
+        buffers = [torch.from_numpy(np.empty(largest, np.uint8)) for _ in range(2)]
         with ThreadPoolExecutor(1, "reader") as reader:
             reading: deque[Future] = deque()
-            for unit in units:
-                reading.append(reader.submit(self._read, unit))
+            for ref, buffer in zip(refs, cycle(buffers), strict=False):
+                reading.append(reader.submit(self._read, ref, buffer))
                 if len(reading) == 2:
                     yield reading.popleft().result()
             yield from (read.result() for read in reading)
 
-    def _read(self, unit: Unit) -> Tensor | QTensor:
+    def _read(self, ref: TensorRef, buffer: Tensor) -> Tensor | QTensor:
         start = perf_counter()
-        stored = self.plan.checkpoint.source.tensors[unit.tensor].load()
+        stored = ref.load_into(buffer) if ref.load_into else ref.load()
         self.busy["reading"] += perf_counter() - start
         return stored
 

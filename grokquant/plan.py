@@ -196,9 +196,11 @@ def _plan_files(
 ) -> tuple[PlannedFile, ...]:
     """Groups in order, as many to a file as `output.shard` allows; none goes over two layers."""
     planned = {unit.tensor: unit for unit in units.values()}
+    order = {tensor: number for number, tensor in enumerate(planned)}
     packing = FORMATS[output.format]
     files: list[tuple[int | None, list[PlannedTensor]]] = []
     for layer, group in _groups(checkpoint):
+        group.sort(key=lambda name: order.get(name, -1))  # as they will come
         tensors = [t for name in group for t in _stored_as(checkpoint, name, planned, packing)]
         size = sum(tensor.bytes for tensor in tensors)
         if files and files[-1][0] == layer and size + _bytes(files[-1][1]) <= output.shard:
@@ -257,10 +259,19 @@ def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
     return by_layer
 
 
+def work_path(output: Path) -> Path:
+    """The directory in which a run works until `output` is whole."""
+    output = output.resolve()  # "." has no name; a link leads to the disk that is meant
+    return output.with_name(output.name + ".partial")
+
+
 def _check_disk(plan: Plan) -> None:
-    free = shutil.disk_usage(nearest_directory(Path(plan.recipe.output.path))).free
-    if plan.output_bytes > free:
+    output = Path(plan.recipe.output.path)
+    free = shutil.disk_usage(nearest_directory(output)).free
+    of_interrupted_run = (work_path(output) / "files" / file.name for file in plan.files)
+    written = sum(path.stat().st_size for path in of_interrupted_run if path.is_file())
+    if plan.output_bytes - written > free:
         raise InputError(
-            f"{plan.recipe.output.path}: needs {size(plan.output_bytes)}, "
+            f"{output}: needs {size(plan.output_bytes - written)}, "
             f"{size(free)} are free on that disk"
         )

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from types import ModuleType
 
 import torch
@@ -90,6 +90,9 @@ def round_unit(
         _refuse_nonfinite(ref.name, W)
         quantized, output_error, fallback = _round(unit, rule, W, site)
         relative_error, zero_rows = _errors(W, quantized)
+        if not isfinite(relative_error):
+            held = f"{unit.scheme.scale_dtype} cannot hold weights as large as"
+            raise InputError(f"{ref.name}: {held} {W.abs().max().item():g}")
     note = site.note if site and unit.method == "gptq" and not fallback else None
     return quantized, UnitReport(
         name=unit.name,
@@ -123,10 +126,11 @@ def _round(
     if unit.method != "gptq" or site is None:
         return quantize_rtn(W, unit.scheme, rule.scale), None, None
     try:
-        feedback = site.feedback(rule)
+        rounded = round_gptq(W, site.feedback(rule), unit.scheme, rule.scale)
+        if not isfinite(rounded.output_error):
+            raise UnusableHessian("its outputs are too large to be compared")
     except UnusableHessian as reason:
         return quantize_rtn(W, unit.scheme, rule.scale), None, str(reason)
-    rounded = round_gptq(W, feedback, unit.scheme, rule.scale)
     return rounded.quantized, rounded.output_error, None
 
 

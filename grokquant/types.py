@@ -84,7 +84,8 @@ class TensorRef:
     `shape` and `dtype` are those that `read()` returns: an expert of a stacked, transposed or
     packed source tensor appears as one [out, in] matrix. `scheme` is set where the source itself
     stores integers and scales. `stored_bytes` is what the tensor takes up at the source.
-    `load_rows` reads the rows from a first to before a second index, where the source can.
+    `load_rows` reads the rows from a first to before a second index, `load_into` reads into memory
+    that is given, uint8 and at least `stored_bytes`; both where the source can.
     """
 
     name: str
@@ -94,6 +95,7 @@ class TensorRef:
     load: Callable[[], "Tensor | QTensor"] = field(repr=False, compare=False)
     scheme: Scheme | None = None
     load_rows: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
+    load_into: Callable[[Tensor], QTensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def stored_as(self) -> str:

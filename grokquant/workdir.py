@@ -10,14 +10,9 @@ A file is committed by rename after its bytes are on disk, then its record is in
 any instant a file without a record is to be made again, and one with a record is whole.
 """
 
-import fcntl
-import hashlib
-import json
-import os
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +22,7 @@ from torch import Tensor
 
 from grokquant import durable
 from grokquant.errors import InputError
-from grokquant.output import CARD_NAME, INDEX_NAME, REPORT_NAME, SUMS_NAME, write_tensors
+from grokquant.output import CARD_NAME, INDEX_NAME, SUMS_NAME, write_tensors
 from grokquant.plan import Plan, PlannedFile
 from grokquant.types import Scheme, UnitReport
 
@@ -51,7 +46,7 @@ class WorkDirectory:
     @property
     def published(self) -> bool:
         """Whether the output has its name already, so that only this directory is left to go."""
-        run, sums = _read_record(self.path / RUN) or {}, self.output / SUMS_NAME
+        run, sums = durable.read_record(self.path / RUN) or {}, self.output / SUMS_NAME
         if self.files.exists() or not sums.is_file():
             return False
         return run.get("complete") == durable.sha256(sums)
@@ -61,11 +56,14 @@ class WorkDirectory:
         """Whether anything is committed."""
         return self.journal.exists() and any(self.journal.glob("*.json"))
 
-    def commit(self, file: PlannedFile, temporary: Path, reports: list[UnitReport]) -> None:
-        checksum = durable.sha256(temporary)
+    def commit(
+        self, file: PlannedFile, temporary: Path, checksum: str | None, reports: list[UnitReport]
+    ) -> None:
+        """Puts a complete file in its place for good, with its record."""
+        checksum = checksum or durable.sha256(temporary)
         durable.commit(temporary, self.files / file.name)
         record = {"sha256": checksum, "units": [asdict(report) for report in reports]}
-        _write_record(self.journal / f"{file.name}.json", record)
+        durable.write_record(self.journal / f"{file.name}.json", record)
         self._remember(file, record)
 
     def committed(self, file: PlannedFile) -> bool:
@@ -73,8 +71,12 @@ class WorkDirectory:
 
     def read(self, file: PlannedFile, names: list[str]) -> dict[str, Tensor]:
         """Tensors of a committed file."""
-        with safe_open(self.files / file.name, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in names}
+        path = self.files / file.name
+        try:
+            with safe_open(path, framework="pt") as stored:
+                return {name: stored.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise InputError(f"{path}: has changed during the run: {error}") from None
 
     def recover(self, plan: Plan) -> None:
         """Takes up what is committed and intact; what is not will be made again."""
@@ -82,8 +84,8 @@ class WorkDirectory:
             durable.remove_abandoned(directory)
         for file in plan.files:
             place = self.journal / f"{file.name}.json"
-            record = _read_record(place)
-            if record and _holds(self.files / file.name, record["sha256"]):
+            record = durable.read_record(place)
+            if record and durable.holds(self.files / file.name, record["sha256"]):
                 self._remember(file, record)
             elif place.exists():
                 self.damaged.append(file.name)
@@ -91,13 +93,13 @@ class WorkDirectory:
 
     def _recover_hidden(self) -> None:
         place = self.journal / f"{HIDDEN}.json"
-        record = _read_record(place)
+        record = durable.read_record(place)
         if record is None:
             self.damaged += [HIDDEN] if place.exists() else []
             return
         self.tokens_per_expert = record["tokens_per_expert"]
         path = self.path / f"{HIDDEN}-{record['layer']}"
-        if record["sha256"] and _holds(path, record["sha256"]):
+        if record["sha256"] and durable.holds(path, record["sha256"]):
             self._hidden = record["layer"], path
         elif record["sha256"]:
             self.damaged.append(path.name)
@@ -107,11 +109,10 @@ class WorkDirectory:
         path, checksum = self.path / f"{HIDDEN}-{layer}", None
         if hidden is not None:
             with durable.temporary(path) as name:
-                write_tensors(name, {"hidden": hidden})
-                checksum = durable.sha256(name)
+                checksum = write_tensors(name, {"hidden": hidden}) or durable.sha256(name)
                 durable.commit(name, path)
         record = {"layer": layer, "sha256": checksum, "tokens_per_expert": self.tokens_per_expert}
-        _write_record(self.journal / f"{HIDDEN}.json", record)
+        durable.write_record(self.journal / f"{HIDDEN}.json", record)
         for old in self.path.glob(f"{HIDDEN}-*"):
             if old != path:
                 old.unlink(missing_ok=True)
@@ -139,9 +140,9 @@ class WorkDirectory:
 
     def publish(self) -> None:
         """Gives the output its name; an earlier result makes way only then."""
-        run = _read_record(self.path / RUN) or {}
+        run = durable.read_record(self.path / RUN) or {}
         complete = durable.sha256(self.files / SUMS_NAME)
-        _write_record(self.path / RUN, run | {"complete": complete})
+        durable.write_record(self.path / RUN, run | {"complete": complete})
         try:
             if self.output.exists() and self.files.exists():
                 self.output.replace(self.path / REPLACED)
@@ -182,155 +183,3 @@ class WorkDirectory:
         self.sums[file.name] = record["sha256"]
         for row in record["units"]:
             self.reports[row["name"]] = UnitReport(**row | {"scheme": Scheme(**row["scheme"])})
-
-
-@contextmanager
-def work_directory(output: Path, source: Path, identity: dict) -> Iterator[WorkDirectory]:
-    """The work directory of `output`, ours alone; new, or that of an interrupted run.
-
-    Removed at the end if nothing is committed in it. Raises InputError if `output` holds what is
-    not ours or the checkpoint `source`, if another process writes there, or if the run that was
-    interrupted is not described by `identity`.
-    """
-    _refuse_foreign(output, source)
-    output = output.absolute()  # "." has no name that could be extended
-    path = output.with_name(output.name + ".partial")
-    _refuse_strange(path)
-    work = WorkDirectory(path, output)
-    try:
-        with _locked(path):
-            try:
-                _begin(work, identity)
-                yield work
-            finally:
-                if not work.started or work.published:
-                    work.remove()
-    except (OSError, SafetensorError) as error:
-        hint = "; run the same command to continue" if work.sums else ""
-        raise InputError(f"{output}: cannot be written: {_plain(error)}{hint}") from error
-
-
-def _begin(work: WorkDirectory, identity: dict) -> None:
-    """Makes what a work directory holds, or checks that what is there belongs to this run."""
-    work.give_back()
-    before = _read_record(work.path / RUN)
-    same = before is not None and {k: before.get(k) for k in identity} == identity
-    if same and work.published:
-        return
-    if work.started and not work.published:
-        _refuse_other(work.path, before, identity)
-    else:
-        work.clear()
-        _write_record(work.path / RUN, identity)
-    work.files.mkdir(exist_ok=True)
-    work.journal.mkdir(exist_ok=True)
-    durable.sync(work.path)
-    durable.sync(work.path.parent)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Makes and locks a work directory. Where locks do not work, two runs do the same twice."""
-    descriptor = _open_lock(path)
-    try:
-        holder = f"process {os.getpid()} on {os.uname().nodename} since {time.strftime('%F %T')}"
-        with suppress(OSError):  # a full disk; others are told less then
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{holder}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _open_lock(path: Path) -> int:
-    """The descriptor of the lock that is ours; raises InputError naming who has it."""
-    while True:
-        path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise InputError(f"{path}: another run is writing there: {holder}") from None
-        except OSError:
-            return descriptor  # this filesystem knows no locks
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
-                return descriptor
-        os.close(descriptor)  # of a run that has just removed it
-
-
-def _refuse_other(path: Path, before: dict | None, now: dict) -> None:
-    if before is None:
-        raise InputError(f"{path / RUN}: is damaged; remove {path} to start over")
-    for field in now:
-        if before.get(field) != now[field]:
-            changed = _difference(field, before.get(field), now[field])
-            raise InputError(
-                f"{path}: an interrupted run of something else: {changed}; "
-                "undo that to continue it, or remove that directory to start over"
-            )
-
-
-def _difference(name: str, before: object, now: object) -> str:
-    """The first place at which two values differ: recipe.quantize[0].bits was 4, is 8."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
-        return _difference(f"{name}.{key}", before.get(key), now.get(key))
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        index = next(i for i in range(len(now)) if before[i] != now[i])
-        return _difference(f"{name}[{index}]", before[index], now[index])
-    return f"{name} was {before}, is {now}"
-
-
-def _refuse_strange(path: Path) -> None:
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"{path}: is in the way; move it or choose another output")
-    begun = path.exists() and not (path / RUN).is_file()
-    if begun and not all(map(_of_a_beginning, path.iterdir())):
-        raise InputError(f"{path}: is not empty and not a run of grokquant; move it")
-
-
-def _of_a_beginning(path: Path) -> bool:
-    """Whether `path` may be there before run.json is."""
-    if path.is_dir():
-        return path.name in ("files", "journal") and not any(path.iterdir())
-    return path.name == LOCK or (path.name.startswith(f".{RUN}.") and path.suffix == ".tmp")
-
-
-def _refuse_foreign(output: Path, source: Path) -> None:
-    if source.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"{output}: holds the model itself; choose another")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise InputError(f"{output}: is a file, the output needs a directory")
-    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
-        raise InputError(f"{output}: is not empty and not a result of grokquant; choose another")
-
-
-def _write_record(path: Path, record: dict) -> None:
-    durable.write_json(path, {"sha256": _digest(record), "record": record})
-
-
-def _read_record(path: Path) -> dict | None:
-    """What `_write_record` wrote; None if it is not there or no longer that."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        record, digest = value["record"], value["sha256"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return None
-    return record if digest == _digest(record) else None
-
-
-def _digest(record: object) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _holds(path: Path, checksum: str) -> bool:
-    return path.is_file() and durable.sha256(path) == checksum
-
-
-def _plain(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -14,18 +14,23 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
+import stat
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.\d+\.[0-9a-f]{32}\.tmp$")
 # What happens at a step.
+POWER = ("power cut", "power cut, names kept")
 SIGNALS = {
     "die": [signal.SIGKILL],
+    **{how: [signal.SIGKILL] for how in POWER},
     "pause": [signal.SIGSTOP],
     "interrupt": [signal.SIGINT],
     "interrupt twice": [signal.SIGINT] * 2,
@@ -43,7 +48,7 @@ class Steps:
 
     def install(self) -> None:
         for operation in ("fsync", "ftruncate"):
-            self._wrap(os, operation, lambda fd, *_, **__: _path_of(fd))
+            self._wrap(os, operation, lambda fd, *_: _path_of(fd))
         for operation in ("replace", "rename"):
             self._wrap(os, operation, lambda source, target, **_: target)
         for operation in ("unlink", "rmdir", "mkdir"):
@@ -85,6 +90,51 @@ class Steps:
             return None
         parent, name = os.path.split(os.path.relpath(path, self.root))
         return os.path.join(parent, TEMPORARY.sub(r"\1.tmp", name))
+
+
+class Disk:
+    """What is on the disk for certain of all that lies in `root`: what was synced, and no more."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self.contents: dict[int, bytes] = {}
+        self.listings: dict[int, dict[str, tuple[int, bool]]] = {}
+        self.held: list[int] = []  # no inode number may come round again
+        for directory, _, files in os.walk(root):
+            for name in ("", *files):
+                descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+                self.sync(descriptor)
+                os.close(descriptor)
+
+    def sync(self, descriptor: int) -> None:
+        status, path = os.fstat(descriptor), Path(_path_of(descriptor))
+        self.held.append(os.dup(descriptor))
+        if not stat.S_ISDIR(status.st_mode):
+            self.contents[status.st_ino] = path.read_bytes()
+            return
+        listing = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
+        for other in self.listings.values():  # a directory is in one place
+            for name in [n for n, (inode, _) in other.items() if (inode, True) in listing.values()]:
+                del other[name]
+        self.listings[status.st_ino] = listing
+
+    def cut_power(self, with_names: bool) -> None:
+        """Leaves in `root` what is certain; `with_names` also all names, but not what they hold."""
+        rest = self.root.with_name("rest")
+        self._restore(self.root.stat().st_ino, self.root, rest, with_names)
+        shutil.rmtree(self.root)
+        rest.rename(self.root)
+
+    def _restore(self, inode: int, now: Path, place: Path, with_names: bool) -> None:
+        place.mkdir()
+        listing = self.listings.get(inode, {})
+        if with_names and now.is_dir():
+            listing = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(now)}
+        for name, (child, is_directory) in listing.items():
+            if is_directory:
+                self._restore(child, now / name, place / name, with_names)
+            else:
+                (place / name).write_bytes(self.contents.get(child, b"\0" * 1000))
 
 
 def _path_of(descriptor: int) -> str:
@@ -138,19 +188,39 @@ CHANGES = {
 # --- running
 
 
+def _follow(root: Path) -> Disk:
+    """The disk of `root`, told of every sync."""
+    disk, sync = Disk(root), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        disk.sync(descriptor)
+
+    os.fsync = fsync
+    return disk
+
+
 def run(root: Path, arguments: list[str], step: str | None, how: str, log: Path | None) -> int:
     """The command line in this process, up to `step`; the names of all steps go to `log`."""
     from grokquant.cli import main
 
     seen = log.open("a", buffering=1) if log else None
+    disk = _follow(root) if how in POWER else None
+    dying: list[threading.Thread] = []
 
     def reached(name: str) -> None:
         if seen:
             seen.write(name + "\n")
-        if name == step:
-            for number in SIGNALS[how]:
-                os.kill(os.getpid(), number)
-                time.sleep(0.05)
+        if dying and dying[0] is not threading.current_thread():
+            time.sleep(60)
+        if name != step:
+            return
+        if disk:
+            dying.append(threading.current_thread())
+            disk.cut_power(with_names=how == "power cut, names kept")
+        for number in SIGNALS[how]:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
 
     Steps(root, reached).install()
     try:
@@ -174,9 +244,11 @@ def _fork(request: dict) -> int:
         log = Path(request["log"]) if request["log"] else None
         place = request["root"], request["arguments"]
         code = run(*place, request["step"], request["how"], log)
+    except BaseException:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(code)
 
 

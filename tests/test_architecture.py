@@ -10,12 +10,12 @@ import grokquant
 ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
 ROOMS = [
-    {"errors", "types", "readable", "durable", "devices"},
+    {"errors", "types", "readable", "durable", "devices", "direct"},
     {"recipe", "sources", "toy"},
     {"families", "methods", "formats"},
     {"checkpoint"},
     {"tokenizer", "calibration", "plan"},
-    {"identity", "output", "workdir", "papers", "verify"},
+    {"identity", "output", "workdir", "claim", "papers", "verify"},
     {"tiles", "rounding", "layer", "stopping"},
     {"budget", "pipeline", "runtime"},
     {"evaluation"},

@@ -26,6 +26,17 @@ def test_killed_at_every_step(jobs, kind):
         job.finish()
 
 
+@pytest.mark.parametrize("how", ["power cut", "power cut, names kept"])
+def test_power_cut_at_every_step(jobs, how):
+    """All that was not synced is gone, or its name is there and zeros are in it."""
+    job = jobs("gptq")
+    for step in job.steps:
+        job.clear()
+        assert job.run(step=step, how=how) == KILLED, (step, job.stderr)
+        job.finish()
+        assert "no longer what was committed" not in job.stderr, step
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments(jobs, kind):
     """110 times; every third run that goes on is killed as well, and so forth."""

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,6 +244,23 @@ def test_foreign_directories_are_refused_and_kept(tiny_recipe, tmp_path):
     with pytest.raises(InputError, match="not empty and not a result of grokquant"):
         pipeline.quantize(tiny_recipe())
     assert precious.read_text() == "years of work"
+
+
+def test_a_link_leads_to_the_disk_that_is_meant(tiny_recipe, tmp_path):
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large" / "result")
+    for _ in range(2):
+        verify(pipeline.quantize(tiny_recipe(ATTENTION)))
+        assert [p.name for p in (tmp_path / "large").iterdir()] == ["result"]
+        assert {p.name for p in tmp_path.iterdir()} == {"large", "out"}
+        assert (tmp_path / "out").is_symlink()
+
+
+def test_a_mount_point_is_refused_at_the_start(tiny_recipe, monkeypatch, tmp_path):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(InputError, match="out: is a mount point; choose a directory inside it"):
+        pipeline.quantize(tiny_recipe())
 
 
 def test_an_earlier_result_is_replaced_whole(tiny_recipe, tmp_path):

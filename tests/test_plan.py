@@ -71,6 +71,20 @@ def test_a_small_disk_refuses_before_the_run(tiny_recipe, tmp_path, monkeypatch)
         build_plan(tiny_recipe())
 
 
+def test_what_an_interrupted_run_has_written_needs_no_space(tiny_recipe, tmp_path, monkeypatch):
+    plan = build_plan(tiny_recipe())
+    done = plan.files[1]
+    (tmp_path / "out.partial" / "files").mkdir(parents=True)
+    (tmp_path / "out.partial" / "files" / done.name).write_bytes(bytes(done.layout.size))
+    left = plan.output_bytes - done.layout.size
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left))
+    build_plan(tiny_recipe())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left - 1))
+    with pytest.raises(InputError, match=r"out: needs 1\.\d\d MB, "):
+        build_plan(tiny_recipe())
+
+
 @pytest.mark.parametrize(
     ("rule", "words"),
     [

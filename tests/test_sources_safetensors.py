@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import struct
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from grokquant.errors import InputError
 from grokquant.sources import open_source
+from grokquant.sources.finite import all_finite
 from grokquant.sources.safetensors_directory import DTYPES
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -336,3 +338,15 @@ def test_fuzz_raises_nothing_but_input_errors(single):
                 assert read.shape == ref.shape and read.dtype == ref.dtype
             opened += 1
     assert opened < 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_all_finite_finds_a_single_bad_value(dtype):
+    values = torch.zeros(3, 1000, dtype=dtype)
+    assert all_finite(values) and all_finite(values[:0])
+    bad = [float("nan")] if dtype == torch.float8_e4m3fn else [float("nan"), math.inf, -math.inf]
+    for value in bad:
+        spoiled = values.float()
+        spoiled[2, 500] = value
+        assert not all_finite(spoiled.to(dtype))
+    assert all_finite(torch.ones(3, dtype=torch.uint16))

@@ -482,14 +482,30 @@ def test_hessians_that_cannot_be_used_are_named(own_job):
     check_finite(job.out)
 
 
+def enlarge(job: Job, factor: float, *leaves: int) -> None:
+    for index in leaves:
+        path, (codes, scales) = leaf_of(job, index)
+        write_leaf(path, (codes, scales * factor))
+
+
 def test_activations_that_are_no_numbers_are_named(own_job):
     """Weights may be finite and their products not."""
     job = own_job
-    for index in (2, 4):  # what is multiplied in the experts of layer 0
-        path, (codes, scales) = leaf_of(job, index)
-        write_leaf(path, (codes, scales * 1e20))
-    assert job.run() == 1 and "the Hessian is not finite" in job.last_line
+    enlarge(job, 1e14, 2, 3, 4)  # the experts of layer 0
+    assert job.run() == 1 and "down: the Hessian is not finite" in job.last_line
     assert job.run("max_fallbacks=1") == 2
     assert job.last_line == "layer 0: its outputs on the calibration text are not finite"
     assert not job.out.exists()
+    check_finite(job.partial / "files")
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_weights_that_no_scale_can_hold_are_named(own_job, method):
+    job = own_job
+    enlarge(job, 1e12, 14)
+    settings = (f"quantize[0].method={method}", "quantize[0].scale_dtype=float16")
+    assert job.run(*settings, "max_fallbacks=1") == 2
+    tensor = r"model\.layers\.1\.block_sparse_moe\.experts\.0\.w.\.weight"
+    held = r"float16 cannot hold weights as large as \d\.\S+e\+11"
+    assert re.fullmatch(f"{tensor}: {held}", job.last_line), job.last_line
     check_finite(job.partial / "files")

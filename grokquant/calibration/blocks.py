@@ -202,6 +202,7 @@ class BlockwiseModel:
                 for part, share in self.parts(token, gate):
                     y = expert(x[part].to(self.device)).float().cpu()  # (part, hidden)
                     mixed.index_add_(0, part, y * share)
+                del expert  # its matrices go before the next one's come
             return mixed
 
         return mix

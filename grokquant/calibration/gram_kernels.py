@@ -19,8 +19,8 @@ from numba.extending import intrinsic
 _ROWS, _LANES, _VECTORS = 8, 16, 2
 WIDTH = _LANES * _VECTORS
 _PAIR_BYTES = WIDTH * 4
-# Bytes of a panel added up in one run: many short sums round less than a long one.
-_RUN = 128 * _PAIR_BYTES
+# Bytes of a panel added up in one run: two fit the first cache, and short sums round less.
+_RUN = 96 * _PAIR_BYTES
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
@@ -30,19 +30,24 @@ def available() -> bool:
 
 
 @njit(nogil=True, cache=True)
-def pack(X: np.ndarray, packed: np.ndarray) -> None:
+def pack(X: np.ndarray, packed: np.ndarray, first: int, step: int) -> None:
     """Interleaves X, bfloat16 seen as uint16 [tokens, in], into pairs of tokens.
 
-    `packed` is uint32 [panels, pairs, WIDTH]; what X does not fill becomes zero.
+    `packed` is uint32 [panels, pairs, WIDTH], of which every `step`-th panel from `first` on is
+    filled; what X does not fill becomes zero.
     """
     tokens, features = X.shape
-    packed[:] = 0
-    for token in range(tokens):
-        shift, pair = np.uint32(16 * (token % 2)), token // 2
-        for panel in range(packed.shape[0]):
-            start = panel * WIDTH
-            for lane in range(min(WIDTH, features - start)):
-                packed[panel, pair, lane] |= np.uint32(X[token, start + lane]) << shift
+    for panel in range(first, packed.shape[0], step):
+        start = panel * WIDTH
+        width = min(WIDTH, features - start)
+        for pair in range(packed.shape[1]):
+            line = packed[panel, pair]
+            line[:] = 0
+            for lane in range(width):
+                line[lane] = X[2 * pair, start + lane]
+            if 2 * pair + 1 < tokens:
+                for lane in range(width):
+                    line[lane] |= np.uint32(X[2 * pair + 1, start + lane]) << np.uint32(16)
 
 
 @njit(nogil=True, cache=True)
@@ -50,24 +55,23 @@ def add_products(packed: np.ndarray, H: np.ndarray, first: int, step: int) -> No
     """Adds X^T X of packed inputs to every `step`-th panel of columns of H float32 [in, in].
 
     Begins with panel `first`. Only the upper triangle means anything afterwards. Some 1000 pairs
-    at a time are best: a panel of them fits the second cache, and H is visited seldom.
+    at a time are best: a panel of them fits the second cache, and H is seldom visited.
     """
-    tile = np.empty((_ROWS, WIDTH), np.float32)
-    features, start = H.shape[0], packed.ctypes.data
+    tile = np.empty((WIDTH, WIDTH), np.float32)
+    start, sums = packed.ctypes.data, tile.ctypes.data
     panel_bytes = packed.shape[1] * _PAIR_BYTES
     for panel in range(first, packed.shape[0], step):
-        column = panel * WIDTH
-        width = min(WIDTH, features - column)
-        for row in range(0, min(column + WIDTH, features), _ROWS):
-            left = start + row // WIDTH * panel_bytes + row % WIDTH * 4
-            right = start + panel * panel_bytes
+        right = start + panel * panel_bytes
+        for above in range(panel + 1):
+            left = start + above * panel_bytes
             tile[:] = 0
             for run in range(0, panel_bytes, _RUN):
                 size = min(_RUN, panel_bytes - run)
-                _multiply(left + run, right + run, size, tile.ctypes.data)
-            for i in range(min(_ROWS, features - row)):
-                for j in range(width):
-                    H[row + i, column + j] += tile[i, j]
+                for row in range(0, WIDTH, _ROWS):
+                    at = left + run + row * 4
+                    _multiply(at, right + run, size, sums + row * WIDTH * 4)
+            corner = H[above * WIDTH : (above + 1) * WIDTH, panel * WIDTH : (panel + 1) * WIDTH]
+            corner += tile[: corner.shape[0], : corner.shape[1]]
 
 
 class _BFloat(ir.Type):

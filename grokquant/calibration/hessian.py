@@ -14,6 +14,8 @@ from grokquant.calibration import gram_kernels
 _TOKENS = 2048
 # Columns of the result made by one product; what such a panel has below the diagonal is waste.
 _PANEL = 512
+# Shares of the work for threads: some more than cores, so that none waits long for another.
+_SHARES = 32
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,14 @@ def _add_products(X: Tensor, H: Tensor) -> None:
 def _add_bfloat16_products(X: Tensor, H: Tensor) -> None:
     panels = -(-len(H) // gram_kernels.WIDTH)
     packed = np.empty((panels, -(-len(X) // 2), gram_kernels.WIDTH), np.uint32)
-    gram_kernels.pack(X.view(torch.uint16).numpy(), packed)
-    threads = torch.get_num_threads()
-
-    def add(first: int) -> None:
-        gram_kernels.add_products(packed, H.numpy(), first, threads)
-
-    with ThreadPoolExecutor(threads) as pool:
+    inputs, result = X.view(torch.uint16).numpy(), H.numpy()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # Each panel of columns is one thread's, so that their number does not change the sums.
-        list(pool.map(add, range(threads)))
+        for work in (
+            lambda first: gram_kernels.pack(inputs, packed, first, _SHARES),
+            lambda first: gram_kernels.add_products(packed, result, first, _SHARES),
+        ):
+            list(pool.map(work, range(_SHARES)))
 
 
 def _mirror(H: Tensor) -> None:

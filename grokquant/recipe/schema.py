@@ -181,8 +181,8 @@ class ExpertsSection(Section):
     """What becomes of experts that calibration seldom reached.
 
     With fewer than `blend_tokens` routed tokens (unset: 4 x the input features of the matrix, or of
-    its `hessian_block`) an expert's Hessian takes the Hessian of all tokens as its prior; with fewer
-    than `min_tokens` the expert is rounded to nearest, which counts as a fallback.
+    its `hessian_block`) an expert's Hessian takes the Hessian of all tokens as its prior; with
+    fewer than `min_tokens` the expert is rounded to nearest, which counts as a fallback.
     """
 
     blend_tokens: Annotated[int, Field(ge=0)] | None = None

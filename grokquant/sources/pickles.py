@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grokquant.direct import LARGE, forget
 from grokquant.errors import InputError
 from grokquant.sources import pickle_objects as objects
 from grokquant.sources.pickle_objects import ArrayHeader, Blob, Malformed, require
 
 DTYPES = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16}
-STORAGE = {"int8": np.int8, "float32": np.float32, "bfloat16": np.uint16}  # numpy has no bfloat16
 
 MAX_OPCODES, MAX_STACK, MAX_TEXT = 200, 64, 32
 MAX_UNFRAMED = 3  # CPython leaves so few bytes without a frame of their own
@@ -46,18 +46,41 @@ def walk(file: BinaryIO) -> tuple[ArrayHeader, ...]:
     return _Walker(file).walk()
 
 
-def read_array(path: Path, header: ArrayHeader, first: int = 0, stop: int | None = None) -> Tensor:
-    """The array, or what it holds from index `first` to before `stop` along its first axis."""
-    storage = np.dtype(STORAGE[header.dtype])
-    count = (header.shape[0] if stop is None else stop) - first
-    shape = (count, *header.shape[1:])
-    row = prod(header.shape[1:])
-    offset = header.offset + first * row * storage.itemsize
+def read_array(
+    path: Path,
+    header: ArrayHeader,
+    first: int = 0,
+    stop: int | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The array, or what it holds from index `first` to before `stop` along its first axis.
+
+    `into` is memory to read into, uint8 and large enough; new memory costs more than reading.
+    """
+    shape = ((header.shape[0] if stop is None else stop) - first, *header.shape[1:])
+    dtype = DTYPES[header.dtype]
+    row = prod(header.shape[1:]) * dtype.itemsize
+    size = shape[0] * row
+    raw = torch.from_numpy(np.empty(size, np.uint8)) if into is None else into[:size]
     try:
-        read = np.fromfile(path, storage, count * row, offset=offset).reshape(shape)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    return torch.from_numpy(read).view(DTYPES[header.dtype])
+        with path.open("rb", buffering=0) as file:
+            file.seek(header.offset + first * row)
+            _fill(file, raw.numpy().data)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return raw.view(dtype).view(shape)
+
+
+def _fill(file: BinaryIO, memory: memoryview) -> None:
+    """Reads until `memory` is full. What is large leaves the page cache as soon as it is read."""
+    large = len(memory) >= LARGE
+    while memory:
+        count = file.readinto(memory[:LARGE])  # type: ignore[attr-defined]
+        if not count:
+            raise OSError("the file has become shorter")
+        if large:
+            forget(file.fileno(), file.tell() - count, count)
+        memory = memory[count:]
 
 
 class _Walker:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
 from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
 from grokquant.types import QTensor, Scheme, Source, TensorRef
@@ -241,15 +242,17 @@ def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
         dtype=torch.bfloat16,
         stored_bytes=rows * columns + groups * columns * torch.bfloat16.itemsize,
         load=partial(_load_quantized, item, expert),
+        load_into=partial(_load_quantized, item, expert),
         scheme=Scheme(bits=8, group_size=None if groups == 1 else rows // groups),
     )
 
 
-def _load_quantized(item: _Stored, expert: int | None) -> QTensor:
+def _load_quantized(item: _Stored, expert: int | None, into: Tensor | None = None) -> QTensor:
     """Codes as a transposed view of what is stored: who reads them decides about the copy."""
     assert item.scales is not None
-    part = (0, None) if expert is None else (expert, expert + 1)
-    weight, scales = (read_array(item.path, a, *part) for a in (item.weight, item.scales))
+    first, stop = (0, None) if expert is None else (expert, expert + 1)
+    weight = read_array(item.path, item.weight, first, stop, into)
+    scales = read_array(item.path, item.scales, first, stop)
     if expert is not None:
         weight, scales = weight[0], scales[0]
     _refuse_nonfinite(item, scales, " scales" if expert is None else f" scales of expert {expert}")
@@ -262,8 +265,11 @@ def _refuse_nonfinite(item: _Stored, values: Tensor, what: str, first_row: int =
     """`values` as stored; the index in the message is that of the file's array."""
     count, first = 0, ()
     for start in range(0, len(values), CHUNK_ROWS):
-        bad = ~values[start : start + CHUNK_ROWS].isfinite()
-        if count == 0 and bad.any():
+        rows = values[start : start + CHUNK_ROWS]
+        if all_finite(rows):
+            continue
+        bad = ~rows.isfinite()
+        if count == 0:
             row, *rest = bad.nonzero()[0].tolist()
             first = (first_row + start + row, *rest)
         count += int(bad.sum())

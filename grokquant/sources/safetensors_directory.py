@@ -8,11 +8,11 @@ import re
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.sources.finite import all_finite
 from grokquant.sources.json_objects import parse_json_object, read_json_object
 from grokquant.sources.safetensors_header import DTYPES
 from grokquant.types import Source, TensorRef
@@ -21,7 +21,6 @@ LAYOUT, LOOKS_FOR = "safetensors", "model.safetensors.index.json or model.safete
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 MAX_HEADER_BYTES, MAX_TENSORS = 25_000_000, 100_000
-CHUNK = 1 << 24  # values that are checked at once
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -128,14 +127,9 @@ def _load(path: Path, name: str) -> Tensor:
             tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: tensor {name!r} cannot be read: {_line(error)}") from None
-    if not all(map(_is_finite, tensor.flatten().split(CHUNK))):
+    if not all_finite(tensor):
         raise InputError(f"{path}: tensor {name!r} holds non-finite values")
     return tensor
-
-
-def _is_finite(values: Tensor) -> bool:
-    comparable = values.float() if values.dtype == torch.float8_e4m3fn else values
-    return bool(comparable.isfinite().all())
 
 
 def _line(error: Exception) -> str:

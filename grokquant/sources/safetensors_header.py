@@ -6,6 +6,7 @@ The library writes whole files only; ours grow tensor by tensor, each at its fin
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -40,15 +41,21 @@ class FileLayout:
 
 
 def file_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> FileLayout:
-    """The file of tensors with these dtypes and shapes; wide dtypes lie first, so all are aligned.
+    """The file of tensors with these dtypes and shapes, in this order if all are aligned then, else
+    wide dtypes first.
 
     Format: github.com/huggingface/safetensors, "Format".
     """
+    sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
+    names = list(tensors)
+    starts = dict(zip(names, accumulate([0, *sizes.values()]), strict=False))
+    if any(starts[name] % tensors[name][0].itemsize for name in names):
+        names.sort(key=lambda name: -tensors[name][0].itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    starts, end = {}, 0
-    for name in sorted(tensors, key=lambda name: -tensors[name][0].itemsize):
+    end = 0
+    for name in names:
         dtype, shape = tensors[name]
-        starts[name], end = end, end + prod(shape) * dtype.itemsize
+        starts[name], end = end, end + sizes[name]
         entries[name] = {
             "dtype": _NAMES[dtype],
             "shape": list(shape),
