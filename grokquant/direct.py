@@ -5,6 +5,7 @@ make room for each page in it costs more than the disk.
 import hashlib
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _BLOCK = 4096  # what a disk writes at once; direct writes begin and end at multiples of it
@@ -27,11 +28,17 @@ class PlacedFile:
         self._hash, self._end = hashlib.sha256(), 0
 
     def write(self, offset: int, data: memoryview) -> None:
-        if offset == self._end:
-            self._hash.update(data)
-            self._end += len(data)
-        else:
+        if offset != self._end:
             self._end = -1  # nothing comes there, so this is final
+            self._place(offset, data)
+            return
+        self._end += len(data)
+        with ThreadPoolExecutor(1, "hash") as other:
+            hashing = other.submit(self._hash.update, data)
+            self._place(offset, data)
+            hashing.result()
+
+    def _place(self, offset: int, data: memoryview) -> None:
         head = min(-offset % _BLOCK, len(data))
         body = (len(data) - head) // _BLOCK * _BLOCK
         if body < LARGE or not self._open_direct():
