@@ -5,10 +5,13 @@ Minutes long and left out of `make test`; `make test-kill` runs it.
 
 import random
 import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
-from jobs import KILLED, can_mount, fill_up, tree
+from jobs import ENVIRONMENT, KILLED, can_mount, fill_up, tree
 
 pytestmark = pytest.mark.kill
 KINDS = ["gptq", "rtn"]
@@ -141,6 +144,37 @@ def test_two_runs_at_random_with_a_lock_that_lies(jobs):
         assert job.out.exists() or 0 not in statuses
         job.run()
         job.check_whole()
+
+
+def test_processes_with_all_their_threads_killed_on_the_toy(text_file, tmp_path):
+    """Nothing is forked, wrapped or held to one thread here."""
+    draw = random.Random(0)
+    recipe = Path(__file__).parents[1] / "recipes" / "toy-int4.yaml"
+    wanted = ["calibration.samples=32", "output.shard=100KB", f"calibration.data={text_file}"]
+    command = [sys.executable, "-m", "grokquant", "quantize", str(recipe)]
+    command += [part for setting in wanted for part in ("--set", setting)]
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_NUM_THREADS"}
+
+    def start(out: str) -> subprocess.Popen:
+        setting = ["--set", f"output.path={out}"]  # the same words, as recipe.yaml holds them
+        return subprocess.Popen(
+            command + setting, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+
+    whole = start("out")
+    layers = sum(line.startswith("layer ") for line in whole.stderr)
+    assert (whole.wait(), layers) == (0, 4)
+    (tmp_path / "out").rename(tmp_path / "whole")
+    for _ in range(4):
+        killed = start("out")
+        next(line for line in killed.stderr if line.startswith("calibration: "))
+        time.sleep(draw.uniform(0, 3))
+        killed.kill()
+        killed.communicate()
+    assert (tmp_path / "out.partial" / "journal").is_dir()
+    last = start("out")
+    assert "continuing: " in last.communicate()[1] and last.returncode == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 @pytest.mark.skipif(not can_mount(), reason="only root can mount a small disk")

@@ -6,6 +6,8 @@ from grokquant.budget.memory import Step, peak_step, resident_bytes
 from grokquant.budget.timing import expected_seconds
 from grokquant.plan import Plan
 
+_THREADS = 1 << 26  # what the allocator keeps for the threads of a run
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -17,7 +19,9 @@ class Budget:
 
 
 def budget_of(plan: Plan) -> Budget:
-    """Probes this machine for some seconds; nothing of the source but a sample is read."""
+    """Probes this machine for some seconds with samples of the source and the calibration text."""
+    before, step = resident_bytes(), peak_step(plan)
     seconds = expected_seconds(plan)
-    step = peak_step(plan)
-    return Budget(step, resident_bytes() + step.bytes, seconds)
+    # The probe may be a whole layer, and then shows what formulas leave out.
+    peak = _THREADS + max(before + step.bytes, resident_bytes(peak=True))
+    return Budget(step, peak, seconds)

@@ -1,6 +1,5 @@
 """The memory of a run, step by step: the bytes that the code holds at once."""
 
-import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,11 +31,12 @@ def peak_step(plan: Plan) -> Step:
     return max([*steps, _copying(plan)], key=lambda step: step.bytes)
 
 
-def resident_bytes() -> int:
-    """What this process takes now, its libraries included."""
+def resident_bytes(peak: bool = False) -> int:
+    """What this process takes now, its libraries included, or took at its peak so far."""
     try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

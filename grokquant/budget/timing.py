@@ -10,29 +10,59 @@ from time import perf_counter
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from grokquant import durable
-from grokquant.calibration.blocks import CALIBRATION_DTYPE
+from grokquant.calibration.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.calibration.hessian import accumulate
+from grokquant.calibration.text import calibration_rows
+from grokquant.direct import PlacedFile
 from grokquant.formats import FORMATS
-from grokquant.layer import is_starved
+from grokquant.layer import LayerQuantizer, is_starved
 from grokquant.methods.gptq import factorize, round_gptq
 from grokquant.plan import Plan
 from grokquant.rounding import round_without_data
+from grokquant.tokenizer import load_tokenizer
 from grokquant.types import QTensor, TensorRef, Unit
 
 _PIECE = 2048  # rows, columns or tokens of a probe at most
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 24  # places where the source is read
-_WRITTEN_BYTES = 1 << 28
+_SAMPLES, _SAMPLE_BYTES = 8, 1 << 26  # places where the source is read
+_WRITTEN_BYTES = 1 << 29
+_SHORT_LAYER = 2.0  # seconds
+_START_AND_END = 1.0  # seconds for what does not grow: tokenizer, papers, proof
 
 
 def expected_seconds(plan: Plan) -> float:
     """From the first tensor to the last file."""
     written = plan.output_bytes / _write_rate(plan)
     read = plan.checkpoint.stored_bytes / _read_rate(plan.checkpoint.source.weight_files)
-    if not plan.needs_calibration:
-        return max(read, written, _rounding(plan))
-    return max(read + _calibrating(plan), written)
+    if plan.needs_calibration:
+        return _START_AND_END + max(read + _calibrating(plan), written)
+    stages = (read, written, _rounding(plan))
+    # They overlap, but they share the cores.
+    return _START_AND_END + max(stages) + (sum(stages) - max(stages)) / torch.get_num_threads()
+
+
+def _calibrating(plan: Plan) -> float:
+    """Seconds of text and layers: by a real layer where that is short, else from pieces of one."""
+    start = perf_counter()
+    tokenizer = load_tokenizer(plan.checkpoint)
+    rows = calibration_rows(plan.recipe.calibration, tokenizer, plan.checkpoint)
+    text = perf_counter() - start
+    layers = plan.checkpoint.config.num_hidden_layers
+    seconds = _by_pieces(plan, rows.numel())
+    if seconds < layers * _SHORT_LAYER:
+        seconds = layers * _one_layer(plan, rows)
+    return text + seconds
+
+
+def _one_layer(plan: Plan, rows: Tensor) -> float:
+    """Seconds of the first layer, done as in the run and thrown away."""
+    start = perf_counter()
+    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE)
+    hidden = model.embed(rows)
+    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None).run(hidden)
+    return perf_counter() - start
 
 
 def _rounding(plan: Plan) -> float:
@@ -77,11 +107,9 @@ class _Rates:
     columns: int
 
 
-def _calibrating(plan: Plan) -> float:
+def _by_pieces(plan: Plan, tokens: int) -> float:
     """Seconds of forward passes, Hessians and rounding, with tokens spread evenly over experts."""
-    settings, config = plan.recipe.calibration, plan.checkpoint.config
-    length = min(settings.length, config.max_position_embeddings)
-    tokens = settings.samples * length
+    config = plan.checkpoint.config
     routed = tokens * config.num_experts_per_tok // config.num_local_experts
     rates = _probe(plan, min(routed, _PIECE))
     seconds = 0.0
@@ -151,16 +179,16 @@ def _read_rate(files: tuple[Path, ...]) -> float:
 def _write_rate(plan: Plan) -> float:
     """Bytes per second of writing, hashing and syncing where the output will be."""
     place = durable.nearest_directory(Path(plan.recipe.output.path).absolute().parent)
-    data = os.urandom(1 << 20)
+    data = memoryview(os.urandom(_SAMPLE_BYTES))
+    size = min(_WRITTEN_BYTES, plan.output_bytes) // len(data) + 1
     with durable.temporary(place / "grokquant-probe") as probe:
         start = perf_counter()
-        with probe.open("wb", buffering=0) as file:
-            while file.tell() < min(_WRITTEN_BYTES, plan.output_bytes):
-                file.write(data)
-            written = file.tell()
-        durable.sha256(probe)
+        stored = PlacedFile(probe)
+        for number in range(size):
+            stored.write(number * len(data), data)
+        stored.close()
         durable.sync(probe)
-        return written / (perf_counter() - start)
+        return size * len(data) / (perf_counter() - start)
 
 
 def _time(action: Callable[[], object]) -> float:
