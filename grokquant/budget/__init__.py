@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from grokquant.budget.memory import Step, peak_step, resident_bytes
-from grokquant.budget.timing import expected_seconds
+from grokquant.budget.timing import expected_seconds, is_small
 from grokquant.plan import Plan
 
 _THREADS = 1 << 26  # what the allocator keeps for the threads of a run
@@ -22,6 +22,8 @@ def budget_of(plan: Plan) -> Budget:
     """Probes this machine for some seconds with samples of the source and the calibration text."""
     before, step = resident_bytes(), peak_step(plan)
     seconds = expected_seconds(plan)
-    # The probe may be a whole layer, and then shows what formulas leave out.
-    peak = _THREADS + max(before + step.bytes, resident_bytes(peak=True))
-    return Budget(step, peak, seconds)
+    peak = before + step.bytes
+    if plan.needs_calibration and is_small(plan):
+        # Then a whole layer was the probe, which shows what formulas leave out.
+        peak = max(peak, resident_bytes(peak=True))
+    return Budget(step, peak + _THREADS, seconds)

@@ -28,7 +28,7 @@ from grokquant.types import QTensor, TensorRef, Unit
 _PIECE = 2048  # rows, columns or tokens of a probe at most
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 26  # places where the source is read
 _WRITTEN_BYTES = 1 << 29
-_SHORT_LAYER = 2.0  # seconds
+_SMALL_LAYER = 1e12  # weights times tokens
 _START_AND_END = 1.0  # seconds for what does not grow: tokenizer, papers, proof
 
 
@@ -50,10 +50,16 @@ def _calibrating(plan: Plan) -> float:
     rows = calibration_rows(plan.recipe.calibration, tokenizer, plan.checkpoint)
     text = perf_counter() - start
     layers = plan.checkpoint.config.num_hidden_layers
-    seconds = _by_pieces(plan, rows.numel())
-    if seconds < layers * _SHORT_LAYER:
-        seconds = layers * _one_layer(plan, rows)
-    return text + seconds
+    if is_small(plan):
+        return text + layers * _one_layer(plan, rows)
+    return text + _by_pieces(plan, rows.numel())
+
+
+def is_small(plan: Plan) -> bool:
+    """Whether a whole layer is done with its calibration in seconds."""
+    settings = plan.recipe.calibration
+    weights = sum(prod(unit.shape) for unit in plan.units_of(0))
+    return settings.samples * settings.length * weights < _SMALL_LAYER
 
 
 def _one_layer(plan: Plan, rows: Tensor) -> float:
