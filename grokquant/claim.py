@@ -36,8 +36,9 @@ def work_directory(output: Path, source: Path, identity: dict) -> Iterator[WorkD
                     work.remove()
     except OSError as error:
         why = error.strerror or str(error)
-        if error.filename and not _concerns(work, Path(str(error.filename)).absolute()):
-            raise InputError(f"{error.filename}: {why}") from error
+        names = [str(name) for name in (error.filename, error.filename2) if name]
+        if names and not any(_concerns(work, Path(name).absolute()) for name in names):
+            raise InputError(f"{names[0]}: {why}") from error
         hint = "; run the same command to continue" if work.sums else ""
         raise InputError(f"{output}: cannot be written: {why}{hint}") from error
 
@@ -142,7 +143,7 @@ def _refuse_foreign(output: Path, source: Path) -> None:
         raise InputError(f"{output}: holds the model itself; choose another")
     if not output.exists():
         return
-    if output.is_mount():
+    if output.resolve().is_mount():
         raise InputError(f"{output}: is a mount point; choose a directory inside it")
     if not output.is_dir():
         raise InputError(f"{output}: is a file, the output needs a directory")

@@ -86,7 +86,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 def quantize(
     recipe: str, overrides: tuple[str, ...], dry_run: bool, device: str, as_json: bool
 ) -> None:
-    """Quantize a checkpoint as RECIPE says, or go on where such a run was interrupted.
+    """Quantize as RECIPE says, or go on where that was interrupted.
 
     Prints the plan, then a line per block: its error, bits and least-fed expert. Ctrl-C finishes
     the file in progress, twice stops at once; nothing that is finished is done again. The result

@@ -643,7 +643,8 @@ def test_output_in_the_current_directory(place, monkeypatch):
     place.out.mkdir()
     monkeypatch.chdir(place.out)
     command = ["quantize", str(place.recipe), "--set", "output.path=."]
-    assert CliRunner().invoke(main, command).exit_code == 0
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.stderr
     assert CliRunner().invoke(main, ["verify", str(place.out)]).exit_code == 0
 
 

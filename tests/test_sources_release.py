@@ -453,7 +453,10 @@ WRONG_CONFIGS = {
     "flag": (dict(num_attention_heads=True), "num_attention_heads must be a positive whole"),
     "zero": (dict(num_key_value_heads=0), "num_key_value_heads must be a positive whole number"),
     "negative": (dict(rms_norm_eps=-1e-5), "rms_norm_eps must be a positive number"),
-    "nan": (dict(attn_output_multiplier=float("nan")), "config.json: not valid JSON"),
+    "nan": (
+        dict(attn_output_multiplier=float("nan")),
+        "config.json: attn_output_multiplier: not valid JSON",
+    ),
     "list": (dict(rope_theta=[1]), "rope_theta must be a positive number, not [1]"),
     "null": (dict(rope_theta=None), "rope_theta must be a positive number, not null"),
     "huge": (dict(rope_theta=10**400), "rope_theta must be a positive number"),

@@ -13,10 +13,11 @@ def read_json_object(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     content = parse_json_object(raw, str(path))
-    try:
-        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # NaN, 1e999 or half a character could never be written again
-        raise InputError(f"{path}: not valid JSON: {error}") from None
+    for key, value in content.items():
+        try:
+            json.dumps([key, value], ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:  # NaN, 1e999 or half a character could never be written again
+            raise InputError(f"{path}: {key}: not valid JSON: {error}") from None
     return content
 
 
