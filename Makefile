@@ -19,7 +19,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Kills and starves a small run at every step: 20 minutes.
+# Kills and starves a small run at every step: half an hour.
 test-kill: install
 	$(BIN)/python -m pytest -m kill
 
