@@ -6,6 +6,7 @@ Matrices are always [out, in] here, whatever a checkpoint stores.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -17,26 +18,47 @@ SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32":
 ROW_BLOCK_BYTES = 1 << 26
 
 
+def _normal_float_4() -> tuple[float, ...]:
+    """Quantiles of the normal distribution over the largest of them, zero among them (Dettmers et
+    al., arXiv 2305.14314, section 3)."""
+    last, quantile = (31 / 32 + 29 / 30) / 2, NormalDist().inv_cdf
+    below = [-quantile(last + (0.5 - last) * step / 7) for step in range(7)]
+    above = [quantile(0.5 + (last - 0.5) * step / 8) for step in range(1, 9)]
+    return tuple(value / above[-1] for value in (*below, 0.0, *above))
+
+
+_FLOAT_4 = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+# What 4-bit codes that are no integers stand for, times the absmax of their group: normal floats
+# and floats of a sign, two exponent and one mantissa bit, in the order of bitsandbytes.
+CODEBOOKS = {"nf4": _normal_float_4(), "fp4": (*_FLOAT_4, *(-value for value in _FLOAT_4))}
+UNSIGNED_GRIDS = ("nf4", "fp4", "q4_1", "q4_k", "q5_k")
+
+
 @dataclass(frozen=True)
 class Scheme:
     """The grid that a matrix is rounded onto.
 
     `group_size` counts consecutive input columns that share a scale; None is one scale per row.
-    Codes are signed: -2^(bits-1) .. 2^(bits-1)-1, asymmetric grids add a zero point of that range.
+    Codes of the grid `integer` are signed: -2^(bits-1) .. 2^(bits-1)-1, asymmetric ones add a zero
+    point of that range. Codes of a codebook (`nf4`, `fp4`) are 0 .. 15, places in its table. Those
+    of llama.cpp's `q4_1`, `q4_k`, `q5_k` are 0 .. 2^bits-1 above an offset of the group, those of
+    `q6_k` -32 .. 31; scales and offsets of the last three are themselves stored as small integers
+    in the header of a block of 256 columns.
     """
 
     bits: int
     group_size: int | None = 128
     symmetric: bool = True
     scale_dtype: str = "bfloat16"
+    grid: str = "integer"
 
     @property
     def qmin(self) -> int:
-        return -(1 << (self.bits - 1))
+        return 0 if self.grid in UNSIGNED_GRIDS else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        return self.qmin + (1 << self.bits) - 1
 
     def groups(self, in_features: int) -> int:
         """Number of scales in a row of `in_features` columns."""
@@ -44,6 +66,8 @@ class Scheme:
 
     def __str__(self) -> str:
         group = "channel" if self.group_size is None else f"g{self.group_size}"
+        if self.grid != "integer":
+            return f"{self.grid} {group}"
         return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
 
 
@@ -52,29 +76,44 @@ class QTensor:
     """Integer codes with their scales: a quantized [out, in] matrix.
 
     `codes` int8 [out, in]; `scales` [out, groups] in the scheme's scale dtype;
-    `zero_points` int8 [out, groups] for asymmetric schemes, else None.
+    `zero_points` int8 [out, groups] for asymmetric integers; `offsets` [out, groups] in the scale
+    dtype are the value of code 0 where a grid has one; `headers` uint8 [out, in / 256, bytes] is
+    what a block of 256 columns holds of scales and offsets, which then follow from it.
     """
 
     codes: Tensor
     scales: Tensor
     scheme: Scheme
     zero_points: Tensor | None = None
+    offsets: Tensor | None = None
+    headers: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """(codes - zero_points) * scales, multiplied in the scale dtype as engines do. [out, in]"""
-        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).to(self.scales.dtype)
+        """(codes - zero_points) * scales + offsets, in the scale dtype as engines do. [out, in]"""
+        dtype, groups = self.scales.dtype, (self.scales.shape[1], -1)
+        if table := CODEBOOKS.get(self.scheme.grid):
+            values = torch.tensor(table, dtype=dtype, device=self.codes.device)
+            values = values[self.codes.long()].unflatten(1, groups)
+        else:
+            values = self.codes.unflatten(1, groups).to(dtype)
         if self.zero_points is not None:
-            codes = codes - self.zero_points.to(self.scales.dtype).unsqueeze(-1)
-        return (codes * self.scales.unsqueeze(-1)).flatten(1)
+            values = values - self.zero_points.to(dtype).unsqueeze(-1)
+        values = values * self.scales.unsqueeze(-1)
+        if self.offsets is not None:
+            values = values + self.offsets.unsqueeze(-1)
+        return values.flatten(1)
 
     def rows(self, part: slice) -> "QTensor":
         """A view of some rows."""
-        zero_points = None if self.zero_points is None else self.zero_points[part]
-        return QTensor(self.codes[part], self.scales[part], self.scheme, zero_points)
+        return self._each(lambda tensor: tensor[part])
 
     def to(self, device: torch.device) -> "QTensor":
-        zero_points = None if self.zero_points is None else self.zero_points.to(device)
-        return QTensor(self.codes.to(device), self.scales.to(device), self.scheme, zero_points)
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "QTensor":
+        spans = (self.zero_points, self.offsets, self.headers)
+        changed = (None if span is None else change(span) for span in spans)
+        return QTensor(change(self.codes), change(self.scales), self.scheme, *changed)
 
 
 @dataclass(frozen=True)
