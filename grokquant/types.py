@@ -20,11 +20,11 @@ ROW_BLOCK_BYTES = 1 << 26
 
 def _normal_float_4() -> tuple[float, ...]:
     """Quantiles of the normal distribution over the largest of them, zero among them (Dettmers et
-    al., arXiv 2305.14314, section 3)."""
-    last, quantile = (31 / 32 + 29 / 30) / 2, NormalDist().inv_cdf
-    below = [-quantile(last + (0.5 - last) * step / 7) for step in range(7)]
-    above = [quantile(0.5 + (last - 0.5) * step / 8) for step in range(1, 9)]
-    return tuple(value / above[-1] for value in (*below, 0.0, *above))
+    al., arXiv 2305.14314, section 3). Float32 where bitsandbytes has it, for the same last bits."""
+    quantile = NormalDist().inv_cdf
+    above, below = (torch.linspace(0.9677083, 0.5, count)[:-1].tolist() for count in (9, 8))
+    values = [-quantile(p) for p in below] + [0.0] + [quantile(p) for p in reversed(above)]
+    return tuple((torch.tensor(values) / torch.tensor(values[-1])).tolist())
 
 
 _FLOAT_4 = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
