@@ -12,16 +12,16 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from grokquant.containers.container import PlannedFile
 from grokquant.direct import PlacedFile
 from grokquant.durable import nearest_directory, temporary_name
 from grokquant.errors import GrokquantError, InputError
-from grokquant.plan import Plan, PlannedFile
+from grokquant.plan import Plan
 from grokquant.sources.safetensors_header import file_layout
 from grokquant.types import UnitReport
 
 CARD_NAME = "README.md"
 REPORT_NAME = "quantization-report.json"
-INDEX_NAME = "model.safetensors.index.json"
 SUMS_NAME = "SHA256SUMS"
 # So many tensors may wait for the disk: bounds memory, keeps the disk busy.
 _WAITING = 2
@@ -40,7 +40,7 @@ class _Growing:
 
 
 class ShardWriter:
-    """Writes tensors to their places in any order and commits each file once it is complete.
+    """Writes parts to their places in any order and commits each file once it is complete.
 
     Writing and committing happen in a thread of their own, in the order of the calls; what goes
     wrong there is raised by a later call. `seconds` is how long that thread was busy, `incomplete`
@@ -48,8 +48,8 @@ class ShardWriter:
     """
 
     def __init__(self, directory: Path, plan: Plan, commit: Commit) -> None:
-        self.directory, self.commit, self.file_of = directory, commit, plan.file_of
-        self.planned = {t.name: t for file in plan.files for t in file.tensors}
+        self.directory, self.commit, self.plan = directory, commit, plan
+        self.stored = {t.name: t for file in plan.files for t in file.tensors}
         self.unwritten = {f.name: sum(t.bytes for t in f.tensors) for f in plan.files}
         self.incomplete: set[str] = set()
         self.seconds = 0.0
@@ -59,9 +59,9 @@ class ShardWriter:
         self._thread = ThreadPoolExecutor(1, "writer")
 
     def write(self, tensors: Mapping[str, Tensor], report: UnitReport | None = None) -> None:
-        """Whole tensors by name. `report` is that of the unit they stand for."""
+        """Whole parts by name. `report` is that of the unit they stand for."""
         for name, tensor in tensors.items():
-            planned = self.planned[name]
+            planned = self.plan.parts[name]
             if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
                 raise GrokquantError(f"{name}: not what was planned; this is a bug")
             self.write_rows(name, 0, tensor, report)
@@ -70,9 +70,11 @@ class ShardWriter:
     def write_rows(
         self, name: str, first: int, rows: Tensor, report: UnitReport | None = None
     ) -> None:
-        """Rows of the tensor `name`, the first of which has the index `first`."""
-        file, planned = self.file_of[name], self.planned[name]
-        offset = file.layout.offsets[name] + first * planned.bytes // planned.shape[0]
+        """Rows of the part `name`, the first of which has the index `first`."""
+        file, place = self.plan.file_of[name], self.plan.places[name]
+        stored, rows = self.stored[place.tensor], place.stored(rows)
+        first += place.first_row
+        offset = file.layout.offsets[place.tensor] + first * stored.bytes // stored.shape[0]
         self.unwritten[file.name] -= rows.nbytes
         change = self.incomplete.add if self.unwritten[file.name] else self.incomplete.discard
         change(file.name)

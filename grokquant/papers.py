@@ -5,13 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grokquant import tokenizer
+from grokquant.containers import container_of
 from grokquant.durable import write_json, write_text
-from grokquant.formats import FORMATS
 from grokquant.output import CARD_NAME, REPORT_NAME
 from grokquant.plan import Plan
 from grokquant.readable import size
 from grokquant.types import UnitReport
 
+_NOT_COPIED = ("auto_map", "dtype", "quantization_config")
 # The evaluation table of the card stands between these; `grokquant eval` fills it.
 TABLE_START, TABLE_END = "<!-- evaluation -->", "<!-- /evaluation -->"
 
@@ -34,11 +35,15 @@ def write_tokenizer(directory: Path, plan: Plan) -> None:
 def write(directory: Path, plan: Plan, record: Record) -> None:
     """Writes the papers of a finished run into `directory`; config.json, which makes a directory
     loadable, last."""
+    container, config = container_of(plan.recipe.output.format), output_config(plan)
+    others = container.papers(plan.arrangement) | plan.packing.papers(config)
+    for name, content in others.items():
+        write_json(directory / name, content)
     write_text(directory / "recipe.yaml", plan.recipe.to_yaml())
     write_json(directory / REPORT_NAME, quantization_report(plan, record))
     write_text(directory / CARD_NAME, model_card(plan, record.units))
     write_json(directory / "generation_config.json", generation_config(plan))
-    write_json(directory / "config.json", output_config(plan))
+    write_json(directory / "config.json", config)
 
 
 def output_config(plan: Plan) -> dict:
@@ -48,13 +53,13 @@ def output_config(plan: Plan) -> dict:
     kept = [tensor for _, tensor in units if tensor not in planned]
     routers = plan.checkpoint.family.routers(plan.checkpoint.config)
     unquantized = [name.removesuffix(".weight") for name in [*kept, *routers]] + ["lm_head"]
-    packing = FORMATS[plan.recipe.output.format]
     source = plan.checkpoint.source.config
-    fields = {key: value for key, value in source.items() if key not in ("auto_map", "dtype")}
-    return fields | {
-        "torch_dtype": "bfloat16",
-        "quantization_config": packing.quantization_config(plan.units.values(), unquantized),
-    }
+    fields = {key: value for key, value in source.items() if key not in _NOT_COPIED}
+    fields["torch_dtype"] = "bfloat16"
+    if plan.units:
+        described = plan.packing.quantization_config(plan.units.values(), unquantized)
+        fields["quantization_config"] = described
+    return fields
 
 
 def generation_config(plan: Plan) -> dict:

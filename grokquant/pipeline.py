@@ -26,7 +26,6 @@ from grokquant.calibration.text import calibration_rows
 from grokquant.claim import work_directory
 from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
-from grokquant.formats import FORMATS
 from grokquant.identity import identity_of
 from grokquant.layer import LayerQuantizer
 from grokquant.output import ShardWriter
@@ -113,7 +112,6 @@ def _fill(
             progress.worked(run.busy | {"writing": writer.seconds})
     reports = [work.reports[name] for name in plan.units]
     shape = () if rows is None else tuple(rows.shape)
-    work.write_index(plan)
     papers.write(work.files, plan, papers.Record(reports, work.tokens_per_expert, shape))
     verify_against_plan(work.files, plan)
     work.write_sums()
@@ -138,7 +136,7 @@ class Run:
 
     @property
     def packing(self) -> ModuleType:
-        return FORMATS[self.plan.recipe.output.format]
+        return self.plan.packing
 
     def deliver(self, parts: dict[str, Tensor], report: UnitReport) -> None:
         """Sends the packed parts of a unit to their file."""
@@ -155,7 +153,7 @@ class Run:
         if unit.name not in self.work.reports:
             return None
         names = self.packing.packed_layout(unit.tensor, unit.shape, unit.scheme)
-        parts = self.work.read(self.plan.file_of_unit(unit), list(names))
+        parts = self.work.read(self.plan, list(names))
         return self.packing.unpack(unit.tensor, parts, unit.scheme).to(self.device)
 
     def write_kept(self, tensors: list[str]) -> None:

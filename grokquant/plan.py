@@ -1,7 +1,7 @@
 """Decides everything before anything is spent: which matrix gets which grid, and its size."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -9,43 +9,16 @@ from math import gcd, prod
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
 from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.containers import container_of
+from grokquant.containers.container import Arrangement, Group, Place, PlannedFile, PlannedTensor
 from grokquant.durable import nearest_directory
 from grokquant.errors import InputError
 from grokquant.formats import FORMATS
 from grokquant.methods.copy import can_copy
 from grokquant.readable import size
-from grokquant.recipe import OutputSection, Recipe, Rule
-from grokquant.sources.safetensors_header import FileLayout, file_layout
+from grokquant.recipe import Recipe, Rule
 from grokquant.types import Scheme, TensorRef, Unit
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One tensor of the output: where it will be and how large."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """One file of the output, of one layer (None: of what lies outside the layers)."""
-
-    name: str
-    layer: int | None
-    tensors: tuple[PlannedTensor, ...]
-
-    @cached_property
-    def layout(self) -> FileLayout:
-        return file_layout({tensor.name: (tensor.dtype, tensor.shape) for tensor in self.tensors})
 
 
 @dataclass(frozen=True)
@@ -53,14 +26,29 @@ class Plan:
     """A recipe applied to a checkpoint.
 
     `units` are the matrices to quantize by unit name; `kept` names the quantizable matrices that
-    stay as they are; `files` are the output's, in the order in which they are written.
+    stay as they are; `parts` is what the run computes or carries over, by name, and `arrangement`
+    where it goes.
     """
 
     recipe: Recipe
     checkpoint: Checkpoint
     units: dict[str, Unit]
     kept: tuple[str, ...]
-    files: tuple[PlannedFile, ...]
+    parts: dict[str, PlannedTensor]
+    arrangement: Arrangement
+
+    @property
+    def packing(self) -> ModuleType:
+        return FORMATS[self.recipe.output.format]
+
+    @property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The output's files, in the order in which they are written."""
+        return self.arrangement.files
+
+    @property
+    def places(self) -> dict[str, Place]:
+        return self.arrangement.places
 
     @property
     def output_bytes(self) -> int:
@@ -69,7 +57,7 @@ class Plan:
 
     @property
     def tensor_bytes(self) -> int:
-        return sum(_bytes(file.tensors) for file in self.files)
+        return sum(tensor.bytes for file in self.files for tensor in file.tensors)
 
     @property
     def bits_per_weight(self) -> float:
@@ -92,8 +80,7 @@ class Plan:
         return {unit.tensor: unit for unit in self.units.values()}
 
     def packed_bytes(self, unit: Unit) -> int:
-        packing = FORMATS[self.recipe.output.format]
-        layout = packing.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
+        layout = self.packing.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
         return sum(prod(shape) * dtype.itemsize for dtype, shape in layout)
 
     @property
@@ -119,12 +106,13 @@ class Plan:
 
     @cached_property
     def file_of(self) -> dict[str, PlannedFile]:
-        """The file of each tensor of the output."""
-        return {tensor.name: file for file in self.files for tensor in file.tensors}
+        """The file of each part."""
+        file_of = {tensor.name: file for file in self.files for tensor in file.tensors}
+        return {part: file_of[place.tensor] for part, place in self.places.items()}
 
     def file_of_unit(self, unit: Unit) -> PlannedFile:
-        packing = FORMATS[self.recipe.output.format]
-        return self.file_of[next(iter(packing.packed_layout(unit.tensor, unit.shape, unit.scheme)))]
+        parts = self.packing.packed_layout(unit.tensor, unit.shape, unit.scheme)
+        return self.file_of[next(iter(parts))]
 
 
 def build_plan(recipe: Recipe) -> Plan:
@@ -143,10 +131,16 @@ def build_plan(recipe: Recipe) -> Plan:
             kept.append(name)
         else:
             units[name] = _plan_unit(name, ref, rule, recipe.output.format)
-    if not units:
+    packing = FORMATS[recipe.output.format]
+    if not units and not packing.HOLDS_DENSE:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
-    files = _plan_files(checkpoint, units, recipe.output)
-    plan = Plan(recipe, checkpoint, units, tuple(kept), files)
+    planned = {unit.tensor: unit for unit in units.values()}
+    groups = _part_groups(checkpoint, planned, packing)
+    schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
+    container = container_of(recipe.output.format)
+    arrangement = container.arrange(checkpoint.source, groups, schemes, recipe.output.shard)
+    parts = {part.name: part for _, group in groups for part in group}
+    plan = Plan(recipe, checkpoint, units, tuple(kept), parts, arrangement)
     _check_disk(plan)
     return plan
 
@@ -191,26 +185,17 @@ def _group_size(name: str, ref: TensorRef, rule: Rule) -> int | None:
     return None if group == columns else group
 
 
-def _plan_files(
-    checkpoint: Checkpoint, units: dict[str, Unit], output: OutputSection
-) -> tuple[PlannedFile, ...]:
-    """Groups in order, as many to a file as `output.shard` allows; none goes over two layers."""
-    planned = {unit.tensor: unit for unit in units.values()}
+def _part_groups(
+    checkpoint: Checkpoint, planned: dict[str, Unit], packing: ModuleType
+) -> list[Group]:
+    """(layer, parts) of what must not be split, in the order in which they will come."""
     order = {tensor: number for number, tensor in enumerate(planned)}
-    packing = FORMATS[output.format]
-    files: list[tuple[int | None, list[PlannedTensor]]] = []
-    for layer, group in _groups(checkpoint):
-        group.sort(key=lambda name: order.get(name, -1))  # as they will come
-        tensors = [t for name in group for t in _stored_as(checkpoint, name, planned, packing)]
-        size = sum(tensor.bytes for tensor in tensors)
-        if files and files[-1][0] == layer and size + _bytes(files[-1][1]) <= output.shard:
-            files[-1][1].extend(tensors)
-        else:
-            files.append((layer, tensors))
-    return tuple(
-        PlannedFile(_file_name(index, len(files)), layer, tuple(tensors))
-        for index, (layer, tensors) in enumerate(files)
-    )
+    groups = []
+    for layer, names in _groups(checkpoint):
+        names.sort(key=lambda name: order.get(name, -1))
+        parts = [part for name in names for part in _stored_as(checkpoint, name, planned, packing)]
+        groups.append((layer, parts))
+    return groups
 
 
 def _groups(checkpoint: Checkpoint) -> Iterator[tuple[int | None, list[str]]]:
@@ -237,14 +222,6 @@ def _stored_as(
         layout = packing.packed_layout(name, unit.shape, unit.scheme)
     for stored, (dtype, shape) in layout.items():
         yield PlannedTensor(stored, dtype, shape)
-
-
-def _bytes(tensors: Iterable[PlannedTensor]) -> int:
-    return sum(tensor.bytes for tensor in tensors)
-
-
-def _file_name(index: int, count: int) -> str:
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:

@@ -14,16 +14,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from grokquant import durable
+from grokquant.containers.container import PlannedFile
 from grokquant.errors import InputError
-from grokquant.output import CARD_NAME, INDEX_NAME, SUMS_NAME, write_tensors
-from grokquant.plan import Plan, PlannedFile
+from grokquant.output import CARD_NAME, SUMS_NAME, write_tensors
+from grokquant.plan import Plan
 from grokquant.types import Scheme, UnitReport
 
 RUN, LOCK, HIDDEN, REPLACED = "run.json", "lock", "hidden", "replaced"
@@ -69,14 +72,19 @@ class WorkDirectory:
     def committed(self, file: PlannedFile) -> bool:
         return file.name in self.sums
 
-    def read(self, file: PlannedFile, names: list[str]) -> dict[str, Tensor]:
-        """Tensors of a committed file."""
-        path = self.files / file.name
-        try:
-            with safe_open(path, framework="pt") as stored:
-                return {name: stored.get_tensor(name) for name in names}
-        except SafetensorError as error:
-            raise InputError(f"{path}: has changed during the run: {error}") from None
+    def read(self, plan: Plan, names: list[str]) -> dict[str, Tensor]:
+        """Parts that are committed."""
+        return {name: self._read(plan, name) for name in names}
+
+    def _read(self, plan: Plan, name: str) -> Tensor:
+        file, place, part = plan.file_of[name], plan.places[name], plan.parts[name]
+        path, dtype = self.files / file.name, place.dtype or part.dtype
+        row = prod(part.shape[1:]) * dtype.itemsize
+        offset = file.layout.offsets[place.tensor] + place.first_row * row
+        raw = np.fromfile(path, np.uint8, row * part.shape[0], offset=offset)
+        if len(raw) < row * part.shape[0]:
+            raise InputError(f"{path}: has changed during the run: it is shorter")
+        return place.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
 
     def recover(self, plan: Plan) -> None:
         """Takes up what is committed and intact; what is not will be made again."""
@@ -123,12 +131,6 @@ class WorkDirectory:
             return None
         layer, path = self._hidden
         return layer, load_file(path)["hidden"].clone()
-
-    def write_index(self, plan: Plan) -> None:
-        weight_map = {name: file.name for name, file in sorted(plan.file_of.items())}
-        metadata = {"total_size": plan.tensor_bytes}
-        index = {"metadata": metadata, "weight_map": weight_map}
-        durable.write_json(self.files / INDEX_NAME, index)
 
     def write_sums(self) -> None:
         """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""

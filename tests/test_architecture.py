@@ -12,7 +12,7 @@ ROOT = Path(grokquant.__file__).parent
 ROOMS = [
     {"errors", "types", "readable", "durable", "devices", "direct"},
     {"recipe", "sources", "toy"},
-    {"families", "methods", "formats"},
+    {"families", "methods", "formats", "containers"},
     {"checkpoint"},
     {"tokenizer", "calibration", "plan"},
     {"identity", "output", "workdir", "claim", "papers", "verify"},

@@ -19,6 +19,8 @@ from grokquant.formats.words import pack_words, unpack_words
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Source, TensorRef, Unit
 
 NAME = "compressed-tensors"
+# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
+SCALE_DTYPE, HOLDS_DENSE = "bfloat16", False
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
@@ -121,6 +123,11 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
         "ignore": _targets(sorted(unquantized), set(everything)),
         "kv_cache_scheme": None,
     }
+
+
+def papers(config: dict) -> dict[str, dict]:
+    """JSON files that readers of this format want beside config.json, by name: none."""
+    return {}
 
 
 def unpacked(source: Source) -> Source:

@@ -1,0 +1,103 @@
+"""The nouns of files: what a file of an output holds, and where the parts of a matrix go in it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from grokquant.sources.safetensors_header import FileLayout
+from grokquant.types import Scheme, Source
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A part of the output as it is computed, or a tensor of a file: its name and how large."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the output, of one layer (None: of what lies outside the layers)."""
+
+    name: str
+    layer: int | None
+    tensors: tuple[PlannedTensor, ...]
+    layout: FileLayout
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part goes: to rows of `tensor` from `first_row` on.
+
+    `dtype` is what its values are converted to, None for none. `heads` says that the rows of so
+    many heads are stored with the two halves of each head interleaved, as ggml rotates them.
+    """
+
+    tensor: str
+    first_row: int = 0
+    dtype: torch.dtype | None = None
+    heads: int | None = None
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """What the file holds for some rows of a part; for all of them where heads change place."""
+        rows = rows if self.dtype is None else rows.to(self.dtype)
+        return rows if self.heads is None else _swap_axes(rows, (self.heads, 2, -1))
+
+    def restored(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The part, from what the file holds of it."""
+        rows = rows if self.heads is None else _swap_axes(rows, (self.heads, -1, 2))
+        return rows.to(dtype)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The files of an output in the order in which they are written, and each part's place."""
+
+    files: tuple[PlannedFile, ...]
+    places: dict[str, Place]
+
+
+# (layer, parts that must not be split over files)
+Group = tuple[int | None, list[PlannedTensor]]
+
+
+class Container(Protocol):
+    """What a module of this room offers."""
+
+    def arrange(
+        self, source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
+    ) -> Arrangement:
+        """Files of at most `shard` bytes, or of one group, none over two layers. `schemes` are the
+        grids of the matrices by tensor name. Raises InputError for what it cannot hold."""
+        ...
+
+    def papers(self, arrangement: Arrangement) -> dict[str, dict]:
+        """JSON files that lie beside the weights, by name."""
+        ...
+
+
+def split(groups: Iterable[Group], shard: int) -> list[Group]:
+    """Groups in order, as many together as `shard` bytes allow, none of two layers."""
+    files: list[Group] = []
+    for layer, tensors in groups:
+        size = sum(tensor.bytes for tensor in tensors)
+        together = files and files[-1][0] == layer
+        if together and size + sum(tensor.bytes for tensor in files[-1][1]) <= shard:
+            files[-1][1].extend(tensors)
+        else:
+            files.append((layer, list(tensors)))
+    return files
+
+
+def _swap_axes(rows: Tensor, axes: tuple[int, int, int]) -> Tensor:
+    return rows.unflatten(0, axes).transpose(1, 2).flatten(0, 2)

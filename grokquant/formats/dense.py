@@ -1,0 +1,16 @@
+"""No packing at all: every matrix as 16-bit floats, the release in a form that anything loads."""
+
+from grokquant.types import Scheme
+
+NAME = "bf16"
+SCALE_DTYPE, HOLDS_DENSE = "bfloat16", True
+
+
+def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
+    """Why this format cannot hold a quantized matrix: it holds none."""
+    return "it holds nothing quantized, every rule must be method: keep"
+
+
+def papers(config: dict) -> dict[str, dict]:
+    """JSON files that readers of this format want beside config.json, by name: none."""
+    return {}
