@@ -126,6 +126,33 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     _show_plan(load_recipe(recipe, overrides), as_json)
 
 
+@main.command()
+@click.argument("result")
+@click.option(
+    "--format", "output_format", required=True, metavar="FORMAT", help="The form to take."
+)
+@click.option("--output", metavar="DIR", help="The new directory, RESULT-FORMAT by default.")
+@_json
+def convert(result: str, output_format: str, output: str | None, as_json: bool) -> None:
+    """Repack RESULT, a quantized checkpoint, into another format without its source.
+
+    Codes and scales stay as they are, bit by bit; what the format cannot hold so is refused and
+    nothing is written.
+    """
+    from grokquant import pipeline
+    from grokquant.conversion import conversion_recipe
+    from grokquant.terminal import RunProgress
+
+    place = output or f"{Path(result).resolve()}-{output_format}"
+    recipe = conversion_recipe(result, output_format, place)
+    with RunProgress() as progress:
+        written = pipeline.quantize(recipe, progress)
+    if as_json:
+        _print_json(progress.as_dict(written))
+    else:
+        click.echo(progress.summary(written))
+
+
 @main.command(name="eval")
 @click.argument("output")
 @click.option("--reference", required=True, metavar="PATH", help="The checkpoint it was made from.")

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import gcd, prod
@@ -18,7 +18,7 @@ from grokquant.formats import FORMATS
 from grokquant.methods.copy import can_copy
 from grokquant.readable import size
 from grokquant.recipe import Recipe, Rule
-from grokquant.types import Scheme, TensorRef, Unit
+from grokquant.types import NAMED_GRIDS, Scheme, TensorRef, Unit
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ def build_plan(recipe: Recipe) -> Plan:
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
     names = [name for name, _ in checkpoint.units()]
     _check_rules_match(recipe, names)
+    packing = FORMATS[recipe.output.format]
     units, kept = {}, []
     for name, ref in checkpoint.units():
         rule = recipe.rule_for(name)
         if rule is None or rule.method == "keep":
             kept.append(name)
         else:
-            units[name] = _plan_unit(name, ref, rule, recipe.output.format)
-    packing = FORMATS[recipe.output.format]
+            units[name] = _plan_unit(name, ref, rule, packing)
     if not units and not packing.HOLDS_DENSE:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
     planned = {unit.tensor: unit for unit in units.values()}
@@ -154,35 +154,48 @@ def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
             )
 
 
-def _plan_unit(name: str, ref: TensorRef, rule: Rule, output_format: str) -> Unit:
+def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Unit:
     rows, columns = ref.shape
-    scheme = Scheme(rule.bits or 8, _group_size(name, ref, rule), rule.symmetric, rule.scale_dtype)
-    if scheme.group_size is not None and columns % scheme.group_size:
+    scheme = _copied(name, ref, rule, packing) if rule.method == "copy" else _chosen(rule, packing)
+    if scheme.group_size == columns and rule.grid == "integer":
+        scheme = replace(scheme, group_size=None)
+    if columns % (scheme.group_size or 1):
         raise InputError(
             f"{name}: {columns} input features are not divisible by group {scheme.group_size}"
         )
     if rule.method == "copy" and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
-        stored = f"as {ref.scheme}" if ref.scheme else f"as {ref.dtype}"
-        raise InputError(f"{name}: copy to {scheme} is not lossless, the source has it {stored}")
-    if reason := FORMATS[output_format].refusal(scheme, (rows, columns)):
-        raise InputError(f"{name}: {output_format} cannot hold it: {reason}")
+        raise InputError(f"{name}: copy to {scheme} is not lossless, the source has {ref.scheme}")
+    if reason := packing.refusal(scheme, (rows, columns)):
+        raise InputError(f"{name}: {packing.NAME} cannot hold it: {reason}")
     return Unit(name, ref.name, (rows, columns), rule.method, scheme)
 
 
-def _group_size(name: str, ref: TensorRef, rule: Rule) -> int | None:
-    """Columns that share a scale, None for the whole row.
+def _chosen(rule: Rule, packing: ModuleType) -> Scheme:
+    """The grid that a rule asks for."""
+    group = rule.group if isinstance(rule.group, int) else None
+    if named := NAMED_GRIDS.get(rule.grid):
+        return replace(named, group_size=group) if rule.group else named
+    scale_dtype = rule.scale_dtype or packing.SCALE_DTYPE
+    return Scheme(rule.bits or 8, group, rule.symmetric, scale_dtype)
 
-    copy repeats stored scales for groups as large as both the rule and the source allow.
-    """
+
+def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Scheme:
+    """The stored grid in groups as large as rule, source and format allow; scales are repeated."""
     columns = ref.shape[1]
-    group = columns
-    if rule.method == "copy" and rule.group != "channel":
-        if ref.scheme is None:
-            raise InputError(f"{name}: method copy needs a source that stores integers")
-        group = ref.scheme.group_size or columns
-    if isinstance(rule.group, int):
-        group = gcd(group, rule.group) if rule.method == "copy" else rule.group
-    return None if group == columns else group
+    if ref.scheme is None:
+        raise InputError(f"{name}: method copy needs a source that stores integers")
+    stored, group = ref.scheme.group_size or columns, rule.group
+    most = gcd(stored, group) if isinstance(group, int) else stored
+    groups = [most, *(smaller for smaller in (128, 64, 32) if most % smaller == 0)]
+    groups = [columns] if group == "channel" else groups
+    dtype = rule.scale_dtype or packing.SCALE_DTYPE
+    if ref.scheme.grid != "integer":
+        groups, dtype = [stored], ref.scheme.scale_dtype
+    schemes = [
+        replace(ref.scheme, group_size=None if size == columns else size, scale_dtype=dtype)
+        for size in groups
+    ]
+    return next((s for s in schemes if not packing.refusal(s, ref.shape)), schemes[0])
 
 
 def _part_groups(

@@ -71,6 +71,19 @@ class Scheme:
         return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'}"
 
 
+# Grids by the names that people know them by; the group of nf4 and fp4 may be another.
+NAMED_GRIDS = {
+    "nf4": Scheme(4, 64, True, "float32", "nf4"),
+    "fp4": Scheme(4, 64, True, "float32", "fp4"),
+    "q8_0": Scheme(8, 32, True, "float16"),
+    "q4_0": Scheme(4, 32, True, "float16"),
+    "q4_1": Scheme(4, 32, False, "float16", "q4_1"),
+    "q4_k": Scheme(4, 32, False, "float32", "q4_k"),
+    "q5_k": Scheme(5, 32, False, "float32", "q5_k"),
+    "q6_k": Scheme(6, 16, True, "float32", "q6_k"),
+}
+
+
 @dataclass(frozen=True)
 class QTensor:
     """Integer codes with their scales: a quantized [out, in] matrix.

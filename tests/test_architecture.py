@@ -19,6 +19,7 @@ ROOMS = [
     {"tiles", "rounding", "layer", "stopping"},
     {"budget", "pipeline", "runtime"},
     {"evaluation"},
+    {"conversion"},
     {"inspection", "terminal", "cli", "__main__"},
 ]
 FREE = {"__init__", "toy/train"}  # the package's face, and a program of its own

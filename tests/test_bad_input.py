@@ -382,7 +382,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "3 bits": (
         lambda s: edit_json(s / "config.json", **{GROUP + "weights__num_bits": 3}),
-        "config_groups.group_0.weights.num_bits: Input should be 4 or 8",
+        "config_groups.group_0.weights.num_bits: Input should be 2, 3, 4 or 8",
     ),
     "activations quantized": (
         lambda s: edit_json(s / "config.json", **{GROUP + "input_activations": {"num_bits": 8}}),
@@ -487,14 +487,14 @@ def test_copy_from_a_source_without_integers(hf):
 RECIPES = {
     "quantize[0].group=48": "--set quantize[0].group: ",
     "quantize[0].groups=32": "--set quantize[0].groups: unknown key, did you mean",
-    "quantize[0].bits=5": "--set quantize[0].bits: Input should be 4 or 8, not 5",
+    "quantize[0].bits=5": "--set quantize[0].bits: Input should be 2, 3, 4 or 8, not 5",
     "quantize[0].method=awq": "--set quantize[0].method: ",
     "quantize[5].bits=4": "--set quantize[5].bits: quantize is a list",
     "quantize[0].match=layers.*.mlp.*": "recipe: quantize[0].match: 'layers.*.mlp.*' matches no",
     "quantize=[]": "--set quantize: ",
     "output.shards=5GB": "--set output.shards: unknown key, did you mean output.shard?",
     "output.shard=5 parsecs": "--set output.shard: expected a size",
-    "output.format=gguf": "--set output.format: ",
+    "output.format=ggml": "--set output.format: ",
     "model.path=": "--set model.path: ",
     'model.path="\\ud800"': "--set model.path: expected a path",
     "model.config=absent.json": "absent.json: cannot be read",

@@ -25,10 +25,9 @@ quantize:{RULES}output:
 """
 
 EXPERTS_KEYS = "blend_tokens, min_tokens"
-RULE_KEYS = "match, method, bits, group, symmetric, scale_dtype, scale, act_order, damping"
+RULE_KEYS = "match, method, grid, bits, group, symmetric, scale_dtype, scale, act_order, damping"
 TEXT = "expected python-docs, a .txt, .jsonl or .parquet file, or a datasets name such as"
-GROUPS = "Input should be 32, 64, 128, 'channel' or 'release'"
-COPY = "method copy takes the release as it is"
+GROUPS = "Input should be 32, 64, 128, 256, 'channel' or 'release'"
 
 # What to replace in GOOD, by what, and the error's line, column and text.
 MISTAKES = [
@@ -53,7 +52,7 @@ MISTAKES = [
     ("model:\n  path: toy\n", "", "1:1: model: required, but missing"),
     ("output:\n  path: out\n", "", "1:1: output: required, but missing"),
     ("    method: copy\n", "", "7:5: quantize[1].method: required, but missing"),
-    ("    bits: 4\n", "", "4:5: quantize[0].bits: method gptq needs it: 4 or 8"),
+    ("    bits: 4\n", "", "4:5: quantize[0].bits: method gptq needs it: 2, 3, 4 or 8"),
     ("  path: toy", "", "1:1: model: expected a mapping of keys"),
     ("\n  path: toy", " toy", "1:8: model: expected a mapping of keys"),
     ("method: copy", "method: copy\n  - 3", "9:5: quantize[2]: expected a mapping of keys"),
@@ -61,10 +60,10 @@ MISTAKES = [
     (RULES, " {}\n", "3:11: quantize: expected a list"),
     (RULES, " []\n", "3:11: quantize: expected at least one entry"),
     # Values.
-    ("bits: 4", "bits: 5", "6:11: quantize[0].bits: Input should be 4 or 8, not 5"),
-    ("bits: 4", 'bits: "4"', '6:11: quantize[0].bits: Input should be 4 or 8, not "4"'),
-    ("bits: 4", "bits: true", "6:11: quantize[0].bits: Input should be 4 or 8, not true"),
-    ("bits: 4", "bits: [4]", "6:11: quantize[0].bits: Input should be 4 or 8, not a list"),
+    ("bits: 4", "bits: 5", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not 5"),
+    ("bits: 4", 'bits: "4"', '6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not "4"'),
+    ("bits: 4", "bits: true", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not true"),
+    ("bits: 4", "bits: [4]", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not a list"),
     ("bits: 4", "bits: 4\n    group: 96", f"7:12: quantize[0].group: {GROUPS}, not 96"),
     ("method: gptq", "method: gtpq", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
     ("method: gptq", "method: no", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
@@ -114,29 +113,34 @@ MISTAKES = [
         "path: out\n  shard: 0MB",
         '11:10: output.shard: Input should be greater than or equal to 1, not "0MB"',
     ),
-    ("path: out", "path: out\n  format: gguf", "11:11: output.format: Input should be 'compressed"),
+    ("path: out", "path: out\n  format: ggml", "11:11: output.format: Input should be 'compressed"),
     # Keys that do not go together.
     (
         "method: copy",
         "method: keep\n    bits: 8",
-        "9:11: quantize[1].bits: method keep does not take it (null unsets it), only copy,",
+        "9:11: quantize[1].bits: method keep does not take it (null unsets it), only rtn,",
     ),
     (
         "method: copy",
         "method: rtn\n    bits: 8\n    damping: 0.1",
         "10:14: quantize[1].damping: method rtn does not take it (null unsets it), only gptq",
     ),
-    ("method: copy", "method: copy\n    bits: 4", f"9:11: quantize[1].bits: {COPY}, 8 here"),
     (
         "method: copy",
-        "method: copy\n    symmetric: false",
-        f"9:16: quantize[1].symmetric: {COPY}, true here",
+        "method: copy\n    bits: 4",
+        "9:11: quantize[1].bits: method copy does not take it (null unsets it), only rtn, gptq",
     ),
     (
-        "method: copy",
-        "method: copy\n    scale_dtype: float16",
-        f"9:18: quantize[1].scale_dtype: {COPY}, bfloat16 here",
+        "bits: 4",
+        "bits: 4\n    grid: q4_k",
+        "6:11: quantize[0].bits: grid q4_k decides it (null unsets it)",
     ),
+    (
+        "bits: 4",
+        "grid: q4_k\n    group: 64",
+        "7:12: quantize[0].group: grid q4_k decides it (null unsets it)",
+    ),
+    ("bits: 4", "grid: q3_k", "6:11: quantize[0].grid: Input should be 'integer', 'nf4', "),
     (
         "bits: 4",
         "bits: 8\n    group: release",
@@ -210,7 +214,7 @@ def test_defaults_follow_the_method(good: Path) -> None:
     recipe = load_recipe(good)
     gptq, copy = recipe.quantize
     assert (gptq.bits, gptq.group, gptq.scale, gptq.act_order) == (4, 128, "mse", True)
-    assert (copy.bits, copy.group) == (8, "release")
+    assert (copy.bits, copy.group) == (None, "release")
     assert recipe.calibration.samples == 128 and recipe.eval.samples == 64
     assert recipe.output.shard == 500_000_000
     assert recipe.experts.blend_tokens is None and recipe.experts.min_tokens == 32
@@ -250,8 +254,8 @@ def test_null_unsets_a_key(good: Path) -> None:
         ("modle.path=x", "--set modle: unknown key, did you mean model?"),
         ("experts.zzz=1", f"--set experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
         ("experts={zzz: 1}", f"--set experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
-        ("quantize[0].bits=5", "--set quantize[0].bits: Input should be 4 or 8, not 5"),
-        ("quantize.0.bits=", "--set quantize[0].bits: method gptq needs it: 4 or 8"),
+        ("quantize[0].bits=5", "--set quantize[0].bits: Input should be 2, 3, 4 or 8, not 5"),
+        ("quantize.0.bits=", "--set quantize[0].bits: method gptq needs it: 2, 3, 4 or 8"),
         (
             "quantize[2].bits=4",
             "--set quantize[2].bits: quantize is a list, its indices go from 0 to 1",

@@ -6,11 +6,12 @@ A new format is one module with the functions of `compressed_tensors` and one li
 from types import ModuleType
 
 from grokquant.errors import InputError
-from grokquant.formats import compressed_tensors
+from grokquant.formats import compressed_tensors, dense
 from grokquant.types import Source
 
 FORMATS: dict[str, ModuleType] = {
     compressed_tensors.NAME: compressed_tensors,
+    dense.NAME: dense,
 }
 
 

@@ -22,6 +22,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
+from grokquant.types import CODEBOOKS, NAMED_GRIDS
+
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 _SIZE_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
@@ -29,12 +31,13 @@ _SIZE_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20
 # The keys of a rule that each method takes besides match and method, with what it takes if unset.
 _METHOD_KEYS: dict[str, dict[str, Any]] = {
     "keep": {},
-    "copy": {"bits": 8, "group": "release", "symmetric": True, "scale_dtype": "bfloat16"},
+    "copy": {"group": "release", "scale_dtype": None},
     "rtn": {
+        "grid": "integer",
         "bits": None,
         "group": 128,
         "symmetric": True,
-        "scale_dtype": "bfloat16",
+        "scale_dtype": None,
         "scale": "mse",
     },
 }
@@ -43,6 +46,9 @@ _METHOD_KEYS["gptq"] = _METHOD_KEYS["rtn"] | {
     "damping": 0.01,
     "hessian_block": None,
 }
+# What a grid with a name decides by itself; the group of a codebook is free.
+_FIXED = ("bits", "symmetric", "scale_dtype")
+_OF_GRID = {g: _FIXED if g in CODEBOOKS else (*_FIXED, "group") for g in NAMED_GRIDS}
 
 
 def check_data(data: str) -> str:
@@ -120,8 +126,12 @@ class Rule(Section):
 
     `match` is a glob over unit names such as `layers.3.experts.5.down`: `*` stands for anything,
     dots included, `?` for one character, `[0-3]` for one of a set.
-    `keep` leaves units in bfloat16, `copy` takes the source's int8 as it is, `rtn` rounds to
+    `keep` leaves units in bfloat16, `copy` takes the source's integers as they are, `rtn` rounds to
     nearest, `gptq` rounds with error feedback. Keys that a method does not take must be unset.
+
+    `grid` is `integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name:
+    `nf4` and `fp4` of bitsandbytes, the others of llama.cpp. `scale_dtype` unset is what the format
+    of the output stores.
 
     `hessian_block` lets feedback of gptq reach only inside blocks of so many input features (unset:
     all of them), which takes so much less memory and time.
@@ -129,10 +139,13 @@ class Rule(Section):
 
     match: Annotated[str, Field(min_length=1, max_length=200)]
     method: Literal["keep", "copy", "rtn", "gptq"]
-    bits: Literal[4, 8] | None = None
-    group: Literal[32, 64, 128, "channel", "release"] | None = None
+    grid: Literal["integer", "nf4", "fp4", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"] = (
+        "integer"
+    )
+    bits: Literal[2, 3, 4, 8] | None = None
+    group: Literal[32, 64, 128, 256, "channel", "release"] | None = None
     symmetric: bool = True
-    scale_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    scale_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     scale: Literal["absmax", "mse"] = "mse"
     act_order: bool = True
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -154,27 +167,26 @@ class Rule(Section):
                 takers = ", ".join(name for name, keys in _METHOD_KEYS.items() if key in keys)
                 text = f"method {method} does not take it (null unsets it), only {takers}"
                 raise _rule_error(key, text)
-        return _METHOD_KEYS[method] | given
+        defaults = _METHOD_KEYS[method]
+        if fixed := _fixed_keys(given.get("grid")):
+            if key := next((key for key in fixed if key in given), None):
+                raise _rule_error(key, f"grid {given['grid']} decides it (null unsets it)")
+            defaults = defaults | {"group": None}
+        return defaults | given
 
     @model_validator(mode="after")
     def _check_grid(self) -> "Rule":
         if self.method in ("rtn", "gptq"):
-            if self.bits is None:
-                raise _rule_error("bits", f"method {self.method} needs it: 4 or 8")
+            if self.bits is None and self.grid == "integer":
+                raise _rule_error("bits", f"method {self.method} needs it: 2, 3, 4 or 8")
             if self.group == "release":
                 raise _rule_error("group", "only method copy keeps the release's own groups")
-        if self.method == "copy":
-            for key in ("bits", "symmetric", "scale_dtype"):
-                stored = _METHOD_KEYS["copy"][key]
-                if getattr(self, key) != stored:
-                    text = f"method copy takes the release as it is, {str(stored).lower()} here"
-                    raise _rule_error(key, text)
         return self
 
     @model_serializer
     def _taken_keys(self) -> dict[str, Any]:
         keys = ("match", "method", *_METHOD_KEYS[self.method])
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in keys if key not in _fixed_keys(self.grid)}
 
 
 class ExpertsSection(Section):
@@ -197,7 +209,9 @@ class OutputSection(Section):
     """
 
     path: PathText
-    format: Literal["compressed-tensors"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16"] = (
+        "compressed-tensors"
+    )
     shard: ByteSize = 500 * 10**6
 
 
@@ -235,6 +249,10 @@ class Recipe(Section):
         text = io.StringIO()
         yaml.dump(self.model_dump(exclude_none=True), text)
         return text.getvalue()
+
+
+def _fixed_keys(grid: object) -> tuple[str, ...]:
+    return _OF_GRID.get(grid, ()) if isinstance(grid, str) else ()
 
 
 def _rule_error(key: str, text: str) -> PydanticCustomError:
