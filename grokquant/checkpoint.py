@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from grokquant import formats
+from grokquant import containers, formats
 from grokquant.errors import InputError
 from grokquant.families import Family, family_of
 from grokquant.sources import open_source
@@ -49,7 +49,7 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     """
     place = TOY_PATH if str(path) == "toy" else Path(path)
     config_path = Path(config) if config else None
-    source = formats.unpacked(open_source(place, config_path))
+    source = formats.unpacked(containers.opened(open_source(place, config_path)))
     family = family_of(source)
     model_config = family.config(config_path or place / "config.json", source.config)
     checkpoint = Checkpoint(source, family, model_config)

@@ -86,12 +86,13 @@ class Container(Protocol):
         ...
 
 
-def split(groups: Iterable[Group], shard: int) -> list[Group]:
-    """Groups in order, as many together as `shard` bytes allow, none of two layers."""
+def split(groups: Iterable[Group], shard: int, over_layers: bool = False) -> list[Group]:
+    """Groups in order, as many together as `shard` bytes allow, of several layers only if
+    `over_layers`; they then count for the first."""
     files: list[Group] = []
     for layer, tensors in groups:
         size = sum(tensor.bytes for tensor in tensors)
-        together = files and files[-1][0] == layer
+        together = files and (over_layers or files[-1][0] == layer)
         if together and size + sum(tensor.bytes for tensor in files[-1][1]) <= shard:
             files[-1][1].extend(tensors)
         else:

@@ -8,12 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 from grokquant.errors import InputError
-from grokquant.sources import release, safetensors_directory
+from grokquant.sources import gguf_directory, release, safetensors_directory
 from grokquant.types import Source
 
 LAYOUTS: dict[str, ModuleType] = {
     release.LAYOUT: release,
     safetensors_directory.LAYOUT: safetensors_directory,
+    gguf_directory.LAYOUT: gguf_directory,
 }
 
 

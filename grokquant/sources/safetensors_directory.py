@@ -56,7 +56,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         tensors={ref.name: ref for ref in refs},
         tokenizer_files=tuple(file for file in files if file.is_file()),
         weight_files=tuple(path / file for file in by_file),
-        licence=_licence(path / "README.md"),
+        licence=licence_of(path / "README.md"),
     )
 
 
@@ -136,7 +136,7 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _licence(card: Path) -> str | None:
+def licence_of(card: Path) -> str | None:
     """`license:` of the model card's front matter."""
     if not card.is_file():
         return None

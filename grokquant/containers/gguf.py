@@ -1,0 +1,193 @@
+"""GGUF files for llama.cpp: its names, its metadata, the experts of a layer stacked to one tensor.
+
+Several files are a split as llama.cpp makes them; it loads the first and finds the others.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from grokquant.containers.container import (
+    Arrangement,
+    Group,
+    Place,
+    PlannedFile,
+    PlannedTensor,
+    split,
+)
+from grokquant.containers.gguf_names import (
+    LAYER,
+    OUTSIDE,
+    Architecture,
+    architecture_of,
+    setting,
+)
+from grokquant.containers.gguf_vocabulary import vocabulary
+from grokquant.errors import InputError
+from grokquant.sources.gguf_file import DENSE, TYPES, GgufTensor, Short, Value, gguf_layout
+from grokquant.types import NAMED_GRIDS, Scheme, Source, TensorRef
+
+_BLOCKS = "_blocks"  # ends the names of packed matrices, see formats/gguf.py
+_TYPE_OF = {dtype: name for name, dtype in DENSE.items()}
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where llama.cpp has a tensor: `expert` of `experts` in `name`; None where it is alone."""
+
+    name: str
+    expert: int | None = None
+    experts: int = 1
+    heads: int | None = None
+
+
+def arrange(
+    source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
+) -> Arrangement:
+    """One file, or a split of several where `shard` is less.
+
+    Raises InputError where llama.cpp does not know the family, or the experts of a layer differ in
+    their grid.
+    """
+    slots = _slots(architecture_of(source), source.config)
+    places: dict[str, Place] = {}
+    tensors: dict[str, GgufTensor] = {}
+    stacks: list[Group] = []
+    for layer, parts in groups:
+        for part in parts:
+            slot, tensor = _placed(part, slots, schemes)
+            known = tensors.setdefault(tensor.name, tensor)
+            if known.type != tensor.type:
+                raise InputError(
+                    f"{part.name}: gguf stores all experts of {tensor.name} as one type, "
+                    f"the recipe makes them {known.type} and {tensor.type}"
+                )
+            stored = _planned(tensor)
+            if known is tensor:
+                stacks.append((layer, [stored]))
+            dtype = None if part.name.endswith(_BLOCKS) else stored.dtype
+            first = (slot.expert or 0) * (stored.shape[0] // slot.experts)
+            places[part.name] = Place(tensor.name, first, dtype, slot.heads)
+    return Arrangement(_files(source, split(stacks, shard, over_layers=True), tensors), places)
+
+
+def papers(arrangement: Arrangement) -> dict[str, dict]:
+    """JSON files beside the weights: none."""
+    return {}
+
+
+def opened(source: Source) -> Source:
+    """`source` with llama.cpp's names and stacks turned back into the usual names and matrices."""
+    refs = {}
+    for name, slot in _slots(architecture_of(source), source.config).items():
+        if slot.name in source.tensors:
+            ref = _ref(name, slot, source.tensors[slot.name])
+            refs[ref.name] = ref
+    return replace(source, tensors=refs)
+
+
+def _slots(architecture: Architecture, config: dict) -> dict[str, _Slot]:
+    """llama.cpp's place of every tensor that a model with this config may have."""
+    slots = {name: _Slot(stored) for name, stored in OUTSIDE.items()}
+    experts = _experts(architecture, config)
+    for layer in range(config["num_hidden_layers"]):
+        for end, stored in architecture.within.items():
+            name, stored = LAYER.format(layer=layer) + end, f"blk.{layer}.{stored}"
+            if "{expert}" in end:
+                for expert in range(experts):
+                    slots[name.format(expert=expert)] = _Slot(stored, expert, experts)
+            else:
+                heads = architecture.rotated.get(end)
+                count = setting(config, heads) if heads else None
+                slots[name] = _Slot(stored, heads=None if count is None else int(count))
+    return slots
+
+
+def _experts(architecture: Architecture, config: dict) -> int:
+    field = architecture.settings.get("expert_count")
+    return int(config[field]) if field else 0
+
+
+def _placed(
+    part: PlannedTensor, slots: Mapping[str, _Slot], schemes: Mapping[str, Scheme]
+) -> tuple[_Slot, GgufTensor]:
+    """Where a part goes and the whole tensor there, stacked if it is an expert's."""
+    name = part.name.removesuffix(_BLOCKS)
+    if name not in slots:
+        raise InputError(f"{name}: llama.cpp has no such tensor, gguf cannot hold it")
+    slot, shape = slots[name], part.shape
+    if part.name.endswith(_BLOCKS):
+        kind = _type_of(schemes[name])
+        _, values, size = TYPES[kind]
+        shape = (shape[0], shape[1] // size * values)
+    else:
+        single = len(shape) == 1 or "ffn_gate_inp" in slot.name
+        kind = "F32" if single else _TYPE_OF[part.dtype]
+    stacked = shape if slot.expert is None else (slot.experts, *shape)
+    return slot, GgufTensor(slot.name, kind, stacked)
+
+
+def _type_of(scheme: Scheme) -> str:
+    return next(name for name, grid in NAMED_GRIDS.items() if grid == scheme).upper()
+
+
+def _planned(tensor: GgufTensor) -> PlannedTensor:
+    """As it lies in the file: stacks are rows below each other."""
+    if tensor.type in DENSE:
+        dtype, columns = DENSE[tensor.type], tensor.shape[-1]
+    else:
+        dtype, columns = torch.uint8, tensor.row_bytes
+    if len(tensor.shape) == 1:
+        return PlannedTensor(tensor.name, dtype, (columns,))
+    return PlannedTensor(tensor.name, dtype, (tensor.bytes // tensor.row_bytes, columns))
+
+
+def _files(
+    source: Source, parts: list[Group], tensors: Mapping[str, GgufTensor]
+) -> tuple[PlannedFile, ...]:
+    files = []
+    for number, (layer, planned) in enumerate(parts):
+        metadata: dict[str, Value] = dict(_metadata(source)) if number == 0 else {}
+        if len(parts) > 1:
+            counts = {"split.no": Short(number), "split.count": Short(len(parts))}
+            metadata |= counts | {"split.tensors.count": len(tensors)}
+        layout = gguf_layout(metadata, [tensors[tensor.name] for tensor in planned])
+        name = (
+            f"model-{number + 1:05d}-of-{len(parts):05d}.gguf" if len(parts) > 1 else "model.gguf"
+        )
+        files.append(PlannedFile(name, layer, tuple(planned), layout))
+    return tuple(files)
+
+
+def _metadata(source: Source) -> Iterator[tuple[str, Value]]:
+    architecture = architecture_of(source)
+    yield "general.architecture", architecture.name
+    yield "general.name", source.path.name
+    yield "general.quantization_version", 2
+    for key, name in architecture.settings.items():
+        value = setting(source.config, name)
+        if value is not None:
+            yield f"{architecture.name}.{key}", value
+    yield from vocabulary(source).items()
+
+
+def _ref(name: str, slot: _Slot, stored: TensorRef) -> TensorRef:
+    """The tensor `name` as a part of what is stored."""
+    dense, shape = stored.dtype != torch.uint8, stored.shape
+    name = name if dense else name + _BLOCKS
+    place = Place(slot.name, heads=slot.heads)
+    if slot.expert is None:
+        load = partial(_restored, place, stored.load, stored.dtype)
+        return replace(stored, name=name, load=load, load_rows=None)
+    rows = shape[0] // slot.experts
+    assert stored.load_rows is not None
+    load = partial(stored.load_rows, slot.expert * rows, (slot.expert + 1) * rows)
+    size = stored.stored_bytes // slot.experts
+    return TensorRef(name, (rows, shape[1]), stored.dtype, size, load)
+
+
+def _restored(place: Place, load: Callable, dtype: torch.dtype) -> Tensor:
+    return place.restored(load(), dtype)

@@ -1,0 +1,80 @@
+"""The tokenizer inside a GGUF file, from the files beside the checkpoint."""
+
+import json
+from pathlib import Path
+
+import sentencepiece
+
+from grokquant.errors import InputError
+from grokquant.sources.gguf_file import Value
+from grokquant.types import Source
+
+_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6
+
+
+def vocabulary(source: Source) -> dict[str, Value]:
+    """Metadata of the tokenizer. Without one llama.cpp still runs token numbers.
+
+    No beginning-of-text token is added, so that texts are scored as elsewhere.
+    """
+    files = {path.name: path for path in source.tokenizer_files}
+    if "tokenizer.model" in files:
+        found = _sentencepiece(files["tokenizer.model"], source.config["vocab_size"])
+    elif "tokenizer.json" in files:
+        found = _byte_level(files["tokenizer.json"], source.config["vocab_size"])
+    else:
+        return {"tokenizer.ggml.model": "none"}
+    special = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+    for name, field in special.items():
+        if isinstance(number := source.config.get(field), int):
+            found[f"tokenizer.ggml.{name}_token_id"] = number
+    return found | {"tokenizer.ggml.add_bos_token": False}
+
+
+def _sentencepiece(path: Path, size: int) -> dict[str, Value]:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    known = range(model.vocab_size())
+    kinds = [_kind(model, number) for number in known]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": _filled([model.id_to_piece(n) for n in known], size),
+        "tokenizer.ggml.scores": [model.get_score(n) for n in known] + [-1e4] * (size - len(known)),
+        "tokenizer.ggml.token_type": kinds + [_UNUSED] * (size - len(known)),
+        "tokenizer.ggml.unknown_token_id": model.unk_id(),
+    }
+
+
+def _kind(model: sentencepiece.SentencePieceProcessor, number: int) -> int:
+    asked = {_UNKNOWN: model.is_unknown, _CONTROL: model.is_control}
+    asked |= {_BYTE: model.is_byte, _UNUSED: model.is_unused}
+    return next((kind for kind, holds in asked.items() if holds(number)), _NORMAL)
+
+
+def _byte_level(path: Path, size: int) -> dict[str, Value]:
+    """Byte-level BPE, as GPT-2 and its successors have it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        model, added = content["model"], content.get("added_tokens") or []
+        numbers = {int(number): token for token, number in model["vocab"].items()}
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: not a BPE tokenizer, which gguf could hold") from None
+    special = {int(token["id"]): str(token["content"]) for token in added}
+    numbers |= special
+    if max(numbers, default=0) >= size:
+        raise InputError(f"{path}: {max(numbers) + 1} tokens, the vocabulary has {size}")
+    tokens = [numbers.get(number, f"[PAD{number}]") for number in range(size)]
+    kinds = [
+        _CONTROL if n in special else _NORMAL if n in numbers else _UNUSED for n in range(size)
+    ]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+    }
+
+
+def _filled(tokens: list[str], size: int) -> list[str]:
+    return tokens + [f"[PAD{number}]" for number in range(len(tokens), size)]

@@ -1,0 +1,76 @@
+"""A directory with GGUF files and the config.json that says what they are.
+
+Tensors appear raw, under the names of the files: blocks as uint8 [rows, bytes per row], the experts
+of a layer as one tensor. `containers` gives them their usual names.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.sources.finite import all_finite
+from grokquant.sources.gguf_file import DENSE, GgufTensor, read_tensors
+from grokquant.sources.json_objects import read_json_object
+from grokquant.sources.safetensors_directory import TOKENIZER_FILES, licence_of
+from grokquant.types import Source, TensorRef
+
+LAYOUT, LOOKS_FOR = "gguf", "a .gguf file with config.json"
+
+
+def recognizes(path: Path) -> bool:
+    """Whether `path` holds GGUF files."""
+    return any(path.glob("*.gguf"))
+
+
+def open_source(path: Path, config_path: Path | None = None) -> Source:
+    """Opens the directory `path`; only headers are read. Raises InputError for damaged files."""
+    config = read_json_object(config_path or path / "config.json")
+    files = sorted(path.glob("*.gguf"))
+    refs: dict[str, TensorRef] = {}
+    for file in files:
+        for tensor in read_tensors(file):
+            if tensor.name in refs:
+                raise InputError(f"{file}: {tensor.name} is in another file too")
+            refs[tensor.name] = _ref(file, tensor)
+    beside = (path / name for name in TOKENIZER_FILES)
+    return Source(
+        path=path,
+        layout=LAYOUT,
+        config=config,
+        tensors=refs,
+        tokenizer_files=tuple(file for file in beside if file.is_file()),
+        weight_files=tuple(files),
+        licence=licence_of(path / "README.md"),
+    )
+
+
+def _ref(path: Path, tensor: GgufTensor) -> TensorRef:
+    dtype = DENSE.get(tensor.type, torch.uint8)
+    columns = tensor.shape[-1] if tensor.type in DENSE else tensor.row_bytes
+    *stack, rows = tensor.shape[:-1] or (1,)
+    count = rows * (stack[0] if stack else 1)
+    shape = (columns,) if len(tensor.shape) == 1 else (count, columns)
+    load_rows = partial(_read, path, tensor, dtype, columns)
+
+    def load() -> Tensor:
+        return load_rows(0, count).view(shape)
+
+    return TensorRef(tensor.name, shape, dtype, tensor.bytes, load, load_rows=load_rows)
+
+
+def _read(
+    path: Path, tensor: GgufTensor, dtype: torch.dtype, columns: int, first: int, stop: int
+) -> Tensor:
+    """Rows from `first` to before `stop` [rows, columns]."""
+    size = (stop - first) * tensor.row_bytes
+    raw = np.fromfile(path, np.uint8, size, offset=tensor.offset + first * tensor.row_bytes)
+    if len(raw) < size:
+        raise InputError(f"{path}: {tensor.name} cannot be read: the file has become shorter")
+    rows = torch.from_numpy(raw).view(dtype).view(stop - first, columns)
+    if not all_finite(rows):
+        raise InputError(f"{path}: tensor {tensor.name!r} holds non-finite values")
+    return rows
