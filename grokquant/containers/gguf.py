@@ -27,7 +27,7 @@ from grokquant.containers.gguf_names import (
 )
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
-from grokquant.sources.gguf_file import DENSE, TYPES, GgufTensor, Short, Value, gguf_layout
+from grokquant.sources.gguf_file import DENSE, TYPES, GgufTensor, Short, Signed, Value, gguf_layout
 from grokquant.types import NAMED_GRIDS, Scheme, Source, TensorRef
 
 _BLOCKS = "_blocks"  # ends the names of packed matrices, see formats/gguf.py
@@ -153,7 +153,7 @@ def _files(
         metadata: dict[str, Value] = dict(_metadata(source)) if number == 0 else {}
         if len(parts) > 1:
             counts = {"split.no": Short(number), "split.count": Short(len(parts))}
-            metadata |= counts | {"split.tensors.count": len(tensors)}
+            metadata |= counts | {"split.tensors.count": Signed(len(tensors))}
         layout = gguf_layout(metadata, [tensors[tensor.name] for tensor in planned])
         name = (
             f"model-{number + 1:05d}-of-{len(parts):05d}.gguf" if len(parts) > 1 else "model.gguf"

@@ -35,12 +35,16 @@ _UINT16, _INT32, _UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 2, 5, 4, 6, 7, 8, 9
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MOST = 1 << 26  # of anything counted in a header: more is damage
 
-# A value of the metadata; u16 and u32 are told apart by `Short`.
+# A value of the metadata; other integers than 32 bits without sign are `Short` or `Signed`.
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
 
 class Short(int):
-    """A number that GGUF stores in 16 bits."""
+    """A number that GGUF stores in 16 bits, without sign."""
+
+
+class Signed(int):
+    """A number that GGUF stores in 32 bits, with its sign."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,8 @@ def _value(value: Value) -> bytes:
             return struct.pack("<I?", _BOOL, value)
         case Short():
             return struct.pack("<IH", _UINT16, value)
+        case Signed():
+            return struct.pack("<Ii", _INT32, value)
         case int():
             return struct.pack("<II", _UINT32, value)
         case float():
