@@ -9,22 +9,33 @@ from grokquant.errors import InputError
 from grokquant.formats import compressed_tensors, dense
 from grokquant.types import Source
 
+# The quant_method of outputs that no other loader is to touch; their `format` says how they are.
+OWN = "grokquant"
 FORMATS: dict[str, ModuleType] = {
     compressed_tensors.NAME: compressed_tensors,
     dense.NAME: dense,
 }
 
 
-def unpacked(source: Source) -> Source:
-    """`source` as it is, or with its packed matrices presented as QTensors. Raises InputError."""
+def packing_of(source: Source) -> ModuleType | None:
+    """The format that the quantized matrices of `source` have, None if there is none.
+
+    Raises InputError for one that is not known.
+    """
     config = source.config.get("quantization_config")
     if config is None:
-        return source
+        return None
     method = config.get("quant_method") if isinstance(config, dict) else None
-    packing = FORMATS.get(str(method))
-    if packing is None:
-        raise InputError(
-            f"{source.path / 'config.json'}: quantization method {method!r} cannot be read "
-            f"(known: {', '.join(FORMATS)})"
-        )
-    return packing.unpacked(source)
+    name = config.get("format") if method == OWN else method
+    if (packing := FORMATS.get(str(name))) is not None:
+        return packing
+    raise InputError(
+        f"{source.path / 'config.json'}: quantization method {name!r} cannot be read "
+        f"(known: {', '.join(FORMATS)})"
+    )
+
+
+def unpacked(source: Source) -> Source:
+    """`source` as it is, or with its packed matrices presented as QTensors. Raises InputError."""
+    packing = packing_of(source)
+    return source if packing is None else packing.unpacked(source)

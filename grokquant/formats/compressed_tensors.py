@@ -5,7 +5,6 @@ A matrix `X.weight` becomes `X.weight_packed` int32 [out, in * bits / 32], `X.we
 [out * bits / 32, groups]. Codes are offset to unsigned, the first one in the lowest bits.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.targets import check_target, first_match, targets_of
 from grokquant.formats.words import pack_words, unpack_words
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Source, TensorRef, Unit
 
@@ -105,9 +105,12 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     for unit in units:
         by_scheme.setdefault(unit.scheme, []).append(_stem(unit.tensor))
     everything = [stem for stems in by_scheme.values() for stem in stems]
+    largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]), default=None)
     groups = {
         f"group_{index}": {
-            "targets": _targets(stems, set(everything) - set(stems)),
+            # Linear comes after all names; SGLang looks up fused experts by it and nothing else.
+            "targets": targets_of(stems, set(everything) - set(stems))
+            + ["Linear"] * (scheme == largest),
             "weights": _weight_arguments(scheme),
             "input_activations": None,
             "output_activations": None,
@@ -120,7 +123,7 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": _targets(sorted(unquantized), set(everything)),
+        "ignore": targets_of(sorted(unquantized), set(everything)),
         "kv_cache_scheme": None,
     }
 
@@ -137,7 +140,7 @@ def unpacked(source: Source) -> Source:
     for name, ref in source.tensors.items():
         stem, _, part = name.rpartition(".")
         if part == "weight_packed":
-            scheme = next((s for target, s in schemes if _matches(stem, target)), None)
+            scheme = first_match(stem, schemes)
             if scheme is None:
                 raise InputError(f"{source.path / 'config.json'}: no config group targets {stem}")
             tensors[f"{stem}.weight"] = _unpacked_ref(source, stem, scheme)
@@ -205,35 +208,6 @@ def _weight_arguments(scheme: Scheme) -> dict:
     }
 
 
-def _targets(stems: list[str], others: set[str]) -> list[str]:
-    """Few patterns that match all of `stems` and none of `others`.
-
-    Layer and expert numbers are generalised where no other module would match by accident.
-    """
-    targets: dict[str, None] = {}
-    for stem in stems:
-        if any(_matches(stem, target) for target in targets):
-            continue
-        general = "re:^" + re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(stem)) + "$"
-        clash = any(_matches(other, general) for other in others)
-        targets[stem if clash else general] = None
-    return list(targets)
-
-
-def _matches(stem: str, target: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target[3:], stem) is not None
-    return target in (stem, "Linear") or stem.endswith("." + target)
-
-
-def _check_target(target: str) -> str:
-    try:
-        _matches("", target)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
-    return target
-
-
 class _Weights(BaseModel):
     """The grids that can be read."""
 
@@ -250,7 +224,7 @@ class _Weights(BaseModel):
 
 
 class _Group(BaseModel):
-    targets: list[Annotated[str, AfterValidator(_check_target)]]
+    targets: list[Annotated[str, AfterValidator(check_target)]]
     weights: _Weights
     input_activations: None = None
 

@@ -1,0 +1,65 @@
+"""Patterns by which a config names many modules at once, as compressed-tensors and engines do.
+
+A target is a module's name, a regular expression after `re:`, or the class `Linear`.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+# Engines that fuse experts ask for these names, whatever the files call them; and they have their
+# own names for some modules on the way.
+_EXPERT_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_MODULES = {"block_sparse_moe": "mlp|moe_block", "self_attn": "attn"}
+
+
+def targets_of(stems: list[str], others: set[str]) -> list[str]:
+    """Few patterns that match all of `stems` and none of `others`.
+
+    Layer and expert numbers are generalised where no other module would match by accident.
+    """
+    targets: dict[str, None] = {}
+    for stem in stems:
+        if any(matches(stem, target) for target in targets):
+            continue
+        general = f"re:^{_general(stem)}$"
+        clash = any(matches(other, general) for other in others)
+        targets[f"re:^{_also(re.escape(stem))}$" if clash else general] = None
+    return list(targets)
+
+
+def matches(stem: str, target: str) -> bool:
+    """Whether `target` means the module `stem`."""
+    if target.startswith("re:"):
+        return re.match(target[3:], stem) is not None
+    return target in (stem, "Linear") or stem.endswith("." + target)
+
+
+def first_match(stem: str, targets: Iterable[tuple[str, Value]]) -> Value | None:
+    """What stands beside the target that means `stem`: by name if one does, else by class."""
+    found = [(target == "Linear", value) for target, value in targets if matches(stem, target)]
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def check_target(target: str) -> str:
+    """Raises ValueError where `target` is no regular expression although it says so."""
+    try:
+        matches("", target)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return target
+
+
+def _general(stem: str) -> str:
+    """A pattern of this module in any layer and any expert, under the names of engines too."""
+    return _also(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(stem)))
+
+
+def _also(pattern: str) -> str:
+    for name, alias in _MODULES.items():
+        pattern = pattern.replace(rf"\.{name}\.", rf"\.(?:{name}|{alias})\.")
+    for name, alias in _EXPERT_PARTS.items():
+        pattern = re.sub(rf"(experts\\\.\S+\\\.){name}$", rf"\1(?:{name}|{alias})", pattern)
+    return pattern
