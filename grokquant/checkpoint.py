@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 from grokquant import containers, formats
 from grokquant.errors import InputError
 from grokquant.families import Family, family_of
+from grokquant.families.naming import renamed
 from grokquant.sources import open_source
 from grokquant.toy import TOY_PATH
 from grokquant.types import Source, TensorRef
@@ -27,6 +29,12 @@ class Checkpoint:
         """(unit name, reference) of every matrix that may be quantized, in layer order."""
         for name, tensor in self.family.units(self.config):
             yield name, self.source.tensors[tensor]
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of the layers that have any, 0 in a dense model."""
+        layers = range(self.config.num_hidden_layers)
+        return max(self.family.num_experts(self.config, layer) for layer in layers)
 
     @property
     def parameters(self) -> int:
@@ -49,8 +57,9 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     """
     place = TOY_PATH if str(path) == "toy" else Path(path)
     config_path = Path(config) if config else None
-    source = formats.unpacked(containers.opened(open_source(place, config_path)))
+    source = containers.opened(open_source(place, config_path))
     family = family_of(source)
+    source = formats.unpacked(renamed(source, family))
     model_config = family.config(config_path or place / "config.json", source.config)
     checkpoint = Checkpoint(source, family, model_config)
     _check_complete(checkpoint)
@@ -76,14 +85,23 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Checkpoint names and shapes, experts one by one, as the family's own model has them."""
     family, config = checkpoint.family, checkpoint.config
     model = family.empty_model(config)
-    shapes = {}
-    for name, parameter in model.named_parameters():
-        if f".{family.experts}." not in name:
-            shapes[name] = tuple(parameter.shape)
-    for layer, block in enumerate(family.layers(model)):
-        experts = family.experts_of(block)
-        inner, hidden = experts.down_proj.shape[2], experts.down_proj.shape[1]
-        for expert in range(config.num_local_experts):
+    layers = family.layers(model)
+    fused = {id(p) for layer in layers for p in _experts_parameters(family, layer)}
+    shapes = {
+        family.tensor_name(name): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in fused
+    }
+    for layer, block in enumerate(layers):
+        for expert in range(family.num_experts(config, layer)):
+            inner, hidden = family.expert_shape(block)
             for part, name in family.expert_tensors(layer, expert).items():
                 shapes[name] = (hidden, inner) if part == "down" else (inner, hidden)
+            for part, name in family.expert_biases(layer, expert).items():
+                shapes[name] = (hidden,) if part == "down" else (inner,)
     return shapes
+
+
+def _experts_parameters(family: Family, layer: nn.Module) -> list[nn.Parameter]:
+    experts = family.experts_of(layer)
+    return [] if experts is None else list(experts.parameters())

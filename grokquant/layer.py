@@ -56,7 +56,8 @@ class LayerQuantizer:
         """Quantizes the block and returns the hidden states after it, its errors included."""
         self.model.load_layer(self.index)
         self._quantize_attention(hidden)
-        hidden = self.model.run_layer(self.index, hidden, self.model.mix_experts(self._make_expert))
+        mix = self.model.mix_experts(self.index, self._make_expert)
+        hidden = self.model.run_layer(self.index, hidden, mix)
         self.model.free_layer(self.index)
         return hidden
 
@@ -80,15 +81,17 @@ class LayerQuantizer:
         span = self._span(expert, "gate", features)
         site = self._site(routed, len(token), features, span, partial(self._all_inputs, x))
         W_gate, W_up = (self._expert_weight(expert, part, site) for part in ("gate", "up"))
+        hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
 
         def inner(inputs: Inputs) -> Inputs:
-            return lambda: (self.model.hidden_units(self.index, x, W_gate, W_up) for x in inputs())
+            return lambda: map(hidden_units, inputs())
 
         everyone = self._hessian(inner(self._inputs(x)), len(W_up))
         span = self._span(expert, "down", len(W_up))
         site = self._site(inner(routed), len(token), len(W_up), span, everyone)
         W_down = self._expert_weight(expert, "down", site)
-        return lambda x: F.linear(self.model.hidden_units(self.index, x, W_gate, W_up), W_down)
+        bias = self.model.expert_bias(self.index, expert, "down")
+        return lambda x: F.linear(hidden_units(x), W_down, bias)
 
     def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
         """The rows `token` of x, all of them by default, some at a time on the model's device."""

@@ -218,8 +218,11 @@ def _groups(checkpoint: Checkpoint) -> Iterator[tuple[int | None, list[str]]]:
         if layer is None:
             yield from ((None, [name]) for name in names)
             continue
-        numbers = range(checkpoint.config.num_local_experts)
-        experts = [list(family.expert_tensors(layer, number).values()) for number in numbers]
+        numbers = range(family.num_experts(checkpoint.config, layer))
+        experts = [
+            [*family.expert_tensors(layer, n).values(), *family.expert_biases(layer, n).values()]
+            for n in numbers
+        ]
         in_experts = set(chain.from_iterable(experts))
         yield layer, [name for name in names if name not in in_experts]
         yield from ((layer, expert) for expert in experts)

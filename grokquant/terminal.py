@@ -217,10 +217,10 @@ class LayerProgress(_LayerBar):
     def layer_done(self, figures: LayerFigures, total: int) -> None:
         if self.task is None:
             self.begin("evaluating", total)
-        self.advance(
-            f"layer {figures.layer}: error {figures.relative_error:.4f}, "
-            f"same experts for {figures.router_top2_set:.1%} of tokens"
-        )
+        line = f"layer {figures.layer}: error {figures.relative_error:.4f}"
+        if figures.router_top2_set is not None:
+            line += f", same experts for {figures.router_top2_set:.1%} of tokens"
+        self.advance(line)
 
 
 def _error_of(reports: list[UnitReport]) -> str:

@@ -116,7 +116,8 @@ class _Rates:
 def _by_pieces(plan: Plan, tokens: int) -> float:
     """Seconds of forward passes, Hessians and rounding, with tokens spread evenly over experts."""
     config = plan.checkpoint.config
-    routed = tokens * config.num_experts_per_tok // config.num_local_experts
+    experts = max(plan.checkpoint.num_experts, 1)
+    routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1) // experts
     rates = _probe(plan, min(routed, _PIECE))
     seconds = 0.0
     for name, ref in plan.checkpoint.units():

@@ -70,7 +70,10 @@ ALL_EXPERTS_FUNCTIONS.register(STREAMED, _streamed_experts)
 
 
 class Tap(nn.Module):
-    """Stands for a decoder layer: notes its arguments, passes on `hidden` if that is set."""
+    """Stands for a decoder layer: notes its arguments, passes on `hidden` if that is set.
+
+    Arguments are noted by layer: models give theirs to layers that look at all or at near tokens.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,17 +103,20 @@ class BlockwiseModel:
         self.source, self.family = checkpoint.source, checkpoint.family
         self.dtype, self.device = dtype, device
         self.config = deepcopy(checkpoint.config)
-        self.config._experts_implementation = STREAMED
+        self.config._experts_implementation, self.config.use_cache = STREAMED, False
         self.model = self.family.empty_model(self.config)
         self.layers = self.family.layers(self.model)
         self.taps = [Tap() for _ in self.layers]
         self.model.base_model.layers = nn.ModuleList(self.taps)
         others = dict(twin.model.named_parameters()) if twin else {}
         for name, _ in list(self.model.named_parameters()):
-            self._fill(self.model, name, name)
+            self._fill(self.model, name, self.family.tensor_name(name))
             if name in others and torch.equal(self.model.get_parameter(name), others[name]):
                 set_parameter(self.model, name, others[name])
         self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -132,9 +138,11 @@ class BlockwiseModel:
         """Layer `index` with everything but its experts in memory; they stay on the meta device."""
         layer = self.layers[index]
         prefix = self.family.layer_prefix.format(layer=index)
-        for name, _ in list(layer.named_parameters()):
-            if not name.startswith(self.family.experts + "."):
-                self._fill(layer, name, prefix + name)
+        experts = self.family.experts_of(layer)
+        theirs = set() if experts is None else {id(p) for p in experts.parameters()}
+        for name, parameter in list(layer.named_parameters()):
+            if id(parameter) not in theirs:
+                self._fill(layer, name, self.family.tensor_name(prefix + name))
         return layer
 
     def free_layer(self, index: int) -> None:
@@ -143,8 +151,10 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def run_layer(self, index: int, hidden: Tensor, mix: Mix) -> Tensor:
-        """Hidden states after layer `index`, whose experts are computed by `mix`."""
+        """Hidden states after layer `index`, whose experts, if it has any, `mix` computes."""
         exchange = self._exchange(index, hidden)
+        if exchange is None:
+            return torch.cat(list(self._run_rows(index, hidden)))
         for _ in self._run_rows(index, hidden):
             pass
         recorded, exchange.recorded = exchange.recorded, ()
@@ -157,7 +167,8 @@ class BlockwiseModel:
         """What the matrix `tensor` (its checkpoint name) of layer `index` reads: [tokens, in]."""
         self._exchange(index, hidden)
         inputs: list[Tensor] = []
-        linear, _ = parameter_parent(self.layers[index], self._name_in_layer(index, tensor))
+        layer = self.layers[index]
+        linear, _ = parameter_parent(layer, self.family.parameter_name(layer, index, tensor))
         hook = linear.register_forward_pre_hook(
             lambda _, args: inputs.append(args[0].flatten(0, -2).cpu())
         )
@@ -169,7 +180,8 @@ class BlockwiseModel:
     @torch.no_grad()
     def replace(self, index: int, tensor: str, value: Tensor) -> None:
         """Puts `value` in the place of the layer's own `tensor` (its checkpoint name)."""
-        self._set(self.layers[index], self._name_in_layer(index, tensor), value)
+        layer = self.layers[index]
+        self._set(layer, self.family.parameter_name(layer, index, tensor), value)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -180,22 +192,22 @@ class BlockwiseModel:
         self.taps[-1].hidden = None
         return logits.cpu()
 
-    def apply_gate(self, index: int, gate: Tensor, up: Tensor) -> Tensor:
-        """The family's activation of an expert's hidden units [tokens, inner], in float32."""
-        experts = self.family.experts_of(self.layers[index])
-        return experts._apply_gate(torch.cat((gate, up), dim=-1).float()).to(gate.dtype)
-
     def expert_weight(self, tensor: str) -> Tensor:
         """One expert matrix [out, in] in the working dtype, read from the source."""
         return self.source.tensors[tensor].load_on(self.device).to(self.dtype)
 
-    def mix_experts(self, make_expert: MakeExpert) -> Mix:
+    def expert_bias(self, index: int, number: int, part: str) -> Tensor | None:
+        """The bias of an expert matrix [out] in the working dtype, None where there is none."""
+        name = self.family.expert_biases(index, number).get(part)
+        return None if name is None else self.expert_weight(name)
+
+    def mix_experts(self, index: int, make_expert: MakeExpert) -> Mix:
         """A mix that runs expert after expert on the tokens routed to it and adds the outputs."""
 
         def mix(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             mixed = torch.zeros(x.shape, dtype=torch.float32)
             gates = gates.to(x.dtype).float()
-            for number in range(self.config.num_local_experts):
+            for number in range(self.family.num_experts(self.config, index)):
                 token, slot = torch.where(experts == number)
                 expert = make_expert(number, x, token)
                 gate = gates[token, slot].unsqueeze(1)  # (routed, 1)
@@ -213,32 +225,41 @@ class BlockwiseModel:
         def make_expert(number: int, x: Tensor, token: Tensor) -> Expert:
             names = self.family.expert_tensors(index, number)
             W_gate, W_up, W_down = (self.expert_weight(names[p]) for p in ("gate", "up", "down"))
-            return lambda x: F.linear(self.hidden_units(index, x, W_gate, W_up), W_down)
+            inner = self.hidden_units(index, number, W_gate, W_up)
+            bias = self.expert_bias(index, number, "down")
+            return lambda x: F.linear(inner(x), W_down, bias)
 
-        return self.mix_experts(make_expert)
+        return self.mix_experts(index, make_expert)
 
-    def hidden_units(self, index: int, x: Tensor, W_gate: Tensor, W_up: Tensor) -> Tensor:
-        """What an expert makes of inputs x [tokens, hidden] before its down: [tokens, inner]."""
-        return self.apply_gate(index, F.linear(x, W_gate), F.linear(x, W_up))
+    def hidden_units(self, index: int, number: int, W_gate: Tensor, W_up: Tensor) -> Expert:
+        """What an expert makes of inputs [tokens, hidden] before its down: [tokens, inner]."""
+        gate_bias, up_bias = (self.expert_bias(index, number, part) for part in ("gate", "up"))
+        experts = self.family.experts_of(self.layers[index])
+
+        def inner(x: Tensor) -> Tensor:
+            gate, up = F.linear(x, W_gate, gate_bias), F.linear(x, W_up, up_bias)
+            return experts._apply_gate(self.family.join(gate, up))
+
+        return inner
 
     @staticmethod
     def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Tensors of as many rows, some rows at a time; nothing of tensors without rows."""
         yield from zip(*(t.split(TOKENS_AT_ONCE) for t in tensors if len(t)), strict=True)
 
-    def _name_in_layer(self, index: int, tensor: str) -> str:
-        return tensor.removeprefix(self.family.layer_prefix.format(layer=index))
-
-    def _exchange(self, index: int, hidden: Tensor) -> Exchange:
-        exchange = Exchange(hidden.shape[0] * hidden.shape[1])
-        self.family.experts_of(self.layers[index]).exchange = exchange
-        return exchange
+    def _exchange(self, index: int, hidden: Tensor) -> Exchange | None:
+        experts = self.family.experts_of(self.layers[index])
+        if experts is None:
+            return None
+        experts.exchange = Exchange(hidden.shape[0] * hidden.shape[1])
+        return experts.exchange
 
     def _run_rows(self, index: int, hidden: Tensor) -> Iterator[Tensor]:
         """Outputs of the layer for all rows, some rows at a time."""
         args, kwargs = self.taps[index].arguments
         for rows in hidden.split(_rows_at_once(hidden)):
-            yield self.layers[index](rows.to(self.device), *args, **kwargs).to(hidden.device)
+            out = self.layers[index](rows.to(self.device), *args, **kwargs)
+            yield (out[0] if isinstance(out, tuple) else out).to(hidden.device)
 
     def _fill(self, module: nn.Module, name: str, tensor: str) -> None:
         self._set(module, name, self.source.tensors[tensor].read())

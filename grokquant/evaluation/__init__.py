@@ -34,7 +34,6 @@ from grokquant.types import Scheme
 # What two models must share, as their configs call it, to be compared token by token.
 _SAME = (
     "num_hidden_layers",
-    "num_local_experts",
     "num_experts_per_tok",
     "hidden_size",
     "vocab_size",
@@ -106,7 +105,7 @@ def publish(report: Report, output: Path, directory: Path | None = None) -> tupl
 
 def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:
     for field in _SAME:
-        found, expected = getattr(candidate.config, field), getattr(base.config, field)
+        found, expected = (getattr(c.config, field, None) for c in (candidate, base))
         if found != expected:
             raise InputError(
                 f"{candidate.source.path}: {field} is {found}, the reference has {expected}"
@@ -146,7 +145,7 @@ def _describe(
         path=str(path),
         family=checkpoint.family.name,
         layers=checkpoint.config.num_hidden_layers,
-        experts=checkpoint.config.num_local_experts,
+        experts=max(checkpoint.num_experts, 1),
         parameters=checkpoint.parameters,
         bytes=checkpoint.stored_bytes,
         bits_per_weight=checkpoint.bits_per_weight,

@@ -23,13 +23,13 @@ class LayerFigures:
     """How far one layer of the quantized model is from the reference on its own path.
 
     `relative_error` is ||h_q - h|| / ||h|| of the layer's output; router agreements are shares of
-    tokens; loads count the tokens of each expert.
+    tokens; loads count the tokens of each expert. A dense layer has neither.
     """
 
     layer: int
     relative_error: float
-    router_top1: float
-    router_top2_set: float
+    router_top1: float | None
+    router_top2_set: float | None
     tokens_per_expert: list[int]
     reference_tokens_per_expert: list[int]
 
@@ -68,7 +68,7 @@ def compare_checkpoints(
         hidden, chosen = _run_layer(model, index, hidden)
         hidden_base, chosen_base = _run_layer(base, index, hidden_base)
         kept = hidden_base[: len(rows)]
-        figures = _layer_figures(index, hidden, kept, chosen, chosen_base[: rows.numel()], base)
+        figures = _layer_figures(index, hidden, kept, chosen, chosen_base, base)
         layers.append(figures)
         if layer_done:
             layer_done(figures, reference.config.num_hidden_layers)
@@ -78,8 +78,8 @@ def compare_checkpoints(
     return Comparison(scored, layers, noise.kld.mean().item())
 
 
-def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states after the layer and the experts chosen for each token [tokens, k].
+def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Hidden states after the layer and the experts chosen for each token [tokens, k], if any.
 
     Raises InputError where the weights are so large that the states are not finite.
     """
@@ -95,22 +95,25 @@ def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tenso
     model.free_layer(index)
     if not torch.isfinite(hidden).all():
         raise InputError(f"{model.source.path}: the outputs of layer {index} are not finite")
-    return hidden, chosen[0]
+    return hidden, chosen[0] if chosen else None
 
 
 def _layer_figures(
     index: int,
     hidden: Tensor,
     hidden_base: Tensor,
-    chosen: Tensor,  # (tokens, k)
-    chosen_base: Tensor,
+    chosen: Tensor | None,  # (tokens, k)
+    chosen_base: Tensor | None,  # (tokens and more, k)
     base: BlockwiseModel,
 ) -> LayerFigures:
-    count = base.config.num_local_experts
+    error = ((hidden - hidden_base).norm() / hidden_base.norm()).item()
+    if chosen is None or chosen_base is None:
+        return LayerFigures(index, error, None, None, [], [])
+    count, chosen_base = base.family.num_experts(base.config, index), chosen_base[: len(chosen)]
     same_set = (chosen.sort(-1).values == chosen_base.sort(-1).values).all(-1)
     return LayerFigures(
         layer=index,
-        relative_error=((hidden - hidden_base).norm() / hidden_base.norm()).item(),
+        relative_error=error,
         router_top1=(chosen[:, 0] == chosen_base[:, 0]).double().mean().item(),
         router_top2_set=same_set.double().mean().item(),
         tokens_per_expert=torch.bincount(chosen.flatten(), minlength=count).tolist(),

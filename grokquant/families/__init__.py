@@ -1,12 +1,29 @@
 """Model families: how tensors are named and how a block runs. A new one is a line in FAMILIES."""
 
 from grokquant.errors import InputError
+from grokquant.families.deepseek import DEEPSEEK_V2
 from grokquant.families.family import Family
+from grokquant.families.gemma import GEMMA_2, GEMMA_3
+from grokquant.families.gpt_oss import GPT_OSS
 from grokquant.families.grok import GROK_1
+from grokquant.families.llama import LLAMA, MISTRAL
+from grokquant.families.mixtral import MIXTRAL
+from grokquant.families.olmoe import OLMOE
+from grokquant.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from grokquant.types import Source
 
 FAMILIES: dict[str, Family] = {
     "Grok1ForCausalLM": GROK_1,
+    "MixtralForCausalLM": MIXTRAL,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "OlmoeForCausalLM": OLMOE,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "GptOssForCausalLM": GPT_OSS,
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+    "Gemma2ForCausalLM": GEMMA_2,
+    "Gemma3ForCausalLM": GEMMA_3,
 }
 
 

@@ -157,15 +157,16 @@ class GrokExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
-    def act_fn(self, gate: Tensor) -> Tensor:
-        return F.gelu(gate, approximate="tanh")
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        """Hidden units [tokens, inner] of gate beside up, computed in float32."""
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
     def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)  # (tokens, hidden)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
-            gate, up = F.linear(x[token], self.gate_up_proj[expert]).float().chunk(2, dim=-1)
-            inner = (self.act_fn(gate) * up).to(x.dtype)  # (routed, inner)
+            inner = self._apply_gate(F.linear(x[token], self.gate_up_proj[expert]))
             out = F.linear(inner, self.down_proj[expert]).float()
             weight = top_k_weights[token, slot, None].to(x.dtype).float()
             mixed.index_add_(0, token, out * weight)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
@@ -34,29 +35,43 @@ def build_model(
     """The family's own model class with every parameter filled, tensor by tensor."""
     family, tensors = checkpoint.family, checkpoint.source.tensors
     model = family.empty_model(checkpoint.config)
-    for name, _ in list(model.named_parameters()):
-        if f".{family.experts}." not in name:
-            value = tensors[name].read()
-            set_parameter(model, name, value.to(device, family.working_dtype(name, dtype)))
     for index, layer in enumerate(family.layers(model)):
-        _fill_experts(checkpoint, index, family.experts_of(layer), device, dtype)
+        _fill_experts(checkpoint, index, layer, device, dtype)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            value = tensors[family.tensor_name(name)].read()
+            set_parameter(model, name, value.to(device, family.working_dtype(name, dtype)))
     model.tie_weights()
-    model.set_experts_implementation("eager")
+    torch.nn.Module.to(model, device)  # buffers
+    if checkpoint.num_experts:
+        model.set_experts_implementation("eager")
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
 
 
 def _fill_experts(
-    checkpoint: Checkpoint, index: int, experts: Any, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, index: int, layer: Any, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Fuses the experts of a layer: gate over up, then down, each [experts, out, in]."""
-    gate_up = torch.empty(experts.gate_up_proj.shape, dtype=dtype, device=device)
-    down = torch.empty(experts.down_proj.shape, dtype=dtype, device=device)
-    for expert in range(checkpoint.config.num_local_experts):
-        names = checkpoint.family.expert_tensors(index, expert)
-        part = {key: checkpoint.source.tensors[name].read() for key, name in names.items()}
-        half = part["gate"].shape[0]
-        gate_up[expert, :half], gate_up[expert, half:] = part["gate"], part["up"]
-        down[expert] = part["down"]
-    set_parameter(experts, "gate_up_proj", gate_up)
-    set_parameter(experts, "down_proj", down)
+    """Fuses the experts of a layer to the parameters of its own class, expert by expert."""
+    family, config = checkpoint.family, checkpoint.config
+    for expert in range(family.num_experts(config, index)):
+        experts = family.experts_of(layer)
+        values = _fused(checkpoint, family.expert_tensors(index, expert), "proj")
+        if family.biased:
+            values |= _fused(checkpoint, family.expert_biases(index, expert), "proj_bias")
+        for name, value in values.items():
+            if expert == 0:
+                shape = getattr(experts, name).shape
+                set_parameter(experts, name, torch.empty(shape, dtype=dtype, device=device))
+            getattr(experts, name)[expert] = value
+
+
+def _fused(checkpoint: Checkpoint, names: dict[str, str], end: str) -> dict[str, Tensor]:
+    """The matrices or biases of an expert as its class has them, by the parameters' names."""
+    family = checkpoint.family
+    part = {key: checkpoint.source.tensors[name].read() for key, name in names.items()}
+    turned = {key: value.T if value.ndim == 2 else value for key, value in part.items()}
+    gate_up, down = family.join(turned["gate"], turned["up"]), turned["down"]  # (.., out)
+    if not family.transposed and gate_up.ndim == 2:
+        gate_up, down = gate_up.T, down.T
+    return {f"gate_up_{end}": gate_up, f"down_{end}": down}

@@ -117,14 +117,17 @@ def _ref(path: Path, name: str, stored) -> TensorRef:
     if kind not in DTYPES:
         raise InputError(f"{path}: tensor {name!r} has dtype {kind}, which is not supported")
     dtype = DTYPES[kind]
-    load = partial(_load, path, name)
-    return TensorRef(name, shape, dtype, math.prod(shape) * dtype.itemsize, load)
+    size = math.prod(shape) * dtype.itemsize
+    load_rows = partial(_load, path, name) if shape else None
+    return TensorRef(name, shape, dtype, size, partial(_load, path, name), load_rows=load_rows)
 
 
-def _load(path: Path, name: str) -> Tensor:
+def _load(path: Path, name: str, first: int = 0, stop: int | None = None) -> Tensor:
+    """The rows from `first` to before `stop`, all of them by default."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+            whole = first == 0 and stop is None
+            tensor = file.get_tensor(name) if whole else file.get_slice(name)[first:stop]
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: tensor {name!r} cannot be read: {_line(error)}") from None
     if not all_finite(tensor):

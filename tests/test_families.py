@@ -1,0 +1,172 @@
+"""Every family: what transformers saves is read, run, quantized, evaluated and loaded."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import grokquant
+from grokquant import evaluation, pipeline
+from grokquant.calibration.blocks import BlockwiseModel
+from grokquant.checkpoint import open_checkpoint
+from grokquant.errors import InputError
+from grokquant.families import FAMILIES
+from grokquant.recipe import parse_recipe
+from grokquant.runtime.load import load
+from grokquant.toy import TOY_PATH
+
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FOUR = {"num_experts_per_tok": 2, "num_experts": 4}
+MODELS = {
+    "mixtral": {"intermediate_size": 96, "num_local_experts": 4},
+    "qwen2_moe": FOUR
+    | {"intermediate_size": 96, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+    | {"shared_expert_intermediate_size": 64},
+    "qwen3_moe": FOUR
+    | {"intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 16}
+    | {"decoder_sparse_step": 2, "norm_topk_prob": True},
+    "olmoe": FOUR | {"intermediate_size": 32},
+    "deepseek_v2": {"intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 4}
+    | {"num_experts_per_tok": 2, "n_shared_experts": 2, "first_k_dense_replace": 1}
+    | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16}
+    | {"v_head_dim": 16, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
+    "gpt_oss": {"intermediate_size": 32, "num_local_experts": 4, "head_dim": 16}
+    | {"num_experts_per_tok": 2, "sliding_window": 16},
+    "llama": {"intermediate_size": 96},
+    "mistral": {"intermediate_size": 96, "sliding_window": 16, "head_dim": 16},
+    "gemma2": {"intermediate_size": 96, "head_dim": 16, "sliding_window": 16},
+    "gemma3_text": {"intermediate_size": 96, "head_dim": 16, "sliding_window": 16}
+    | {"layer_types": ["sliding_attention", "full_attention"]},
+}
+FUSED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")  # else only one form
+SPARSE = (*FUSED, "gpt_oss")
+TOKENS = torch.randint(3, 2048, (3, 48), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """family -> (a random model in bf16, the directory that transformers saved it to)."""
+    made: dict[str, tuple[PreTrainedModel, Path]] = {}
+
+    def make(family: str) -> tuple[PreTrainedModel, Path]:
+        if family not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(family, **SIZES | MODELS[family])
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            for parameter in model.parameters():  # norms and biases of their own, too
+                parameter.data += 0.02 * torch.randn_like(parameter)
+            path = tmp_path_factory.mktemp(family)
+            model.save_pretrained(path)
+            shutil.copyfile(TOY_PATH / "tokenizer.model", path / "tokenizer.model")
+            made[family] = model, path
+        return made[family]
+
+    return make
+
+
+def streamed(path: Path, dtype: torch.dtype) -> torch.Tensor:
+    model = BlockwiseModel(open_checkpoint(path), dtype)
+    hidden = model.embed(TOKENS)
+    for index in range(len(model.layers)):
+        model.load_layer(index)
+        hidden = model.run_layer(index, hidden, model.stored_experts(index))
+        model.free_layer(index)
+    return model.logits(hidden)
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def test_all_families_are_here():
+    architectures = {AutoConfig.for_model(f).model_type for f in MODELS}
+    assert len(FAMILIES) == len(architectures) + 1  # Grok has tests of its own
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_streamed_logits_are_those_of_transformers(saved, family):
+    _, path = saved(family)
+    wanted, in_bf16 = (
+        AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, experts_implementation="eager" if family in SPARSE else None
+        )(TOKENS).logits
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert relative(streamed(path, torch.float32), wanted) < 1e-5
+    assert relative(load(path, dtype=torch.float32)[0](TOKENS).logits, wanted) < 1e-5
+    rounding = relative(in_bf16, wanted)
+    assert relative(streamed(path, torch.bfloat16), in_bf16) < 1.5 * rounding
+    assert torch.equal(load(path)[0](TOKENS).logits, in_bf16)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_quantize_evaluate_load_and_generate(saved, family, text_file, tmp_path):
+    _, path = saved(family)
+    method = "gptq" if family in ("mixtral", "deepseek_v2", "gemma3_text", "gpt_oss") else "rtn"
+    recipe = parse_recipe(
+        {
+            "model": {"path": str(path)},
+            "calibration": {"data": str(text_file), "samples": 8, "length": 64},
+            "quantize": [{"match": "layers.*", "method": method, "bits": 8, "group": 32}],
+            "max_fallbacks": 1,
+            "output": {"path": str(tmp_path / "out")},
+            "eval": {"data": str(text_file), "samples": 2, "length": 64},
+        }
+    )
+    output = pipeline.quantize(recipe)
+    schemes = {name: ref.scheme for name, ref in open_checkpoint(output).units()}
+    assert all(schemes.values()) and len(schemes) == len(dict(open_checkpoint(path).units()))
+    report = evaluation.evaluate(output, path)
+    assert 0 < report.kld.mean.value < 0.02
+    sparse = [layer for layer in report.layers if layer.router_top1 is not None]
+    assert bool(sparse) == (open_checkpoint(path).num_experts > 0)
+    evaluation.publish(report, output)
+    model, tokenizer = grokquant.load(output)
+    assert tokenizer is not None
+    assert model.generate(TOKENS[:1, :8], max_new_tokens=4).shape == (1, 12)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_and_single_experts_are_the_same_tensors(saved, family, tmp_path):
+    """transformers 5 in memory against what it writes: experts one by one."""
+    model, path = saved(family)
+    fused = {name: value.contiguous() for name, value in model.bfloat16().state_dict().items()}
+    if not any("gate_up_proj" in name for name in load_file(path / "model.safetensors")):
+        assert any("gate_up_proj" in name for name in fused)
+    save_file(fused, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(path / "config.json", tmp_path / "config.json")
+    single, other = (open_checkpoint(place).source.tensors for place in (path, tmp_path))
+    assert single.keys() == other.keys()
+    for name, ref in single.items():
+        assert ref.shape == other[name].shape and torch.equal(ref.read(), other[name].read()), name
+
+
+def test_routers_stay_as_they_are(saved, tmp_path):
+    for family in ("mixtral", "qwen2_moe", "deepseek_v2", "gpt_oss"):
+        checkpoint = open_checkpoint(saved(family)[1])
+        units = dict(checkpoint.units())
+        gates = checkpoint.family.routers(checkpoint.config)
+        assert gates and set(gates) <= checkpoint.source.tensors.keys()
+        assert not {ref.name for ref in units.values()} & set(gates)
+
+
+def test_an_unknown_architecture_names_the_known_ones(saved, tmp_path):
+    shutil.copytree(saved("llama")[1], tmp_path / "x")
+    config = tmp_path / "x" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "FalconForCausalLM"))
+    with pytest.raises(InputError, match=r"'FalconForCausalLM' is not known \(known: Grok1For"):
+        open_checkpoint(tmp_path / "x")
