@@ -1,0 +1,117 @@
+"""GGUF files: the gguf package reads what we wrote, and we read it back as it was."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+
+from grokquant import pipeline
+from grokquant.checkpoint import open_checkpoint
+from grokquant.containers.container import Place
+from grokquant.errors import InputError
+from grokquant.sources.gguf_file import GgufTensor, Short, Signed, gguf_layout, read_tensors
+
+DENSE = {"match": "*", "method": "keep"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, dict[str, np.ndarray]]:
+    """A file of three tensors and some metadata."""
+    tensors = [
+        GgufTensor("a", "F32", (3, 5)),
+        GgufTensor("b", "BF16", (2, 4, 6)),
+        GgufTensor("c", "Q8_0", (2, 64)),
+    ]
+    metadata = {
+        "general.architecture": "grok",
+        "split.no": Short(3),
+        "split.tensors.count": Signed(7),
+        "x.count": 12,
+        "x.scale": 0.25,
+        "x.flag": True,
+        "x.words": ["né", "b"],
+        "x.numbers": [1, -2],
+        "x.scores": [0.5, -1.0],
+    }
+    layout = gguf_layout(metadata, tensors)
+    draw = np.random.default_rng(0)
+    data = {t.name: draw.integers(0, 255, t.bytes).astype(np.uint8) for t in tensors}
+    path = tmp_path_factory.mktemp("gguf") / "x.gguf"
+    whole = bytearray(layout.size)
+    whole[: len(layout.header)] = layout.header
+    for name, offset in layout.offsets.items():
+        whole[offset : offset + len(data[name])] = data[name].tobytes()
+    path.write_bytes(whole)
+    return path, data
+
+
+def test_the_package_reads_names_shapes_values_and_metadata(written):
+    path, data = written
+    reader = GGUFReader(path)
+    assert {t.name: t.data.tobytes() for t in reader.tensors} == {
+        name: value.tobytes() for name, value in data.items()
+    }
+    assert [list(t.shape) for t in reader.tensors] == [[5, 3], [6, 4, 2], [64, 2]]
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    assert values["x.words"] == ["né", "b"] and values["x.numbers"] == [1, -2]
+    assert (values["x.count"], values["x.scale"], values["x.flag"]) == (12, 0.25, True)
+    assert (values["split.no"], values["split.tensors.count"]) == (3, 7)
+
+
+def test_we_read_what_we_wrote(written):
+    path, data = written
+    for tensor in read_tensors(path):
+        raw = path.read_bytes()[tensor.offset : tensor.offset + tensor.bytes]
+        assert raw == data[tensor.name].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda raw: b"PK" + raw[2:], "it begins with"),
+        (lambda raw: raw[:4] + b"\x02" + raw[5:], "version 2"),
+        (lambda raw: raw[:60], "not a GGUF file"),
+        (lambda raw: raw[:-64], "truncated: c ends after the file"),
+        (lambda raw: raw[:8] + b"\xff" * 8 + raw[16:], "a count of"),
+    ],
+)
+def test_damaged_files_are_named(written, tmp_path, damage, complaint):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(damage(written[0].read_bytes()))
+    with pytest.raises(InputError, match=f"bad.gguf: .*{complaint}"):
+        read_tensors(path)
+
+
+def test_heads_are_interleaved_and_back():
+    rows = torch.arange(16.0).view(16, 1)
+    stored = Place("q", heads=2).stored(rows)
+    assert stored.flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+    assert torch.equal(Place("q", heads=2).restored(stored, torch.float32), rows)
+
+
+@pytest.fixture(params=["500MB", "100KB"])
+def dense(tiny_recipe, request) -> Path:
+    output = tiny_recipe(DENSE).output.model_copy(update={"format": "gguf"})
+    recipe = tiny_recipe(DENSE, output=output.model_dump() | {"shard": request.param})
+    return pipeline.quantize(recipe)
+
+
+def test_a_dense_file_holds_every_weight_of_the_source(dense, tiny_release):
+    files = sorted(dense.glob("*.gguf"))
+    names = [f"model-{n + 1:05d}-of-{len(files):05d}.gguf" for n in range(len(files))]
+    assert [file.name for file in files] == names
+    source, found = open_checkpoint(tiny_release).source, open_checkpoint(dense).source
+    assert source.tensors.keys() == found.tensors.keys()
+    for name, ref in source.tensors.items():
+        assert torch.equal(ref.read().float(), found.tensors[name].read().float()), name
+
+
+def test_a_matrix_that_is_nowhere_is_missed(dense, tmp_path):
+    if (files := sorted(dense.glob("*.gguf")))[1:]:
+        shutil.copytree(dense, tmp_path / "part")
+        (tmp_path / "part" / files[1].name).unlink()
+        with pytest.raises(InputError, match=r"part: tensor \S+ is missing"):
+            open_checkpoint(tmp_path / "part")
