@@ -134,10 +134,10 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--output", metavar="DIR", help="The new directory, RESULT-FORMAT by default.")
 @_json
 def convert(result: str, output_format: str, output: str | None, as_json: bool) -> None:
-    """Repack RESULT, a quantized checkpoint, into another format without its source.
+    """Repack RESULT into another format.
 
-    Codes and scales stay as they are, bit by bit; what the format cannot hold so is refused and
-    nothing is written.
+    RESULT is a quantized checkpoint; its source is not needed. Codes and scales stay as they are,
+    bit by bit; what the format cannot hold so is refused and nothing is written.
     """
     from grokquant import pipeline
     from grokquant.conversion import conversion_recipe

@@ -137,7 +137,8 @@ class TensorRef:
     packed source tensor appears as one [out, in] matrix. `scheme` is set where the source itself
     stores integers and scales. `stored_bytes` is what the tensor takes up at the source.
     `load_rows` reads the rows from a first to before a second index, `load_into` reads into memory
-    that is given, uint8 and at least `stored_bytes`; both where the source can.
+    that is given, uint8 and at least `stored_bytes`, `load_part` the part that an index of slices
+    selects; each where the source can.
     """
 
     name: str
@@ -148,6 +149,9 @@ class TensorRef:
     scheme: Scheme | None = None
     load_rows: Callable[[int, int], Tensor] | None = field(default=None, repr=False, compare=False)
     load_into: Callable[[Tensor], QTensor] | None = field(default=None, repr=False, compare=False)
+    load_part: Callable[[tuple[slice, ...]], Tensor] | None = field(
+        default=None, repr=False, compare=False
+    )
 
     @property
     def stored_as(self) -> str:

@@ -85,7 +85,8 @@ def output(finished, place) -> Path:
 
 def test_help_tells_commands_examples_and_exit_codes():
     text = done("--help")
-    assert set(main.commands) == {"quantize", "plan", "eval", "inspect", "verify", "generate"}
+    commands = {"quantize", "plan", "convert", "eval", "inspect", "verify", "generate"}
+    assert set(main.commands) == commands
     for command in main.commands:
         (line,) = re.findall(rf"^  {command} .*", text, re.MULTILINE)
         assert line.endswith(".") and not line.endswith("...")  # no description is cut

@@ -34,6 +34,9 @@ from grokquant.types import Scheme
 # What two models must share, as their configs call it, to be compared token by token.
 _SAME = (
     "num_hidden_layers",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
     "num_experts_per_tok",
     "hidden_size",
     "vocab_size",

@@ -6,9 +6,8 @@ one, each reading only its part of the file.
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from grokquant.errors import InputError
 from grokquant.families.family import Family
 from grokquant.types import Source, TensorRef
 
+# What a fused tensor holds of each expert.
 _FUSED = {
     "gate_up_proj": ("gate", "up"),
     "down_proj": ("down",),
@@ -26,56 +26,66 @@ _FUSED = {
 
 def renamed(source: Source, family: Family) -> Source:
     """`source` under the names of its family. Raises InputError where two tensors get one name or
-    fused experts have no sensible shape."""
+    fused experts have an impossible shape."""
+    fused = _fused_names(family)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
-        for part in _parts(family, source.path, replace(ref, name=family.tensor_name(name))):
+        known = replace(ref, name=family.tensor_name(name))
+        found = fused.fullmatch(known.name) if fused else None
+        parts = _split(source, family, known, int(found[1]), found[2]) if found else [known]
+        for part in parts:
             if part.name in tensors:
                 raise InputError(f"{source.path}: {part.name} is there under two names")
             tensors[part.name] = part
     return replace(source, tensors=tensors)
 
 
-def _parts(family: Family, path: Path, ref: TensorRef) -> Iterator[TensorRef]:
-    """The matrices or biases of single experts that a tensor holds, or the tensor itself."""
+def _fused_names(family: Family) -> re.Pattern | None:
+    """Matches (layer, kind) in the names of fused experts."""
+    if not family.experts:
+        return None
     layer = re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)")
-    module = re.escape(family.tensor_name(family.layer_prefix.format(layer=0) + family.fused))
-    module = module.removeprefix(re.escape(family.layer_prefix.format(layer=0)))
-    found = re.fullmatch(rf"{layer}{module}\.({'|'.join(_FUSED)})", ref.name)
-    if not family.experts or not found:
-        yield ref
-        return
-    kind, bias = found[2], found[2].endswith("_bias")
-    parts = _FUSED[kind]
-    if len(ref.shape) != (2 if bias else 3) or _rows(family, ref) % len(parts):
-        raise InputError(f"{path}: {ref.name} has shape {list(ref.shape)}, not that of experts")
-    names = family.expert_biases if bias else family.expert_tensors
+    module, _, _ = family.experts["gate"].partition("{expert}")
+    return re.compile(f"{layer}{re.escape(module)}({'|'.join(_FUSED)})")
+
+
+def _split(
+    source: Source, family: Family, ref: TensorRef, layer: int, kind: str
+) -> Iterator[TensorRef]:
+    """The matrices [out, in] or biases [out] of single experts."""
+    parts, bias = _FUSED[kind], kind.endswith("_bias")
+    axis = 2 if family.transposed and not bias else 1
+    if len(ref.shape) != (2 if bias else 3) or ref.shape[axis] % len(parts):
+        raise InputError(f"{source.path}: {ref.name} has shape {list(ref.shape)}, not of experts")
+    rows = ref.shape[axis] // len(parts)
+    shape = (rows,) if bias else (rows, ref.shape[3 - axis])
     for expert in range(ref.shape[0]):
+        names = (family.expert_biases if bias else family.expert_tensors)(layer, expert)
         for number, part in enumerate(parts):
-            yield _part(family, ref, names(int(found[1]), expert)[part], expert, number, len(parts))
+            step = len(parts) if family.interleaved else 1
+            first = number if step > 1 else number * rows
+            load = _Part(ref, expert, axis, first, rows, step)
+            size = prod(shape) * ref.dtype.itemsize
+            yield TensorRef(names[part], shape, ref.dtype, size, load)
 
 
-def _rows(family: Family, ref: TensorRef) -> int:
-    """Rows of gate and up, or of down, in a fused tensor."""
-    return ref.shape[-1] if family.transposed or len(ref.shape) == 2 else ref.shape[-2]
+@dataclass(frozen=True)
+class _Part:
+    """Reads `rows` of one expert, every `step`-th from `first` on, along `axis` of the fused."""
 
+    ref: TensorRef
+    expert: int
+    axis: int
+    first: int
+    rows: int
+    step: int
 
-def _part(
-    family: Family, ref: TensorRef, name: str, expert: int, number: int, count: int
-) -> TensorRef:
-    """Matrix [out, in] or bias [out] of an expert: the part `number` of `count` in its rows."""
-    rows = _rows(family, ref) // count
-    columns = () if len(ref.shape) == 2 else (ref.shape[-2 if family.transposed else -1],)
-
-    def load() -> Tensor:
-        if ref.load_rows is None:
-            fused = ref.read()[expert]
-        else:
-            fused = ref.load_rows(expert, expert + 1)[0]
-        if family.transposed and columns:
-            fused = fused.T
-        part = fused[number::count] if family.interleaved else fused.chunk(count)[number]
-        return part.contiguous()
-
-    shape = (rows, *columns)
-    return TensorRef(name, shape, ref.dtype, prod(shape) * ref.dtype.itemsize, load)
+    def __call__(self) -> Tensor:
+        # Of rows in turns the file's reader takes all: it knows no steps.
+        whole = self.step > 1
+        wanted = slice(None) if whole else slice(self.first, self.first + self.rows)
+        expert = slice(self.expert, self.expert + 1)
+        index = (expert, slice(None), wanted) if self.axis == 2 else (expert, wanted)
+        part = self.ref.load_part(index) if self.ref.load_part else self.ref.read()[index]
+        part = part.squeeze(0).movedim(self.axis - 1, 0)
+        return (part[self.first :: self.step] if whole else part).contiguous()

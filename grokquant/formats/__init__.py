@@ -6,7 +6,7 @@ A new format is one module with the functions of `compressed_tensors` and one li
 from types import ModuleType
 
 from grokquant.errors import InputError
-from grokquant.formats import compressed_tensors, dense, gptq
+from grokquant.formats import compressed_tensors, dense, gguf, gptq
 from grokquant.types import Source
 
 # The quant_method of outputs that no other loader is to touch; their `format` says how they are.
@@ -14,6 +14,7 @@ OWN = "grokquant"
 FORMATS: dict[str, ModuleType] = {
     compressed_tensors.NAME: compressed_tensors,
     gptq.NAME: gptq,
+    gguf.NAME: gguf,
     dense.NAME: dense,
 }
 

@@ -24,7 +24,8 @@ def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
     """Whether `round_tile` is made for rounding W, or tiles of it, to `scheme`."""
     matrix = W.codes if isinstance(W, QTensor) else W
     group_size = scheme.group_size or matrix.shape[1]
-    return matrix.device.type == "cpu" and group_size % STEP == 0
+    integers = scheme.grid == "integer"
+    return integers and matrix.device.type == "cpu" and group_size % STEP == 0
 
 
 def round_tile(

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from grokquant.methods.gptq_kernels import round_columns
 from grokquant.methods.ldl import factorize_, permute_
-from grokquant.methods.scales import ScaleRule, find_scales, round_to_grid
-from grokquant.types import QTensor, Scheme
+from grokquant.methods.levels import divisors, find_levels, nearest_in_codebook
+from grokquant.methods.scales import ScaleRule, round_to_grid
+from grokquant.types import CODEBOOKS, QTensor, Scheme
 
 # Columns rounded one by one; the feedback between any more is a matrix product.
 _LEAF = 64
@@ -101,9 +102,8 @@ def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = 
     four float32 slabs of 4096 rows.
     """
     importance = feedback.importance if rule == "mse" else None
-    scales, zero_points = find_scales(W, scheme, rule, importance)
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    quantized = QTensor(codes, scales, scheme, zero_points)
+    quantized = find_levels(W, scheme, rule, importance).hold(codes)
     lost = 0.0
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         for start in range(0, len(W), SLAB_ROWS):
@@ -179,7 +179,11 @@ class _Slab:
         scales, zeros = quantized.scales[rows], quantized.zero_points
         zeros = torch.zeros_like(scales) if zeros is None else zeros[rows]
         self.groups = factor.columns // (W.shape[1] // scales.shape[1])
-        self.scales, self.zeros = (M.T.float().contiguous() for M in (scales, zeros))
+        offsets = quantized.offsets
+        offsets = torch.zeros_like(scales) if offsets is None else offsets[rows]
+        levels = (divisors(scales), zeros, offsets)
+        self.scales, self.zeros, self.offsets = (M.T.float().contiguous() for M in levels)
+        self.table = torch.tensor(CODEBOOKS.get(self.scheme.grid, ()), device=W.device)
 
     def round(self, threads: ThreadPoolExecutor | None) -> float:
         """Rounds all; returns tr(E H E^T) of the errors E. Compiled where there are `threads`."""
@@ -208,7 +212,8 @@ class _Slab:
         share = -(-count // torch.get_num_threads())
         scheme, factor = self.scheme, self.factor
         arrays = [M[part] for M in (self.errors, self.targets, self.codes, self.groups, factor.D)]
-        arrays += [factor.F[part, part].contiguous(), self.scales, self.zeros]
+        arrays += [factor.F[part, part].contiguous(), self.scales, self.zeros, self.offsets]
+        arrays.append(self.table)
         arguments = [array.numpy() for array in arrays]
         limits = float(scheme.qmin), float(scheme.qmax)
 
@@ -222,9 +227,13 @@ class _Slab:
         loss = torch.zeros((), device=self.codes.device)
         F, D = self.factor.F, self.factor.D
         for k, group in enumerate(self.groups[part].tolist(), part.start):
-            scale, zero = self.scales[group], self.zeros[group]
-            code = round_to_grid(self.targets[k], scale, zero, self.scheme)
-            value = (code - zero) * scale
+            scale, zero, offset = self.scales[group], self.zeros[group], self.offsets[group]
+            if len(self.table):
+                code = nearest_in_codebook(self.targets[k] / scale, self.scheme)
+                value = self.table[code.long()] * scale
+            else:
+                code = round_to_grid(self.targets[k] - offset, scale, zero, self.scheme)
+                value = (code - zero) * scale + offset
             loss += D[k] * (self.targets[k] - value).square().sum()
             self.codes[k] = code
             self.errors[k] -= value

@@ -10,6 +10,16 @@ from numba import njit
 _LANES = 64
 
 
+@njit(nogil=True, cache=True)
+def _nearest(table: np.ndarray, value: float) -> int:
+    """The place in `table` of what is nearest to `value`."""
+    best = 0
+    for place in range(1, len(table)):
+        if abs(table[place] - value) < abs(table[best] - value):
+            best = place
+    return best
+
+
 @njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def round_columns(
     limits: tuple[float, float],
@@ -22,14 +32,17 @@ def round_columns(
     F: np.ndarray,
     scales: np.ndarray,
     zero_points: np.ndarray,
+    offsets: np.ndarray,
+    table: np.ndarray,
 ) -> float:
     """Rounds a block of columns of W for the rows from `rows[0]` to `rows[1]`.
 
     `errors` float32 [block, rows] comes in as the weights and goes out as W - Q, `codes` int8
     [block, rows] goes out; `targets` float32 [block, rows] are the weights with the feedback of all
     columns before; `F` [block, block] and `D` [block] are the unit upper factor and its pivots;
-    `scales` and `zero_points` are float32 [groups, rows], `groups` [block] names each column's;
-    `limits` are the ends of the grid. Returns the sum of D (target - Q)^2.
+    `scales`, `zero_points` and `offsets` are float32 [groups, rows], `groups` [block] names each
+    column's; `limits` are the ends of the grid. `table` has the values of a codebook, or none.
+    Returns the sum of D (target - Q)^2.
     """
     block = targets.shape[0]
     tile = np.zeros((block, _LANES), np.float32)
@@ -48,9 +61,13 @@ def round_columns(
             for lane in range(lanes):
                 row = start + lane
                 scale, zero = scales[group, row], zero_points[group, row]
-                code = np.rint(tile[column, lane] / scale) + zero
+                offset = offsets[group, row]
+                code = np.rint((tile[column, lane] - offset) / scale) + zero
                 code = min(max(code, low), high)
-                value = (code - zero) * scale
+                value = (code - zero) * scale + offset
+                if len(table):
+                    code = np.float32(_nearest(table, tile[column, lane] / scale))
+                    value = table[int(code)] * scale
                 miss = tile[column, lane] - value
                 lost[lane] += pivot * miss * miss
                 error[lane] = errors[column, row] - value

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from grokquant.methods import compiled
+from grokquant.methods.levels import find_levels
 from grokquant.methods.scales import ScaleRule, quantize_nearest, search_scales
 from grokquant.types import QTensor, Scheme
 
@@ -17,4 +18,6 @@ def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -
 def quantize_with_torch(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
     """`quantize_rtn` on any device and for any group size; the kernels' reference."""
     dense = W.dequantize() if isinstance(W, QTensor) else W
-    return quantize_nearest(dense, *search_scales(dense, scheme, rule), scheme)
+    if scheme.grid == "integer":
+        return quantize_nearest(dense, *search_scales(dense, scheme, rule), scheme)
+    return find_levels(dense, scheme, rule).nearest(dense)

@@ -118,16 +118,23 @@ def _ref(path: Path, name: str, stored) -> TensorRef:
         raise InputError(f"{path}: tensor {name!r} has dtype {kind}, which is not supported")
     dtype = DTYPES[kind]
     size = math.prod(shape) * dtype.itemsize
-    load_rows = partial(_load, path, name) if shape else None
-    return TensorRef(name, shape, dtype, size, partial(_load, path, name), load_rows=load_rows)
+    load = partial(_load, path, name)
+    return TensorRef(
+        name,
+        shape,
+        dtype,
+        size,
+        load,
+        load_rows=(lambda first, stop: load((slice(first, stop),))) if shape else None,
+        load_part=load if shape else None,
+    )
 
 
-def _load(path: Path, name: str, first: int = 0, stop: int | None = None) -> Tensor:
-    """The rows from `first` to before `stop`, all of them by default."""
+def _load(path: Path, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+    """The part that `index` selects, all by default."""
     try:
         with safe_open(path, framework="pt") as file:
-            whole = first == 0 and stop is None
-            tensor = file.get_tensor(name) if whole else file.get_slice(name)[first:stop]
+            tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: tensor {name!r} cannot be read: {_line(error)}") from None
     if not all_finite(tensor):

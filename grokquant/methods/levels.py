@@ -1,0 +1,252 @@
+"""What spans the grid of each group, whatever the grid: scales, zero points, offsets, headers.
+
+Integers go through `scales`. Here are codebooks, whose values are looked up, and llama.cpp's
+blocks, whose scales and offsets are themselves small integers times two float16 of 256 columns.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grokquant.methods.compiled import SHRINKS
+from grokquant.methods.scales import ScaleRule, find_scales, group_columns, round_to_grid
+from grokquant.types import CODEBOOKS, SCALE_DTYPES, QTensor, Scheme
+
+# Columns of a block of llama.cpp; rows searched at once, to keep the temporaries small.
+BLOCK = 256
+_ROWS_AT_ONCE = 512
+# Levels by which a search widens or narrows the range of a group, as llama.cpp's does.
+_STRETCHES = tuple(step / 10 for step in range(-10, 11))
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of a matrix, to be rounded to: all of a QTensor but its codes."""
+
+    scheme: Scheme
+    scales: Tensor
+    zero_points: Tensor | None = None
+    offsets: Tensor | None = None
+    headers: Tensor | None = None
+
+    def hold(self, codes: Tensor) -> QTensor:
+        """The matrix whose int8 codes [out, in] are these."""
+        spans = (self.zero_points, self.offsets, self.headers)
+        return QTensor(codes, self.scales, self.scheme, *spans)
+
+    def nearest(self, W: Tensor) -> QTensor:
+        """Every weight of W [out, in] rounded to its nearest level."""
+        codes = [
+            self._nearest(W[start : start + _ROWS_AT_ONCE].float(), start)
+            for start in range(0, len(W), _ROWS_AT_ONCE)
+        ]
+        return self.hold(torch.cat(codes))
+
+    def _nearest(self, W: Tensor, start: int) -> Tensor:
+        rows = slice(start, start + len(W))
+        scales = divisors(self.scales[rows]).unsqueeze(-1)  # (rows, groups, 1)
+        groups = group_columns(W, self.scheme)
+        if self.offsets is not None:
+            groups = groups - self.offsets[rows].float().unsqueeze(-1)
+        if self.scheme.grid in CODEBOOKS:
+            return nearest_in_codebook(groups / scales, self.scheme).flatten(1)
+        zeros = None
+        if self.zero_points is not None:
+            zeros = self.zero_points[rows].float().unsqueeze(-1)
+        return round_to_grid(groups, scales, zeros, self.scheme).to(torch.int8).flatten(1)
+
+
+def find_levels(
+    W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
+) -> Levels:
+    """Levels for W [out, in]: of the whole range of each group (`absmax`), or of the least squared
+    error that a search finds (`mse`), columns weighted by `importance` [in]."""
+    if scheme.grid == "integer":
+        return Levels(scheme, *find_scales(W, scheme, rule, importance))
+    if importance is None or importance.sum() == 0:
+        importance = torch.ones(W.shape[1], device=W.device)
+    weights = group_columns(importance.float().unsqueeze(0), scheme)  # (1, groups, group_size)
+    found = [
+        _FINDERS[scheme.grid](group_columns(rows.float(), scheme), weights, scheme, rule)
+        for rows in W.split(_ROWS_AT_ONCE)
+    ]
+    return Levels(scheme, *(_cat([getattr(f, name) for f in found]) for name in _SPANS))
+
+
+_SPANS = ("scales", "zero_points", "offsets", "headers")
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor:
+    return torch.cat(parts) if parts[0] is not None else None  # type: ignore[arg-type,return-value]
+
+
+def nearest_in_codebook(values: Tensor, scheme: Scheme) -> Tensor:
+    """int8 places in the scheme's table of what is nearest to `values`."""
+    table = torch.tensor(CODEBOOKS[scheme.grid], device=values.device)
+    ordered, places = table.sort()
+    middles = (ordered[1:] + ordered[:-1]) / 2
+    return places[torch.bucketize(values, middles)].to(torch.int8)
+
+
+def _find_codebook(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
+    absmax = groups.abs().amax(-1)  # (rows, groups)
+    best = scales = torch.where(absmax == 0, 1.0, absmax)
+    if rule == "mse":
+        table = torch.tensor(CODEBOOKS[scheme.grid], device=groups.device)
+        least = torch.full_like(scales, torch.inf)
+        for shrink in SHRINKS.tolist():
+            scale = (scales * shrink).unsqueeze(-1)
+            codes = nearest_in_codebook(groups / scale, scheme).long()
+            error = ((table[codes] * scale - groups).square() * weights).sum(-1)
+            best = torch.where(error < least, scale.squeeze(-1), best)
+            least = torch.minimum(error, least)
+    return Levels(scheme, best.to(SCALE_DTYPES[scheme.scale_dtype]))
+
+
+def _find_q4_1(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
+    scales, offsets = _fit_range(groups, weights, scheme.qmax, rule, any_sign=True)
+    scales, offsets = (value.to(torch.float16) for value in (scales, offsets))
+    scales = torch.where(scales.abs() < torch.finfo(torch.float16).tiny, 1.0, scales)
+    return Levels(scheme, scales.to(torch.float16), offsets=offsets)
+
+
+def _find_with_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
+    """Blocks of eight groups, whose scales and minima are 6-bit parts of two float16."""
+    scales, offsets = _fit_range(groups, weights, scheme.qmax, rule, any_sign=False)
+    d, whole_scales = _parts_of(scales, 63)
+    dmin, minima = _parts_of(-offsets, 63)
+    if rule == "mse":
+        whole_scales, minima = _refine(groups, weights, scheme, d, dmin, whole_scales, minima)
+    scales, offsets = d * whole_scales, -(dmin * minima)
+    headers = torch.cat((_bytes(d), _bytes(dmin), _pack_six_bits(whole_scales, minima)), dim=-1)
+    return Levels(scheme, scales.flatten(1), offsets=offsets.flatten(1), headers=headers)
+
+
+def _find_q6_k(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
+    """Blocks of sixteen groups, whose scales are 8-bit parts of a float16."""
+    signed = Scheme(scheme.bits, scheme.group_size, True, "float32")
+    flat, importance = groups.flatten(1), weights.flatten()
+    scales, _ = find_scales(flat, signed, rule, importance)
+    d, parts = _parts_of(scales, 127)
+    headers = torch.cat((parts.to(torch.int8).view(torch.uint8), _bytes(d)), dim=-1)
+    return Levels(scheme, (d * parts).flatten(1), headers=headers)
+
+
+_Finder = Callable[[Tensor, Tensor, Scheme, ScaleRule], Levels]
+_FINDERS: dict[str, _Finder] = {
+    "nf4": _find_codebook,
+    "fp4": _find_codebook,
+    "q4_1": _find_q4_1,
+    "q4_k": _find_with_minima,
+    "q5_k": _find_with_minima,
+    "q6_k": _find_q6_k,
+}
+
+
+def divisors(scales: Tensor) -> Tensor:
+    """Scales as float32 to divide by: a group whose scale is 0 holds nothing but its offset."""
+    return torch.where(scales == 0, torch.finfo(torch.float32).tiny, scales.float())
+
+
+def _fit_range(
+    groups: Tensor, weights: Tensor, levels: int, rule: ScaleRule, any_sign: bool
+) -> tuple[Tensor, Tensor]:
+    """Scales and offsets [rows, groups] of codes 0 .. levels; no offset is above 0 but by leave.
+
+    The range is stretched in steps and each time fitted to the codes it gives, by least squares.
+    """
+    low, high = groups.amin(-1), groups.amax(-1)
+    if not any_sign:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    span = torch.where(high > low, high - low, 1.0)
+    best = span / levels, low
+    if rule == "absmax":
+        return best
+    least = _range_error(groups, weights, *best, levels)
+    for stretch in _STRETCHES:
+        inverse = ((levels + stretch) / span).unsqueeze(-1)
+        codes = ((groups - low.unsqueeze(-1)) * inverse).round().clamp(0, levels)
+        found = _least_squares(groups, weights, codes, any_sign)
+        error = _range_error(groups, weights, *found, levels)
+        better = (error < least) & (found[0] > 0)
+        best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))  # type: ignore[assignment]
+        least = torch.where(better, error, least)
+    return best
+
+
+def _least_squares(
+    groups: Tensor, weights: Tensor, codes: Tensor, any_sign: bool
+) -> tuple[Tensor, Tensor]:
+    """The scale and offset [rows, groups] that fit these codes best."""
+    w, wc, wcc, wx, wcx = (
+        (weights * term).sum(-1)
+        for term in (torch.ones_like(codes), codes, codes**2, groups, codes * groups)
+    )
+    determinant = w * wcc - wc * wc
+    safe = torch.where(determinant > 0, determinant, 1.0)
+    scale, offset = (w * wcx - wc * wx) / safe, (wcc * wx - wc * wcx) / safe
+    if not any_sign:
+        alone = wcx / torch.where(wcc > 0, wcc, 1.0)
+        scale = torch.where(offset > 0, alone, scale)
+        offset = offset.clamp(max=0)
+    return torch.where(determinant > 0, scale, 0.0), offset
+
+
+def _range_error(
+    groups: Tensor, weights: Tensor, scale: Tensor, offset: Tensor, levels: int
+) -> Tensor:
+    """Weighted squared error [rows, groups] of rounding to these levels."""
+    wide = divisors(scale).unsqueeze(-1)
+    shift = offset.unsqueeze(-1)
+    codes = ((groups - shift) / wide).round().clamp(0, levels)
+    return ((codes * wide + shift - groups).square() * weights).sum(-1)
+
+
+def _parts_of(values: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """A float16 unit (as float32 [rows, blocks, 1]) and whole parts [rows, blocks, groups] of it
+    for values [rows, groups], none of them above `most`."""
+    blocks = values.unflatten(1, (-1, 8 if most == 63 else 16))
+    unit = (blocks.abs().amax(-1, keepdim=True) / most).to(torch.float16).float()
+    parts = (blocks / torch.where(unit == 0, 1.0, unit)).round()
+    return unit, parts.clamp(0 if most == 63 else -most, most)
+
+
+def _refine(
+    groups: Tensor,
+    weights: Tensor,
+    scheme: Scheme,
+    d: Tensor,
+    dmin: Tensor,
+    scales: Tensor,
+    minima: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Whole scales and minima one up or down where that errs less, once both have been rounded."""
+    best, least = (scales, minima), torch.full_like(scales.flatten(1), torch.inf)
+    for up in (0, -1, 1):
+        for more in (0, -1, 1):
+            tried = (scales + up).clamp(0, 63), (minima + more).clamp(0, 63)
+            spans = (d * tried[0]).flatten(1), -(dmin * tried[1]).flatten(1)
+            error = _range_error(groups, weights, *spans, scheme.qmax)
+            better = (error < least).view_as(scales)
+            best = tuple(
+                torch.where(better, new, old) for new, old in zip(tried, best, strict=True)
+            )  # type: ignore[assignment]
+            least = torch.minimum(error, least)
+    return best
+
+
+def _bytes(unit: Tensor) -> Tensor:
+    """The two bytes [rows, blocks, 2] of a float16 [rows, blocks, 1]."""
+    return unit.to(torch.float16).view(torch.uint8)
+
+
+def _pack_six_bits(scales: Tensor, minima: Tensor) -> Tensor:
+    """Eight scales and eight minima of 6 bits in 12 bytes [rows, blocks, 12], as llama.cpp has
+    them: the upper two bits of the later four lie above the earlier four."""
+    s, m = scales.to(torch.uint8), minima.to(torch.uint8)
+    first = s[..., :4] | ((s[..., 4:] >> 4) << 6)
+    second = m[..., :4] | ((m[..., 4:] >> 4) << 6)
+    last = (s[..., 4:] & 15) | ((m[..., 4:] & 15) << 4)
+    return torch.cat((first, second, last), dim=-1)
