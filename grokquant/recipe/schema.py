@@ -209,9 +209,9 @@ class OutputSection(Section):
     """
 
     path: PathText
-    format: Literal["compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16"] = (
-        "compressed-tensors"
-    )
+    format: Literal[
+        "compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16"
+    ] = "compressed-tensors"
     shard: ByteSize = 500 * 10**6
 
 
