@@ -8,7 +8,8 @@ nothing of grokquant.
 import os
 import sys
 
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # 7.6.0 asks for two on any machine
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"  # 7.6.0 asks for two on any machine
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes minutes, what it compiles milliseconds
 
 import numpy as np
 import torch
