@@ -180,7 +180,8 @@ def _chosen(rule: Rule, packing: ModuleType) -> Scheme:
 
 
 def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Scheme:
-    """The stored grid in groups as large as rule, source and format allow; scales are repeated."""
+    """The stored grid in groups as large as rule, source and format allow; scales are repeated,
+    and keep their dtype where the format has it."""
     columns = ref.shape[1]
     if ref.scheme is None:
         raise InputError(f"{name}: method copy needs a source that stores integers")
@@ -188,12 +189,15 @@ def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Schem
     most = gcd(stored, group) if isinstance(group, int) else stored
     groups = [most, *(smaller for smaller in (128, 64, 32) if most % smaller == 0)]
     groups = [columns] if group == "channel" else groups
-    dtype = rule.scale_dtype or packing.SCALE_DTYPE
+    dtypes = (
+        [rule.scale_dtype] if rule.scale_dtype else [ref.scheme.scale_dtype, packing.SCALE_DTYPE]
+    )
     if ref.scheme.grid != "integer":
-        groups, dtype = [stored], ref.scheme.scale_dtype
+        groups, dtypes = [stored], [ref.scheme.scale_dtype]
     schemes = [
         replace(ref.scheme, group_size=None if size == columns else size, scale_dtype=dtype)
         for size in groups
+        for dtype in dtypes
     ]
     return next((s for s in schemes if not packing.refusal(s, ref.shape)), schemes[0])
 

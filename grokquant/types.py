@@ -31,6 +31,8 @@ _FLOAT_4 = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 # What 4-bit codes that are no integers stand for, times the absmax of their group: normal floats
 # and floats of a sign, two exponent and one mantissa bit, in the order of bitsandbytes.
 CODEBOOKS = {"nf4": _normal_float_4(), "fp4": (*_FLOAT_4, *(-value for value in _FLOAT_4))}
+# Bits that llama.cpp's grids take for the scale and offset of a group, its share of the header.
+GROUP_BITS = {"q4_1": 32, "q4_k": 16, "q5_k": 16, "q6_k": 9}
 UNSIGNED_GRIDS = ("nf4", "fp4", "q4_1", "q4_k", "q5_k")
 
 
