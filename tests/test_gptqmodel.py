@@ -1,13 +1,12 @@
 """gptqmodel loads our gptq checkpoints and multiplies out our values: `make test-readers`."""
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from reader_envs import only_with_readers, run_reader
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -18,11 +17,7 @@ from grokquant.durable import write_json
 from grokquant.recipe import parse_recipe
 from grokquant.toy import TOY_PATH
 
-PYTHON = os.environ.get("GROKQUANT_GPTQMODEL", "")
-pytestmark = [
-    pytest.mark.readers,
-    pytest.mark.skipif(not PYTHON, reason="GROKQUANT_GPTQMODEL names no Python with gptqmodel"),
-]
+pytestmark = only_with_readers
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 128,
@@ -104,10 +99,8 @@ def under_its_names(output: Path) -> Path:
 def run(tmp_path: Path, output: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """gptqmodel's logits, and its matrices by name."""
     np.save(tmp_path / "tokens.npy", tokens.numpy())
-    script = Path(__file__).parent / "readers" / "read_gptq.py"
-    files = [output, tmp_path / "tokens.npy", tmp_path / "found.safetensors"]
-    done = subprocess.run([PYTHON, script, *files], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    files = tmp_path / "tokens.npy", tmp_path / "found.safetensors"
+    run_reader("gptqmodel", "read_gptq.py", output, *files)
     return load_file(tmp_path / "found.safetensors")
 
 

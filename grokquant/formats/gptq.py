@@ -71,7 +71,8 @@ def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
     """Writes some rows of a matrix to where `packed_layout` puts them in the whole one's parts.
 
-    Tiles may be written concurrently: what does not depend on rows is the same in each.
+    Begins and ends at a multiple of 32. Tiles may be written concurrently: what does not depend on
+    rows is the same in each.
     """
     stem, scheme = _stem(tensor), quantized.scheme
     qweight, qzeros, scales, g_idx = (parts[f"{stem}.{part}"] for part in _PARTS)
@@ -79,8 +80,11 @@ def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: 
     unsigned = quantized.codes.T.to(torch.int64) - scheme.qmin  # (in, rows)
     qweight[:, rows] = _to_words(unsigned, scheme.bits).to(device)
     scales[:, rows] = quantized.scales.T.to(device)
-    zeros = torch.full((32, len(scales)), -scheme.qmin - 1)  # (32, groups)
-    qzeros.copy_(_to_words(zeros, scheme.bits).repeat(scales.shape[1] // 32, 1).T)
+    zeros = torch.zeros_like(quantized.scales, dtype=torch.int64)  # (rows, groups)
+    zeros = zeros if quantized.zero_points is None else quantized.zero_points.to(torch.int64)
+    stored = (zeros - scheme.qmin - 1) % (1 << scheme.bits)
+    words = slice(rows.start * scheme.bits // 32, rows.stop * scheme.bits // 32)
+    qzeros[:, words] = _to_words(stored, scheme.bits).T.to(device)
     g_idx.copy_(torch.arange(len(g_idx)) // (len(g_idx) // len(scales)))
 
 
@@ -92,8 +96,7 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
     scales = packed[f"{stem}.scales"].T.contiguous()
     if scheme.symmetric:
         return QTensor(codes, scales, scheme)
-    zeros = _from_words(packed[f"{stem}.qzeros"].T, scheme.bits) + 1 + scheme.qmin  # (out, groups)
-    return QTensor(codes, scales, scheme, zeros.to(torch.int8))
+    return QTensor(codes, scales, scheme, _zero_points(packed[f"{stem}.qzeros"], scheme, 1))
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
@@ -157,20 +160,22 @@ def _unpacked_ref(source: Source, stem: str, config: "_Config") -> TensorRef:
     if groups == 0 or scheme.groups(shape[1]) != groups:
         raise InputError(f"{source.path}: {stem}.scales has {groups} groups, not those of {scheme}")
     _check_layout(source, parts, packed_layout(f"{stem}.weight", shape, scheme), scheme)
-    older = config.checkpoint_format == "gptq"
+    less = 1 if config.checkpoint_format == "gptq" else 0
 
     def load() -> QTensor:
         tensors = {ref.name: ref.read() for ref in parts}
         quantized = unpack(f"{stem}.weight", tensors, scheme)
-        if quantized.zero_points is None or older:
-            return quantized
-        return replace(quantized, zero_points=quantized.zero_points - 1)
+        zeros = _zero_points(tensors[f"{stem}.qzeros"], scheme, less)
+        if not scheme.symmetric:
+            return replace(quantized, zero_points=zeros)
+        if zeros.any():
+            wanted = f"sym is true, but not all are {-scheme.qmin - less}"
+            raise InputError(f"{source.path}: {stem}.qzeros: {wanted}")
+        return quantized
 
     def load_spread() -> Tensor:
         quantized, group = load(), parts[3].read().long()
-        spread = replace(
-            scheme, group_size=1
-        )  # every column has a scale of its own, that of its group
+        spread = replace(scheme, group_size=1)  # every column has the scale of its group
         zeros = None if quantized.zero_points is None else quantized.zero_points[:, group]
         return QTensor(quantized.codes, quantized.scales[:, group], spread, zeros).dequantize()
 
@@ -178,6 +183,12 @@ def _unpacked_ref(source: Source, stem: str, config: "_Config") -> TensorRef:
     if config.desc_act:
         return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load_spread)
     return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load, scheme)
+
+
+def _zero_points(qzeros: Tensor, scheme: Scheme, less: int) -> Tensor:
+    """int8 [out, groups], stored `less` so much; what wraps around is 0."""
+    stored = _from_words(qzeros.T, scheme.bits) + less
+    return (stored % (1 << scheme.bits) + scheme.qmin).to(torch.int8)
 
 
 def _check_layout(
