@@ -157,7 +157,7 @@ def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
 def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Unit:
     rows, columns = ref.shape
     scheme = _copied(name, ref, rule, packing) if rule.method == "copy" else _chosen(rule, packing)
-    if scheme.group_size == columns and rule.grid == "integer":
+    if scheme.group_size == columns and rule.grid == scheme.grid == "integer":
         scheme = replace(scheme, group_size=None)
     if columns % (scheme.group_size or 1):
         raise InputError(
@@ -185,6 +185,8 @@ def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Schem
     columns = ref.shape[1]
     if ref.scheme is None:
         raise InputError(f"{name}: method copy needs a source that stores integers")
+    if ref.scheme.grid != "integer":
+        return ref.scheme
     stored, group = ref.scheme.group_size or columns, rule.group
     most = gcd(stored, group) if isinstance(group, int) else stored
     groups = [most, *(smaller for smaller in (128, 64, 32) if most % smaller == 0)]
@@ -192,8 +194,6 @@ def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Schem
     dtypes = (
         [rule.scale_dtype] if rule.scale_dtype else [ref.scheme.scale_dtype, packing.SCALE_DTYPE]
     )
-    if ref.scheme.grid != "integer":
-        groups, dtypes = [stored], [ref.scheme.scale_dtype]
     schemes = [
         replace(ref.scheme, group_size=None if size == columns else size, scale_dtype=dtype)
         for size in groups

@@ -6,15 +6,15 @@ A new format is one module with the functions of `compressed_tensors` and one li
 from types import ModuleType
 
 from grokquant.errors import InputError
-from grokquant.formats import compressed_tensors, dense, gguf, gptq, int_quantized
+from grokquant.formats import bitsandbytes, compressed_tensors, dense, gguf, gptq, int_quantized
+from grokquant.formats.targets import OWN
 from grokquant.types import Source
 
-# The quant_method of outputs that no other loader is to touch; their `format` says how they are.
-OWN = "grokquant"
 FORMATS: dict[str, ModuleType] = {
     compressed_tensors.NAME: compressed_tensors,
     int_quantized.NAME: int_quantized,
     gptq.NAME: gptq,
+    bitsandbytes.NAME: bitsandbytes,
     gguf.NAME: gguf,
     dense.NAME: dense,
 }

@@ -47,7 +47,7 @@ class Levels:
 
     def _nearest(self, W: Tensor, start: int) -> Tensor:
         rows = slice(start, start + len(W))
-        scales = divisors(self.scales[rows]).unsqueeze(-1)  # (rows, groups, 1)
+        scales = divisors(self.scales[rows], self.scheme.unit).unsqueeze(-1)  # (rows, groups, 1)
         groups = group_columns(W, self.scheme)
         if self.offsets is not None:
             groups = groups - self.offsets[rows].float().unsqueeze(-1)
@@ -91,18 +91,18 @@ def nearest_in_codebook(values: Tensor, scheme: Scheme) -> Tensor:
     return places[torch.bucketize(values, middles)].to(torch.int8)
 
 
-def _find_codebook(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
-    absmax = groups.abs().amax(-1)  # (rows, groups)
+def _find_absmax(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
+    """Of grids whose scale is what the largest weight of a group is stored as."""
+    W, absmax = groups.flatten(1), groups.abs().amax(-1)  # (rows, in), (rows, groups)
     best = scales = torch.where(absmax == 0, 1.0, absmax)
     if rule == "mse":
-        table = torch.tensor(CODEBOOKS[scheme.grid], device=groups.device)
         least = torch.full_like(scales, torch.inf)
         for shrink in SHRINKS.tolist():
-            scale = (scales * shrink).unsqueeze(-1)
-            codes = nearest_in_codebook(groups / scale, scheme).long()
-            error = ((table[codes] * scale - groups).square() * weights).sum(-1)
-            best = torch.where(error < least, scale.squeeze(-1), best)
-            least = torch.minimum(error, least)
+            tried = Levels(scheme, scales * shrink)
+            error = (tried.nearest(W).dequantize() - W).view_as(groups)
+            squared = (error.square() * weights).sum(-1)
+            best = torch.where(squared < least, tried.scales, best)
+            least = torch.minimum(squared, least)
     return Levels(scheme, best.to(SCALE_DTYPES[scheme.scale_dtype]))
 
 
@@ -145,8 +145,9 @@ def _find_q6_k(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule)
 
 _Finder = Callable[[Tensor, Tensor, Scheme, ScaleRule], Levels]
 _FINDERS: dict[str, _Finder] = {
-    "nf4": _find_codebook,
-    "fp4": _find_codebook,
+    "nf4": _find_absmax,
+    "fp4": _find_absmax,
+    "llm_int8": _find_absmax,
     "q4_1": _find_q4_1,
     "q4_k": _find_with_minima,
     "q5_k": _find_with_minima,
@@ -154,9 +155,11 @@ _FINDERS: dict[str, _Finder] = {
 }
 
 
-def divisors(scales: Tensor) -> Tensor:
-    """Scales as float32 to divide by: a group whose scale is 0 holds nothing but its offset."""
-    return torch.where(scales == 0, torch.finfo(torch.float32).tiny, scales.float())
+def divisors(scales: Tensor, unit: float = 1.0) -> Tensor:
+    """Steps from code to code, float32, to divide by: a group whose scale is 0 holds nothing but
+    its offset."""
+    steps = scales.float() * unit
+    return torch.where(scales == 0, torch.finfo(torch.float32).tiny, steps)
 
 
 def _fit_range(

@@ -130,8 +130,8 @@ class Rule(Section):
     nearest, `gptq` rounds with error feedback. Keys that a method does not take must be unset.
 
     `grid` is `integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name:
-    `nf4` and `fp4` of bitsandbytes, the others of llama.cpp. `scale_dtype` unset is what the format
-    of the output stores.
+    `nf4`, `fp4` and `llm_int8` of bitsandbytes, the others of llama.cpp. `scale_dtype` unset is
+    what the format of the output stores.
 
     `hessian_block` lets feedback of gptq reach only inside blocks of so many input features (unset:
     all of them), which takes so much less memory and time.
@@ -139,9 +139,9 @@ class Rule(Section):
 
     match: Annotated[str, Field(min_length=1, max_length=200)]
     method: Literal["keep", "copy", "rtn", "gptq"]
-    grid: Literal["integer", "nf4", "fp4", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"] = (
-        "integer"
-    )
+    grid: Literal[
+        "integer", "nf4", "fp4", "llm_int8", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"
+    ] = "integer"
     bits: Literal[2, 3, 4, 8] | None = None
     group: Literal[32, 64, 128, 256, "channel", "release"] | None = None
     symmetric: bool = True
