@@ -90,7 +90,7 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     shapes = {
         family.tensor_name(name): tuple(parameter.shape)
         for name, parameter in model.named_parameters()
-        if id(parameter) not in fused
+        if id(parameter) not in fused and name not in model.all_tied_weights_keys
     }
     for layer, block in enumerate(layers):
         for expert in range(family.num_experts(config, layer)):

@@ -7,6 +7,7 @@ from pathlib import Path
 from grokquant import tokenizer
 from grokquant.containers import container_of
 from grokquant.durable import write_json, write_text
+from grokquant.formats import MARK, OWN
 from grokquant.output import CARD_NAME, REPORT_NAME
 from grokquant.plan import Plan
 from grokquant.readable import size
@@ -58,7 +59,7 @@ def output_config(plan: Plan) -> dict:
     fields["torch_dtype"] = "bfloat16"
     if plan.units:
         described = plan.packing.quantization_config(plan.units.values(), unquantized)
-        fields["quantization_config"] = described
+        fields["quantization_config"] = described | {MARK: OWN}
     return fields
 
 

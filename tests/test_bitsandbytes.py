@@ -27,7 +27,9 @@ from grokquant.types import NAMED_GRIDS, QTensor, Scheme
 
 ROWS, COLUMNS = 96, 256
 BLOCKS = [NAMED_GRIDS[grid] for grid in ("nf4", "fp4")]
-BLOCKS += [Scheme(4, block, True, "float32", grid) for grid in ("nf4", "fp4") for block in (32, 128)]
+BLOCKS += [
+    Scheme(4, block, True, "float32", grid) for grid in ("nf4", "fp4") for block in (32, 128)
+]
 GRIDS = [*BLOCKS, NAMED_GRIDS["llm_int8"]]
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -195,7 +197,7 @@ def test_integers_do_not_become_bitsandbytes(tiny_recipe, tmp_path):
 @pytest.mark.parametrize("grid", ["nf4", "llm_int8"])
 def test_a_run_that_was_stopped_goes_on(grid, tiny_recipe, tmp_path, monkeypatch):
     """Matrices that are committed are read back from their file in the middle of a layer."""
-    rules = experts(grid) | {"method": "gptq"}, {"match": "*", "method": "keep"}
+    rules = experts(grid, scale="absmax") | {"method": "gptq"}, {"match": "*", "method": "keep"}
     output = {"path": str(tmp_path / "whole"), "format": "bitsandbytes", "shard": "100KB"}
     whole = stored_in(pipeline.quantize(tiny_recipe(*rules, output=output, max_fallbacks=1)))
     recipe = tiny_recipe(*rules, output=output | {"path": str(tmp_path / "x")}, max_fallbacks=1)

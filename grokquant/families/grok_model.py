@@ -20,6 +20,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -306,7 +313,20 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
 
+def _experts_of_files() -> list[WeightConverter | WeightRenaming]:
+    """How files name what `GrokExperts` fuses: w1, w3 and w2 of every expert."""
+    stacked, experts = MergeModulelist(dim=0), "block_sparse_moe.experts"
+    gate_up = [f"{experts}.*.{part}.weight" for part in ("w1", "w3")]
+    return [
+        WeightConverter(gate_up, f"{experts}.gate_up_proj", [stacked, Concatenate(dim=1)]),
+        WeightConverter(f"{experts}.*.w2.weight", f"{experts}.down_proj", [stacked]),
+    ]
+
+
 def register() -> None:
     """Makes AutoConfig and AutoModelForCausalLM know Grok-1; no remote code is involved."""
+    register_checkpoint_conversion_mapping(
+        Grok1Config.model_type, _experts_of_files(), overwrite=True
+    )
     AutoConfig.register(Grok1Config.model_type, Grok1Config, exist_ok=True)
     AutoModelForCausalLM.register(Grok1Config, Grok1ForCausalLM, exist_ok=True)

@@ -7,9 +7,10 @@ from types import ModuleType
 
 from grokquant.errors import InputError
 from grokquant.formats import bitsandbytes, compressed_tensors, dense, gguf, gptq, int_quantized
-from grokquant.formats.targets import OWN
+from grokquant.formats.targets import MARK, OWN
 from grokquant.types import Source
 
+__all__ = ["FORMATS", "MARK", "OWN", "packing_of", "unpacked"]
 FORMATS: dict[str, ModuleType] = {
     compressed_tensors.NAME: compressed_tensors,
     int_quantized.NAME: int_quantized,

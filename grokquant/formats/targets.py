@@ -11,6 +11,8 @@ Value = TypeVar("Value")
 
 # The quant_method of outputs that no other loader is to touch; their `format` says how they are.
 OWN = "grokquant"
+# The key by which every `quantization_config` of ours says that it is, whatever its quant_method.
+MARK = "quantized_by"
 
 # Engines that fuse experts ask for these names, whatever the files call them; and they have their
 # own names for some modules on the way.

@@ -88,7 +88,7 @@ def nearest_in_codebook(values: Tensor, scheme: Scheme) -> Tensor:
     table = torch.tensor(CODEBOOKS[scheme.grid], device=values.device)
     ordered, places = table.sort()
     middles = (ordered[1:] + ordered[:-1]) / 2
-    return places[torch.bucketize(values, middles)].to(torch.int8)
+    return places[torch.bucketize(values.contiguous(), middles)].to(torch.int8)
 
 
 def _find_absmax(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
