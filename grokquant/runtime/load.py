@@ -1,7 +1,6 @@
 """Loading a whole checkpoint into memory as a transformers model, whatever its form on disk."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +64,12 @@ def fill_model(
         ref = tensors.get(family.tensor_name(name))
         if ref is None:
             continue  # of fused experts
-        if parameter.is_meta:
-            set_parameter(model, name, ref.read().to(device, family.working_dtype(name, dtype)))
-        else:
+        kind = family.working_dtype(name, dtype)
+        if parameter.dtype == kind and not parameter.is_meta:
             parameter.copy_(ref.read())
+        else:
+            place = device if parameter.is_meta else parameter.device
+            set_parameter(model, name, ref.read().to(place, kind))
 
 
 def _fill_experts(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grokquant.checkpoint import Checkpoint
+from grokquant.errors import InputError
 from grokquant.families.family import Family, parameter_parent
 from grokquant.formats import packing_of
 from grokquant.types import SCALE_DTYPES, QTensor, TensorRef
@@ -104,11 +105,18 @@ class PackedStack(nn.Module):
 def pack_model(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     """Puts packed modules in the place of everything that the checkpoint has quantized, and of all
     experts of a layer where one of them is. They have no memory before `read`.
+
+    Such a model refuses `save_pretrained`, which would leave them out.
     """
     packing = packing_of(checkpoint.source)
+    model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     _pack_linears(model, checkpoint, packing, dtype)
     for index, layer in enumerate(checkpoint.family.layers(model)):  # type: ignore[arg-type]
         _pack_experts(layer, index, checkpoint, packing, dtype)
+
+
+def _refuse_to_save(*arguments: object, **options: object) -> None:
+    raise InputError("a model of packed matrices cannot be saved; copy the directory it came from")
 
 
 def _pack_linears(

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
@@ -52,8 +51,6 @@ class PackedQuantizer(HfQuantizer):
     dtype: torch.dtype
 
     def is_serializable(self) -> bool:
-        text = "%s is saved already: copy the directory that it was loaded from."
-        logging.get_logger(__name__).warning(text, "A model of packed matrices")
         return False
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
