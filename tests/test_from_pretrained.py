@@ -84,9 +84,9 @@ def from_pretrained(path: Path, **options: object) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-def check(path: Path) -> nn.Module:
+def check(path: Path, **options: object) -> nn.Module:
     """Loads an output with us, packed: equal to what is loaded multiplied out."""
-    model, info = from_pretrained(path, output_loading_info=True)
+    model, info = from_pretrained(path, output_loading_info=True, **options)
     assert not any(info.values()), info
     assert model.dtype == torch.bfloat16 and not any(p.is_meta for p in model.parameters())
     wanted, _ = grokquant.load(path)
@@ -94,7 +94,7 @@ def check(path: Path) -> nn.Module:
         assert torch.equal(model(TOKENS).logits, wanted(TOKENS).logits)
     packed = {m.ref.name for m in model.modules() if isinstance(m, PackedMatrix)}
     quantized = {ref.name for _, ref in open_checkpoint(path).units() if ref.scheme}
-    assert quantized and quantized <= packed
+    assert quantized <= packed and bool(quantized) == bool(packed)
     return model
 
 
@@ -123,13 +123,17 @@ def test_what_transformers_alone_cannot_read(output_of, family, rules):
     check(output_of(family, rules))
 
 
-@pytest.mark.parametrize("form", ["int-quantized", "gptq", "bitsandbytes"])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe", "llama"])
-def test_other_formats(output_of, family, form):
-    if (family, form) == ("llama", "bitsandbytes"):
-        pytest.skip("says quant_method: bitsandbytes, tests/test_bitsandbytes.py")
-    rules = {"gptq": "int4", "int-quantized": "int8", "bitsandbytes": "nf4"}[form]
+@pytest.mark.parametrize(
+    ("rules", "form"), [("int4", "gptq"), ("int8", "int-quantized"), ("nf4", "bitsandbytes")]
+)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe"])
+def test_other_formats(output_of, family, rules, form):
     check(output_of(family, rules, form))
+
+
+@pytest.mark.parametrize("form", ["gptq", "int-quantized"])
+def test_other_formats_of_a_dense_model(output_of, form):
+    check(output_of("llama", "int8", form))
 
 
 @pytest.mark.parametrize("rules", ["asymmetric", "mixed", "layers", "partly", "attention"])
@@ -150,6 +154,13 @@ def test_gpt_oss_alone_is_random(output_of, alone):
     model, info = from_pretrained(path, output_loading_info=True)
     assert any("experts.gate_up_proj" in name for name in info["missing_keys"])
     assert relative(model(TOKENS).logits, grokquant.load(path)[0](TOKENS).logits) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "form"), [("mixtral", "bf16"), ("mixtral", "gguf"), ("gpt_oss", "bf16")]
+)
+def test_nothing_quantized(output_of, family, form):
+    check(output_of(family, "keep", form), experts_implementation="eager")
 
 
 def resident(model: nn.Module) -> int:
