@@ -14,6 +14,8 @@ from grokquant.types import Source
 
 FAMILIES: dict[str, Family] = {
     "Grok1ForCausalLM": GROK_1,
+    "Grok1ModelForCausalLM": GROK_1,
+    "GrokForCausalLM": GROK_1,
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
@@ -36,6 +38,8 @@ def family_of(source: Source) -> Family:
             found = f"{name!r} is not known"
         case _:
             found = "is not given as a list of one name"
+    if isinstance(source.config.get("text_config"), dict):
+        found += ", a text model inside one of several media is not read"
     raise InputError(
         f"{source.path / 'config.json'}: the architecture {found} (known: {', '.join(FAMILIES)})"
     )
