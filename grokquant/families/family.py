@@ -40,7 +40,8 @@ class Family:
     the rows of gate above those of up, in turns if `interleaved`. `biased` says whether experts
     have biases. `fields` takes from a config.json, given with its path, what makes the model, and
     raises InputError where it does not describe one; `only_own_fields` says that an output's
-    config.json holds nothing else. `notice` is a line that whoever uses the family is to see.
+    config.json holds nothing else. `architecture` is what that calls the model, if not by its
+    class. `notice` is a line that whoever uses the family is to see.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Family:
     biased: bool = False
     fields: Callable[[Path, dict], dict] = usual_fields
     only_own_fields: bool = False
+    architecture: str | None = None
     notice: str | None = None
     layer_prefix: str = "model.layers.{layer}."
 
@@ -76,7 +78,7 @@ class Family:
             own = content | own
         elif "quantization_config" in content:
             own = own | {"quantization_config": content["quantization_config"]}
-        names = {"architectures": [self.model_class.__name__]}
+        names = {"architectures": [self.architecture or self.model_class.__name__]}
         return own | names | {"model_type": self.config_class.model_type}
 
     def num_experts(self, config: PreTrainedConfig, layer: int) -> int:

@@ -102,7 +102,7 @@ def grok_fields(path: Path, raw: dict) -> dict:
         if name in OFF and value is not None and value not in OFF[name]:
             raise InputError(f"{path}: {key} is {json.dumps(value)[:40]}, Grok-1 has no such thing")
         if name in FIELDS:
-            value = _number(path, key, value)
+            value = positive_number(path, key, value, FIELDS[name])
         elif name in TOKENS:
             _check_token(path, key, value)
         elif name != "tie_word_embeddings":
@@ -176,8 +176,8 @@ def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
             )
 
 
-def _number(path: Path, key: str, value: object) -> int | float:
-    kind = FIELDS[ALIASES.get(key, key)]
+def positive_number(path: Path, key: str, value: object, kind: type) -> int | float:
+    """A number above 0 of a kind, int or float. Raises InputError naming file and key."""
     if type(value) not in (int, kind) or not 0 < value <= LARGEST[kind]:  # type: ignore[operator]
         wanted = "a positive whole number" if kind is int else "a positive number"
         raise InputError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:40]}")
