@@ -24,6 +24,8 @@ from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from grokquant.errors import InputError
+
 
 class Grok1Config(PreTrainedConfig):
     """The published hyperparameters of Grok-1 are the defaults.
@@ -242,6 +244,21 @@ class Grok1PreTrainedModel(PreTrainedModel):
         "post_moe_norm",
         "model.norm",
     ]
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
+        """As transformers does it, but with an error where that would make weights up.
+
+        It knows nothing of experts that lie in files one by one; `grokquant.load` does.
+        """
+        wanted = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):
+            raise InputError(
+                f"{path}: transformers finds no {missing[0]} and would draw it at random; "
+                "grokquant.load reads this checkpoint"
+            )
+        return (model, info) if wanted else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
