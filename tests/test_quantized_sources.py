@@ -226,6 +226,20 @@ def test_gptq_as_autogptq_left_it(quantized, text_file, tmp_path):
     check_whole_way(path, text_file, tmp_path / "out")
 
 
+def test_names_of_experts_that_were_fused(quantized):
+    """As gptqmodel and llm-compressor call them where transformers has them fused."""
+    path, expected = quantized("mixtral", gptq(4, True), GPTQ)
+    names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            stem, w, part = name.replace("block_sparse_moe", "mlp").rsplit(".", 2)
+            tensors[f"{stem}.{names[w]}.{part}"] = tensors.pop(name)
+
+    edit(path, rename)
+    check_read(path, expected)
+
+
 def test_gptq_rules_for_some_modules(quantized):
     def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
         if stem == QUERY:

@@ -246,13 +246,16 @@ class Grok1PreTrainedModel(PreTrainedModel):
     ]
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **options: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
         """As transformers does it, but with an error where that would make weights up.
 
         It knows nothing of experts that lie in files one by one; `grokquant.load` does.
         """
-        wanted = options.pop("output_loading_info", False)
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **options)
+        path, wanted = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise InputError(
                 f"{path}: transformers finds no {missing[0]} and would draw it at random; "

@@ -21,7 +21,10 @@ def validated(source: Source, model: type[Config]) -> Config:
         key = ".".join(map(str, ("quantization_config", *first["loc"])))
         text = first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.40}"
-        raise InputError(f"{source.path / 'config.json'}: {key}: {text}{found}") from None
+        raise InputError(
+            f"{source.path / 'config.json'}: {key}: {text}{found}; nothing else is read, take the "
+            "checkpoint that this one was made from"
+        ) from None
 
 
 def part_of(source: Source, name: str) -> TensorRef:
