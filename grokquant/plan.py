@@ -146,12 +146,17 @@ def build_plan(recipe: Recipe) -> Plan:
 
 
 def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
+    """Raises InputError for a rule that no matrix takes: it would be left out in silence."""
+    taken = {id(recipe.rule_for(name)) for name in names}
     for index, rule in enumerate(recipe.quantize):
+        key = f"recipe: quantize[{index}].match: {rule.match!r}"
         if not any(rule.matches(name) for name in names):
             raise InputError(
-                f"recipe: quantize[{index}].match: {rule.match!r} matches no matrix of "
-                f"{recipe.model.path} (they are called like {names[0]} or {names[-1]})"
+                f"{key} matches no matrix of {recipe.model.path} "
+                f"(they are called like {names[0]} or {names[-1]})"
             )
+        if id(rule) not in taken:
+            raise InputError(f"{key} decides nothing, rules before it take all that it matches")
 
 
 def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Unit:

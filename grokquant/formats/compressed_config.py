@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, field_validator
 
-from grokquant.errors import InputError
+from grokquant.formats.reading import validated
 from grokquant.formats.targets import check_target, targets_of
 from grokquant.types import Scheme, Source, Unit
 
@@ -55,13 +55,7 @@ def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str
 def schemes_of(source: Source) -> list[tuple[str, tuple[Scheme, Storage]]]:
     """Targets with their grids and storage in the order of the config; the first that matches
     counts. Raises InputError naming the key that cannot be read."""
-    try:
-        config = _Config.model_validate(source.config["quantization_config"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("quantization_config", *first["loc"])))
-        text = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{source.path / 'config.json'}: {key}: {text}") from None
+    config = validated(source, _Config)
     return [
         (target, (group.weights.scheme, group.format or config.storage))
         for group in config.config_groups.values()
@@ -91,6 +85,8 @@ class _Weights(BaseModel):
     strategy: Literal["group", "channel"]
     group_size: Annotated[int, Field(ge=-1)] | None = None
     symmetric: bool = True
+    # Columns in another order than that of their groups (`group`) are no longer written by others.
+    actorder: Literal["weight", "static"] | None = None
 
     @property
     def scheme(self) -> Scheme:
@@ -105,11 +101,23 @@ class _Group(BaseModel):
     format: Storage | None = None
 
 
+class _Sparsity(BaseModel):
+    format: Literal["dense"]
+
+
 class _Config(BaseModel):
     """What reading takes from a `quantization_config`."""
 
     config_groups: dict[str, _Group]
     format: Storage | Literal["mixed-precision"] = "pack-quantized"
+    # Rotations that a model needs at run time, and weights without their zeros.
+    transform_config: None = None
+    sparsity_config: _Sparsity | None = None
+
+    @field_validator("transform_config", "sparsity_config", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return value or None
 
     @property
     def storage(self) -> Storage:

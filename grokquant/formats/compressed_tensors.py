@@ -14,6 +14,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats import compressed_config, int_quantized
 from grokquant.formats.compressed_config import Storage, config_of, not_integers, schemes_of
+from grokquant.formats.reading import check_parts, part_of
 from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Source, TensorRef, Unit
@@ -122,22 +123,29 @@ def unpacked(source: Source) -> Source:
             if found is None:
                 raise InputError(f"{source.path / 'config.json'}: no config group targets {stem}")
             tensors[f"{stem}.weight"] = _unpacked_ref(source, f"{stem}.weight", *found)
-        elif part not in _PARTS:
+        elif part not in _PARTS or not _owned(source, stem):
             tensors[name] = ref
     return replace(source, tensors=tensors)
 
 
+def _owned(source: Source, stem: str) -> bool:
+    """Whether scales and the like of a module belong to codes."""
+    weight = source.tensors.get(f"{stem}.weight")
+    return f"{stem}.weight_packed" in source.tensors or (
+        weight is not None and weight.dtype == torch.int8
+    )
+
+
 def _unpacked_ref(source: Source, tensor: str, scheme: Scheme, storage: Storage) -> TensorRef:
     of_words = storage == "pack-quantized"
-    codes, scale = (_part(source, tensor + end) for end in ("_packed" * of_words, "_scale"))
+    codes, scale = (part_of(source, tensor + end) for end in ("_packed" * of_words, "_scale"))
     if scale.dtype not in _DTYPE_NAMES:
         raise InputError(f"{source.path}: {scale.name} has the unknown scale dtype {scale.dtype}")
     scheme = replace(scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
     rows, last = codes.shape if len(codes.shape) == 2 else (0, 0)
     shape = (rows, last * 32 // scheme.bits if of_words else last)
     layout = (packed_layout if of_words else int_quantized.packed_layout)(tensor, shape, scheme)
-    parts = [_part(source, name) for name in layout]
-    _check_layout(source, parts, layout, scheme)
+    parts = check_parts(source, layout, scheme)
     if shape[1] % (scheme.group_size or 1):
         raise InputError(f"{source.path}: {tensor}: {scheme} does not divide {shape[1]} columns")
 
@@ -151,27 +159,6 @@ def _unpacked_ref(source: Source, tensor: str, scheme: Scheme, storage: Storage)
 
     stored = sum(ref.stored_bytes for ref in parts)
     return TensorRef(tensor, shape, scale.dtype, stored, load, scheme)
-
-
-def _part(source: Source, name: str) -> TensorRef:
-    if name not in source.tensors:
-        raise InputError(f"{source.path}: {name} is missing")
-    return source.tensors[name]
-
-
-def _check_layout(
-    source: Source,
-    parts: Iterable[TensorRef],
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    scheme: Scheme,
-) -> None:
-    for ref in parts:
-        dtype, shape = layout[ref.name]
-        if (ref.dtype, ref.shape) != (dtype, shape):
-            raise InputError(
-                f"{source.path}: {ref.name} is {ref.dtype} {list(ref.shape)}, "
-                f"{scheme} needs {dtype} {list(shape)}"
-            )
 
 
 def _stem(tensor: str) -> str:

@@ -11,14 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.targets import targets_of
+from grokquant.formats.reading import check_parts, part_of, validated
+from grokquant.formats.targets import check_target, targets_of
 from grokquant.types import QTensor, Scheme, Source, TensorRef, Unit
 
 NAME = "gptq"
@@ -138,7 +139,7 @@ def unpacked(source: Source) -> Source:
 
     It reads as a QTensor, or as a dense matrix where act-order has spread its groups over columns.
     """
-    config = _config_of(source)
+    config = validated(source, _Config)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         stem, _, part = name.rpartition(".")
@@ -150,20 +151,19 @@ def unpacked(source: Source) -> Source:
 
 
 def _unpacked_ref(source: Source, stem: str, config: "_Config") -> TensorRef:
-    for part in _PARTS:
-        if f"{stem}.{part}" not in source.tensors:
-            raise InputError(f"{source.path}: {stem}.{part} is missing")
-    parts = [source.tensors[f"{stem}.{part}"] for part in _PARTS]
-    scheme = config.scheme_of(stem)
-    groups = parts[2].shape[0] if len(parts[2].shape) == 2 else 0
-    shape = (parts[0].shape[-1], parts[3].shape[0])
+    parts = [part_of(source, f"{stem}.{part}") for part in _PARTS]
+    scheme, desc_act = config.grid_of(stem)
+    qweight, _, scales, g_idx = (ref.shape for ref in parts)
+    well_formed = (len(qweight), len(scales), len(g_idx)) == (2, 2, 1)
+    groups, shape = (scales[0], (qweight[1], g_idx[0])) if well_formed else (0, (0, 0))
     if groups == 0 or scheme.groups(shape[1]) != groups:
         raise InputError(f"{source.path}: {stem}.scales has {groups} groups, not those of {scheme}")
-    _check_layout(source, parts, packed_layout(f"{stem}.weight", shape, scheme), scheme)
+    check_parts(source, packed_layout(f"{stem}.weight", shape, scheme), scheme)
     less = 1 if config.checkpoint_format == "gptq" else 0
 
     def load() -> QTensor:
         tensors = {ref.name: ref.read() for ref in parts}
+        _check_groups(source, parts[3].name, tensors[parts[3].name], groups, desc_act)
         quantized = unpack(f"{stem}.weight", tensors, scheme)
         zeros = _zero_points(tensors[f"{stem}.qzeros"], scheme, less)
         if not scheme.symmetric:
@@ -180,7 +180,7 @@ def _unpacked_ref(source: Source, stem: str, config: "_Config") -> TensorRef:
         return QTensor(quantized.codes, quantized.scales[:, group], spread, zeros).dequantize()
 
     stored = sum(ref.stored_bytes for ref in parts)
-    if config.desc_act:
+    if desc_act:
         return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load_spread)
     return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load, scheme)
 
@@ -191,19 +191,13 @@ def _zero_points(qzeros: Tensor, scheme: Scheme, less: int) -> Tensor:
     return (stored % (1 << scheme.bits) + scheme.qmin).to(torch.int8)
 
 
-def _check_layout(
-    source: Source,
-    parts: Iterable[TensorRef],
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    scheme: Scheme,
-) -> None:
-    for ref in parts:
-        dtype, shape = layout[ref.name]
-        if (ref.dtype, ref.shape) != (dtype, shape):
-            raise InputError(
-                f"{source.path}: {ref.name} is {ref.dtype} {list(ref.shape)}, "
-                f"{scheme} needs {dtype} {list(shape)}"
-            )
+def _check_groups(source: Source, name: str, g_idx: Tensor, groups: int, desc_act: bool) -> None:
+    """Raises InputError where columns have no group, or another than in their natural order."""
+    if ((g_idx < 0) | (g_idx >= groups)).any():
+        raise InputError(f"{source.path}: {name} names groups that are not there")
+    natural = torch.arange(len(g_idx)) // (len(g_idx) // groups)
+    if not desc_act and not torch.equal(g_idx.long(), natural):
+        raise InputError(f"{source.path}: {name} reorders columns, but desc_act is false")
 
 
 def _to_words(codes: Tensor, bits: int) -> Tensor:
@@ -243,31 +237,42 @@ def _grid(scheme: Scheme) -> dict[str, int]:
     return {"bits": scheme.bits, "group_size": scheme.group_size or -1}
 
 
+class _Grid(BaseModel):
+    """What a `dynamic` rule changes."""
+
+    bits: Literal[2, 3, 4, 8] | None = None
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+    desc_act: bool | None = None
+    sym: bool | None = None
+
+
 class _Config(BaseModel):
-    """What reading takes from a `quantization_config`."""
+    """What reading takes from a `quantization_config` or a quantize_config.json."""
 
     bits: Literal[2, 3, 4, 8]
     group_size: Annotated[int, Field(ge=-1)]
     desc_act: bool = False
     sym: bool = True
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
-    dynamic: dict[str, dict[str, Any] | bool] | None = None
+    dynamic: dict[str, _Grid | bool] | None = None
+    # Another order of the codes, that of the Marlin kernels, under the names of this one.
+    is_marlin_format: Literal[False] = False
 
-    def scheme_of(self, stem: str) -> Scheme:
-        """The grid of a module; the first `dynamic` rule that matches it changes the common one."""
-        found: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+    @field_validator("dynamic")
+    @classmethod
+    def _patterns(cls, rules: dict | None) -> dict | None:
+        for rule in rules or ():
+            check_target("re:" + rule[2:] if rule[:2] in ("+:", "-:") else "re:" + rule)
+        return rules
+
+    def grid_of(self, stem: str) -> tuple[Scheme, bool]:
+        """The grid of a module and whether its columns are reordered; the first `dynamic` rule that
+        matches it changes the common ones."""
+        found = {key: getattr(self, key) for key in _Grid.model_fields}
         for rule, changes in (self.dynamic or {}).items():
             if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), stem):
-                found |= changes if isinstance(changes, dict) else {}
+                given = changes.model_dump() if isinstance(changes, _Grid) else {}
+                found |= {key: value for key, value in given.items() if value is not None}
                 break
-        group = None if found["group_size"] == -1 else found["group_size"]
-        return Scheme(found["bits"], group, found["sym"], SCALE_DTYPE)
-
-
-def _config_of(source: Source) -> _Config:
-    try:
-        return _Config.model_validate(source.config["quantization_config"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("quantization_config", *first["loc"])))
-        raise InputError(f"{source.path / 'config.json'}: {key}: {first['msg']}") from None
+        group = None if found["group_size"] in (-1, 0) else found["group_size"]
+        return Scheme(found["bits"], group, found["sym"], SCALE_DTYPE), found["desc_act"]
