@@ -1,7 +1,7 @@
 """An opened checkpoint: its source, the family that runs it, and proof that it is complete."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from grokquant import containers, formats
 from grokquant.errors import InputError
 from grokquant.families import Family, family_of
-from grokquant.families.naming import HEAD, renamed, with_tied_head
+from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.sources import open_source
 from grokquant.toy import TOY_PATH
 from grokquant.types import Source, TensorRef
@@ -84,14 +84,30 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
         if name not in source.tensors:
             raise InputError(f"{path}: tensor {name} is missing")
         _check(path, source.tensors[name], shape)
-    if HEAD in source.tensors and HEAD not in shapes:
+    source = _without_strangers(checkpoint, shapes.keys())
+    return replace(checkpoint, source=source)
+
+
+def _without_strangers(checkpoint: Checkpoint, known: Set[str]) -> Source:
+    """The source with no tensors but `known` ones. What it loses follows from others: a tied head,
+    zeros. Raises InputError for anything else."""
+    source, model = checkpoint.source, checkpoint.family.name
+    if HEAD in source.tensors and HEAD not in known:
         source = with_tied_head(source)
-    for name in sorted(source.tensors.keys() - shapes.keys()):
-        if not _COMPUTED.search(name):
-            model = checkpoint.family.name
-            raise InputError(f"{path}: tensor {name} has no place in a {model}, what is it for?")
-    tensors = {name: ref for name, ref in source.tensors.items() if name in shapes}
-    return replace(checkpoint, source=replace(source, tensors=tensors))
+    strange = source.tensors.keys() - known
+    biases = {name for name in strange if _is_beside_packed(source, name)}
+    computed = {name for name in strange if _COMPUTED.search(name)}
+    if others := sorted(strange - biases - computed):
+        raise InputError(f"{source.path}: tensor {others[0]} has no place in a {model}")
+    source = without_biases(source, sorted(biases))
+    tensors = {name: ref for name, ref in source.tensors.items() if name in known}
+    return replace(source, tensors=tensors)
+
+
+def _is_beside_packed(source: Source, name: str) -> bool:
+    """Whether a tensor is the bias of a matrix in a quantized checkpoint."""
+    packed = source.config.get("quantization_config") is not None
+    return packed and name.endswith(".bias") and matrix_of(name) in source.tensors
 
 
 def _check(path: Path, ref: TensorRef, shape: tuple[int, ...]) -> None:

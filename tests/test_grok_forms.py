@@ -171,7 +171,7 @@ def test_a_tensor_that_nobody_asks_for_is_named(copy):
     ("changes", "complaint"),
     [
         ({"hidden_act": "silu"}, 'hidden_act is "silu", Grok-1 has no such thing'),
-        ({"residual_moe": True}, "residual_moe"),
+        ({"residual_moe": True}, "moe_intermediate_size must be"),
         ({"final_logit_softcapping": 50}, "final_logit_softcapping is 50"),
         ({"rope_scaling": {"factor": 2}}, "rope_scaling is"),
         ({"rope_parameters": {"rope_type": "yarn"}}, 'rope_type is "yarn"'),

@@ -240,6 +240,21 @@ def test_names_of_experts_that_were_fused(quantized):
     check_read(path, expected)
 
 
+def test_biases_that_autogptq_has_made_up(quantized):
+    """Zeros beside every matrix, of models without any bias."""
+    path, expected = quantized("mixtral", gptq(4, True), GPTQ)
+
+    def add_biases(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".scales")]:
+            zeros = torch.zeros(tensors[name].shape[1]).half()
+            tensors[name.replace(".scales", ".bias")] = zeros
+
+    edit(path, add_biases)
+    check_read(path, expected)
+    edit(path, lambda t: t[QUERY + ".bias"][-1:].fill_(0.5))
+    assert f"{QUERY}.bias is not zero, but the model has no such bias" in refusal(path)
+
+
 def test_gptq_rules_for_some_modules(quantized):
     def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
         if stem == QUERY:

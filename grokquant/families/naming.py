@@ -7,6 +7,7 @@ one, each reading only its part of the file.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.families.family import Family
-from grokquant.types import Source, TensorRef
+from grokquant.types import QTensor, Source, TensorRef
 
 _TIED = "but config.json ties the two"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -119,6 +120,35 @@ def with_tied_head(source: Source) -> Source:
         scheme=None,
     )
     return replace(source, tensors=tensors | {EMBEDDING: tied})
+
+
+def without_biases(source: Source, names: list[str]) -> Source:
+    """`source` without biases that its model does not have: AutoGPTQ writes zeros there.
+
+    Reading the matrix beside one proves that: raises InputError where it is not zero.
+    """
+    tensors = dict(source.tensors)
+    for name in names:
+        W = tensors[matrix_of(name)]
+        tensors[W.name] = replace(
+            W,
+            load=partial(_beside_zeros, source, tensors.pop(name), W),
+            load_rows=None,
+            load_into=None,
+            load_part=None,
+        )
+    return replace(source, tensors=tensors)
+
+
+def _beside_zeros(source: Source, bias: TensorRef, W: TensorRef) -> Tensor | QTensor:
+    if bias.read().any():
+        raise InputError(f"{source.path}: {bias.name} is not zero, but the model has no such bias")
+    return W.load()
+
+
+def matrix_of(bias: str) -> str:
+    """The name of the matrix beside a bias."""
+    return bias.removesuffix("bias") + "weight"
 
 
 def _rows(ref: TensorRef, first: int, stop: int) -> Tensor:
