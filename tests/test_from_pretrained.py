@@ -22,6 +22,7 @@ from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.recipe import parse_recipe
+from grokquant.runtime.generate import generate_text
 from grokquant.runtime.packed import PackedMatrix
 
 INT4 = [{"match": "*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}]
@@ -293,3 +294,9 @@ def test_grok_in_bf16_and_saved_again(grok_output, tmp_path):
     names = load_file(tmp_path / "saved" / "model.safetensors").keys()
     assert "model.layers.1.block_sparse_moe.experts.1.w3.weight" in names
     assert torch.equal(grokquant.load(tmp_path / "saved")[0](TOKENS).logits, wanted)
+
+
+def test_text_from_packed_matrices(grok_output):
+    output = str(grok_output("compressed-tensors", *INT4))
+    said = [generate_text(output, "The ", 6, packed=packed) for packed in (False, True)]
+    assert said[0] == said[1] and len(said[0]) > 4
