@@ -28,6 +28,10 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
+    if scheme.grid != "integer":
+        return f"it holds integers, not {scheme.grid}"
+    if scheme.bits not in (4, 8):
+        return f"it holds integers of 4 or 8 bits, not {scheme}"
     per_word = 32 // scheme.bits
     if shape[1] % per_word:
         return f"{shape[1]} input features do not fill int32 words of {per_word} codes"
