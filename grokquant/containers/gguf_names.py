@@ -156,6 +156,8 @@ def setting(config: dict, name: str) -> int | float | None:
         return (config.get("rope_parameters") or config).get(name, 10000.0)
     if name == "head_dim" and config.get(name) is None:
         return config["hidden_size"] // config["num_attention_heads"]
+    if name == "num_experts" and name not in config:
+        return config.get("num_local_experts")
     if name == "num_key_value_heads" and config.get(name) is None:
         return config["num_attention_heads"]
     return config.get(name)

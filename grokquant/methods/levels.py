@@ -11,13 +11,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from grokquant.methods.compiled import SHRINKS
+from grokquant.methods.compiled import SHRINKS, in_tiles
 from grokquant.methods.scales import ScaleRule, find_scales, group_columns, round_to_grid
 from grokquant.types import CODEBOOKS, SCALE_DTYPES, QTensor, Scheme
 
-# Columns of a block of llama.cpp; rows searched at once, to keep the temporaries small.
+# Columns of a block of llama.cpp; weights searched at once, to keep the temporaries in the cache.
 BLOCK = 256
-_ROWS_AT_ONCE = 512
+_AT_ONCE = 1 << 17
 # Levels by which a search widens or narrows the range of a group, as llama.cpp's does.
 _STRETCHES = tuple(step / 10 for step in range(-10, 11))
 
@@ -39,10 +39,9 @@ class Levels:
 
     def nearest(self, W: Tensor) -> QTensor:
         """Every weight of W [out, in] rounded to its nearest level."""
-        codes = [
-            self._nearest(W[start : start + _ROWS_AT_ONCE].float(), start)
-            for start in range(0, len(W), _ROWS_AT_ONCE)
-        ]
+        codes = in_tiles(
+            len(W), _rows_at_once(W), lambda part: self._nearest(W[part].float(), part.start)
+        )
         return self.hold(torch.cat(codes))
 
     def _nearest(self, W: Tensor, start: int) -> Tensor:
@@ -69,11 +68,19 @@ def find_levels(
     if importance is None or importance.sum() == 0:
         importance = torch.ones(W.shape[1], device=W.device)
     weights = group_columns(importance.float().unsqueeze(0), scheme)  # (1, groups, group_size)
-    found = [
-        _FINDERS[scheme.grid](group_columns(rows.float(), scheme), weights, scheme, rule)
-        for rows in W.split(_ROWS_AT_ONCE)
-    ]
+    find = _FINDERS[scheme.grid]
+    found = in_tiles(
+        len(W),
+        _rows_at_once(W),
+        lambda part: find(group_columns(W[part].float(), scheme), weights, scheme, rule),
+    )
     return Levels(scheme, *(_cat([getattr(f, name) for f in found]) for name in _SPANS))
+
+
+def _rows_at_once(W: Tensor) -> int:
+    """Few enough for the cache of a CPU, many enough for another device."""
+    values = _AT_ONCE if W.device.type == "cpu" else 128 * _AT_ONCE
+    return max(1, values // W.shape[1])
 
 
 _SPANS = ("scales", "zero_points", "offsets", "headers")

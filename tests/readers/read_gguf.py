@@ -22,7 +22,7 @@ for row in questions["rows"]:
     llama.eval(row)
     logits.append(np.array(llama.scores[: len(row)], dtype=np.float32))
 for number, text in enumerate(questions["texts"]):
-    answers[f"tokens{number}"] = llama.tokenize(text.encode(), add_bos=True)
+    answers[f"tokens{number}"] = llama.tokenize(text.encode(), add_bos=True, special=True)
     answer = llama.create_completion(text, max_tokens=8, temperature=0.0)
     answers[f"after{number}"] = answer["choices"][0]["text"]
 np.savez(found, logits=np.stack(logits), **answers)
