@@ -31,6 +31,16 @@ from grokquant.evaluation.tables import (
 AWKWARD = """<b>a&b "c" 'd'|[red]"""
 
 
+def estimate(value: float, error: float) -> dict:
+    return {
+        "value": value,
+        "error": error,
+        "low": value - 1.9 * error,
+        "high": value + 2.1 * error,
+        "token_error": error / 1.7,
+    }
+
+
 def content(layers: int = 4, experts: int = 8) -> dict:
     """A plausible report.json with numbers that no rounding leaves as they are."""
 
@@ -43,15 +53,56 @@ def content(layers: int = 4, experts: int = 8) -> dict:
     def tokens(layer: int, salt: int) -> list[int]:
         return [1000 + int(900 * odd(layer, e, salt)) for e in range(experts if experts > 1 else 0)]
 
+    routed = experts > 1
+
+    def routers(i: int, salt: int) -> dict:
+        return {
+            "router_top1": 0.9 + odd(i, salt) / 12 if routed else None,
+            "router_top2_set": 0.85 + odd(i, salt + 1) / 12 if routed else None,
+            "router_set": 0.85 + odd(i, salt + 1) / 12 if routed else None,
+        }
+
+    def forced(i: int) -> dict:
+        damage = [0.1 + odd(i, e, 8) for e in range(experts)] if routed else []
+        return {
+            "tokens": 16384,
+            "block_error": 0.004 + odd(i, 9) / 200,
+            "attention_error": 0.003 + odd(i, 10) / 200,
+            "experts_error": 0.08 + odd(i, 11) / 20 if routed else None,
+            **routers(i, 12),
+            "damage": [share / sum(damage) for share in damage],
+        }
+
     def layer(i: int) -> dict:
-        routed = experts > 1
         return {
             "layer": i,
             "relative_error": 0.01 + odd(i, 1) / 50,
-            "router_top1": 0.9 + odd(i, 2) / 12 if routed else None,
-            "router_top2_set": 0.85 + odd(i, 3) / 12 if routed else None,
+            **routers(i, 2),
             "tokens_per_expert": tokens(i, 4),
             "reference_tokens_per_expert": tokens(i, 5),
+            "load_shift": 0.01 + odd(i, 6) / 30 if routed else None,
+            "forced": forced(i),
+        }
+
+    def routing() -> dict:
+        first = [100 + int(800 * odd(i, 7)) for i in range(layers)]
+        changed = {"tokens": sum(first), "mean_kld": 0.0091234567, "share_of_kld": 0.31234567}
+        return {
+            "unchanged": {
+                "tokens": 32640 - sum(first),
+                "mean_kld": 0.0031234567,
+                "share_of_kld": 0.68765433,
+            },
+            "changed": changed,
+            "first_change": [
+                {
+                    "tokens": n,
+                    "mean_kld": 0.009 + odd(i, 8) / 500,
+                    "share_of_kld": 0.31234567 * n / sum(first),
+                    "layer": i,
+                }
+                for i, n in enumerate(first)
+            ],
         }
 
     def unit(i: int, e: int, matrix: str) -> dict:
@@ -68,7 +119,7 @@ def content(layers: int = 4, experts: int = 8) -> dict:
 
     model = {"family": "grok-1", "layers": layers, "experts": experts, "parameters": 7_712_345}
     return {
-        "schema": "grokquant.evaluation/1",
+        "schema": "grokquant.evaluation/2",
         "grokquant": "0.1.0",
         "quantized": model
         | {"path": "/data/toy-int4", "bytes": 4_106_824, "bits_per_weight": 4.2599961}
@@ -85,30 +136,43 @@ def content(layers: int = 4, experts: int = 8) -> dict:
             "bos": False,
             "arithmetic": "float32 on bf16 weights",
         },
+        "bootstrap": {
+            "unit": "document",
+            "clusters": 2,
+            "resamples": 2000,
+            "seed": 0,
+            "method": "percentiles",
+        },
         "perplexity": {
-            "reference": {"value": 19.837410291, "error": 0.2419312},
-            "quantized": {"value": 19.918742113, "error": 0.2438177},
-            "ratio": {"value": 1.004099912, "error": 0.000812345},
-            "ln_ratio": {"value": 0.004091533, "error": 0.000809031},
-            "difference": {"value": 0.081331822, "error": 0.016112333},
+            "reference": estimate(19.837410291, 0.2419312),
+            "quantized": estimate(19.918742113, 0.2438177),
+            "ratio": estimate(1.004099912, 0.000812345),
+            "ln_ratio": estimate(0.004091533, 0.000809031),
+            "difference": estimate(0.081331822, 0.016112333),
             "correlation": 0.998712345,
         },
         "kld": {
-            "mean": {"value": 0.0041234567, "error": 0.0000612345},
+            "mean": estimate(0.0041234567, 0.0000612345),
             "maximum": 1.834121, "99.9%": 0.2213456, "99.0%": 0.05123456, "95.0%": 0.01661234,
             "90.0%": 0.009811234, "median": 0.001511234, "10.0%": 0.0001211234,
             "5.0%": 4.411234e-05, "1.0%": 4.21234e-06, "0.1%": 3.11234e-07, "minimum": -2.11e-09,
         },
         "delta_p": {
-            "mean": {"value": -0.000812345, "error": 0.000110987},
-            "rms": {"value": 0.020131234, "error": 0.000311234},
+            "mean": estimate(-0.000812345, 0.000110987),
+            "rms": estimate(0.020131234, 0.000311234),
             "maximum": 0.37121234, "99.9%": 0.1503123, "99.0%": 0.0641123, "95.0%": 0.0253123,
             "90.0%": 0.0131123, "75.0%": 0.0021123, "median": -1.1123e-06, "25.0%": -0.0024123,
             "10.0%": -0.0149123, "5.0%": -0.0288123, "1.0%": -0.0720123, "0.1%": -0.1711123,
             "minimum": -0.4412123,
         },
-        "same_top_p": {"value": 0.962312345, "error": 0.001051234},
-        "noise_floor": {"mean_kld": 1.3123e-09, "how": "reference against itself, reordered"},
+        "same_top_p": estimate(0.962312345, 0.001051234),
+        "noise_floor": {
+            "mean_kld": 1.3123e-09,
+            "perplexity_ratio": 0.9999999912,
+            "same_top_p": 0.9999123,
+            "how": "reference against itself, reordered",
+        },
+        "routing": routing() if routed else None,
         "layers": [layer(i) for i in range(layers)],
         "units": [
             unit(i, e, m)
@@ -116,6 +180,13 @@ def content(layers: int = 4, experts: int = 8) -> dict:
             for e in range(experts)
             for m in ("gate", "up", "down")
         ],
+        "documents": {
+            "tokens": [20000, 12640],
+            "nll": [59812.123, 37889.456],
+            "nll_reference": [59733.221, 37820.119],
+            "kld": [81.1234567, 53.4657],
+            "same_top": [19250, 12160],
+        },
     }  # fmt: skip
 
 
@@ -204,7 +275,11 @@ def test_json_keeps_the_order_and_equal_reports_give_equal_bytes(tmp_path: Path)
         ("/perplexity/ratio/error", -0.1, "perplexity.ratio.error"),
         ("/layers/2/router_top1", 1.5, "layers.2.router_top1"),
         ("/layers/1/tokens_per_expert", [1, 2], "layers.1"),
-        ("/schema", "grokquant.evaluation/9", "schema"),
+        ("/schema", "grokquant.evaluation/1", "schema"),
+        ("/schema", 2, "schema"),
+        ("/perplexity/ratio/low", 1.5, "perplexity.ratio"),
+        ("/layers/1/forced/damage", [0.5] * 8, "layers.1.forced"),
+        ("/documents/tokens", [1], "documents"),
         ("/kld/98%", 0.1, "kld.98%"),
         ("/same_top_p", None, "same_top_p"),
     ],
@@ -406,21 +481,28 @@ def test_fallbacks_are_listed_with_their_reason() -> None:
 @pytest.mark.parametrize("change", ["lossless", "no layers", "one kind", "still", "idle"])
 def test_extremes_are_drawn(change: str) -> None:
     tree = content()
-    zero = {"value": 0.0, "error": 0.0}
+    zero = dict.fromkeys(("value", "error", "low", "high", "token_error"), 0.0)
     if change == "lossless":
         for part in ("kld", "delta_p"):
             tree[part] = {k: zero if isinstance(v, dict) else 0.0 for k, v in tree[part].items()}
-        tree["perplexity"] |= {"ratio": {"value": 1.0, "error": 0.0}, "ln_ratio": zero}
+        tree["perplexity"] |= {
+            "ratio": zero | dict.fromkeys(("value", "low", "high"), 1.0),
+            "ln_ratio": zero,
+        }
         tree["noise_floor"]["mean_kld"] = 0.0
         for unit in tree["units"]:
             unit |= {"relative_error": 0.0, "output_error": None}
         for layer in tree["layers"]:
-            layer |= {"relative_error": 0.0, "router_top1": 1.0, "router_top2_set": 1.0}
+            routers = {"router_top1": 1.0, "router_top2_set": 1.0, "router_set": 1.0}
+            layer |= {"relative_error": 0.0, "load_shift": 0.0} | routers
+            layer["forced"] |= {"block_error": 0.0, "attention_error": 0.0, "experts_error": 0.0}
+            layer["forced"] |= {"damage": [0.0] * 8} | routers
     if change == "no layers":
         tree["layers"], tree["units"] = [], []
     if change == "one kind":
         tree["units"] = tree["units"][:1]
-        tree["layers"][1] |= {"router_top1": None, "router_top2_set": None}
+        tree["layers"][1] |= {"router_top1": None, "router_top2_set": None, "router_set": None}
+        tree["layers"][1] |= {"load_shift": None, "forced": None}
         tree["layers"][1] |= {"tokens_per_expert": [], "reference_tokens_per_expert": []}
     if change == "still":
         for layer in tree["layers"]:
@@ -466,10 +548,10 @@ def test_verdict_says_which_way_and_what_is_within_the_error() -> None:
         "by 0.0041\u00a0nats, and 96.2\u00a0% of top tokens stay the same. "
         "4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB as bf16."
     )
-    fallen = changed("/perplexity/ratio", {"value": 0.9995, "error": 0.0008})
+    fallen = changed("/perplexity/ratio", estimate(0.9995, 0.0008))
     assert verdict(parse_report(fallen, "test")).startswith("Perplexity falls by 0.050")
     assert "within the error" in verdict(parse_report(fallen, "test"))
-    same = changed("/perplexity/ratio", {"value": 1.0, "error": 0.0})
+    same = changed("/perplexity/ratio", estimate(1.0, 0.0))
     assert verdict(parse_report(same, "test")).startswith("Perplexity is the same,")
     assert bf16_bytes(report().quantized) == 2 * 7_712_345
 
@@ -495,3 +577,23 @@ def test_verdict_says_which_way_and_what_is_within_the_error() -> None:
 )
 def test_numbers_as_people_read_them(shown: str, expected: str) -> None:
     assert shown.replace("\u00a0", " ") == expected
+
+
+# The schema
+
+
+def test_other_versions_are_refused_by_name() -> None:
+    with pytest.raises(InputError) as caught:
+        parse_report(changed("/schema", "grokquant.evaluation/1"), "x/report.json")
+    assert str(caught.value) == (
+        "x/report.json: schema: is 'grokquant.evaluation/1', this program reads "
+        "grokquant.evaluation/2: evaluate again"
+    )
+
+
+def test_every_field_of_the_schema_is_described() -> None:
+    schema = Report.model_json_schema(by_alias=True)
+    for part in (schema, *schema["$defs"].values()):
+        assert part["description"]
+        for name, field in part["properties"].items():
+            assert field.get("description"), f"{part['title']}.{name}"

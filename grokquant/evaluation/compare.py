@@ -14,8 +14,8 @@ from grokquant.evaluation.statistics import TokenFigures, compare_logits
 
 # Windows of the reference that run a second time in another batch order: the noise floor.
 _REPEATED = 4
-# Positions whose logits of both models are held at once, and how many of them in float64.
-_POSITIONS_AT_ONCE, _POSITIONS_COMPARED = 512, 64
+# Logits of each model that are held at once, all of the vocabulary of some positions.
+_LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`noise_kld` is the mean KLD of the reference against itself in another batch order."""
+    """`figures` of the scored tokens, `noise` of the reference against itself in another batch
+    order, for some of its windows."""
 
     figures: TokenFigures
     layers: list[LayerFigures]
-    noise_kld: float
+    noise: TokenFigures
 
 
 # Told about each layer, with the number of all layers, as soon as it is done.
@@ -75,7 +76,7 @@ def compare_checkpoints(
     own, again = hidden_base[: len(repeated)], hidden_base[len(rows) :].flip(0)
     noise = _score(base, again, base, own, rows[: len(repeated)])
     scored = _score(model, hidden, base, hidden_base[: len(rows)], rows)
-    return Comparison(scored, layers, noise.kld.mean().item())
+    return Comparison(scored, layers, noise)
 
 
 def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -125,13 +126,13 @@ def _score(
     model: BlockwiseModel, hidden: Tensor, base: BlockwiseModel, hidden_base: Tensor, rows: Tensor
 ) -> TokenFigures:
     parts = []
+    at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
     for window, own, theirs in zip(rows, hidden, hidden_base, strict=True):
-        for start in range(0, len(window) - 1, _POSITIONS_AT_ONCE):
-            positions = slice(start, min(start + _POSITIONS_AT_ONCE, len(window) - 1))
+        for start in range(0, len(window) - 1, at_once):
+            positions = slice(start, min(start + at_once, len(window) - 1))
             targets = window[positions.start + 1 : positions.stop + 1]
             logits, logits_base = (
                 m.logits(h[None, positions])[0] for m, h in ((model, own), (base, theirs))
             )
-            pieces = (t.split(_POSITIONS_COMPARED) for t in (logits, logits_base, targets))
-            parts += [compare_logits(*piece) for piece in zip(*pieces, strict=True)]
+            parts.append(compare_logits(logits, logits_base, targets))
     return TokenFigures.cat(parts)
