@@ -1,16 +1,17 @@
 """Two checkpoints on the same tokens, streamed side by side: neither has to fit in memory."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from grokquant.calibration.blocks import BlockwiseModel
+from grokquant.calibration.blocks import BlockwiseModel, Rows
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
-from grokquant.errors import InputError
+from grokquant.evaluation.likelihoods import Batch, Likelihood, Pair, likelihoods
 from grokquant.evaluation.statistics import TokenFigures, compare_logits
+from grokquant.evaluation.streaming import Stream
 
 # Windows of the reference that run a second time in another batch order: the noise floor.
 _REPEATED = 4
@@ -35,12 +36,26 @@ class LayerFigures:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Token ids `rows` [windows, time] of a text; those from place `first` of each are scored."""
+
+    rows: Tensor
+    first: int = 1
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """`noise_kld` is the mean KLD of the reference against itself in another batch order."""
+    """`figures` are those of the first text, as are those of layers; `further` of the others.
+
+    `noise_kld` is the mean KLD of the reference against itself in another batch order; `answers`
+    the log-likelihoods of the pairs, those of the quantized model first.
+    """
 
     figures: TokenFigures
     layers: list[LayerFigures]
     noise_kld: float
+    further: list[TokenFigures] = field(default_factory=list)
+    answers: tuple[dict[Pair, Likelihood], dict[Pair, Likelihood]] = ({}, {})
 
 
 # Told about each layer, with the number of all layers, as soon as it is done.
@@ -58,58 +73,60 @@ def compare_checkpoints(
 
     Every token but the first of each window is scored. Arithmetic is float32.
     """
+    return compare(quantized, reference, [Windows(rows)], layer_done=layer_done, device=device)
+
+
+def compare(
+    quantized: Checkpoint,
+    reference: Checkpoint,
+    texts: Sequence[Windows],
+    asked: Sequence[Batch] = (),
+    layer_done: LayerDone | None = None,
+    device: torch.device = CPU,
+) -> Comparison:
+    """Runs both models over all `texts` and over what is `asked`, layer by layer, each read once.
+
+    Arithmetic is float32.
+    """
     base = BlockwiseModel(reference, device=device)
     model = BlockwiseModel(quantized, device=device, twin=base)
-    repeated = rows[:_REPEATED].flip(0)
-    hidden = model.embed(rows)
-    hidden_base = base.embed(torch.cat((rows, repeated)))
+    batches = [*(Rows(text.rows) for text in texts), *(batch.rows for batch in asked)]
+    repeated = texts[0].rows[:_REPEATED].flip(0)
+    own, theirs = Stream(model, batches), Stream(base, [*batches, Rows(repeated)])
     layers = []
     for index in range(reference.config.num_hidden_layers):
-        hidden, chosen = _run_layer(model, index, hidden)
-        hidden_base, chosen_base = _run_layer(base, index, hidden_base)
-        kept = hidden_base[: len(rows)]
-        figures = _layer_figures(index, hidden, kept, chosen, chosen_base, base)
+        own.run_layer(index)
+        theirs.run_layer(index)
+        figures = _layer_figures(index, own, theirs)
         layers.append(figures)
         if layer_done:
             layer_done(figures, reference.config.num_hidden_layers)
-    own, again = hidden_base[: len(repeated)], hidden_base[len(rows) :].flip(0)
-    noise = _score(base, again, base, own, rows[: len(repeated)])
-    scored = _score(model, hidden, base, hidden_base[: len(rows)], rows)
-    return Comparison(scored, layers, noise.kld.mean().item())
+    same, again = theirs.hidden[0][: len(repeated)], theirs.hidden[-1].flip(0)
+    noise = _score(base, again, base, same, Windows(repeated.flip(0), texts[0].first))
+    figures_of = [
+        _score(model, h, base, h_base, text)
+        for h, h_base, text in zip(own.hidden, theirs.hidden, texts, strict=False)
+    ]
+    answers = _answers(own, asked, len(texts)), _answers(theirs, asked, len(texts))
+    return Comparison(figures_of[0], layers, noise.kld.mean().item(), figures_of[1:], answers)
 
 
-def _run_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Hidden states after the layer and the experts chosen for each token [tokens, k], if any.
-
-    Raises InputError where the weights are so large that the states are not finite.
-    """
-    chosen: list[Tensor] = []
-    mix = model.stored_experts(index)
-
-    def watched(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        chosen.append(experts)
-        return mix(x, experts, gates)
-
-    model.load_layer(index)
-    hidden = model.run_layer(index, hidden, watched)
-    model.free_layer(index)
-    if not torch.isfinite(hidden).all():
-        raise InputError(f"{model.source.path}: the outputs of layer {index} are not finite")
-    return hidden, chosen[0] if chosen else None
+def _answers(stream: Stream, asked: Sequence[Batch], texts: int) -> dict[Pair, Likelihood]:
+    """What a model says of the pairs; their batches come after those of the texts."""
+    found: dict[Pair, Likelihood] = {}
+    for batch, hidden in zip(asked, stream.hidden[texts:], strict=False):
+        found |= likelihoods(stream.model, batch, hidden)
+    return found
 
 
-def _layer_figures(
-    index: int,
-    hidden: Tensor,
-    hidden_base: Tensor,
-    chosen: Tensor | None,  # (tokens, k)
-    chosen_base: Tensor | None,  # (tokens and more, k)
-    base: BlockwiseModel,
-) -> LayerFigures:
+def _layer_figures(index: int, own: Stream, theirs: Stream) -> LayerFigures:
+    """Figures of the layer that both have just run, on the first text."""
+    hidden, hidden_base, base = own.hidden[0], theirs.hidden[0], theirs.model
     error = ((hidden - hidden_base).norm() / hidden_base.norm()).item()
-    if chosen is None or chosen_base is None:
+    if own.chosen is None or theirs.chosen is None:
         return LayerFigures(index, error, None, None, [], [])
-    count, chosen_base = base.family.num_experts(base.config, index), chosen_base[: len(chosen)]
+    chosen, chosen_base = own.chosen[0], theirs.chosen[0]  # (tokens, k)
+    count = base.family.num_experts(base.config, index)
     same_set = (chosen.sort(-1).values == chosen_base.sort(-1).values).all(-1)
     return LayerFigures(
         layer=index,
@@ -122,11 +139,11 @@ def _layer_figures(
 
 
 def _score(
-    model: BlockwiseModel, hidden: Tensor, base: BlockwiseModel, hidden_base: Tensor, rows: Tensor
+    model: BlockwiseModel, hidden: Tensor, base: BlockwiseModel, hidden_base: Tensor, text: Windows
 ) -> TokenFigures:
     parts = []
-    for window, own, theirs in zip(rows, hidden, hidden_base, strict=True):
-        for start in range(0, len(window) - 1, _POSITIONS_AT_ONCE):
+    for window, own, theirs in zip(text.rows, hidden, hidden_base, strict=True):
+        for start in range(text.first - 1, len(window) - 1, _POSITIONS_AT_ONCE):
             positions = slice(start, min(start + _POSITIONS_AT_ONCE, len(window) - 1))
             targets = window[positions.start + 1 : positions.stop + 1]
             logits, logits_base = (
