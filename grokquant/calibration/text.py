@@ -45,7 +45,7 @@ def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) 
 
 
 @dataclass(frozen=True)
-class Rows:
+class TextRows:
     """Windows of a text: its `tokens` and the number of the document that each is from, from 0.
 
     Both int64 [rows, length].
@@ -61,7 +61,7 @@ def rows_of(
     samples: int,
     length: int,
     seed: int | None,
-) -> Rows:
+) -> TextRows:
     """`samples` windows of `length` tokens; fewer where the text has no more.
 
     The documents' tokens are joined as they are, nothing between them, and cut into windows that
@@ -77,10 +77,10 @@ def rows_of(
     rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(windows, length)
     numbers = torch.bucketize(torch.arange(whole), torch.tensor(ends), right=True).view_as(rows)
     if seed is None:
-        return Rows(rows[:samples], numbers[:samples])
+        return TextRows(rows[:samples], numbers[:samples])
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
     drawn = order[:samples].sort().values
-    return Rows(rows[drawn], numbers[drawn])
+    return TextRows(rows[drawn], numbers[drawn])
 
 
 def token_rows(

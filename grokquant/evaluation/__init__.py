@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,13 +10,14 @@ from pydantic import ValidationError
 
 import grokquant
 from grokquant import papers
-from grokquant.calibration.text import Rows, load_documents, rows_of, text_digest
+from grokquant.calibration.text import TextRows, load_documents, rows_of, text_digest
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
+from grokquant.evaluation.cache import Cache
 from grokquant.evaluation.compare import LayerDone, compare_checkpoints
-from grokquant.evaluation.estimates import figures_of
+from grokquant.evaluation.estimates import figures_of, noise_floor, routing
 from grokquant.evaluation.html import write_report
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.tables import markdown_table
@@ -63,11 +65,14 @@ def evaluate(
     settings: EvalSection | None = None,
     layer_done: LayerDone | None = None,
     device: torch.device = CPU,
+    forced: bool = True,
+    cache: Cache | None = None,
 ) -> Report:
     """Runs both checkpoints over the same held-out tokens, block by block, on `device`.
 
-    `settings` default to those of the recipe that made `quantized`. Raises InputError where the
-    two cannot be compared.
+    `settings` default to those of the recipe that made `quantized`. With `forced` each layer is
+    also measured alone; a `cache` keeps what the reference did for the next evaluation. Raises
+    InputError where the two cannot be compared.
     """
     settings = settings or settings_of(quantized)
     candidate, base = open_checkpoint(quantized), open_checkpoint(reference)
@@ -75,15 +80,19 @@ def evaluate(
     own, theirs = _unit_rows(candidate), _unit_rows(base)
     documents = load_documents(settings.data, "heldout")
     rows = _rows(settings, documents, base)
-    comparison = compare_checkpoints(candidate, base, rows.tokens, layer_done, device)
+    comparison = compare_checkpoints(
+        candidate, base, rows.tokens, layer_done, device, forced, cache
+    )
     return Report(
         grokquant=grokquant.__version__,
         quantized=_describe(candidate, quantized, own),
         reference=_describe(base, reference, theirs),
         protocol=_protocol(settings, documents, rows.tokens),
-        layers=tuple(parts.Layer(**vars(layer)) for layer in comparison.layers),
+        noise_floor=noise_floor(comparison.noise),
+        routing=routing(comparison),
+        layers=tuple(parts.Layer(**asdict(layer)) for layer in comparison.layers),
         units=own,
-        **figures_of(comparison, rows.documents[:, 1:]),
+        **figures_of(comparison.figures, rows.documents[:, 1:]),
     )
 
 
@@ -107,7 +116,7 @@ def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _rows(settings: EvalSection, documents: list[str], base: Checkpoint) -> Rows:
+def _rows(settings: EvalSection, documents: list[str], base: Checkpoint) -> TextRows:
     """Windows of the text, no longer than the model has positions."""
     tokenizer = load_tokenizer(base)
     length = min(settings.length, base.config.max_position_embeddings)

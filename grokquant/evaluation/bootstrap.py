@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ LEAST = 10
 _BLOCK = 32
 _CELLS = 2**22
 
+Unit = Literal["document", "window", "block"]
 Array = NDArray[np.float64]
 # Sums [..., columns] -> a figure [...]
 Figure = Callable[[Array], Array]
@@ -80,7 +82,7 @@ def cluster_sums(columns: list[Tensor], clusters: Tensor) -> Array:
     return sums.index_add_(0, clusters, table).numpy()
 
 
-def clusters_of(documents: Tensor) -> tuple[str, Tensor]:
+def clusters_of(documents: Tensor) -> tuple[Unit, Tensor]:
     """What is drawn, and its number for each scored token [tokens], counted from 0.
 
     `documents` [windows, scored] tells the document of each token.

@@ -17,19 +17,18 @@ _QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%
 _COUNT, _NLL, _NLL_REFERENCE, _KLD, _DELTA, _SQUARE, _TOP = range(7)
 
 
-def figures_of(comparison: Comparison, documents: Tensor) -> dict:
-    """The figures of a comparison under the names of the report.
+def figures_of(figures: TokenFigures, documents: Tensor) -> dict:
+    """The figures of the tokens of a text under the names of the report.
 
     `documents` [windows, scored] tells the document of each scored token.
     """
-    figures = comparison.figures
     unit, clusters = bootstrap.clusters_of(documents)
     columns = [torch.ones_like(figures.kld), figures.nll, figures.nll_reference, figures.kld]
     columns += [figures.delta_p, figures.delta_p.square(), figures.same_top]
     drawn = Bootstrap(bootstrap.cluster_sums(columns, clusters))
     return {
         "bootstrap": parts.Bootstrap(
-            unit=unit,  # type: ignore[arg-type]
+            unit=unit,
             clusters=len(drawn.sums),
             resamples=drawn.resamples,
             seed=drawn.seed,
@@ -39,19 +38,54 @@ def figures_of(comparison: Comparison, documents: Tensor) -> dict:
         "kld": parts.Divergence(
             mean=_mean(drawn, _KLD, figures.kld), **_spread(figures.kld, _QUANTILES)
         ),
-        "delta_p": parts.DeltaP(
-            mean=_mean(drawn, _DELTA, figures.delta_p),
-            rms=_estimate(
-                drawn,
-                lambda sums: np.sqrt(_mean_of(sums, _SQUARE)),
-                statistics.rms_and_error(figures.delta_p)[1],
-            ),
-            **_spread(figures.delta_p, (*_QUANTILES, "75.0%", "25.0%")),
-        ),
+        "delta_p": _delta_p(figures.delta_p, drawn),
         "same_top_p": _mean(drawn, _TOP, figures.same_top),
-        "noise_floor": _noise_floor(comparison.noise),
         "documents": _documents(drawn.sums),
     }
+
+
+def noise_floor(noise: TokenFigures) -> parts.NoiseFloor:
+    """What the reference against itself, `noise`, reads."""
+    return parts.NoiseFloor(
+        mean_kld=noise.kld.mean().item(),
+        perplexity_ratio=(noise.nll - noise.nll_reference).mean().exp().item(),
+        same_top_p=noise.same_top.mean().item(),
+        how="the reference against itself, the same windows in another batch order",
+    )
+
+
+def routing(comparison: Comparison) -> parts.Routing | None:
+    """The KLD of tokens with and without a change of routing; None for a dense model."""
+    kld, first = comparison.figures.kld, comparison.first_change
+    if first is None:
+        return None
+    routed = [layer.layer for layer in comparison.layers if layer.tokens_per_expert]
+    return parts.Routing(
+        unchanged=parts.TokenGroup(**_group(kld, first < 0)),
+        changed=parts.TokenGroup(**_group(kld, first >= 0)),
+        first_change=tuple(
+            parts.FirstChange(layer=layer, **_group(kld, first == layer)) for layer in routed
+        ),
+    )
+
+
+def _group(kld: Tensor, members: Tensor) -> dict:
+    tokens, total = int(members.sum()), kld.sum().item()
+    part = kld[members].sum().item()
+    return {
+        "tokens": tokens,
+        "mean_kld": part / tokens if tokens else None,
+        "share_of_kld": part / total if total else None,
+    }
+
+
+def _delta_p(delta_p: Tensor, drawn: Bootstrap) -> parts.DeltaP:
+    _, token_error = statistics.rms_and_error(delta_p)
+    return parts.DeltaP(
+        mean=_mean(drawn, _DELTA, delta_p),
+        rms=_estimate(drawn, lambda sums: np.sqrt(_mean_of(sums, _SQUARE)), token_error),
+        **_spread(delta_p, (*_QUANTILES, "75.0%", "25.0%")),
+    )
 
 
 def _perplexity(figures: TokenFigures, drawn: Bootstrap) -> parts.Perplexity:
@@ -95,15 +129,6 @@ def _mean(drawn: Bootstrap, column: int, x: Tensor) -> parts.Estimate:
 
 def _estimate(drawn: Bootstrap, figure: Figure, token_error: float) -> parts.Estimate:
     return parts.Estimate(**asdict(drawn.interval(figure)), token_error=token_error)
-
-
-def _noise_floor(noise: TokenFigures) -> parts.NoiseFloor:
-    return parts.NoiseFloor(
-        mean_kld=noise.kld.mean().item(),
-        perplexity_ratio=(noise.nll - noise.nll_reference).mean().exp().item(),
-        same_top_p=noise.same_top.mean().item(),
-        how="the reference against itself, the same windows in another batch order",
-    )
 
 
 def _documents(sums: Array) -> parts.Documents:
