@@ -107,7 +107,7 @@ def content(layers: int = 4, experts: int = 8) -> dict:
 
     def unit(i: int, e: int, matrix: str) -> dict:
         return {
-            "name": f"layers.{i}.experts.{e}.{matrix}",
+            "name": f"layers.{i}.experts.{e}.{matrix}" if routed else f"layers.{i}.mlp.{matrix}",
             "method": "gptq",
             "scheme": "int4 g128 sym",
             "bits_per_weight": 4.125,
@@ -331,6 +331,8 @@ def test_directory_that_is_a_file(tmp_path: Path) -> None:
 
 # The page
 
+_FIELDS = ("value", "error", "low", "high", "token_error")
+
 
 def test_numbers_on_the_page_are_those_of_the_json() -> None:
     page, tree = Page(render_html(report())), content()
@@ -345,15 +347,23 @@ def test_numbers_on_the_page_are_those_of_the_json() -> None:
     expected = {f"/{part}/{key}/{field}" for part, keys in (
         ("perplexity", ("reference", "quantized", "ratio", "ln_ratio", "difference")),
         ("kld", ("mean",)), ("delta_p", ("mean", "rms")),
-    ) for key in keys for field in ("value", "error")}  # fmt: skip
+    ) for key in keys for field in _FIELDS}  # fmt: skip
     expected |= {f"/{part}/{key}" for part in ("kld", "delta_p") for key in tree[part]}
     expected -= {"/kld/mean", "/delta_p/mean", "/delta_p/rms"}
+    routers = ("router_top1", "router_set")
     expected |= {f"/layers/{i}/{key}" for i in range(4)
-                 for key in ("relative_error", "router_top1", "router_top2_set")}  # fmt: skip
-    expected |= {f"/layers/{i}/tokens_per_expert/{e}" for i in range(4) for e in range(8)}
-    expected |= {"/perplexity/correlation", "/same_top_p/value", "/same_top_p/error"}
-    expected |= {"/noise_floor/mean_kld", "/quantized/bits_per_weight", "/quantized/bytes"}
-    assert expected <= paths
+                 for key in ("relative_error", "load_shift", *routers)}  # fmt: skip
+    expected |= {f"/layers/{i}/forced/{key}" for i in range(4)
+                 for key in ("block_error", "attention_error", "experts_error",
+                             *routers)}  # fmt: skip
+    expected |= {f"/layers/{i}/{key}/{e}" for i in range(4) for e in range(8)
+                 for key in ("tokens_per_expert", "forced/damage")}  # fmt: skip
+    expected |= {f"/same_top_p/{field}" for field in _FIELDS} | {"/perplexity/correlation"}
+    expected |= {f"/noise_floor/{key}" for key in ("mean_kld", "perplexity_ratio", "same_top_p")}
+    expected |= {f"/routing/{group}/mean_kld" for group in ("changed", "unchanged")}
+    expected |= {f"/routing/first_change/{i}/mean_kld" for i in range(4)}
+    expected |= {"/quantized/bits_per_weight", "/quantized/bytes"}
+    assert not expected - paths
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (64, 8), (3, 1), (1, 2), (2, 128)])
@@ -370,7 +380,8 @@ def test_page_needs_nothing_else(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(4, 8), (64, 8), (3, 1), (1, 2), (2, 128)])
 def test_every_drawing_is_well_formed_named_and_inside_its_box(shape: tuple[int, int]) -> None:
     drawings = re.findall(r"<svg.*?</svg>", render_html(report(*shape)), re.S)
-    assert len(drawings) == (9 if shape[1] > 1 else 4)
+    routed = 9 if shape[0] > 1 else 8  # the first change of routing needs a choice of layers
+    assert len(drawings) == 5 + routed * (shape[1] > 1)
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         assert root.get("aria-label") == root.findtext("title") and root.findtext("title")
@@ -384,14 +395,33 @@ def test_every_drawing_is_well_formed_named_and_inside_its_box(shape: tuple[int,
             assert 0 <= float(circle.get("cy", "nan")) <= height
 
 
-def test_grok_1_fits_in_400_kilobytes() -> None:
-    assert len(render_html(report(64, 8)).encode()) < 400_000
+def test_grok_1_fits_in_600_kilobytes() -> None:
+    assert len(render_html(report(64, 8)).encode()) < 600_000
 
 
-def test_dense_model_has_no_experts_section() -> None:
-    page = render_html(report(3, 1))
-    assert "Expert by expert" not in page and "Same experts chosen" not in page
-    assert "Expert by expert" in render_html(report())
+def test_dense_model_is_not_told_of_experts() -> None:
+    text = Page(render_html(report(3, 1))).text.lower()
+    assert "expert" not in text and "router" not in text and "routing" not in text
+    page = render_html(report())
+    for words in ("Expert by expert", "Same experts chosen", "Share of the damage", "Load shift"):
+        assert words in page
+
+
+def test_layers_that_were_not_measured_alone_leave_no_gap() -> None:
+    tree = content()
+    for layer in tree["layers"]:
+        layer["forced"] = None
+    tree["routing"] = None
+    page = render_html(parse_report(tree, "test"))
+    assert "Error that has built up" in page and "Same experts chosen" in page
+    for words in ("Error of each layer alone", "Share of the damage", "this layer alone"):
+        assert words not in page
+
+
+def test_first_two_experts_are_shown_only_where_there_are_more() -> None:
+    assert "first two" not in render_html(report())
+    tree = changed("/layers/1/router_set", 0.25)
+    assert "first two" in render_html(parse_report(tree, "test"))
 
 
 def test_heat_map_has_a_cell_for_each_expert_and_darkest_is_busiest() -> None:
@@ -521,15 +551,18 @@ def test_extremes_are_drawn(change: str) -> None:
 
 def test_markdown_table() -> None:
     lines = markdown_table(report()).splitlines()
-    assert lines[0] == "| Metric | Value | ± | Better |"
+    assert lines[0] == "| Metric | Value | ± | 95 % interval | Better |"
     table = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in table} == {5}
+    assert {line.count("|") for line in table} == {6}
     cells = {
         row[0]: row[1:] for row in ([c.strip() for c in line.split("|")[1:-1]] for line in table)
     }
-    assert cells["Mean PPL(Q)/PPL(base)"] == ["1.00410", "0.00081", "→ near 1"]
-    assert cells["Mean KLD"] == ["0.004123\u00a0nats", "0.000061", "↓ lower"]
-    assert cells["Same top p"] == ["96.23\u00a0%", "0.11", "↑ higher"]
+    ratio = ["1.00410", "0.00081", "1.00256\u00a0to\u00a01.00581", "→ near 1"]
+    assert cells["Mean PPL(Q)/PPL(base)"] == ratio
+    kld = ["0.004123\u00a0nats", "0.000061", "0.004007\u00a0to\u00a00.004252", "↓ lower"]
+    assert cells["Mean KLD"] == kld
+    assert cells["Same top p"] == ["96.23\u00a0%", "0.11", "96.03\u00a0to\u00a096.45", "↑ higher"]
+    assert cells["Same experts, least"][0] == "85.11\u00a0%"
     assert cells["Bits per weight"][0] == "4.26" and cells["Size"][0] == "4.11\u00a0MB"
     assert "&lt;b>" in lines[-1] and "\\|" in lines[-1] and "32,640 tokens" in lines[-1]
 
@@ -542,15 +575,17 @@ def test_terminal_table_shows_every_metric_and_no_markup_of_names() -> None:
         assert name in text
 
 
-def test_verdict_says_which_way_and_what_is_within_the_error() -> None:
+def test_verdict_says_which_way_and_what_may_be_chance() -> None:
     assert verdict(report()) == (
-        "Perplexity rises by 0.410\u00a0% (±\u00a00.081), the average token’s distribution moves "
-        "by 0.0041\u00a0nats, and 96.2\u00a0% of top tokens stay the same. "
-        "4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB as bf16."
+        "Perplexity rises by 0.410\u00a0% (95\u00a0% interval 0.256 to 0.581\u00a0%), the average "
+        "token’s distribution moves by 0.0041\u00a0nats, and 96.2\u00a0% of top tokens stay the "
+        "same. 4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB as bf16."
     )
     fallen = changed("/perplexity/ratio", estimate(0.9995, 0.0008))
-    assert verdict(parse_report(fallen, "test")).startswith("Perplexity falls by 0.050")
-    assert "within the error" in verdict(parse_report(fallen, "test"))
+    assert verdict(parse_report(fallen, "test")).startswith(
+        "Perplexity falls by 0.050\u00a0% (95\u00a0% interval −0.118 to 0.202\u00a0%, so it may as "
+        "well be none), "
+    )
     same = changed("/perplexity/ratio", estimate(1.0, 0.0))
     assert verdict(parse_report(same, "test")).startswith("Perplexity is the same,")
     assert bf16_bytes(report().quantized) == 2 * 7_712_345

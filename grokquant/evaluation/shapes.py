@@ -45,10 +45,11 @@ class Mark:
         return f' data-path="{escape(self.path)}" data-value="{stored!r}"' if self.path else ""
 
 
-def svg(title: str, height: float, body: Sequence[str]) -> str:
-    label = escape(title)
+def svg(title: str, height: float, body: Sequence[str], kind: str = "") -> str:
+    """A drawing with a name; those of the `kind` "top" do not sink to the foot of their figure."""
+    label, name = escape(title), f'class="{kind}" ' if kind else ""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label="{label}">'
+        f'<svg {name}viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label="{label}">'
         f"<title>{label}</title>{''.join(body)}</svg>"
     )
 
@@ -117,12 +118,20 @@ def _n(value: float) -> str:
 def ticks(axis: Axis, most: int = 5) -> list[float]:
     """Round values inside the axis, at most about `most` of them."""
     if axis.log:
-        first, last = ceil(log10(axis.low)), floor(log10(axis.high))
-        every = max(1, ceil((last - first + 1) / (most + 1)))
-        return [10.0**e for e in range(last, first - 1, -every)][::-1]
+        return _decades(axis, most)
     step = _round_step((axis.high - axis.low) / most)
     first, last = ceil(axis.low / step - 1e-9), floor(axis.high / step + 1e-9)
     return [step * i for i in range(first, last + 1)]
+
+
+def _decades(axis: Axis, most: int) -> list[float]:
+    """Powers of ten; between few of them also their doubles and fives."""
+    first, last = ceil(log10(axis.low) - 1e-9), floor(log10(axis.high) + 1e-9)
+    if last - first < 2:
+        steps = (m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5))
+        return [x for x in steps if axis.low <= x * 1.001 and x <= axis.high * 1.001]
+    every = max(1, ceil((last - first + 1) / (most + 1)))
+    return [10.0**e for e in range(last, first - 1, -every)][::-1]
 
 
 def _round_step(rough: float) -> float:
