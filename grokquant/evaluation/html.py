@@ -14,14 +14,13 @@ from grokquant.evaluation.layer_sections import (
     layers_section,
     routing_section,
 )
-from grokquant.evaluation.markup import better, datum, interval_of, section, value_of
+from grokquant.evaluation.markup import better, datum, document, interval_of, section, value_of
 from grokquant.evaluation.report import JSON_NAME, Checkpoint, Report
 from grokquant.evaluation.sections import (
     distribution_section,
     metrics_section,
     weights_section,
 )
-from grokquant.evaluation.style import CSS
 from grokquant.evaluation.tables import (
     LOWER,
     NBSP,
@@ -41,7 +40,6 @@ HTML_NAME = "report.html"
 
 def render_html(report: Report) -> str:
     """The whole page."""
-    title = escape(f"{name_of(report.quantized)}: evaluation")
     body = "".join(
         (
             _header(report),
@@ -55,13 +53,8 @@ def render_html(report: Report) -> str:
             _protocol(report),
         )
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
-        f"<footer>grokquant {escape(report.grokquant)}. The same numbers, in full precision, "
-        "are in report.json beside this page.</footer>\n</main>\n</body>\n</html>\n"
-    )
+    title = f"{name_of(report.quantized)}: evaluation"
+    return document(title, body, report.grokquant, JSON_NAME)
 
 
 def write_report(report: Report, directory: Path) -> tuple[Path, Path]:

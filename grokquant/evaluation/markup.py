@@ -2,7 +2,19 @@
 
 from html import escape
 
-from grokquant.evaluation.tables import NBSP, Row, number
+from grokquant.evaluation.style import CSS
+from grokquant.evaluation.tables import Row, number
+
+
+def document(title: str, body: str, version: str, data: str) -> str:
+    """A whole page; `data` is the name of the file that has the same numbers."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
+        f"<footer>grokquant {escape(version)}. The same numbers, in full precision, "
+        f"are in {data} beside this page.</footer>\n</main>\n</body>\n</html>\n"
+    )
 
 
 def section(title: str, words: str, body: str) -> str:
@@ -58,7 +70,7 @@ def interval_of(row: Row) -> str:
         return ""
     ends = (("low", row.estimate.low), ("high", row.estimate.high))
     shown = (datum(_beside(row, key), end, row.bare(end), row.unit) for key, end in ends)
-    return f"{NBSP}to{NBSP}".join(shown)
+    return " to ".join(shown)
 
 
 def _beside(row: Row, key: str) -> str:

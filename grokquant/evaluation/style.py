@@ -2,7 +2,8 @@
 
 _LIGHT = """
 --page:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#5c5a54;--hair:#e2e0da;--level:#ebe9e4;--base:#a9a69e;
---accent:#0b62b4;--s1:#1b74c9;--s2:#c4590f;--s3:#00806a;--s0:#c3c0b8;--strong:#fff;--warn:#fdf0e3;--warnline:#c4590f;
+--accent:#0b62b4;--s1:#1b74c9;--s2:#c4590f;--s3:#00806a;--s4:#8a4fb0;--s5:#8a7a00;--s6:#3f434a;
+--s0:#c3c0b8;--strong:#fff;--warn:#fdf0e3;--warnline:#c4590f;
 --q0:#e8f1fc;--q1:#c8dffa;--q2:#a2cbfa;--q3:#7cb5f5;--q4:#277fd6;--q5:#0268bb;--q6:#035397;--q7:#013e73;
 --e0:#fbede6;--e1:#f7d4c3;--e2:#f3b89a;--e3:#ea9b72;--e4:#c45a10;--e5:#a44803;--e6:#853900;--e7:#642901;
 --d0:#ab4b01;--d1:#e58f62;--d2:#f6c9b3;--d3:#e9ebee;--d4:#b8d8fb;--d5:#6dacf1;--d6:#136dbf;
@@ -10,7 +11,8 @@ _LIGHT = """
 
 _DARK = """
 --page:#131416;--card:#1c1e21;--ink:#ecebe8;--soft:#a9a7a1;--hair:#34363a;--level:#2b2d31;--base:#6d6f73;
---accent:#7db8f5;--s1:#5ea4ee;--s2:#ee9157;--s3:#3fc3a4;--s0:#55585d;--strong:#101316;--warn:#33241a;--warnline:#ee9157;
+--accent:#7db8f5;--s1:#5ea4ee;--s2:#ee9157;--s3:#3fc3a4;--s4:#c98be6;--s5:#d9c64a;--s6:#dcdad5;
+--s0:#55585d;--strong:#101316;--warn:#33241a;--warnline:#ee9157;
 --q0:#1c2d3f;--q1:#223c59;--q2:#274c74;--q3:#2f5d8e;--q4:#5296df;--q5:#70aff4;--q6:#9ac8fd;--q7:#c8e1fe;
 --e0:#3c2519;--e1:#54301d;--e2:#6d3c21;--e3:#854827;--e4:#d17746;--e5:#e89265;--e6:#f5b391;--e7:#fbd5c2;
 --d0:#f99864;--d1:#9d562f;--d2:#603f2e;--d3:#34363a;--d4:#324a64;--d5:#396ea8;--d6:#7ab9fe;
@@ -20,6 +22,12 @@ _SHADES = "".join(
     f".{palette}{i}{{fill:var(--{palette}{i})}}"
     for palette, count in (("q", 8), ("e", 8), ("d", 7))
     for i in range(count)
+)
+
+# Series: fills, and strokes of what has no inside or an open one.
+_SERIES = "".join(
+    f".s{i}{{fill:var(--s{i})}}:is(.line,.whisker,.leader,.open).s{i}{{stroke:var(--s{i})}}"
+    for i in range(1, 7)
 )
 
 _PAGE = """
@@ -77,8 +85,20 @@ text.ink{fill:var(--ink)}text.hi{fill:var(--strong)}.pass{pointer-events:none}
 line.level{stroke:var(--level)}line.base{stroke:var(--base)}
 line.mark{stroke:var(--ink);stroke-dasharray:3 3}
 .line{fill:none!important;stroke-width:2;stroke-linejoin:round}
-.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s3{fill:var(--s3)}.s0{fill:var(--s0)}
-.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}.line.s3{stroke:var(--s3)}
+.s0{fill:var(--s0)}
+.m{stroke:var(--card)}.m.open{fill:var(--card);stroke-width:2}.m.hidden{fill-opacity:0;stroke:none}
+.dash{stroke-dasharray:7 4}
+.line.front{stroke:var(--base);stroke-width:1.5;stroke-dasharray:2 4}
+.whisker{stroke-width:2}.leader{stroke-width:1}
+.halo{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
+.key{display:inline-block;width:16px;height:16px;margin:0 8px 0 0;vertical-align:-2px}
+.run{display:flex;min-width:7em;overflow-wrap:anywhere}.run .key{flex:none;margin-top:4px}
+.runs thead th{white-space:normal;vertical-align:bottom}
+.runs td:not(.num){white-space:nowrap}
+.runs thead .better{font-size:.85rem}
+.runs .ends{font-size:.8rem}
+.runs th,.runs td{padding-right:14px}
+.runs b{font-weight:600}
 circle{stroke:var(--card);stroke-width:1.5}circle.fine{stroke:none}
 .c{stroke:var(--card);stroke-width:1}
 details{margin-top:14px}
@@ -121,6 +141,13 @@ padding:9px 0;border-top:1px solid var(--hair)}
 .metrics .better{text-align:right}
 .metrics tr.block{border-top:0;padding:14px 0 2px}
 .metrics tr.block:first-child{padding-top:2px}
+.runs thead{display:none}
+.runs tr{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:8px 14px;padding:12px 0;
+border-top:1px solid var(--hair)}
+.runs tr:first-child{border-top:0}
+.runs th,.runs td,.runs .num{border:0;padding:0;text-align:left;white-space:normal}
+.runs th{grid-column:1/-1;font-size:1.05rem;font-weight:600;overflow-wrap:anywhere}
+.runs td::before{content:attr(data-label);display:block;font-size:.85rem;color:var(--soft)}
 .facts{grid-template-columns:minmax(0,1fr);gap:0}
 .facts dd{margin-bottom:9px}
 }
@@ -147,5 +174,5 @@ summary{list-style:none;color:var(--soft)}
 CSS = (
     f":root{{{_LIGHT}}}"
     f"@media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
-    f"{_PAGE}{_SHADES}"
+    f"{_SERIES}{_PAGE}{_SHADES}"
 ).replace("\n", "")

@@ -108,7 +108,7 @@ def bar_chart(
         body.append(f'<rect class="s1" {shape}{mark.data}>{tooltip(label)}</rect>')
         if band >= _ROOM:
             body.append(text_at(x + width / 2, y.start - height - 6, show(mark.value), "mid ink"))
-    return svg(title, 236, [*body, baseline(y.start), *_layer_ticks(names, 190, x_title)])
+    return svg(title, 236, [*body, baseline(y.start), *layer_ticks(names, 190, x_title)])
 
 
 def line_chart(
@@ -134,7 +134,7 @@ def line_chart(
             for px, py, m in points
         ]
         body += legend_entry(LEFT, 12 + _LINE * (number - 1), f"s{number}", line.name)
-    return svg(title, y.start + 46, [*body, *_layer_ticks(range(count), y.start, x_title)])
+    return svg(title, y.start + 46, [*body, *layer_ticks(range(count), y.start, x_title)])
 
 
 def heat_map(
@@ -167,7 +167,7 @@ def heat_map(
                 body.append(text_at(x + width / 2, y + height / 2 + 4.5, show(mark.value), side))
     bottom = 8 + count * height
     body.append(text_at(13, (8 + bottom) / 2, names[1], "mid", turned=True))
-    body += _layer_ticks(range(len(columns)), bottom, names[0])
+    body += layer_ticks(range(len(columns)), bottom, names[0])
     return svg(title, bottom + 78, [*body, *_scale(step, show, bottom + 56)])
 
 
@@ -252,10 +252,14 @@ def _centre(index: int, count: int) -> float:
     return LEFT + (index + 0.5) * (RIGHT - LEFT) / count
 
 
-def _layer_ticks(layers: Sequence[int], y: float, name: str) -> list[str]:
+def layer_ticks(layers: Sequence[int], y: float, name: str, axis: Axis | None = None) -> list[str]:
+    """Numbers of layers below a plot, few enough to read; on the band of all plots or an `axis`."""
     count = len(layers)
     every = next(n for n in (1, 2, 4, 8, 16, 32, 64, count) if count / n <= 12 or n >= count)
+    places = [axis(i) if axis else _centre(i, count) for i in range(0, count, every)]
     ticks = [
-        text_at(_centre(i, count), y + 17, str(layers[i]), "mid") for i in range(0, count, every)
+        text_at(x, y + 17, str(layer), "mid")
+        for x, layer in zip(places, layers[::every], strict=True)
     ]
-    return [*ticks, axis_title(y + 36, name)]
+    middle = (axis.start + axis.end) / 2 if axis else (LEFT + RIGHT) / 2
+    return [*ticks, text_at(middle, y + 36, name, "mid")]

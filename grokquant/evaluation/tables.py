@@ -55,7 +55,7 @@ class Row:
     def shown_interval(self) -> str:
         """Both ends of the 95 % interval, without the unit; empty where there is none."""
         ends = (self.estimate.low, self.estimate.high) if self.estimate else ()
-        return " to ".join(map(self.bare, ends)).replace(" ", NBSP)
+        return " to ".join(map(self.bare, ends))
 
     def bare(self, value: float) -> str:
         """A value of this metric, as exact as its error allows, without the unit."""
