@@ -26,6 +26,7 @@ from grokquant.evaluation.tables import (
     bf16_bytes,
     count,
     name_of,
+    number,
     percent,
     rows,
     size,
@@ -96,12 +97,16 @@ def _kind(model: Checkpoint) -> str:
 def _tiles(report: Report) -> str:
     by_name = {row.name: row for row in rows(report)}
     ratio, kld = by_name["Mean PPL(Q)/PPL(base)"], by_name["Mean KLD"]
-    top, noise = by_name["Same top p"], by_name["Noise floor"]
+    top, noise = by_name["Same top p"], report.noise_floor.mean_kld
     model, plain = report.quantized, bf16_bytes(report.quantized)
     bits = f"{model.bits_per_weight:.2f}"
     tiles = (
         _tile("Perplexity ratio", ratio, "quantized over reference"),
-        _tile("Mean KL divergence", kld, f"noise floor {noise.shown}"),
+        _tile(
+            "Mean KL divergence",
+            kld,
+            f"noise floor {datum('/noise_floor/mean_kld', noise, number(noise))} nats",
+        ),
         _tile("Same top token", top, "greedy choice unchanged"),
         _tile_of(
             "Bits per weight",

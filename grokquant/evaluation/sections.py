@@ -39,7 +39,7 @@ def metrics_section(report: Report) -> str:
         )
     return section(
         "How far from the reference",
-        "Names as in llama.cpp. ± is one standard error, with tokens taken as independent.",
+        "Names as in llama.cpp. ± is one standard error, over documents (or windows) drawn again.",
         '<div class="card"><table class="metrics"><thead><tr><th>Metric</th>'
         '<th class="num">Value</th><th class="num">±</th><th>Better</th><th>In plain words</th>'
         f"</tr></thead><tbody>{''.join(parts)}</tbody></table></div>",

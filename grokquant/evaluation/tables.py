@@ -25,7 +25,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 @dataclass(frozen=True)
 class Row:
     """One metric. `path` is the JSON pointer of its value, `unit` "", "nats" or "%"; a value in
-    percent is still a fraction here. `better` may be empty: a number that is nobody's goal."""
+    percent is still a fraction here. `better` may be empty: a number that is nobody's goal.
+    `ends` are those of the 95 % interval; `noise` is what the metric reads for no change at all."""
 
     block: str
     name: str
@@ -35,6 +36,8 @@ class Row:
     unit: str
     better: str
     words: str
+    ends: tuple[float, float] | None = None
+    noise: float | None = None
 
     @property
     def shown(self) -> str:
@@ -48,6 +51,20 @@ class Row:
         scale = 100 if self.unit == "%" else 1
         return number(self.error * scale, self.error * scale)
 
+    @property
+    def shown_interval(self) -> str:
+        if self.ends is None:
+            return ""
+        scale = 100 if self.unit == "%" else 1
+        low, high = (number(end * scale, (self.error or 0) * scale) for end in self.ends)
+        return f"{low} to {high}"
+
+    @property
+    def shown_noise(self) -> str:
+        if self.noise is None:
+            return ""
+        return number(self.noise * 100 if self.unit == "%" else self.noise)
+
 
 def rows(report: Report) -> list[Row]:
     """The metrics a reader looks at first; `quantile_rows` has the rest."""
@@ -57,9 +74,11 @@ def rows(report: Report) -> list[Row]:
 def _perplexity_rows(report: Report) -> Iterator[Row]:
     ppl = report.perplexity
 
+    noise = {"ratio": report.noise_floor.perplexity_ratio}
+
     def row(name: str, key: str, estimate: Estimate, better: str, words: str) -> Row:
         path = f"/perplexity/{key}/value"
-        return Row("Perplexity", name, path, estimate.value, estimate.error, "", better, words)
+        return _row("Perplexity", name, path, estimate, "", better, words, noise.get(key))
 
     yield row(
         "Mean PPL(Q)", "quantized", ppl.quantized, LOWER,
@@ -91,29 +110,34 @@ def _kld_rows(report: Report) -> Iterator[Row]:
     def row(name: str, key: str, value: float, words: str) -> Row:
         return Row("KL divergence", name, f"/kld/{key}", value, None, "nats", LOWER, words)
 
-    yield Row(
-        "KL divergence", "Mean KLD", "/kld/mean/value", kld.mean.value, kld.mean.error, "nats",
-        LOWER, "How far the predicted distribution moves, averaged over tokens; 0 is identical.",
+    yield _row(
+        "KL divergence", "Mean KLD", "/kld/mean/value", kld.mean, "nats", LOWER,
+        "How far the predicted distribution moves, averaged over tokens; 0 is identical.",
+        report.noise_floor.mean_kld,
     )  # fmt: skip
     yield row("Median KLD", "median", kld.median, "Half of the tokens move less than this.")
     yield row("99.0% KLD", "99.0%", kld.q99_0, "One token in a hundred moves more than this.")
     yield row("99.9% KLD", "99.9%", kld.q99_9, "One token in a thousand moves more than this.")
     yield row("Maximum KLD", "maximum", kld.maximum, "The single worst token.")
-    yield Row(
-        "KL divergence", "Noise floor", "/noise_floor/mean_kld", report.noise_floor.mean_kld,
-        None, "nats", "", f"What Mean KLD reads for no change: {report.noise_floor.how}.",
-    )  # fmt: skip
 
 
 def _token_rows(report: Report) -> Iterator[Row]:
     delta, top = report.delta_p, report.same_top_p
 
-    def row(name: str, path: str, estimate: Estimate, better: str, words: str) -> Row:
-        return Row("Tokens", name, path, estimate.value, estimate.error, "%", better, words)
+    def row(
+        name: str,
+        path: str,
+        estimate: Estimate,
+        better: str,
+        words: str,
+        noise: float | None = None,
+    ) -> Row:
+        return _row("Tokens", name, path, estimate, "%", better, words, noise)
 
     yield row(
         "Same top p", "/same_top_p/value", top, HIGHER,
         "How often both models rank the same token first: greedy decoding goes on unchanged.",
+        report.noise_floor.same_top_p,
     )  # fmt: skip
     yield row(
         "Mean Δp", "/delta_p/mean/value", delta.mean, NEAR_ZERO,
@@ -123,6 +147,21 @@ def _token_rows(report: Report) -> Iterator[Row]:
         "RMS Δp", "/delta_p/rms/value", delta.rms, LOWER,
         "Typical size of that change, up or down, in percentage points.",
     )  # fmt: skip
+
+
+def _row(
+    block: str,
+    name: str,
+    path: str,
+    estimate: Estimate,
+    unit: str,
+    better: str,
+    words: str,
+    noise: float | None,
+) -> Row:
+    ends = estimate.low, estimate.high
+    value, error = estimate.value, estimate.error
+    return Row(block, name, path, value, error, unit, better, words, ends, noise)
 
 
 _QUANTILES = (
@@ -144,30 +183,37 @@ def terminal_table(report: Report) -> Table:
     table.add_column("Metric")
     table.add_column("Value", justify="right", no_wrap=True)
     table.add_column("±", justify="right", no_wrap=True)
-    table.add_column("Better", no_wrap=True)
+    table.add_column("95 % interval", justify="right")
+    table.add_column("No change", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)  # which way is better, an arrow
     block = ""
     for row in rows(report):
         if block and row.block != block:
             table.add_section()
-        table.add_row(row.name, row.shown, row.shown_error, row.better)
+        shown = (row.shown, row.shown_error, row.shown_interval, row.shown_noise)
+        table.add_row(row.name, *shown, row.better[:1])
         block = row.block
     table.add_section()
-    table.add_row("Bits per weight", f"{report.quantized.bits_per_weight:.2f}", "", LOWER)
-    table.add_row("Size", size(report.quantized.bytes), "", LOWER)
+    table.add_row(
+        "Bits per weight", f"{report.quantized.bits_per_weight:.2f}", "", "", "", LOWER[:1]
+    )
+    table.add_row("Size", size(report.quantized.bytes), "", "", "", LOWER[:1])
     return table
 
 
 def markdown_table(report: Report) -> str:
     """The metrics for a model card, with the protocol below."""
     model = report.quantized
-    lines = ["| Metric | Value | ± | Better |", "|:--|--:|--:|:--|"]
+    lines = ["| Metric | Value | ± | 95 % interval | No change | Better |"]
+    lines.append("|:--|--:|--:|--:|--:|:--|")
     lines += [
-        f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.better} |"
+        f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.shown_interval} "
+        f"| {row.shown_noise} | {row.better} |"
         for row in rows(report)
     ]
     lines += [
-        f"| Bits per weight | {model.bits_per_weight:.2f} | | {LOWER} |",
-        f"| Size | {size(model.bytes)} | | {LOWER} |",
+        f"| Bits per weight | {model.bits_per_weight:.2f} | | | | {LOWER} |",
+        f"| Size | {size(model.bytes)} | | | | {LOWER} |",
     ]
     return "\n".join([*lines, "", _cell(f"{_basis(report)}."), ""])
 
@@ -189,16 +235,18 @@ def _perplexity_words(ratio: Estimate) -> str:
     if percent == 0:
         return "Perplexity is the same"
     verb = "rises" if percent > 0 else "falls"
-    doubt = ", which is within the error" if abs(percent) < 2 * error else ""
+    doubt = ", which is within the error" if ratio.low <= 1 <= ratio.high else ""
     return f"Perplexity {verb} by {shown}{doubt}"
 
 
 def _basis(report: Report) -> str:
-    protocol = report.protocol
+    protocol, drawn = report.protocol, report.bootstrap
     return (
         f"{protocol.tokens_scored:,} tokens of {protocol.text}, "
         f"{protocol.windows:,} windows of {protocol.length:,}; reference: "
-        f"{name_of(report.reference)} multiplied out; {protocol.arithmetic}"
+        f"{name_of(report.reference)} multiplied out; {protocol.arithmetic}; ± is a standard error "
+        f"and intervals are of 95 %, both over {drawn.clusters:,} {drawn.unit}s drawn again; No "
+        f"change: {report.noise_floor.how}"
     )
 
 
