@@ -551,17 +551,18 @@ def test_extremes_are_drawn(change: str) -> None:
 
 def test_markdown_table() -> None:
     lines = markdown_table(report()).splitlines()
-    assert lines[0] == "| Metric | Value | ± | 95 % interval | Better |"
+    assert lines[0] == "| Metric | Value | ± | 95 % interval | No change | Better |"
     table = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in table} == {6}
+    assert {line.count("|") for line in table} == {7}
     cells = {
         row[0]: row[1:] for row in ([c.strip() for c in line.split("|")[1:-1]] for line in table)
     }
-    ratio = ["1.00410", "0.00081", "1.00256 to 1.00581", "→ near 1"]
+    ratio = ["1.00410", "0.00081", "1.00256 to 1.00581", "1.0000", "→ near 1"]
     assert cells["Mean PPL(Q)/PPL(base)"] == ratio
-    kld = ["0.004123\u00a0nats", "0.000061", "0.004007 to 0.004252", "↓ lower"]
-    assert cells["Mean KLD"] == kld
-    assert cells["Same top p"] == ["96.23\u00a0%", "0.11", "96.03 to 96.45", "↑ higher"]
+    kld = ["0.004123\u00a0nats", "0.000061", "0.004007 to 0.004252"]
+    assert cells["Mean KLD"] == [*kld, "1.3\u00a0×\u00a010⁻⁹", "↓ lower"]
+    top = ["96.23\u00a0%", "0.11", "96.03 to 96.45", "99.99", "↑ higher"]
+    assert cells["Same top p"] == top
     assert cells["Same experts, least"][0] == "85.11\u00a0%"
     assert cells["Bits per weight"][0] == "4.26" and cells["Size"][0] == "4.11\u00a0MB"
     assert "&lt;b>" in lines[-1] and "\\|" in lines[-1] and "32,640 tokens" in lines[-1]

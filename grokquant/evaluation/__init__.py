@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from grokquant.evaluation.html import write_report
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.tables import markdown_table
 from grokquant.output import REPORT_NAME
-from grokquant.recipe import EvalSection, load_recipe
+from grokquant.recipe import EvalSection, load_recipe, parse_size
 from grokquant.tokenizer import load_tokenizer
 from grokquant.types import Scheme
 
@@ -57,6 +58,21 @@ def settings_of(
     except ValidationError as error:
         (key, *_), text = error.errors()[0]["loc"], error.errors()[0]["msg"]
         raise InputError(f"eval.{key}: {text.removeprefix('Value error, ')}") from None
+
+
+def cache_at(
+    directory: str | Path | None, budget: str, note: Callable[[str], None]
+) -> Cache | None:
+    """The cache in a directory that may grow to `budget`, such as 20GB; None without a directory.
+
+    Raises InputError.
+    """
+    if directory is None:
+        return None
+    try:
+        return Cache(Path(directory), parse_size(budget), note)
+    except ValueError as error:
+        raise InputError(f"the size of the cache: {error}") from None
 
 
 def evaluate(

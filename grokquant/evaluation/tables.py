@@ -30,7 +30,8 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 @dataclass(frozen=True)
 class Row:
     """One metric. `path` is the JSON pointer of its value, `unit` "", "nats" or "%"; a value in
-    percent is still a fraction here. `better` may be empty: a number that is nobody's goal."""
+    percent is still a fraction here. `better` may be empty: a number that is nobody's goal.
+    `noise` is what the metric reads for no change at all."""
 
     block: str
     name: str
@@ -40,6 +41,7 @@ class Row:
     better: str
     words: str
     estimate: Estimate | None = None
+    noise: float | None = None
 
     @property
     def shown(self) -> str:
@@ -56,6 +58,10 @@ class Row:
         """Both ends of the 95 % interval, without the unit; empty where there is none."""
         ends = (self.estimate.low, self.estimate.high) if self.estimate else ()
         return " to ".join(map(self.bare, ends))
+
+    @property
+    def shown_noise(self) -> str:
+        return "" if self.noise is None else number(self.noise * self._scale)
 
     def bare(self, value: float) -> str:
         """A value of this metric, as exact as its error allows, without the unit."""
@@ -95,9 +101,11 @@ def noise_rows(report: Report) -> list[Row]:
 def _perplexity_rows(report: Report) -> Iterator[Row]:
     ppl = report.perplexity
 
+    noise = {"ratio": report.noise_floor.perplexity_ratio}
+
     def row(name: str, key: str, estimate: Estimate, better: str, words: str) -> Row:
-        path = f"/perplexity/{key}/value"
-        return Row("Perplexity", name, path, estimate.value, "", better, words, estimate)
+        path, value = f"/perplexity/{key}/value", estimate.value
+        return Row("Perplexity", name, path, value, "", better, words, estimate, noise.get(key))
 
     yield row(
         "Mean PPL(Q)", "quantized", ppl.quantized, LOWER,
@@ -132,6 +140,7 @@ def _kld_rows(report: Report) -> Iterator[Row]:
     yield Row(
         "KL divergence", "Mean KLD", "/kld/mean/value", kld.mean.value, "nats", LOWER,
         "How far the predicted distribution moves, averaged over tokens; 0 is identical.", kld.mean,
+        report.noise_floor.mean_kld,
     )  # fmt: skip
     yield row("Median KLD", "median", kld.median, "Half of the tokens move less than this.")
     yield row("99.0% KLD", "99.0%", kld.q99_0, "One token in a hundred moves more than this.")
@@ -145,9 +154,10 @@ def _token_rows(report: Report) -> Iterator[Row]:
     def row(name: str, path: str, estimate: Estimate, better: str, words: str) -> Row:
         return Row("Tokens", name, path, estimate.value, "%", better, words, estimate)
 
-    yield row(
-        "Same top p", "/same_top_p/value", top, HIGHER,
+    yield Row(
+        "Tokens", "Same top p", "/same_top_p/value", top.value, "%", HIGHER,
         "How often both models rank the same token first: greedy decoding goes on unchanged.",
+        top, report.noise_floor.same_top_p,
     )  # fmt: skip
     yield row(
         "Mean Δp", "/delta_p/mean/value", delta.mean, NEAR_ZERO,
@@ -198,34 +208,38 @@ def terminal_table(report: Report) -> Table:
     table.add_column("Metric")
     table.add_column("Value", justify="right", no_wrap=True)
     table.add_column("±", justify="right", no_wrap=True)
-    table.add_column("95 % interval", justify="right", no_wrap=True)
-    table.add_column("Better", no_wrap=True)
+    table.add_column("95 % interval", justify="right")
+    table.add_column("No change", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)  # which way is better, an arrow
     block = ""
-    for row in [*rows(report), *noise_rows(report)]:
+    for row in rows(report):
         if block and row.block != block:
             table.add_section()
-        table.add_row(row.name, row.shown, row.shown_error, row.shown_interval, row.better)
+        shown = (row.shown, row.shown_error, row.shown_interval, row.shown_noise)
+        table.add_row(row.name, *shown, row.better[:1])
         block = row.block
     table.add_section()
-    table.add_row("Bits per weight", f"{report.quantized.bits_per_weight:.2f}", "", "", LOWER)
-    table.add_row("Size", size(report.quantized.bytes), "", "", LOWER)
+    bits = f"{report.quantized.bits_per_weight:.2f}"
+    table.add_row("Bits per weight", bits, "", "", "", LOWER[:1])
+    table.add_row("Size", size(report.quantized.bytes), "", "", "", LOWER[:1])
     return table
 
 
 def markdown_table(report: Report) -> str:
     """The metrics for a model card, with the protocol below."""
     model = report.quantized
-    lines = ["| Metric | Value | ± | 95 % interval | Better |", "|:--|--:|--:|--:|:--|"]
+    lines = ["| Metric | Value | ± | 95 % interval | No change | Better |"]
+    lines.append("|:--|--:|--:|--:|--:|:--|")
     lines += [
         f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.shown_interval} "
-        f"| {row.better} |"
+        f"| {row.shown_noise} | {row.better} |"
         for row in rows(report)
     ]
     lines += [
-        f"| Bits per weight | {model.bits_per_weight:.2f} | | | {LOWER} |",
-        f"| Size | {size(model.bytes)} | | | {LOWER} |",
+        f"| Bits per weight | {model.bits_per_weight:.2f} | | | | {LOWER} |",
+        f"| Size | {size(model.bytes)} | | | | {LOWER} |",
     ]
-    return "\n".join([*lines, "", _cell(f"{_basis(report)}. {errors_words(report)}"), ""])
+    return "\n".join([*lines, "", _cell(f"{_basis(report)}."), ""])
 
 
 def verdict(report: Report) -> str:
@@ -266,11 +280,13 @@ def errors_words(report: Report) -> str:
 
 
 def _basis(report: Report) -> str:
-    protocol = report.protocol
+    protocol, drawn = report.protocol, report.bootstrap
     return (
         f"{protocol.tokens_scored:,} tokens of {protocol.text}, "
         f"{protocol.windows:,} windows of {protocol.length:,}; reference: "
-        f"{name_of(report.reference)} multiplied out; {protocol.arithmetic}"
+        f"{name_of(report.reference)} multiplied out; {protocol.arithmetic}; ± is a standard error "
+        f"and intervals are of 95 %, both over {drawn.clusters:,} {drawn.unit}s drawn again; No "
+        f"change: {report.noise_floor.how}"
     )
 
 
