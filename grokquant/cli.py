@@ -214,24 +214,29 @@ def evaluate(
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of tables.")
+@click.option("--output", "directory", metavar="DIR", help="Write compare.html and compare.json.")
 @_json
-def compare(runs: tuple[str, ...], as_markdown: bool, as_json: bool) -> None:
+def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_json: bool) -> None:
     """Rank evaluated models by quality over size.
 
     RUNS are directories that `grokquant eval` has put a report into, or report.json files, all of
     one text and one reference. On the front nothing is both smaller and better; ties are told from
     differences by drawing the documents again.
     """
+    from grokquant.evaluation.compare_page import write_comparison
     from grokquant.evaluation.comparison import contest
     from grokquant.evaluation.comparison_tables import markdown, terminal_tables
 
     found = contest(runs)
+    page = write_comparison(found, Path(directory))[1] if directory else None
     if as_json:
         _print_json(found.as_dict())
     elif as_markdown:
         click.echo(markdown(found), nl=False)
     else:
         _print_tables(*terminal_tables(found))
+        if page:
+            click.echo(f"page: {page}")
 
 
 @main.command()

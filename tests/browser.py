@@ -5,10 +5,10 @@ beside the browser itself. The pages are loaded as they are, with scripts switch
 """
 
 import base64
+import fcntl
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,28 @@ def find_chromium() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
+def _pipe() -> tuple[int, int]:
+    """Both ends of a pipe, clear of the numbers that the browser wants."""
+    ends = os.pipe()
+    far = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    for end in ends:
+        os.close(end)
+    return far[0], far[1]
+
+
 class Browser:
     """One tab. `events` are all messages that the browser sent on its own."""
 
     def __init__(self, program: str, profile: Path) -> None:
         self.events: list[dict] = []
         self._number, self._session = 0, None
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
+        theirs_in, self._out = _pipe()
+        self._in, theirs_out = _pipe()
         # The browser reads from file descriptor 3 and writes to 4.
-        script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        command = ["sh", "-c", script, program, *_FLAGS, f"--user-data-dir={profile}"]
-        self._process = subprocess.Popen(
-            command, pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
-        )
+        files = [(os.POSIX_SPAWN_DUP2, theirs_in, 3), (os.POSIX_SPAWN_DUP2, theirs_out, 4)]
+        files += [(os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)]
+        command = [program, *_FLAGS, f"--user-data-dir={profile}"]
+        self._pid = os.posix_spawn(program, command, os.environ, file_actions=files)
         os.close(theirs_in)
         os.close(theirs_out)
         self._left = b""
@@ -50,8 +58,9 @@ class Browser:
         self.call("Emulation.setScriptExecutionDisabled", value=True)
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
+        self._session = None
+        self.call("Browser.close")
+        os.waitpid(self._pid, 0)
         os.close(self._in)
         os.close(self._out)
 

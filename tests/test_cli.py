@@ -273,6 +273,10 @@ def test_compare_prints_tables_markdown_or_json(output, tiny_release, place):
     assert found["runs"][1]["name"] == "out" and found["runs"][1]["kld"]["value"] > 0
     assert "Bits per weight" in done("compare", *runs)
     assert done("compare", *runs, "--markdown").startswith("| Model | Rank |")
+    told = done("compare", *runs, "--output", place / "compared")
+    assert f"page: {place / 'compared' / 'compare.html'}" in told
+    written = place / "compared" / "compare.json"
+    assert json.loads(written.read_text(encoding="utf-8")) == found
     refused = run("compare", output, place / "nothing")
     assert (refused.exit_code, refused.stdout) == (2, "")
 

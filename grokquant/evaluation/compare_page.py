@@ -154,8 +154,8 @@ def _estimate(path: str, estimate: Estimate, unit: str = "") -> str:
         return datum(f"{path}/{field}", value, text, unit)
 
     ends = f"{shown('low')} to {shown('high')}"
-    unit = f"{NBSP}{unit}" if unit else ""
-    return f'<b>{shown("value")}</b>{unit}<br><span class="ends">{ends}</span>'
+    after = f"{NBSP}{unit}" if unit else ""
+    return f'<b>{shown("value")}</b>{after}<br><span class="ends">{ends}</span>'
 
 
 def _least(run: Run) -> tuple[float, int] | None:
@@ -195,7 +195,8 @@ def _size_section(contest: Contest) -> str:
     ]
     words = (
         f"Bars are 95{NBSP}% intervals. The stairs are the front: what lies above them or to their "
-        "right is beaten. Filled marks stand on it. Lower left is better."
+        "right is beaten. Filled marks stand on it. Lower left is better. Models of one size are "
+        "drawn side by side."
     )
     log = " The axis of the loss is logarithmic."
     far, wide = _far_apart(kld), _far_apart(rise)

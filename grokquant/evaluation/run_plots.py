@@ -69,7 +69,7 @@ def scatter(
     body = [level(y(value), show(value)) for value in ticks(y, 4)]
     body += [tick(x(value), y.start, f"{value:g}") for value in ticks(x)]
     body.append(_stairs(points, x, y))
-    places = [(x(point.x.value), y(point.y.value)) for point in points]
+    places = _side_by_side([(x(point.x.value), y(point.y.value)) for point in points])
     for point, (px, _) in zip(points, places, strict=True):
         ends = y(max(point.low, y.low)), y(max(point.high, y.low))
         body.append(rule(px, ends[0], px, ends[1], f"whisker {_colour(point.run)}"))
@@ -120,6 +120,16 @@ def _loss_axis(points: Sequence[Point], log_y: bool) -> Axis:
     values = [point.y.value for point in points if point.y.value > 0] or [1.0]
     low = max(min(found), min(values) / 4)
     return Axis(low / 1.6, max(found) * 1.6, _TOP + _HEIGHT, _TOP, log=True)
+
+
+def _side_by_side(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places of points with those of one size moved apart, so that their intervals can be told."""
+    moved: list[tuple[float, float]] = []
+    for x, y in places:
+        same = sum(abs(x - other) < 1 for other, _ in places)
+        before = sum(abs(x - other) < 1 for other, _ in places[: len(moved)])
+        moved.append((x + 7 * (before - (same - 1) / 2), y))
+    return moved
 
 
 def _stairs(points: Sequence[Point], x: Axis, y: Axis) -> str:
