@@ -216,6 +216,7 @@ class _Weights(BaseModel):
     strategy: Literal["group", "channel"]
     group_size: Annotated[int, Field(ge=-1)] | None = None
     symmetric: bool = True
+    actorder: Literal["static", "weight", False] | None = None  # group: columns in another order
 
     @property
     def scheme(self) -> Scheme:
