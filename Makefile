@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-kill test-readers check bench bench-real clean
+.PHONY: install demo test test-browser test-kill test-readers check bench bench-real clean
 
 install: .venv/installed
 
@@ -18,6 +18,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The pages of reports in a headless Chromium, the one on the path or $CHROMIUM: a minute.
+test-browser: install
+	$(BIN)/python -m pytest -m browser
 
 # Kills and starves a small run at every step: half an hour.
 test-kill: install

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+from warnings import warn
 
 from grokquant.devices import device_of
 from grokquant.families import grok_model as _grok_model
@@ -47,15 +48,23 @@ def evaluate(
     samples: int | None = None,
     length: int | None = None,
     device: str = "auto",
+    quick: bool = False,
+    cache: str | Path | None = None,
+    cache_size: str = "20GB",
 ) -> "Report":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    What is not given comes from the eval section of the recipe that made `quantized`.
+    What is not given comes from the eval section of the recipe that made `quantized`. `quick`
+    leaves out measuring each layer alone; `cache` names a directory of at most `cache_size` that
+    keeps what the reference does, for the next output that is compared with it.
     """
     from grokquant import evaluation
 
     settings = evaluation.settings_of(quantized, data, samples, length)
-    return evaluation.evaluate(quantized, reference, settings, device=device_of(device))
+    place, kept = device_of(device), evaluation.cache_at(cache, cache_size, warn)
+    return evaluation.evaluate(
+        quantized, reference, settings, device=place, forced=not quick, cache=kept
+    )
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":

@@ -13,6 +13,8 @@ import grokquant
 from grokquant.errors import GrokquantError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from grokquant.recipe import Recipe
 
 _EXIT_CODES = """
@@ -160,6 +162,11 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
 @click.option("--windows", type=click.IntRange(1), help="How many windows of text to score.")
 @click.option("--length", type=click.IntRange(8), help="Tokens per window.")
 @click.option("--output", "directory", metavar="DIR", help="For reports, not OUTPUT/evaluation.")
+@click.option("--quick", is_flag=True, help="Do not measure each layer alone as well.")
+@click.option("--cache", metavar="DIR", help="Keep what the reference does for the next OUTPUT.")
+@click.option(
+    "--cache-size", default="20GB", show_default=True, metavar="SIZE", help="What DIR may take up."
+)
 @_device
 @_json
 def evaluate(
@@ -169,6 +176,9 @@ def evaluate(
     windows: int | None,
     length: int | None,
     directory: str | None,
+    quick: bool,
+    cache: str | None,
+    cache_size: str,
     device: str,
     as_json: bool,
 ) -> None:
@@ -176,10 +186,9 @@ def evaluate(
 
     Perplexity, KL divergence and routing on the same tokens, as report.html and report.json. Both
     models are streamed, neither has to fit in memory. Text, windows and length default to the
-    eval section of the recipe that OUTPUT was made by.
+    eval section of the recipe that OUTPUT was made by. OUTPUT may be of other tools, in a format
+    that is known.
     """
-    from rich.console import Console
-
     from grokquant import evaluation
     from grokquant.devices import device_of
     from grokquant.evaluation.tables import terminal_table, verdict
@@ -190,15 +199,44 @@ def evaluate(
     check_writable(reports)
     settings = evaluation.settings_of(output, text, windows, length)
     with LayerProgress() as progress:
+        kept = evaluation.cache_at(cache, cache_size, progress.note)
         report = evaluation.evaluate(
-            output, reference, settings, progress.layer_done, device_of(device)
+            output, reference, settings, progress.layer_done, device_of(device), not quick, kept
         )
     _, page = evaluation.publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
         return
-    Console(soft_wrap=True).print(terminal_table(report))
+    _print_tables(terminal_table(report))
     click.echo(f"{verdict(report)}\nreport: {page}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of tables.")
+@click.option("--output", "directory", metavar="DIR", help="Write compare.html and compare.json.")
+@_json
+def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_json: bool) -> None:
+    """Rank evaluated models by quality over size.
+
+    RUNS are directories that `grokquant eval` has put a report into, or report.json files, all of
+    one text and one reference. On the front nothing is both smaller and better; ties are told from
+    differences by drawing the documents again.
+    """
+    from grokquant.evaluation.compare_page import write_comparison
+    from grokquant.evaluation.comparison import contest
+    from grokquant.evaluation.comparison_tables import markdown, terminal_tables
+
+    found = contest(runs)
+    page = write_comparison(found, Path(directory))[1] if directory else None
+    if as_json:
+        _print_json(found.as_dict())
+    elif as_markdown:
+        click.echo(markdown(found), nl=False)
+    else:
+        _print_tables(*terminal_tables(found))
+        if page:
+            click.echo(f"page: {page}")
 
 
 @main.command()
@@ -281,6 +319,17 @@ def _show_plan(recipe: "Recipe", as_json: bool) -> None:
         return
     print_plan(plan)
     print_budget(budget)
+
+
+def _print_tables(*tables: "Table") -> None:
+    """Tables on stdout; off a terminal nothing is cut or folded."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 1000
+    for table in tables:
+        console.print(table)
 
 
 def _print_json(value: object) -> None:

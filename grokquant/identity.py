@@ -26,14 +26,14 @@ def identity_of(plan: Plan, rows: Tensor | None) -> dict:
     return {
         "recipe": recipe,
         "config": source.config,
-        "source": {path.name: _stamp(path) for path in source.weight_files},
+        "source": {path.name: stamp(path) for path in source.weight_files},
         "tokenizer": {path.name: durable.sha256(path) for path in source.tokenizer_files},
         "calibration text": calibration,
         "version": {package: version(package) for package in _PACKAGES},
     }
 
 
-def _stamp(path: Path) -> str:
-    """Reading 300 GB to be sure that they are the same would cost as much as the run."""
+def stamp(path: Path) -> str:
+    """Size and time of change: reading 300 GB to be sure would cost as much as the run."""
     status = path.stat()
     return f"{status.st_size} bytes of {status.st_mtime_ns}"

@@ -226,9 +226,12 @@ class LayerProgress(_LayerBar):
         if self.task is None:
             self.begin("evaluating", total)
         line = f"layer {figures.layer}: error {figures.relative_error:.4f}"
-        if figures.router_top2_set is not None:
-            line += f", same experts for {figures.router_top2_set:.1%} of tokens"
+        if figures.router_set is not None:
+            line += f", same experts for {figures.router_set:.1%} of tokens"
         self.advance(line)
+
+    def note(self, line: str) -> None:
+        self.console.print(line)
 
 
 def _error_of(reports: list[UnitReport]) -> str:

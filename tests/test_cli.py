@@ -85,7 +85,8 @@ def output(finished, place) -> Path:
 
 def test_help_tells_commands_examples_and_exit_codes():
     text = done("--help")
-    commands = {"quantize", "plan", "convert", "eval", "inspect", "verify", "generate"}
+    commands = {"quantize", "plan", "convert", "eval", "compare", "inspect", "verify"}
+    commands |= {"generate"}
     assert set(main.commands) == commands
     for command in main.commands:
         (line,) = re.findall(rf"^  {command} .*", text, re.MULTILINE)
@@ -123,6 +124,7 @@ def test_version():
         ["eval", "out"],
         ["eval", "out", "--reference", "toy", "--windows", "0"],
         ["eval", "out", "--reference", "toy", "--length", "long"],
+        ["compare"],
         ["generate", "toy"],
         ["generate", "toy", "--prompt", "x", "--tokens", "0"],
         ["generate", "toy", "--prompt", "x", "--temperature", "-1"],
@@ -212,7 +214,7 @@ def test_a_missed_gate_exits_1(recipe, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
-# --- eval
+# --- eval and compare
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +247,38 @@ def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
     assert text.splitlines()[-1] == f"report: {page}" and page.is_file()
     assert "Mean KLD" in (output / "README.md").read_text()
     assert "ok" in done("verify", output)
+
+
+def test_eval_keeps_the_reference_for_the_next_time(output, tiny_release, place, evaluated):
+    options = ("--windows", 3, "--length", 32, "--output", place / "cached")
+    options += ("--cache", place / "cache")
+    first, again = (json_of("eval", output, "--reference", tiny_release, *options) for _ in "12")
+    assert first == again
+    assert len(list((place / "cache").rglob("layer-*.safetensors"))) == 2
+    quick = json_of("eval", output, "--reference", tiny_release, *options[:4], "--quick")
+    assert quick["layers"][0]["forced"] is None and first["layers"][0]["forced"]
+    small = run("eval", output, "--reference", tiny_release, *options, "--cache-size", "much")
+    assert small.exit_code == 2 and "cache: expected a size such as 5GB" in small.stderr
+
+
+def test_compare_prints_tables_markdown_or_json(output, tiny_release, place):
+    options = ("--windows", 3, "--length", 32)
+    done("eval", tiny_release, "--reference", tiny_release, *options, "--text",
+         json.loads((place / "recipe.yaml").read_text())["eval"]["data"],
+         "--output", place / "itself")  # fmt: skip
+    done("eval", output, "--reference", tiny_release, *options)
+    runs = (output, place / "itself")
+    found = json_of("compare", *runs)
+    assert [run["rank"] for run in found["runs"]] == [1, 2]
+    assert found["runs"][1]["name"] == "out" and found["runs"][1]["kld"]["value"] > 0
+    assert "Bits per weight" in done("compare", *runs)
+    assert done("compare", *runs, "--markdown").startswith("| Model | Rank |")
+    told = done("compare", *runs, "--output", place / "compared")
+    assert f"page: {place / 'compared' / 'compare.html'}" in told
+    written = place / "compared" / "compare.json"
+    assert json.loads(written.read_text(encoding="utf-8")) == found
+    refused = run("compare", output, place / "nothing")
+    assert (refused.exit_code, refused.stdout) == (2, "")
 
 
 # --- inspect, verify, generate

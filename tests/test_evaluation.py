@@ -224,7 +224,7 @@ def test_streaming_gives_the_figures_of_whole_models(report, pair):
 
     assert report.protocol.tokens_scored == len(targets) == WINDOWS * (LENGTH - 1)
     assert report.kld.mean.value == close(kld.mean())
-    assert report.kld.mean.error == close(standard_error(kld))
+    assert report.kld.mean.token_error == close(standard_error(kld))
     assert report.delta_p.mean.value == close(delta.mean())
     assert report.delta_p.rms.value == close(math.sqrt((delta**2).mean()))
     assert report.same_top_p.value == close((log_q.argmax(-1) == log_p.argmax(-1)).mean())
@@ -248,18 +248,18 @@ def test_perplexities_and_their_errors_are_those_of_llama_cpp(report, pair):
     close = partial(pytest.approx, rel=1e-5)
 
     found = report.perplexity
-    assert (found.quantized.value, found.quantized.error) == close((ppl, ppl * error))
-    assert (found.reference.value, found.reference.error) == close(
+    assert (found.quantized.value, found.quantized.token_error) == close((ppl, ppl * error))
+    assert (found.reference.value, found.reference.token_error) == close(
         (ppl_base, ppl_base * error_base)
     )
-    assert (found.ratio.value, found.ratio.error) == close(
+    assert (found.ratio.value, found.ratio.token_error) == close(
         (ppl / ppl_base, ppl / ppl_base * ln_error)
     )
-    assert (found.ln_ratio.value, found.ln_ratio.error) == close(
+    assert (found.ln_ratio.value, found.ln_ratio.token_error) == close(
         (math.log(ppl / ppl_base), ln_error)
     )
     assert found.difference.value == pytest.approx(ppl - ppl_base, rel=1e-4)
-    assert found.difference.error == pytest.approx(math.sqrt(spread), rel=1e-4)
+    assert found.difference.token_error == pytest.approx(math.sqrt(spread), rel=1e-4)
     assert found.correlation == close(covariance / (error * error_base))
 
 
@@ -285,7 +285,7 @@ def test_layers_are_those_of_whole_models(report, pair):
 
 @pytest.mark.parametrize("at_once", [1, 50, 199])
 def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatch, at_once):
-    monkeypatch.setattr(compare, "_POSITIONS_AT_ONCE", at_once)
+    monkeypatch.setattr(compare, "_LOGITS_AT_ONCE", at_once * 2048)
     settings = evaluation.settings_of(outputs["int4"], samples=2)
     pieces = evaluation.evaluate(outputs["int4"], tiny_release, settings)
     monkeypatch.undo()

@@ -13,6 +13,8 @@ from grokquant import evaluation, pipeline
 from grokquant.calibration.blocks import BlockwiseModel
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.evaluation import likelihoods
+from grokquant.evaluation.streaming import Stream
 from grokquant.families import FAMILIES
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
@@ -170,3 +172,30 @@ def test_an_unknown_architecture_names_the_known_ones(saved, tmp_path):
     config.write_text(config.read_text().replace("LlamaForCausalLM", "FalconForCausalLM"))
     with pytest.raises(InputError, match=r"'FalconForCausalLM' is not known \(known: Grok1For"):
         open_checkpoint(tmp_path / "x")
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_continuations_on_branches_are_as_alone(saved, family):
+    """Several continuations beside one context, longer than a sliding window, in one row."""
+    _, path = saved(family)
+    model = BlockwiseModel(open_checkpoint(path))
+    texts = [(*TOKENS[0, :24].tolist(),)] * 4 + [(*TOKENS[1, :48].tolist(),)]
+    pairs = [(text, tuple(TOKENS[2, 3 * i : 8 * i + 1].tolist())) for i, text in enumerate(texts)]
+    pairs[0] = (texts[0], (5,))
+    batches = likelihoods.pack(pairs, longest=128)
+    assert [batch.rows.branches is None for batch in batches].count(False) == 1
+    stream = Stream(model, [batch.rows for batch in batches])
+    for index in range(len(model.layers)):
+        stream.run_layer(index)
+    found: dict = {}
+    for batch, hidden in zip(batches, stream.hidden, strict=True):
+        found |= likelihoods.likelihoods(model, batch, hidden)
+    whole = load(path, dtype=torch.float32)[0]
+    assert found.keys() == set(pairs)
+    for (context, continuation), (value, greedy) in found.items():
+        logits = whole(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
+        targets = torch.tensor(continuation)
+        wanted = logits.log_softmax(-1)[torch.arange(len(targets)), targets].sum().item()
+        assert value == pytest.approx(wanted, abs=1e-4)
+        assert greedy == torch.equal(logits.argmax(-1), targets)

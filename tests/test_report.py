@@ -1,17 +1,15 @@
 """The evaluation report: JSON and back, and a page that says the same and needs nothing else."""
 
-import copy
 import io
 import json
 import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from reports import AWKWARD, Page, at, changed, content, contrast, estimate, read_number, report
 from rich.console import Console
 
 from grokquant.errors import InputError
@@ -27,154 +25,6 @@ from grokquant.evaluation.tables import (
     terminal_table,
     verdict,
 )
-
-AWKWARD = """<b>a&b "c" 'd'|[red]"""
-
-
-def content(layers: int = 4, experts: int = 8) -> dict:
-    """A plausible report.json with numbers that no rounding leaves as they are."""
-
-    def odd(*seed: int) -> float:
-        return (
-            math.modf(math.sin(sum((7 * i + 3) * s + i for i, s in enumerate(seed, 1))) * 997)[0]
-            ** 2
-        )
-
-    def tokens(layer: int, salt: int) -> list[int]:
-        return [1000 + int(900 * odd(layer, e, salt)) for e in range(experts if experts > 1 else 0)]
-
-    def layer(i: int) -> dict:
-        routed = experts > 1
-        return {
-            "layer": i,
-            "relative_error": 0.01 + odd(i, 1) / 50,
-            "router_top1": 0.9 + odd(i, 2) / 12 if routed else None,
-            "router_top2_set": 0.85 + odd(i, 3) / 12 if routed else None,
-            "tokens_per_expert": tokens(i, 4),
-            "reference_tokens_per_expert": tokens(i, 5),
-        }
-
-    def unit(i: int, e: int, matrix: str) -> dict:
-        return {
-            "name": f"layers.{i}.experts.{e}.{matrix}",
-            "method": "gptq",
-            "scheme": "int4 g128 sym",
-            "bits_per_weight": 4.125,
-            "relative_error": 0.1 + odd(i, e, len(matrix)) / 40,
-            "output_error": 0.05 + odd(e, i, len(matrix)) / 40,
-            "tokens": 4321,
-            "fallback": None,
-        }
-
-    model = {"family": "grok-1", "layers": layers, "experts": experts, "parameters": 7_712_345}
-    return {
-        "schema": "grokquant.evaluation/1",
-        "grokquant": "0.1.0",
-        "quantized": model
-        | {"path": "/data/toy-int4", "bytes": 4_106_824, "bits_per_weight": 4.2599961}
-        | {"schemes": {"int4 g128 sym (gptq)": 96, "int8 release sym (copy)": 16}},
-        "reference": model
-        | {"path": f"/data/{AWKWARD}", "bytes": 8_290_771, "bits_per_weight": 8.6, "schemes": {}},
-        "protocol": {
-            "text": "python-docs (held-out)",
-            "text_sha256": "9f86d081884c7d659a2feaa0c55ad015",
-            "windows": 128,
-            "length": 256,
-            "tokens_scored": 32640,
-            "scored": "every token but the first of each window",
-            "bos": False,
-            "arithmetic": "float32 on bf16 weights",
-        },
-        "perplexity": {
-            "reference": {"value": 19.837410291, "error": 0.2419312},
-            "quantized": {"value": 19.918742113, "error": 0.2438177},
-            "ratio": {"value": 1.004099912, "error": 0.000812345},
-            "ln_ratio": {"value": 0.004091533, "error": 0.000809031},
-            "difference": {"value": 0.081331822, "error": 0.016112333},
-            "correlation": 0.998712345,
-        },
-        "kld": {
-            "mean": {"value": 0.0041234567, "error": 0.0000612345},
-            "maximum": 1.834121, "99.9%": 0.2213456, "99.0%": 0.05123456, "95.0%": 0.01661234,
-            "90.0%": 0.009811234, "median": 0.001511234, "10.0%": 0.0001211234,
-            "5.0%": 4.411234e-05, "1.0%": 4.21234e-06, "0.1%": 3.11234e-07, "minimum": -2.11e-09,
-        },
-        "delta_p": {
-            "mean": {"value": -0.000812345, "error": 0.000110987},
-            "rms": {"value": 0.020131234, "error": 0.000311234},
-            "maximum": 0.37121234, "99.9%": 0.1503123, "99.0%": 0.0641123, "95.0%": 0.0253123,
-            "90.0%": 0.0131123, "75.0%": 0.0021123, "median": -1.1123e-06, "25.0%": -0.0024123,
-            "10.0%": -0.0149123, "5.0%": -0.0288123, "1.0%": -0.0720123, "0.1%": -0.1711123,
-            "minimum": -0.4412123,
-        },
-        "same_top_p": {"value": 0.962312345, "error": 0.001051234},
-        "noise_floor": {"mean_kld": 1.3123e-09, "how": "reference against itself, reordered"},
-        "layers": [layer(i) for i in range(layers)],
-        "units": [
-            unit(i, e, m)
-            for i in range(layers)
-            for e in range(experts)
-            for m in ("gate", "up", "down")
-        ],
-    }  # fmt: skip
-
-
-def report(layers: int = 4, experts: int = 8) -> Report:
-    return parse_report(content(layers, experts), "test")
-
-
-def changed(path: str, value: object) -> dict:
-    """The content with the value at a JSON pointer replaced."""
-    result = copy.deepcopy(content())
-    *parents, last = path.strip("/").split("/")
-    node = result
-    for key in parents:
-        node = node[int(key)] if isinstance(node, list) else node[key]
-    node[last] = value
-    return result
-
-
-class Page(HTMLParser):
-    """Collects (data-path, data-value, data-unit, text) and all tags with their attributes."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.data: list[list] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self._open: list | None = None
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        found = dict(attrs)
-        self.tags.append((tag, found))
-        if "data-path" in found:
-            self._open = [found["data-path"], found["data-value"], found.get("data-unit"), ""]
-            self.data.append([*self._open[:3], "", tag])
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = None
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._open is not None:
-            self.data[-1][3] += data
-
-
-def at(tree: Any, path: str) -> float:
-    for key in path.strip("/").split("/"):
-        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
-    return tree
-
-
-def read_number(text: str) -> tuple[float, float]:
-    """The value of a shown number and half a unit of its last digit."""
-    text = text.replace("−", "-").replace(",", "").replace("\u00a0", " ").removesuffix(" %")
-    mantissa, _, power = text.partition(" × 10")
-    exponent = int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")) or 0)
-    decimals = len(mantissa.partition(".")[2])
-    return float(mantissa) * 10**exponent, 0.5 * 10.0 ** (exponent - decimals)
-
 
 # Data model
 
@@ -204,7 +54,11 @@ def test_json_keeps_the_order_and_equal_reports_give_equal_bytes(tmp_path: Path)
         ("/perplexity/ratio/error", -0.1, "perplexity.ratio.error"),
         ("/layers/2/router_top1", 1.5, "layers.2.router_top1"),
         ("/layers/1/tokens_per_expert", [1, 2], "layers.1"),
-        ("/schema", "grokquant.evaluation/9", "schema"),
+        ("/schema", "grokquant.evaluation/1", "schema"),
+        ("/schema", 2, "schema"),
+        ("/perplexity/ratio/low", 1.5, "perplexity.ratio"),
+        ("/layers/1/forced/damage", [0.5] * 8, "layers.1.forced"),
+        ("/documents/tokens", [1], "documents"),
         ("/kld/98%", 0.1, "kld.98%"),
         ("/same_top_p", None, "same_top_p"),
     ],
@@ -256,6 +110,8 @@ def test_directory_that_is_a_file(tmp_path: Path) -> None:
 
 # The page
 
+_FIELDS = ("value", "error", "low", "high", "token_error")
+
 
 def test_numbers_on_the_page_are_those_of_the_json() -> None:
     page, tree = Page(render_html(report())), content()
@@ -270,15 +126,23 @@ def test_numbers_on_the_page_are_those_of_the_json() -> None:
     expected = {f"/{part}/{key}/{field}" for part, keys in (
         ("perplexity", ("reference", "quantized", "ratio", "ln_ratio", "difference")),
         ("kld", ("mean",)), ("delta_p", ("mean", "rms")),
-    ) for key in keys for field in ("value", "error")}  # fmt: skip
+    ) for key in keys for field in _FIELDS}  # fmt: skip
     expected |= {f"/{part}/{key}" for part in ("kld", "delta_p") for key in tree[part]}
     expected -= {"/kld/mean", "/delta_p/mean", "/delta_p/rms"}
+    routers = ("router_top1", "router_set")
     expected |= {f"/layers/{i}/{key}" for i in range(4)
-                 for key in ("relative_error", "router_top1", "router_top2_set")}  # fmt: skip
-    expected |= {f"/layers/{i}/tokens_per_expert/{e}" for i in range(4) for e in range(8)}
-    expected |= {"/perplexity/correlation", "/same_top_p/value", "/same_top_p/error"}
-    expected |= {"/noise_floor/mean_kld", "/quantized/bits_per_weight", "/quantized/bytes"}
-    assert expected <= paths
+                 for key in ("relative_error", "load_shift", *routers)}  # fmt: skip
+    expected |= {f"/layers/{i}/forced/{key}" for i in range(4)
+                 for key in ("block_error", "attention_error", "experts_error",
+                             *routers)}  # fmt: skip
+    expected |= {f"/layers/{i}/{key}/{e}" for i in range(4) for e in range(8)
+                 for key in ("tokens_per_expert", "forced/damage")}  # fmt: skip
+    expected |= {f"/same_top_p/{field}" for field in _FIELDS} | {"/perplexity/correlation"}
+    expected |= {f"/noise_floor/{key}" for key in ("mean_kld", "perplexity_ratio", "same_top_p")}
+    expected |= {f"/routing/{group}/mean_kld" for group in ("changed", "unchanged")}
+    expected |= {f"/routing/first_change/{i}/mean_kld" for i in range(4)}
+    expected |= {"/quantized/bits_per_weight", "/quantized/bytes"}
+    assert not expected - paths
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (64, 8), (3, 1), (1, 2), (2, 128)])
@@ -295,7 +159,8 @@ def test_page_needs_nothing_else(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(4, 8), (64, 8), (3, 1), (1, 2), (2, 128)])
 def test_every_drawing_is_well_formed_named_and_inside_its_box(shape: tuple[int, int]) -> None:
     drawings = re.findall(r"<svg.*?</svg>", render_html(report(*shape)), re.S)
-    assert len(drawings) == (9 if shape[1] > 1 else 4)
+    routed = 9 if shape[0] > 1 else 8  # the first change of routing needs a choice of layers
+    assert len(drawings) == 5 + routed * (shape[1] > 1)
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         assert root.get("aria-label") == root.findtext("title") and root.findtext("title")
@@ -309,14 +174,33 @@ def test_every_drawing_is_well_formed_named_and_inside_its_box(shape: tuple[int,
             assert 0 <= float(circle.get("cy", "nan")) <= height
 
 
-def test_grok_1_fits_in_400_kilobytes() -> None:
-    assert len(render_html(report(64, 8)).encode()) < 400_000
+def test_grok_1_fits_in_600_kilobytes() -> None:
+    assert len(render_html(report(64, 8)).encode()) < 600_000
 
 
-def test_dense_model_has_no_experts_section() -> None:
-    page = render_html(report(3, 1))
-    assert "Expert by expert" not in page and "Same experts chosen" not in page
-    assert "Expert by expert" in render_html(report())
+def test_dense_model_is_not_told_of_experts() -> None:
+    text = Page(render_html(report(3, 1))).text.lower()
+    assert "expert" not in text and "router" not in text and "routing" not in text
+    page = render_html(report())
+    for words in ("Expert by expert", "Same experts chosen", "Share of the damage", "Load shift"):
+        assert words in page
+
+
+def test_layers_that_were_not_measured_alone_leave_no_gap() -> None:
+    tree = content()
+    for layer in tree["layers"]:
+        layer["forced"] = None
+    tree["routing"] = None
+    page = render_html(parse_report(tree, "test"))
+    assert "Error that has built up" in page and "Same experts chosen" in page
+    for words in ("Error of each layer alone", "Share of the damage", "this layer alone"):
+        assert words not in page
+
+
+def test_first_two_experts_are_shown_only_where_there_are_more() -> None:
+    assert "first two" not in render_html(report())
+    tree = changed("/layers/1/router_set", 0.25)
+    assert "first two" in render_html(parse_report(tree, "test"))
 
 
 def test_heat_map_has_a_cell_for_each_expert_and_darkest_is_busiest() -> None:
@@ -359,22 +243,9 @@ def test_every_shade_has_a_colour_in_both_themes_and_readable_text() -> None:
         for palette, strong in (("q", {4, 5, 6, 7}), ("e", {4, 5, 6, 7}), ("d", {0, 6})):
             for i in range(7 if palette == "d" else 8):
                 ink = colours["strong" if i in strong else "ink"]
-                assert contrast(colours[f"{palette}{i}"], ink) >= 4, (palette, i, ink)
+                assert contrast(colours[f"{palette}{i}"], ink) >= 4.5, (palette, i, ink)
         for text in ("ink", "soft", "accent"):
             assert min(contrast(colours[text], colours[on]) for on in ("card", "page")) >= 4.5
-
-
-def contrast(one: str, other: str) -> float:
-    """WCAG's ratio of two colours, #rgb or #rrggbb."""
-
-    def luminance(colour: str) -> float:
-        digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
-        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
-        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_strings_are_escaped() -> None:
@@ -406,21 +277,28 @@ def test_fallbacks_are_listed_with_their_reason() -> None:
 @pytest.mark.parametrize("change", ["lossless", "no layers", "one kind", "still", "idle"])
 def test_extremes_are_drawn(change: str) -> None:
     tree = content()
-    zero = {"value": 0.0, "error": 0.0}
+    zero = dict.fromkeys(("value", "error", "low", "high", "token_error"), 0.0)
     if change == "lossless":
         for part in ("kld", "delta_p"):
             tree[part] = {k: zero if isinstance(v, dict) else 0.0 for k, v in tree[part].items()}
-        tree["perplexity"] |= {"ratio": {"value": 1.0, "error": 0.0}, "ln_ratio": zero}
+        tree["perplexity"] |= {
+            "ratio": zero | dict.fromkeys(("value", "low", "high"), 1.0),
+            "ln_ratio": zero,
+        }
         tree["noise_floor"]["mean_kld"] = 0.0
         for unit in tree["units"]:
             unit |= {"relative_error": 0.0, "output_error": None}
         for layer in tree["layers"]:
-            layer |= {"relative_error": 0.0, "router_top1": 1.0, "router_top2_set": 1.0}
+            routers = {"router_top1": 1.0, "router_top2_set": 1.0, "router_set": 1.0}
+            layer |= {"relative_error": 0.0, "load_shift": 0.0} | routers
+            layer["forced"] |= {"block_error": 0.0, "attention_error": 0.0, "experts_error": 0.0}
+            layer["forced"] |= {"damage": [0.0] * 8} | routers
     if change == "no layers":
         tree["layers"], tree["units"] = [], []
     if change == "one kind":
         tree["units"] = tree["units"][:1]
-        tree["layers"][1] |= {"router_top1": None, "router_top2_set": None}
+        tree["layers"][1] |= {"router_top1": None, "router_top2_set": None, "router_set": None}
+        tree["layers"][1] |= {"load_shift": None, "forced": None}
         tree["layers"][1] |= {"tokens_per_expert": [], "reference_tokens_per_expert": []}
     if change == "still":
         for layer in tree["layers"]:
@@ -439,15 +317,19 @@ def test_extremes_are_drawn(change: str) -> None:
 
 def test_markdown_table() -> None:
     lines = markdown_table(report()).splitlines()
-    assert lines[0] == "| Metric | Value | ± | Better |"
+    assert lines[0] == "| Metric | Value | ± | 95 % interval | No change | Better |"
     table = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in table} == {5}
+    assert {line.count("|") for line in table} == {7}
     cells = {
         row[0]: row[1:] for row in ([c.strip() for c in line.split("|")[1:-1]] for line in table)
     }
-    assert cells["Mean PPL(Q)/PPL(base)"] == ["1.00410", "0.00081", "→ near 1"]
-    assert cells["Mean KLD"] == ["0.004123\u00a0nats", "0.000061", "↓ lower"]
-    assert cells["Same top p"] == ["96.23\u00a0%", "0.11", "↑ higher"]
+    ratio = ["1.00410", "0.00081", "1.00256 to 1.00581", "1.0000", "→ near 1"]
+    assert cells["Mean PPL(Q)/PPL(base)"] == ratio
+    kld = ["0.004123\u00a0nats", "0.000061", "0.004007 to 0.004252"]
+    assert cells["Mean KLD"] == [*kld, "1.3\u00a0×\u00a010⁻⁹", "↓ lower"]
+    top = ["96.23\u00a0%", "0.11", "96.03 to 96.45", "99.99", "↑ higher"]
+    assert cells["Same top p"] == top
+    assert cells["Same experts, least"][0] == "85.11\u00a0%"
     assert cells["Bits per weight"][0] == "4.26" and cells["Size"][0] == "4.11\u00a0MB"
     assert "&lt;b>" in lines[-1] and "\\|" in lines[-1] and "32,640 tokens" in lines[-1]
 
@@ -460,16 +342,18 @@ def test_terminal_table_shows_every_metric_and_no_markup_of_names() -> None:
         assert name in text
 
 
-def test_verdict_says_which_way_and_what_is_within_the_error() -> None:
+def test_verdict_says_which_way_and_what_may_be_chance() -> None:
     assert verdict(report()) == (
-        "Perplexity rises by 0.410\u00a0% (±\u00a00.081), the average token’s distribution moves "
-        "by 0.0041\u00a0nats, and 96.2\u00a0% of top tokens stay the same. "
-        "4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB as bf16."
+        "Perplexity rises by 0.410\u00a0% (95\u00a0% interval 0.256 to 0.581\u00a0%), the average "
+        "token’s distribution moves by 0.0041\u00a0nats, and 96.2\u00a0% of top tokens stay the "
+        "same. 4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB as bf16."
     )
-    fallen = changed("/perplexity/ratio", {"value": 0.9995, "error": 0.0008})
-    assert verdict(parse_report(fallen, "test")).startswith("Perplexity falls by 0.050")
-    assert "within the error" in verdict(parse_report(fallen, "test"))
-    same = changed("/perplexity/ratio", {"value": 1.0, "error": 0.0})
+    fallen = changed("/perplexity/ratio", estimate(0.9995, 0.0008))
+    assert verdict(parse_report(fallen, "test")).startswith(
+        "Perplexity falls by 0.050\u00a0% (95\u00a0% interval −0.118 to 0.202\u00a0%, so it may as "
+        "well be none), "
+    )
+    same = changed("/perplexity/ratio", estimate(1.0, 0.0))
     assert verdict(parse_report(same, "test")).startswith("Perplexity is the same,")
     assert bf16_bytes(report().quantized) == 2 * 7_712_345
 
@@ -495,3 +379,23 @@ def test_verdict_says_which_way_and_what_is_within_the_error() -> None:
 )
 def test_numbers_as_people_read_them(shown: str, expected: str) -> None:
     assert shown.replace("\u00a0", " ") == expected
+
+
+# The schema
+
+
+def test_other_versions_are_refused_by_name() -> None:
+    with pytest.raises(InputError) as caught:
+        parse_report(changed("/schema", "grokquant.evaluation/1"), "x/report.json")
+    assert str(caught.value) == (
+        "x/report.json: schema: is 'grokquant.evaluation/1', this program reads "
+        "grokquant.evaluation/2: evaluate again"
+    )
+
+
+def test_every_field_of_the_schema_is_described() -> None:
+    schema = Report.model_json_schema(by_alias=True)
+    for part in (schema, *schema["$defs"].values()):
+        assert part["description"]
+        for name, field in part["properties"].items():
+            assert field.get("description"), f"{part['title']}.{name}"

@@ -7,9 +7,10 @@ run through transformers' experts registry: a first pass over all rows records w
 once for all tokens, and a block needs no more memory than its attention and one expert.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -67,6 +68,45 @@ def _streamed_experts(self: Any, x: Tensor, experts: Tensor, gates: Tensor) -> T
 
 
 ALL_EXPERTS_FUNCTIONS.register(STREAMED, _streamed_experts)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids [rows, time] that pass the blocks together, plain text unless there are branches.
+
+    With `branches` [rows, time] a row is several texts with one beginning: tokens of branch 0 are
+    that beginning, those of another branch see it and their own branch only. `positions` [rows,
+    time] are those of the tokens in their own text.
+    """
+
+    tokens: Tensor
+    branches: Tensor | None = None
+    positions: Tensor | None = None
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What may be seen: 0, else the least number [rows, 1, time, time]. `window` tokens back
+        are seen at most, the own one included; None sets no limit."""
+        assert self.branches is not None and self.positions is not None
+        back = self.positions.unsqueeze(2) - self.positions.unsqueeze(1)  # (rows, from, to)
+        own, other = self.branches.unsqueeze(2), self.branches.unsqueeze(1)
+        seen = (back >= 0) & ((own == other) | (other == 0))
+        if window is not None:
+            seen &= back < window
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+    def split(self, size: int) -> Iterator["Rows"]:
+        """The same rows, `size` at a time."""
+        for start in range(0, len(self.tokens), size):
+            yield self._each(lambda t: t[start : start + size])  # noqa: B023, called at once
+
+    def to(self, device: torch.device) -> "Rows":
+        return self._each(lambda t: t.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        if self.branches is None or self.positions is None:
+            return Rows(change(self.tokens))
+        return Rows(change(self.tokens), change(self.branches), change(self.positions))
 
 
 class Tap(nn.Module):
@@ -149,23 +189,42 @@ class BlockwiseModel:
         """Gives the memory of layer `index` back."""
         self.layers[index].to("meta")
 
-    @torch.no_grad()
     def run_layer(self, index: int, hidden: Tensor, mix: Mix) -> Tensor:
-        """Hidden states after layer `index`, whose experts, if it has any, `mix` computes."""
-        exchange = self._exchange(index, hidden)
+        """Hidden states after layer `index`, whose experts, if it has any, `mix` computes.
+
+        `hidden` are the rows that were embedded last.
+        """
+        return self._run_layer(index, [(None, hidden)], mix)[0]
+
+    def run_batches(
+        self, index: int, batches: Sequence[Rows], hidden: Sequence[Tensor], mix: Mix
+    ) -> list[Tensor]:
+        """The same for several batches of rows at once, each of a length of its own."""
+        return self._run_layer(index, list(zip(batches, hidden, strict=True)), mix)
+
+    @torch.no_grad()
+    def _run_layer(
+        self, index: int, batches: list[tuple[Rows | None, Tensor]], mix: Mix
+    ) -> list[Tensor]:
+        def run() -> Iterator[Iterator[Tensor]]:
+            return (self._run_rows(index, hidden, rows) for rows, hidden in batches)
+
+        tokens = sum(hidden.shape[0] * hidden.shape[1] for _, hidden in batches)
+        exchange = self._exchange(index, tokens)
         if exchange is None:
-            return torch.cat(list(self._run_rows(index, hidden)))
-        for _ in self._run_rows(index, hidden):
-            pass
+            return [torch.cat(list(parts)) for parts in run()]
+        for parts in run():
+            for _ in parts:
+                pass
         recorded, exchange.recorded = exchange.recorded, ()
         exchange.outputs = mix(*recorded)
         del recorded
-        return torch.cat(list(self._run_rows(index, hidden)))
+        return [torch.cat(list(parts)) for parts in run()]
 
     @torch.no_grad()
     def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:
         """What the matrix `tensor` (its checkpoint name) of layer `index` reads: [tokens, in]."""
-        self._exchange(index, hidden)
+        self._exchange(index, hidden.shape[0] * hidden.shape[1])
         inputs: list[Tensor] = []
         layer = self.layers[index]
         linear, _ = parameter_parent(layer, self.family.parameter_name(layer, index, tensor))
@@ -221,15 +280,21 @@ class BlockwiseModel:
 
     def stored_experts(self, index: int) -> Mix:
         """The experts of layer `index` as the checkpoint has them, read one after the other."""
+        return self.mix_experts(index, lambda number, x, token: self.stored_expert(index, number))
 
-        def make_expert(number: int, x: Tensor, token: Tensor) -> Expert:
-            names = self.family.expert_tensors(index, number)
-            W_gate, W_up, W_down = (self.expert_weight(names[p]) for p in ("gate", "up", "down"))
-            inner = self.hidden_units(index, number, W_gate, W_up)
-            bias = self.expert_bias(index, number, "down")
-            return lambda x: F.linear(inner(x), W_down, bias)
+    def stored_expert(self, index: int, number: int) -> Expert:
+        """An expert as the checkpoint has it, read at once."""
+        names = self.family.expert_tensors(index, number)
+        W_gate, W_up, W_down = (self.expert_weight(names[p]) for p in ("gate", "up", "down"))
+        inner = self.hidden_units(index, number, W_gate, W_up)
+        bias = self.expert_bias(index, number, "down")
+        return lambda x: F.linear(inner(x), W_down, bias)
 
-        return self.mix_experts(index, make_expert)
+    def attention_output(self, index: int) -> nn.Module:
+        """The matrix of layer `index` that makes what its attention adds to the residual."""
+        layer, prefix = self.layers[index], self.family.layer_prefix.format(layer=index)
+        tensor = prefix + self.family.matrices(self.config, index)["attention.o"]
+        return parameter_parent(layer, self.family.parameter_name(layer, index, tensor))[0]
 
     def hidden_units(self, index: int, number: int, W_gate: Tensor, W_up: Tensor) -> Expert:
         """What an expert makes of inputs [tokens, hidden] before its down: [tokens, inner]."""
@@ -247,19 +312,36 @@ class BlockwiseModel:
         """Tensors of as many rows, some rows at a time; nothing of tensors without rows."""
         yield from zip(*(t.split(TOKENS_AT_ONCE) for t in tensors if len(t)), strict=True)
 
-    def _exchange(self, index: int, hidden: Tensor) -> Exchange | None:
+    def _exchange(self, index: int, tokens: int) -> Exchange | None:
         experts = self.family.experts_of(self.layers[index])
         if experts is None:
             return None
-        experts.exchange = Exchange(hidden.shape[0] * hidden.shape[1])
+        experts.exchange = Exchange(tokens)
         return experts.exchange
 
-    def _run_rows(self, index: int, hidden: Tensor) -> Iterator[Tensor]:
-        """Outputs of the layer for all rows, some rows at a time."""
-        args, kwargs = self.taps[index].arguments
-        for rows in hidden.split(_rows_at_once(hidden)):
-            out = self.layers[index](rows.to(self.device), *args, **kwargs)
+    def _run_rows(self, index: int, hidden: Tensor, rows: Rows | None = None) -> Iterator[Tensor]:
+        """Outputs of the layer for all rows, some at a time; those embedded last if not given."""
+        size = _rows_at_once(hidden)
+        parts = repeat(None) if rows is None else rows.split(size)
+        for part, h in zip(parts, hidden.split(size), strict=False):
+            if part is not None:
+                self._tell(part.to(self.device))
+            args, kwargs = self.taps[index].arguments
+            out = self.layers[index](h.to(self.device), *args, **kwargs)
             yield (out[0] if isinstance(out, tuple) else out).to(hidden.device)
+
+    def _tell(self, rows: Rows) -> None:
+        """Has the taps note what the model hands to its layers for these rows."""
+        if rows.branches is None:
+            self.model.base_model.forward(input_ids=rows.tokens[:1])
+            return
+        window = getattr(self.config, "sliding_window", None) or None
+        mask: Any = rows.mask(window, self.dtype)
+        if getattr(self.config, "layer_types", None):
+            mask = {"sliding_attention": mask, "full_attention": rows.mask(None, self.dtype)}
+        self.model.base_model.forward(
+            input_ids=rows.tokens, attention_mask=mask, position_ids=rows.positions
+        )
 
     def _fill(self, module: nn.Module, name: str, tensor: str) -> None:
         self._set(module, name, self.source.tensors[tensor].read())

@@ -4,6 +4,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -43,6 +44,45 @@ def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) 
     return documents
 
 
+@dataclass(frozen=True)
+class TextRows:
+    """Windows of a text: its `tokens` and the number of the document that each is from, from 0.
+
+    Both int64 [rows, length].
+    """
+
+    tokens: Tensor
+    documents: Tensor
+
+
+def rows_of(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int | None,
+) -> TextRows:
+    """`samples` windows of `length` tokens; fewer where the text has no more.
+
+    The documents' tokens are joined as they are, nothing between them, and cut into windows that
+    do not overlap. `seed` draws windows at random, in the order of the text; None takes the first
+    ones and reads no further than these. Raises InputError if there is not one whole window.
+    """
+    limit = samples * length if seed is None else None
+    tokens, ends = _tokens(documents, tokenizer, limit)
+    windows = len(tokens) // length
+    if windows == 0:
+        raise InputError(f"the text has {len(tokens)} tokens, one row takes {length}")
+    whole = windows * length
+    rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(windows, length)
+    numbers = torch.bucketize(torch.arange(whole), torch.tensor(ends), right=True).view_as(rows)
+    if seed is None:
+        return TextRows(rows[:samples], numbers[:samples])
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+    drawn = order[:samples].sort().values
+    return TextRows(rows[drawn], numbers[drawn])
+
+
 def token_rows(
     documents: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -50,22 +90,8 @@ def token_rows(
     length: int,
     seed: int | None,
 ) -> Tensor:
-    """Rows of tokens, int64 [samples, length]; fewer rows where the text has no more.
-
-    The documents' tokens are joined as they are, nothing between them, and cut into windows that
-    do not overlap. `seed` draws windows at random, in the order of the text; None takes the first
-    ones and reads no further than these. Raises InputError if there is not one whole window.
-    """
-    limit = samples * length if seed is None else None
-    tokens = _tokens(documents, tokenizer, limit)
-    windows = len(tokens) // length
-    if windows == 0:
-        raise InputError(f"the text has {len(tokens)} tokens, one row takes {length}")
-    rows = torch.frombuffer(tokens, dtype=torch.int64)[: windows * length].view(windows, length)
-    if seed is None:
-        return rows[:samples]
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    return rows[order[:samples].sort().values]
+    """The tokens of `rows_of`, int64 [samples, length]."""
+    return rows_of(documents, tokenizer, samples, length, seed).tokens
 
 
 def calibration_rows(
@@ -95,13 +121,15 @@ def text_digest(documents: Sequence[str]) -> str:
 
 def _tokens(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> "array[int]":
-    tokens = array("q")
+) -> "tuple[array[int], list[int]]":
+    """The tokens of all documents, and how many there are after each of them."""
+    tokens, ends = array("q"), []
     for text in documents:
         tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
+        ends.append(len(tokens))
         if limit is not None and len(tokens) >= limit:
             break
-    return tokens
+    return tokens, ends
 
 
 def _read_txt(path: str) -> Iterator[str]:

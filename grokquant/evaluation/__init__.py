@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,25 +11,19 @@ from pydantic import ValidationError
 
 import grokquant
 from grokquant import papers
-from grokquant.calibration.text import load_documents, text_digest, token_rows
+from grokquant.calibration.text import TextRows, load_documents, rows_of, text_digest
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
-from grokquant.evaluation.compare import Comparison, LayerDone, compare_checkpoints
+from grokquant.evaluation.cache import Cache
+from grokquant.evaluation.compare import LayerDone, compare_checkpoints
+from grokquant.evaluation.estimates import figures_of, noise_floor, routing
 from grokquant.evaluation.html import write_report
 from grokquant.evaluation.report import Report
-from grokquant.evaluation.statistics import (
-    TokenFigures,
-    correlation,
-    mean_and_error,
-    perplexity,
-    quantile,
-    rms_and_error,
-)
 from grokquant.evaluation.tables import markdown_table
 from grokquant.output import REPORT_NAME
-from grokquant.recipe import EvalSection, load_recipe
+from grokquant.recipe import EvalSection, load_recipe, parse_size
 from grokquant.tokenizer import load_tokenizer
 from grokquant.types import Scheme
 
@@ -41,7 +37,6 @@ _SAME = (
     "hidden_size",
     "vocab_size",
 )
-_QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%")
 
 
 def settings_of(
@@ -65,17 +60,35 @@ def settings_of(
         raise InputError(f"eval.{key}: {text.removeprefix('Value error, ')}") from None
 
 
+def cache_at(
+    directory: str | Path | None, budget: str, note: Callable[[str], None]
+) -> Cache | None:
+    """The cache in a directory that may grow to `budget`, such as 20GB; None without a directory.
+
+    Raises InputError.
+    """
+    if directory is None:
+        return None
+    try:
+        return Cache(Path(directory), parse_size(budget), note)
+    except ValueError as error:
+        raise InputError(f"the size of the cache: {error}") from None
+
+
 def evaluate(
     quantized: str | Path,
     reference: str | Path,
     settings: EvalSection | None = None,
     layer_done: LayerDone | None = None,
     device: torch.device = CPU,
+    forced: bool = True,
+    cache: Cache | None = None,
 ) -> Report:
     """Runs both checkpoints over the same held-out tokens, block by block, on `device`.
 
-    `settings` default to those of the recipe that made `quantized`. Raises InputError where the
-    two cannot be compared.
+    `settings` default to those of the recipe that made `quantized`. With `forced` each layer is
+    also measured alone; a `cache` keeps what the reference did for the next evaluation. Raises
+    InputError where the two cannot be compared.
     """
     settings = settings or settings_of(quantized)
     candidate, base = open_checkpoint(quantized), open_checkpoint(reference)
@@ -83,15 +96,19 @@ def evaluate(
     own, theirs = _unit_rows(candidate), _unit_rows(base)
     documents = load_documents(settings.data, "heldout")
     rows = _rows(settings, documents, base)
-    comparison = compare_checkpoints(candidate, base, rows, layer_done, device)
+    comparison = compare_checkpoints(
+        candidate, base, rows.tokens, layer_done, device, forced, cache
+    )
     return Report(
         grokquant=grokquant.__version__,
         quantized=_describe(candidate, quantized, own),
         reference=_describe(base, reference, theirs),
-        protocol=_protocol(settings, documents, rows),
-        layers=tuple(parts.Layer(**vars(layer)) for layer in comparison.layers),
+        protocol=_protocol(settings, documents, rows.tokens),
+        noise_floor=noise_floor(comparison.noise),
+        routing=routing(comparison),
+        layers=tuple(parts.Layer(**asdict(layer)) for layer in comparison.layers),
         units=own,
-        **_figures(comparison),
+        **figures_of(comparison.figures, rows.documents[:, 1:]),
     )
 
 
@@ -115,12 +132,12 @@ def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:
             )
 
 
-def _rows(settings: EvalSection, documents: list[str], base: Checkpoint) -> torch.Tensor:
-    """Token ids [windows, length], no longer than the model has positions."""
+def _rows(settings: EvalSection, documents: list[str], base: Checkpoint) -> TextRows:
+    """Windows of the text, no longer than the model has positions."""
     tokenizer = load_tokenizer(base)
     length = min(settings.length, base.config.max_position_embeddings)
     try:
-        return token_rows(documents, tokenizer, settings.samples, length, None)
+        return rows_of(documents, tokenizer, settings.samples, length, None)
     except InputError as error:
         raise InputError(f"eval.data: {settings.data}: {error}") from None
 
@@ -171,58 +188,3 @@ def _unit_rows(checkpoint: Checkpoint) -> tuple[parts.UnitRow, ...]:
 def _unit_row(row: dict) -> parts.UnitRow:
     known = {key: value for key, value in row.items() if key in parts.UnitRow.model_fields}
     return parts.UnitRow(**known | {"scheme": str(Scheme(**row["scheme"]))})
-
-
-def _figures(comparison: Comparison) -> dict:
-    """The figures of a comparison under the names of the report."""
-    figures = comparison.figures
-    mean_kld = _estimate(mean_and_error(figures.kld))
-    return {
-        "perplexity": _perplexity(figures),
-        "kld": parts.Divergence(mean=mean_kld, **_spread(figures.kld, _QUANTILES)),
-        "delta_p": parts.DeltaP(
-            mean=_estimate(mean_and_error(figures.delta_p)),
-            rms=_estimate(rms_and_error(figures.delta_p)),
-            **_spread(figures.delta_p, (*_QUANTILES, "75.0%", "25.0%")),
-        ),
-        "same_top_p": _estimate(mean_and_error(figures.same_top)),
-        "noise_floor": parts.NoiseFloor(
-            mean_kld=comparison.noise_kld,
-            how="the reference against itself, the same windows in another batch order",
-        ),
-    }
-
-
-def _perplexity(figures: TokenFigures) -> parts.Perplexity:
-    """Both perplexities and how they compare, token by token (paired)."""
-    difference = figures.nll - figures.nll_reference
-    ln_ratio, ln_error = mean_and_error(difference)
-    (own, own_error), (base, base_error) = (
-        perplexity(nll) for nll in (figures.nll, figures.nll_reference)
-    )
-    ratio = own / base
-    log_variances = (own_error / own) ** 2 + (base_error / base) ** 2
-    covariance = own * base * (log_variances - ln_error**2)  # twice that of the two perplexities
-    variance = own_error**2 + base_error**2 - covariance
-    return parts.Perplexity(
-        reference=parts.Estimate(value=base, error=base_error),
-        quantized=parts.Estimate(value=own, error=own_error),
-        ratio=parts.Estimate(value=ratio, error=ratio * ln_error),
-        ln_ratio=parts.Estimate(value=ln_ratio, error=ln_error),
-        difference=parts.Estimate(value=own - base, error=max(variance, 0.0) ** 0.5),
-        correlation=correlation(figures.nll, figures.nll_reference),
-    )
-
-
-def _estimate(value_and_error: tuple[float, float]) -> parts.Estimate:
-    return parts.Estimate(value=value_and_error[0], error=value_and_error[1])
-
-
-def _spread(x: torch.Tensor, quantiles: tuple[str, ...]) -> dict:
-    """Maximum, quantiles, median and minimum of per-token figures x [tokens]."""
-    named = {name: quantile(x, float(name[:-1]) / 100) for name in quantiles}
-    return {
-        "maximum": x.max().item(),
-        "median": quantile(x, 0.5),
-        "minimum": x.min().item(),
-    } | named

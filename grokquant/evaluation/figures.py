@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 
-from grokquant.evaluation.report import Layer, Report
+from grokquant.evaluation.report import Layer, Report, Routing
 from grokquant.evaluation.shapes import Mark
 from grokquant.evaluation.svg import (
     Quantile,
@@ -11,15 +11,17 @@ from grokquant.evaluation.svg import (
     bar_chart,
     heat_map,
     line_chart,
+    lying_bars,
     quantile_plot,
-    size_bars,
 )
 from grokquant.evaluation.tables import (
     NBSP,
     bf16_bytes,
     name_of,
+    number,
     percent,
     quantile_rows,
+    rough,
     short,
     size,
 )
@@ -71,16 +73,75 @@ def layer_errors(report: Report) -> str:
     return bar_chart(title, marks, percent, _plain_percent, "layer")
 
 
+def errors_alone(report: Report) -> str:
+    """Errors of each layer and its parts on the reference's own states."""
+    keys = {"experts_error": "experts", "attention_error": "attention", "block_error": "block"}
+    series = [Series(name, _layer_marks(report, f"forced.{key}")) for key, name in keys.items()]
+    drawn = [line for line in series if any(line.marks)]
+    title = "Relative error of the outputs of each layer alone"
+    return line_chart(title, drawn, _plain_percent, "layer", log_y=True)
+
+
 def router_agreement(report: Report) -> str:
-    keys = {"router_top1": "same first expert", "router_top2_set": "same two experts"}
+    """On the model's own path, and with the reference's states going in."""
+    keys = {"router_set": "on its own path", "forced.router_set": "this layer alone"}
     series = [Series(name, _layer_marks(report, key)) for key, name in keys.items()]
     drawn = [line for line in series if any(line.marks)]
     return line_chart("Router agreement by layer", drawn, _plain_percent, "layer")
 
 
+def load_shifts(report: Report) -> str:
+    marks = [m or Mark(0.0) for m in _layer_marks(report, "load_shift")]
+    return bar_chart("Load shift by layer", marks, percent, _plain_percent, "layer")
+
+
+def changed_routes(report: Report, routing: Routing) -> str:
+    """Mean KLD of the tokens whose routing changed, and of the others."""
+    groups = {"changed": "another expert somewhere", "unchanged": "the same experts throughout"}
+    bars = []
+    for key, name in groups.items():
+        group = getattr(routing, key)
+        label = "no tokens" if group.mean_kld is None else f"{number(group.mean_kld)}{NBSP}nats"
+        mark = Mark(group.mean_kld or 0.0, f"/routing/{key}/mean_kld" * (group.tokens > 0))
+        bars.append((f"{name}", mark, label))
+    bars.append(("all tokens", Mark(report.kld.mean.value, "/kld/mean/value"),
+                 f"{number(report.kld.mean.value)}{NBSP}nats"))  # fmt: skip
+    return lying_bars("Mean KLD by change of routing", bars)
+
+
+def first_changes(routing: Routing) -> str:
+    """Mean KLD over the layer in which a token's routing changes first."""
+    marks = [
+        Mark(row.mean_kld or 0.0, f"/routing/first_change/{i}/mean_kld" * (row.tokens > 0))
+        for i, row in enumerate(routing.first_change)
+    ]
+    names = [row.layer for row in routing.first_change]
+    title = "Mean KLD by the layer of the first change of routing"
+    return bar_chart(title, marks, rough, short, "layer of the first change", names)
+
+
+def damage_map(report: Report) -> str:
+    """Each expert's share of the damage of its layer."""
+    columns = [
+        [
+            Mark(share, f"/layers/{i}/forced/damage/{e}")
+            for e, share in enumerate(layer.forced.damage if layer.forced else ())
+        ]
+        for i, layer in enumerate(report.layers)
+    ]
+    return heat_map("Share of the damage by layer and expert", columns, _load, "e")
+
+
 def _layer_marks(report: Report, key: str) -> list[Mark | None]:
-    values = [getattr(layer, key) for layer in report.layers]
-    return [None if v is None else Mark(v, f"/layers/{i}/{key}") for i, v in enumerate(values)]
+    values = [_found(layer, key) for layer in report.layers]
+    path = key.replace(".", "/")
+    return [None if v is None else Mark(v, f"/layers/{i}/{path}") for i, v in enumerate(values)]
+
+
+def _found(layer: Layer, key: str) -> float | None:
+    """A figure of a layer; "forced.x" is one of the layer alone."""
+    part, _, name = key.rpartition(".")
+    return getattr(layer.forced if part else layer, name, None)
 
 
 def load_map(report: Report) -> str:
@@ -128,7 +189,7 @@ def sizes(report: Report) -> str:
         (name_of(reference), Mark(reference.bytes, "/reference/bytes"), size(reference.bytes)),
         ("the same as bf16", Mark(bf16_bytes(model)), size(bf16_bytes(model))),
     ]
-    return size_bars("Size of the weight files", bars)
+    return lying_bars("Size of the weight files", bars)
 
 
 def least_fed(report: Report) -> str:
@@ -150,6 +211,20 @@ def moved(report: Report) -> str:
     net = sum(abs(shift) for layer in report.layers for shift in _shifts(layer)) // 2
     total = sum(sum(layer.reference_tokens_per_expert) for layer in report.layers)
     return f"Net of exchanges, {net:,} of {total:,} ({percent(net / max(total, 1))}) moved."
+
+
+def most_damage(report: Report) -> str:
+    """Which expert does most of the damage of its layer, and how even shares would look."""
+    share, layer, expert = max(
+        (share, layer.layer, expert)
+        for layer in report.layers
+        for expert, share in enumerate(layer.forced.damage if layer.forced else ())
+    )
+    even = 1 / max(len(layer.tokens_per_expert) for layer in report.layers)
+    return (
+        f"Even would be {percent(even, 3)}. Most: {percent(share, 3)} by expert {expert} of "
+        f"layer {layer}."
+    )
 
 
 def _shifts(layer: Layer) -> list[int]:

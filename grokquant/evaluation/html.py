@@ -9,16 +9,18 @@ from pathlib import Path
 
 from grokquant.durable import write_json, write_text
 from grokquant.errors import InputError
-from grokquant.evaluation.markup import better, datum, section, value_of
+from grokquant.evaluation.layer_sections import (
+    experts_section,
+    layers_section,
+    routing_section,
+)
+from grokquant.evaluation.markup import better, datum, document, interval_of, section, value_of
 from grokquant.evaluation.report import JSON_NAME, Checkpoint, Report
 from grokquant.evaluation.sections import (
     distribution_section,
-    experts_section,
-    layers_section,
     metrics_section,
     weights_section,
 )
-from grokquant.evaluation.style import CSS
 from grokquant.evaluation.tables import (
     LOWER,
     NBSP,
@@ -26,11 +28,11 @@ from grokquant.evaluation.tables import (
     bf16_bytes,
     count,
     name_of,
+    noise_rows,
     percent,
     rows,
     size,
     verdict,
-    with_unit,
 )
 
 HTML_NAME = "report.html"
@@ -38,26 +40,21 @@ HTML_NAME = "report.html"
 
 def render_html(report: Report) -> str:
     """The whole page."""
-    title = escape(f"{name_of(report.quantized)}: evaluation")
     body = "".join(
         (
             _header(report),
             _tiles(report),
             metrics_section(report),
             distribution_section(report),
+            routing_section(report),
             layers_section(report),
             experts_section(report),
             weights_section(report),
             _protocol(report),
         )
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
-        f"<footer>grokquant {escape(report.grokquant)}. The same numbers, in full precision, "
-        "are in report.json beside this page.</footer>\n</main>\n</body>\n</html>\n"
-    )
+    title = f"{name_of(report.quantized)}: evaluation"
+    return document(title, body, report.grokquant, JSON_NAME)
 
 
 def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
@@ -94,29 +91,37 @@ def _kind(model: Checkpoint) -> str:
 
 
 def _tiles(report: Report) -> str:
-    by_name = {row.name: row for row in rows(report)}
-    ratio, kld = by_name["Mean PPL(Q)/PPL(base)"], by_name["Mean KLD"]
-    top, noise = by_name["Same top p"], by_name["Noise floor"]
+    by_name = {row.name: row for row in [*rows(report), *noise_rows(report)]}
+    noise = by_name["Mean KLD, no change"].shown
     model, plain = report.quantized, bf16_bytes(report.quantized)
-    bits = f"{model.bits_per_weight:.2f}"
-    tiles = (
-        _tile("Perplexity ratio", ratio, "quantized over reference"),
-        _tile("Mean KL divergence", kld, f"noise floor {noise.shown}"),
-        _tile("Same top token", top, "greedy choice unchanged"),
+    bits, path = model.bits_per_weight, "/quantized/bits_per_weight"
+    share = f"{percent(model.bytes / max(plain, 1), 3)} of {size(plain)} as bf16"
+    tiles = [
+        _tile("Perplexity ratio", by_name["Mean PPL(Q)/PPL(base)"], "quantized over reference"),
+        _tile("Mean KL divergence", by_name["Mean KLD"], f"noise floor {noise}"),
+        _tile("Same top token", by_name["Same top p"], "greedy choice unchanged"),
+    ]
+    if routers := by_name.get("Same experts, least"):
+        mean = by_name["Same experts, mean"]
+        tiles.append(_tile("Same experts", routers, f"in the worst layer; mean {mean.shown}"))
+    tiles.append(
         _tile_of(
             "Bits per weight",
-            datum("/quantized/bits_per_weight", model.bits_per_weight, bits),
+            datum(path, bits, f"{bits:.2f}"),
             f"{size(model.bytes)}, {better(LOWER)}",
-            f"{percent(model.bytes / max(plain, 1), 3)} of {size(plain)} as bf16",
-        ),
+            share,
+        )
     )
-    return f'<dl class="tiles">{"".join(tiles)}</dl>\n'
+    note = f"Ranges are 95{NBSP}% intervals: what another choice of text would leave as likely."
+    return (
+        f'<dl class="tiles n{len(tiles)}">{"".join(tiles)}</dl>\n<p class="tilenote">{note}</p>\n'
+    )
 
 
 def _tile(name: str, row: Row, words: str) -> str:
     unit = f'<span class="unit">{NBSP}{row.unit}</span>' if row.unit else ""
-    error = with_unit(row.shown_error, "%" if row.unit == "%" else "")
-    return _tile_of(name, value_of(row) + unit, f"±{NBSP}{error}, {better(row.better)}", words)
+    ends = [interval_of(row)] if row.estimate else []
+    return _tile_of(name, value_of(row) + unit, better(row.better), *ends, words)
 
 
 def _tile_of(name: str, value: str, *notes: str) -> str:

@@ -2,7 +2,19 @@
 
 from html import escape
 
-from grokquant.evaluation.tables import NBSP, Row
+from grokquant.evaluation.style import CSS
+from grokquant.evaluation.tables import Row, number
+
+
+def document(title: str, body: str, version: str, data: str) -> str:
+    """A whole page; `data` is the name of the file that has the same numbers."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
+        f"<footer>grokquant {escape(version)}. The same numbers, in full precision, "
+        f"are in {data} beside this page.</footer>\n</main>\n</body>\n</html>\n"
+    )
 
 
 def section(title: str, words: str, body: str) -> str:
@@ -14,23 +26,63 @@ def figure(title: str, words: str, drawing: str) -> str:
     return f"<figure>{caption}{drawing}</figure>"
 
 
-def details(summary: str, table: str) -> str:
-    return f'<details><summary>{summary}</summary><div class="card">{table}</div></details>'
+def details(summary: str, body: str, card: bool = True) -> str:
+    """Folded on a screen, open on paper."""
+    body = f'<div class="card">{body}</div>' if card else body
+    return f"<details><summary>{summary}</summary>{body}</details>"
+
+
+def table(head: str, body: str, kind: str = "") -> str:
+    """A table; `head` and `body` are rows of cells."""
+    name = f' class="{kind}"' if kind else ""
+    return f"<table{name}><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def heads(*names: str, numbers: int = 0) -> str:
+    """A row of column heads, the last `numbers` of which stand over numbers."""
+    first = len(names) - numbers
+    kinds = ['<th scope="col">'] * first + ['<th scope="col" class="num">'] * numbers
+    cells = (f"{kind}{name}</th>" for kind, name in zip(kinds, names, strict=True))
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def value_of(row: Row) -> str:
-    shown = row.shown.removesuffix(f"{NBSP}{row.unit}") if row.unit else row.shown
-    return datum(row.path, row.value, shown, row.unit)
+    return datum(row.path, row.value, row.bare(row.value), row.unit)
 
 
 def error_of(row: Row) -> str:
-    if row.error is None:
+    if row.estimate is None:
         return ""
-    path = row.path.removesuffix("value") + "error"
-    return datum(path, row.error, row.shown_error, row.unit)
+    return datum(_beside(row, "error"), row.estimate.error, row.shown_error, row.unit)
 
 
-def datum(path: str, value: float, shown: str, unit: str = "") -> str:
+def token_error_of(row: Row) -> str:
+    """The error with tokens taken as independent."""
+    error = row.estimate.token_error if row.estimate else None
+    scale = 100 if row.unit == "%" else 1
+    shown = number((error or 0) * scale, (error or 0) * scale)
+    return datum(_beside(row, "token_error"), error, shown, row.unit)
+
+
+def interval_of(row: Row) -> str:
+    """The 95 % interval."""
+    if row.estimate is None:
+        return ""
+    ends = (("low", row.estimate.low), ("high", row.estimate.high))
+    shown = (datum(_beside(row, key), end, row.bare(end), row.unit) for key, end in ends)
+    return " to ".join(shown)
+
+
+def _beside(row: Row, key: str) -> str:
+    return row.path.removesuffix("value") + key
+
+
+def datum(path: str, value: float | None, shown: str, unit: str = "") -> str:
+    """A number of the report: where it is found and in full, and as people read it."""
+    if value is None:
+        return "–"
+    if not path:
+        return shown
     unit = f' data-unit="{unit}"' if unit else ""
     return f'<span data-path="{path}" data-value="{value!r}"{unit}>{shown}</span>'
 

@@ -1,15 +1,28 @@
-"""The sections of the page, from the figures that matter most to single matrices."""
+"""The sections of the page about the whole model: metrics, tokens, sizes."""
 
 from collections.abc import Iterable
 from html import escape
 
 from grokquant.evaluation import figures
-from grokquant.evaluation.markup import datum, details, error_of, figure, section, value_of
+from grokquant.evaluation.markup import (
+    datum,
+    details,
+    error_of,
+    figure,
+    heads,
+    interval_of,
+    section,
+    table,
+    token_error_of,
+    value_of,
+)
 from grokquant.evaluation.report import Report, UnitRow
 from grokquant.evaluation.tables import (
     NBSP,
     bf16_bytes,
+    errors_words,
     name_of,
+    noise_rows,
     number,
     percent,
     quantile_rows,
@@ -25,25 +38,44 @@ _WORST_UNITS, _MOST_FALLBACKS = 10, 40
 def metrics_section(report: Report) -> str:
     lead = {"Mean PPL(Q)/PPL(base)", "Mean KLD", "Same top p"}
     parts, block = [], ""
-    for row in rows(report):
+    for row in [*rows(report), *noise_rows(report)]:
         if row.block != block:
-            head = f'<th colspan="5" scope="rowgroup">{row.block}</th>'
+            head = f'<th colspan="6" scope="rowgroup">{row.block}</th>'
             parts.append(f'<tr class="block">{head}</tr>')
             block = row.block
         unit = f"{NBSP}{row.unit}" if row.unit else ""
         parts.append(
             f'<tr class="{"lead" if row.name in lead else "plain"}">'
             f'<th scope="row">{escape(row.name)}</th><td class="num">{value_of(row)}{unit}</td>'
-            f'<td class="num err">{error_of(row)}</td><td class="better">{row.better}</td>'
-            f'<td class="words">{escape(row.words)}</td></tr>'
+            f'<td class="num err">{error_of(row)}</td><td class="num ends">{interval_of(row)}</td>'
+            f'<td class="better">{row.better}</td><td class="words">{escape(row.words)}</td></tr>'
         )
+    head = (
+        '<tr><th>Metric</th><th class="num">Value</th><th class="num">±</th>'
+        f'<th class="num">95{NBSP}% interval</th><th>Better</th><th>In plain words</th></tr>'
+    )
     return section(
         "How far from the reference",
-        "Names as in llama.cpp. ± is one standard error, with tokens taken as independent.",
-        '<div class="card"><table class="metrics"><thead><tr><th>Metric</th>'
-        '<th class="num">Value</th><th class="num">±</th><th>Better</th><th>In plain words</th>'
-        f"</tr></thead><tbody>{''.join(parts)}</tbody></table></div>",
+        f"Names as in llama.cpp. {errors_words(report)}",
+        f'<div class="card">{table(head, "".join(parts), "metrics")}</div>'
+        + details("Errors as llama.cpp prints them", _token_errors(report)),
     )
+
+
+def _token_errors(report: Report) -> str:
+    """Both kinds of standard errors side by side."""
+    body = "".join(
+        f'<tr><th scope="row">{escape(row.name)}</th><td class="num">{error_of(row)}</td>'
+        f'<td class="num">{token_error_of(row)}</td></tr>'
+        for row in rows(report)
+        if row.estimate and row.estimate.token_error is not None
+    )
+    words = (
+        "llama.cpp takes tokens as independent. Tokens of one document are alike, so its errors "
+        "are too small where documents differ."
+    )
+    head = heads("Metric", "± here", "± with independent tokens", numbers=2)
+    return f'<p class="words">{words}</p>{table(head, body)}'
 
 
 def distribution_section(report: Report) -> str:
@@ -62,104 +94,17 @@ def distribution_section(report: Report) -> str:
     )
     cells = "".join(
         f'<tr><th scope="row">{name[0].upper() + name[1:]}</th><td class="num">'
-        + ("–" if nats is None else datum(f"/kld/{name}", nats, number(nats)))
+        + datum(f"/kld/{name}", nats, number(nats or 0))
         + '</td><td class="num">'
         + datum(f"/delta_p/{name}", share, percent(share, 3), "%")
         + "</td></tr>"
         for name, nats, share in quantile_rows(report)
     )
-    table = (
-        '<table><thead><tr><th>Percentile of tokens</th><th class="num">KLD, nats</th>'
-        f'<th class="num">Δp</th></tr></thead><tbody>{cells}</tbody></table>'
-    )
+    quantiles = table(heads("Percentile of tokens", "KLD, nats", "Δp", numbers=2), cells)
     return section(
         "Token by token",
         "Averages hide the tail, and the tail is what breaks code and long reasoning.",
-        f'<div class="grid">{charts}</div>{details("All percentiles", table)}',
-    )
-
-
-def layers_section(report: Report) -> str:
-    if not report.layers:
-        return ""
-    worst, last = max(report.layers, key=lambda x: x.relative_error), report.layers[-1]
-    end = "" if worst is last else f"; the last layer ends at {percent(last.relative_error)}"
-    charts = figure(
-        "Relative error of the hidden state",
-        f"‖quantized − reference‖ / ‖reference‖ after each layer. Largest: "
-        f"{percent(worst.relative_error)} after layer {worst.layer}{end}. Lower is better.",
-        figures.layer_errors(report),
-    )
-    routed = [layer for layer in report.layers if layer.router_top1 is not None]
-    if routed:
-        least = min(routed, key=lambda x: x.router_top1 or 0)
-        charts += figure(
-            "Same experts chosen",
-            "Share of tokens for which the router picks the same first expert, and the same two "
-            f"in any order. Least: {percent(least.router_top1 or 0, 3)} for the first, in layer "
-            f"{least.layer}. Higher is better.",
-            figures.router_agreement(report),
-        )
-    return section(
-        "Layer by layer",
-        "Each model goes its own way through the text, so the errors of earlier layers count.",
-        f'<div class="grid">{charts}</div>{details("Numbers by layer", _layer_table(report))}',
-    )
-
-
-def _layer_table(report: Report) -> str:
-    def cell(path: str, value: float | None) -> str:
-        return "–" if value is None else datum(path, value, percent(value, 4), "%")
-
-    cells = "".join(
-        f'<tr><th scope="row">{layer.layer}</th>'
-        + "".join(
-            f'<td class="num">{cell(f"/layers/{i}/{key}", getattr(layer, key))}</td>'
-            for key in ("relative_error", "router_top1", "router_top2_set")
-        )
-        + "</tr>"
-        for i, layer in enumerate(report.layers)
-    )
-    return (
-        '<table><thead><tr><th>Layer</th><th class="num">Relative error</th>'
-        '<th class="num">Same first expert</th><th class="num">Same two experts</th></tr></thead>'
-        f"<tbody>{cells}</tbody></table>"
-    )
-
-
-def experts_section(report: Report) -> str:
-    charts = []
-    if any(layer.routed for layer in report.layers):
-        charts.append(
-            figure(
-                "Load of each expert",
-                "What each expert of the quantized model gets of the tokens routed in a layer. "
-                f"{figures.least_fed(report)}",
-                figures.load_map(report),
-            )
-        )
-        charts.append(
-            figure(
-                "Tokens gained and lost",
-                "Tokens of each expert, quantized minus reference: blue gained, orange lost. "
-                f"{figures.moved(report)} Near 0 is better.",
-                figures.shift_map(report),
-            )
-        )
-    words = {
-        "relative_error": ("Weight error of each expert", "‖W − Q‖ / ‖W‖ of the weights"),
-        "output_error": ("Output error of each expert", "The same on the calibration inputs"),
-    }
-    for key, (title, meaning) in words.items():
-        if drawn := figures.unit_error_map(report, key):
-            caption = f"{meaning}, averaged over the expert’s matrices. Lower is better."
-            charts.append(figure(title, caption, drawn))
-    if not charts:
-        return ""
-    return section(
-        "Expert by expert",
-        "A column for each layer, a row for each expert.",
-        f'<div class="grid">{"".join(charts)}</div>',
+        f'<div class="grid">{charts}</div>{details("All percentiles", quantiles)}',
     )
 
 
@@ -174,8 +119,7 @@ def weights_section(report: Report) -> str:
         charts += figure(
             "Grids",
             "Bits, columns that share a scale, symmetry, and in brackets the method that rounded.",
-            '<table><thead><tr><th>Grid</th><th class="num">Matrices</th></tr></thead>'
-            f"<tbody>{schemes}</tbody></table>",
+            table(heads("Grid", "Matrices", numbers=1), schemes),
         )
     worst = sorted(report.units, key=lambda unit: -unit.relative_error)[:_WORST_UNITS]
     return section(
@@ -206,11 +150,8 @@ def _unit_table(units: Iterable[UnitRow]) -> str:
         f'<td class="num">{"–" if unit.tokens is None else f"{unit.tokens:,}"}</td></tr>'
         for unit in units
     )
-    return (
-        "<table><thead><tr><th>Matrix</th><th>Grid</th><th>Method</th>"
-        '<th class="num">Weight error</th><th class="num">Output error</th>'
-        f'<th class="num">Calibration tokens</th></tr></thead><tbody>{cells}</tbody></table>'
-    )
+    names = ("Matrix", "Grid", "Method", "Weight error", "Output error", "Calibration tokens")
+    return table(heads(*names, numbers=3), cells)
 
 
 def _fallbacks(report: Report) -> str:

@@ -45,34 +45,35 @@ class Mark:
         return f' data-path="{escape(self.path)}" data-value="{stored!r}"' if self.path else ""
 
 
-def svg(title: str, height: float, body: Sequence[str]) -> str:
-    label = escape(title)
+def svg(title: str, height: float, body: Sequence[str], kind: str = "") -> str:
+    """A drawing with a name; those of the `kind` "top" do not sink to the foot of their figure."""
+    label, name = escape(title), f'class="{kind}" ' if kind else ""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label="{label}">'
+        f'<svg {name}viewBox="0 0 {WIDTH} {_n(height)}" role="img" aria-label="{label}">'
         f"<title>{label}</title>{''.join(body)}</svg>"
     )
 
 
-def level(y: float, label: str) -> str:
-    return _rule(LEFT, y, RIGHT, y, "level") + text_at(LEFT - 8, y + 4.5, label, "end")
+def level(y: float, label: str, right: float = RIGHT) -> str:
+    return rule(LEFT, y, right, y, "level") + text_at(LEFT - 8, y + 4.5, label, "end")
 
 
 def tick(x: float, y: float, label: str) -> str:
-    return _rule(x, y, x, y + 5, "base") + text_at(x, y + 19, label, "mid")
+    return rule(x, y, x, y + 5, "base") + text_at(x, y + 19, label, "mid")
 
 
 def baseline(y: float) -> str:
-    return _rule(LEFT, y, RIGHT, y, "base")
+    return rule(LEFT, y, RIGHT, y, "base")
 
 
 def marker(x: float, label_y: float, bottom: float, name: str) -> str:
     """A dashed line whose name stands on the side with more room."""
     side, shift = ("end", -6) if x > WIDTH / 2 else ("start", 6)
     label = text_at(x + shift, label_y, name, f"{side} ink")
-    return _rule(x, label_y - 10, x, bottom, "mark") + label
+    return rule(x, label_y - 10, x, bottom, "mark") + label
 
 
-def _rule(x1: float, y1: float, x2: float, y2: float, shade: str) -> str:
+def rule(x1: float, y1: float, x2: float, y2: float, shade: str) -> str:
     ends = f'x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}"'
     return f'<line class="{shade}" {ends}/>'
 
@@ -85,6 +86,13 @@ def polyline(points: Sequence[tuple[float, float]], shade: str) -> str:
 def dot(x: float, y: float, shade: str, mark: Mark, label: str, fine: bool = False) -> str:
     place = f'cx="{_n(x)}" cy="{_n(y)}" r="{2.5 if fine else 4}"'
     return f'<circle class="{shade}{" fine" * fine}" {place}{mark.data}>{tooltip(label)}</circle>'
+
+
+def shape(corners: Sequence[tuple[float, float]], kind: str, mark: Mark, label: str) -> str:
+    """A filled outline that stands for a number."""
+    path = "L".join(f"{_n(x)},{_n(y)}" for x, y in corners)
+    named = tooltip(label) if label else ""
+    return f'<path class="{kind}" d="M{path}Z"{mark.data}>{named}</path>'
 
 
 def legend_entry(x: float, y: float, shade: str, name: str) -> list[str]:
@@ -117,12 +125,20 @@ def _n(value: float) -> str:
 def ticks(axis: Axis, most: int = 5) -> list[float]:
     """Round values inside the axis, at most about `most` of them."""
     if axis.log:
-        first, last = ceil(log10(axis.low)), floor(log10(axis.high))
-        every = max(1, ceil((last - first + 1) / (most + 1)))
-        return [10.0**e for e in range(last, first - 1, -every)][::-1]
+        return _decades(axis, most)
     step = _round_step((axis.high - axis.low) / most)
     first, last = ceil(axis.low / step - 1e-9), floor(axis.high / step + 1e-9)
     return [step * i for i in range(first, last + 1)]
+
+
+def _decades(axis: Axis, most: int) -> list[float]:
+    """Powers of ten; between few of them also their doubles and fives."""
+    first, last = ceil(log10(axis.low) - 1e-9), floor(log10(axis.high) + 1e-9)
+    if last - first < 2:
+        steps = (m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5))
+        return [x for x in steps if axis.low <= x * 1.001 and x <= axis.high * 1.001]
+    every = max(1, ceil((last - first + 1) / (most + 1)))
+    return [10.0**e for e in range(last, first - 1, -every)][::-1]
 
 
 def _round_step(rough: float) -> float:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from math import exp, sqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+# Tokens and part of the vocabulary of whose logits there are copies in float64 at a time.
+_TOKENS, _VOCABULARY = 64, 2048
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,63 @@ def _fields(figures: TokenFigures) -> tuple[Tensor, ...]:
 
 
 def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenFigures:
-    """Figures of [tokens, vocabulary] logits of both models at the true next tokens [tokens]."""
-    log_q, log_p = (F.log_softmax(x.double(), dim=-1) for x in (logits, reference))
-    nll, nll_reference = (-x.gather(1, targets[:, None]).squeeze(1) for x in (log_q, log_p))
+    """Figures of [tokens, vocabulary] logits of both models at the true next tokens [tokens].
+
+    All of the vocabulary counts, in float64, but only a piece of it is there at a time.
+    """
+    pieces = (t.split(_TOKENS) for t in (logits, reference, targets))
+    return TokenFigures.cat([_compare(*piece) for piece in zip(*pieces, strict=True)])
+
+
+def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenFigures:
+    own, base = Normalizer(len(logits)), Normalizer(len(logits))
+    moved = torch.zeros(len(logits), dtype=torch.float64)  # sum of exp(b - top of b) * (b - a)
+    for a, b in zip(logits.split(_VOCABULARY, 1), reference.split(_VOCABULARY, 1), strict=True):
+        a, b = a.double(), b.double()  # (tokens, piece of the vocabulary)
+        own.add(a)
+        weights, shrunk = base.add(b)
+        moved = moved * shrunk + (weights * (b - a)).sum(1)
+    nll, nll_reference = (
+        norm.log - x.gather(1, targets[:, None]).squeeze(1).double()
+        for norm, x in ((own, logits), (base, reference))
+    )
     return TokenFigures(
         nll=nll,
         nll_reference=nll_reference,
-        kld=(log_p.exp() * (log_p - log_q)).sum(-1),
+        kld=moved / base.total - (base.log - own.log),
         delta_p=(-nll).exp() - (-nll_reference).exp(),
-        same_top=(log_q.argmax(-1) == log_p.argmax(-1)).double(),
+        same_top=(own.first == base.first).double(),
     )
+
+
+class Normalizer:
+    """log sum exp of logits that come piece by piece (Milakov and Gimelshein, 2018), and where
+    the largest was: `top`, `total` = sum of exp(x - top) and `first`, each [tokens]."""
+
+    def __init__(self, tokens: int) -> None:
+        self.top = torch.full((tokens,), -torch.inf, dtype=torch.float64)
+        self.total = torch.zeros(tokens, dtype=torch.float64)
+        self.first = torch.zeros(tokens, dtype=torch.long)
+        self._seen = 0
+
+    def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the next logits [tokens, piece]. Returns exp(x - top) of them [tokens, piece] and
+        by what all sums of such so far are to be multiplied [tokens]."""
+        largest, where = x.max(1)
+        higher = largest > self.top
+        self.first = torch.where(higher, where + self._seen, self.first)
+        self._seen += x.shape[1]
+        top = torch.maximum(self.top, largest)
+        shrunk = (self.top - top).exp()
+        weights = (x - top[:, None]).exp_()
+        self.total = self.total * shrunk + weights.sum(1)
+        self.top = top
+        return weights, shrunk
+
+    @property
+    def log(self) -> Tensor:
+        """log sum exp, [tokens]."""
+        return self.top + self.total.log()
 
 
 def mean_and_error(x: Tensor) -> tuple[float, float]:

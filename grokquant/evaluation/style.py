@@ -2,24 +2,32 @@
 
 _LIGHT = """
 --page:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#5c5a54;--hair:#e2e0da;--level:#ebe9e4;--base:#a9a69e;
---accent:#0b62b4;--s1:#1b74c9;--s2:#c4590f;--s0:#c3c0b8;--strong:#fff;--warn:#fdf0e3;--warnline:#c4590f;
---q0:#e8f1fc;--q1:#c8dffa;--q2:#a2cbfa;--q3:#7cb5f5;--q4:#277fd6;--q5:#0268bb;--q6:#035397;--q7:#013e73;
---e0:#fbede6;--e1:#f7d4c3;--e2:#f3b89a;--e3:#ea9b72;--e4:#c45a10;--e5:#a44803;--e6:#853900;--e7:#642901;
+--accent:#0b62b4;--s1:#1b74c9;--s2:#c4590f;--s3:#2b9a9a;--s4:#96435f;--s5:#3c14ab;--s6:#2b2e33;
+--s0:#c3c0b8;--strong:#fff;--warn:#fdf0e3;--warnline:#c4590f;
+--q0:#e8f1fc;--q1:#c8dffa;--q2:#a2cbfa;--q3:#7cb5f5;--q4:#2074c4;--q5:#0268bb;--q6:#035397;--q7:#013e73;
+--e0:#fbede6;--e1:#f7d4c3;--e2:#f3b89a;--e3:#ea9b72;--e4:#be560e;--e5:#a44803;--e6:#853900;--e7:#642901;
 --d0:#ab4b01;--d1:#e58f62;--d2:#f6c9b3;--d3:#e9ebee;--d4:#b8d8fb;--d5:#6dacf1;--d6:#136dbf;
 """
 
 _DARK = """
 --page:#131416;--card:#1c1e21;--ink:#ecebe8;--soft:#a9a7a1;--hair:#34363a;--level:#2b2d31;--base:#6d6f73;
---accent:#7db8f5;--s1:#5ea4ee;--s2:#ee9157;--s0:#55585d;--strong:#101316;--warn:#33241a;--warnline:#ee9157;
+--accent:#7db8f5;--s1:#5ea4ee;--s2:#ee9157;--s3:#f3d94a;--s4:#b1468a;--s5:#d24207;--s6:#f0eee9;
+--s0:#55585d;--strong:#101316;--warn:#33241a;--warnline:#ee9157;
 --q0:#1c2d3f;--q1:#223c59;--q2:#274c74;--q3:#2f5d8e;--q4:#5296df;--q5:#70aff4;--q6:#9ac8fd;--q7:#c8e1fe;
 --e0:#3c2519;--e1:#54301d;--e2:#6d3c21;--e3:#854827;--e4:#d17746;--e5:#e89265;--e6:#f5b391;--e7:#fbd5c2;
---d0:#f99864;--d1:#9d562f;--d2:#603f2e;--d3:#34363a;--d4:#324a64;--d5:#396ea8;--d6:#7ab9fe;
+--d0:#f99864;--d1:#9d562f;--d2:#603f2e;--d3:#34363a;--d4:#324a64;--d5:#34659b;--d6:#7ab9fe;
 """
 
 _SHADES = "".join(
     f".{palette}{i}{{fill:var(--{palette}{i})}}"
     for palette, count in (("q", 8), ("e", 8), ("d", 7))
     for i in range(count)
+)
+
+# Series: fills, and strokes of what has no inside or an open one.
+_SERIES = "".join(
+    f".s{i}{{fill:var(--s{i})}}:is(.line,.whisker,.leader,.open).s{i}{{stroke:var(--s{i})}}"
+    for i in range(1, 7)
 )
 
 _PAGE = """
@@ -40,13 +48,17 @@ overflow-wrap:anywhere}
 .against{font-size:1.05rem;color:var(--soft);margin-top:6px;overflow-wrap:anywhere}
 .verdict{font-size:1.2rem;line-height:1.5;max-width:66ch;margin:20px 0 28px;text-wrap:pretty}
 .card,figure,.tile{background:var(--card);border:1px solid var(--hair);border-radius:10px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(228px,1fr));gap:14px}
+.tiles{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px}
+.tiles.n5{grid-template-columns:repeat(5,minmax(0,1fr));gap:12px}
+.tiles.n6{grid-template-columns:repeat(3,minmax(0,1fr))}
 .tile{padding:16px 18px 15px;display:flex;flex-direction:column}
 .tile dt{font-size:.9rem;color:var(--soft)}
 .tile .big{font-size:2rem;line-height:1.25;font-weight:600;letter-spacing:-.02em;
 font-variant-numeric:tabular-nums;white-space:nowrap}
+.n5 .tile{padding:14px 14px 13px}.n5 .big{font-size:1.55rem}
 .tile .unit{font-size:1rem;font-weight:400;letter-spacing:0;color:var(--soft)}
 .tile .note{font-size:.9rem;line-height:1.45;color:var(--soft);margin-top:4px}
+.tilenote{font-size:.85rem;color:var(--soft);margin-top:10px}
 .better{color:var(--accent);white-space:nowrap}
 .card{padding:4px 18px 8px;overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.95rem}
@@ -55,9 +67,9 @@ th:last-child,td:last-child{padding-right:0}
 thead th{border-top:0;color:var(--soft);font-weight:400;font-size:.85rem}
 tbody th{font-weight:400}
 tr.lead th,tr.lead .num{font-weight:600}
-tr.lead .err{font-weight:400}
+tr.lead .err,tr.lead .ends{font-weight:400}
 .num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-.err,.words{color:var(--soft)}
+.err,.ends,.words{color:var(--soft)}
 .words{font-size:.9rem}
 tr.block th{padding-top:18px;font-size:.85rem;color:var(--soft);border-top:0}
 tr.block:first-child th{padding-top:8px}
@@ -66,14 +78,27 @@ figure{padding:16px 18px 14px;min-width:0;display:flex;flex-direction:column;bre
 figcaption{margin-bottom:12px}
 figcaption p{font-size:.9rem;line-height:1.45;color:var(--soft);margin-top:3px}
 svg{display:block;width:100%;height:auto;max-width:560px;margin:auto auto 0;overflow:visible}
+svg.top{margin-top:10px}
 text{font-size:13.5px;fill:var(--soft);font-variant-numeric:tabular-nums}
 .start{text-anchor:start}.mid{text-anchor:middle}.end{text-anchor:end}
 text.ink{fill:var(--ink)}text.hi{fill:var(--strong)}.pass{pointer-events:none}
 line.level{stroke:var(--level)}line.base{stroke:var(--base)}
 line.mark{stroke:var(--ink);stroke-dasharray:3 3}
 .line{fill:none!important;stroke-width:2;stroke-linejoin:round}
-.s1{fill:var(--s1)}.s2{fill:var(--s2)}.s0{fill:var(--s0)}
-.line.s1{stroke:var(--s1)}.line.s2{stroke:var(--s2)}
+.s0{fill:var(--s0)}
+.m{stroke:var(--card)}.m.open{fill:var(--card);stroke-width:2}.m.hidden{fill-opacity:0;stroke:none}
+.dash{stroke-dasharray:7 4}
+.line.front{stroke:var(--base);stroke-width:1.5;stroke-dasharray:2 4}
+.whisker{stroke-width:2}.leader{stroke-width:1}
+.halo{paint-order:stroke;stroke:var(--card);stroke-width:4px;stroke-linejoin:round}
+.key{display:inline-block;width:16px;height:16px;margin:0 8px 0 0;vertical-align:-2px}
+.run{display:flex;min-width:7em;overflow-wrap:anywhere}.run .key{flex:none;margin-top:4px}
+.runs thead th{white-space:normal;vertical-align:bottom}
+.runs td:not(.num){white-space:nowrap}
+.runs thead .better{font-size:.85rem}
+.runs .ends{font-size:.8rem}
+.runs th,.runs td{padding-right:14px}
+.runs b{font-weight:600}
 circle{stroke:var(--card);stroke-width:1.5}circle.fine{stroke:none}
 .c{stroke:var(--card);stroke-width:1}
 details{margin-top:14px}
@@ -93,8 +118,9 @@ font-size:.9rem;max-width:none}
 @media screen and (max-width:760px){
 main{padding:24px 16px 40px}
 .grid{grid-template-columns:minmax(0,1fr)}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:10px}
-.tile{padding:12px 13px}.tile .big{font-size:1.4rem;white-space:normal}
+.tiles,.tiles.n5,.tiles.n6{grid-template-columns:repeat(2,minmax(0,1fr));gap:10px}
+.tile:last-child:nth-child(odd){grid-column:1/-1}
+.tile{padding:12px 13px}.tile .big,.n5 .big{font-size:1.4rem;white-space:normal}
 .tile .unit{font-size:.9rem}.tile .note{font-size:.8rem}
 text{font-size:15.5px}text.pass{font-size:13.5px}
 figure{padding:14px 12px 12px}
@@ -106,12 +132,22 @@ padding:9px 0;border-top:1px solid var(--hair)}
 .metrics th,.metrics td{border:0;padding:0}
 .metrics .err:not(:empty)::before{content:"± "}
 .metrics tr>th{grid-column:1/-1}
-.metrics .num:not(.err){text-align:left;font-size:1.05rem}
-.metrics .num.err{text-align:left}
+.metrics .num{text-align:left}
+.metrics .num:not(.err,.ends){font-size:1.05rem}
+.metrics .ends{grid-row:3;grid-column:1/-1;font-size:.9rem}
+.metrics .ends:empty{display:none}
+.metrics .ends:not(:empty)::before{content:"95 % interval "}
 .metrics .words{grid-column:1/-1}
 .metrics .better{text-align:right}
 .metrics tr.block{border-top:0;padding:14px 0 2px}
 .metrics tr.block:first-child{padding-top:2px}
+.runs thead{display:none}
+.runs tr{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:8px 14px;padding:12px 0;
+border-top:1px solid var(--hair)}
+.runs tr:first-child{border-top:0}
+.runs th,.runs td,.runs .num{border:0;padding:0;text-align:left;white-space:normal}
+.runs th{grid-column:1/-1;font-size:1.05rem;font-weight:600;overflow-wrap:anywhere}
+.runs td::before{content:attr(data-label);display:block;font-size:.85rem;color:var(--soft)}
 .facts{grid-template-columns:minmax(0,1fr);gap:0}
 .facts dd{margin-bottom:9px}
 }
@@ -138,5 +174,5 @@ summary{list-style:none;color:var(--soft)}
 CSS = (
     f":root{{{_LIGHT}}}"
     f"@media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
-    f"{_PAGE}{_SHADES}"
+    f"{_SERIES}{_PAGE}{_SHADES}"
 ).replace("\n", "")

@@ -1,7 +1,7 @@
 """Plots as inline SVG that a stylesheet colours and any width can scale.
 
 All share one band for layers, so that plots above each other line up. Colours are classes
-(`q0`-`q7`, `e0`-`e7`, `d0`-`d6`, `s0`-`s2`): the page says what they look like on light, on dark
+(`q0`-`q7`, `e0`-`e7`, `d0`-`d6`, `s0`-`s6`): the page says what they look like on light, on dark
 and on paper.
 """
 
@@ -87,38 +87,54 @@ def quantile_plot(
     return svg(title, y.start + 44, [*body, axis_title(y.start + 38, x_title)])
 
 
-def bar_chart(title: str, marks: Sequence[Mark], show: Show, show_tick: Show, x_title: str) -> str:
-    """One bar per layer, from zero."""
+def bar_chart(
+    title: str,
+    marks: Sequence[Mark],
+    show: Show,
+    show_tick: Show,
+    x_title: str,
+    names: Sequence[int] | None = None,
+) -> str:
+    """One bar per layer, from zero. `names` are the layers' numbers, unless all are there."""
+    names = names or range(len(marks))
     y = Axis(0, round_up(max((m.value for m in marks), default=0.0)), 190, 22)
     band = (RIGHT - LEFT) / max(len(marks), 1)
     width = min(band * 0.72, _WIDEST_BAR)
     body = [level(y(value), show_tick(value)) for value in ticks(y, 4)]
     for index, mark in enumerate(marks):
         x, height = _centre(index, len(marks)) - width / 2, y.start - y(mark.value)
-        label = f"{x_title} {index}: {show(mark.value)}"
+        label = f"{x_title} {names[index]}: {show(mark.value)}{mark.note}"
         shape = box(x, y.start - height, width, max(height, 0.5))
         body.append(f'<rect class="s1" {shape}{mark.data}>{tooltip(label)}</rect>')
         if band >= _ROOM:
             body.append(text_at(x + width / 2, y.start - height - 6, show(mark.value), "mid ink"))
-    return svg(title, 236, [*body, baseline(y.start), *_layer_ticks(len(marks), 190, x_title)])
+    return svg(title, 236, [*body, baseline(y.start), *layer_ticks(names, 190, x_title)])
 
 
-def line_chart(title: str, series: Sequence[Series], show: Show, x_title: str) -> str:
-    """A line for each of at most two series over layers; gaps where a layer has no mark."""
-    values = [m.value for s in series for m in s.marks if m]
+def line_chart(
+    title: str, series: Sequence[Series], show: Show, x_title: str, log_y: bool = False
+) -> str:
+    """A line for each of at most three series over layers; gaps where a layer has no mark.
+
+    On a logarithm, values of 0 are left out.
+    """
+    drawn = [[m if m and (m.value > 0 or not log_y) else None for m in s.marks] for s in series]
+    values = [m.value for marks in drawn for m in marks if m] or [1.0]
     top = 14 + _LINE * len(series)
-    y = Axis(*round_out(min(values), max(values)), top + 160, top)
+    low, high = min(values), max(values)
+    ends = (low / 1.2, high * 1.2) if log_y else round_out(low, high)
+    y = Axis(*ends, top + 160, top, log_y)
     count = max(len(s.marks) for s in series)
     body = [level(y(value), show(value)) for value in ticks(y, 4)]
-    for number, line in enumerate(series, 1):
-        points = [(_centre(i, count), y(m.value), m) for i, m in enumerate(line.marks) if m]
+    for number, (line, marks) in enumerate(zip(series, drawn, strict=True), 1):
+        points = [(_centre(i, count), y(m.value), m) for i, m in enumerate(marks) if m]
         body.append(polyline([(px, py) for px, py, _ in points], f"s{number}"))
         body += [
             dot(px, py, f"s{number}", m, f"{line.name}: {show(m.value)}", fine=count > 20)
             for px, py, m in points
         ]
         body += legend_entry(LEFT, 12 + _LINE * (number - 1), f"s{number}", line.name)
-    return svg(title, y.start + 46, [*body, *_layer_ticks(count, y.start, x_title)])
+    return svg(title, y.start + 46, [*body, *layer_ticks(range(count), y.start, x_title)])
 
 
 def heat_map(
@@ -151,21 +167,21 @@ def heat_map(
                 body.append(text_at(x + width / 2, y + height / 2 + 4.5, show(mark.value), side))
     bottom = 8 + count * height
     body.append(text_at(13, (8 + bottom) / 2, names[1], "mid", turned=True))
-    body += _layer_ticks(len(columns), bottom, names[0])
+    body += layer_ticks(range(len(columns)), bottom, names[0])
     return svg(title, bottom + 78, [*body, *_scale(step, show, bottom + 56)])
 
 
-def size_bars(title: str, sizes: Sequence[tuple[str, Mark, str]]) -> str:
-    """Horizontal bars (name, bytes, label), the first one being the subject."""
-    longest = max(mark.value for _, mark, _ in sizes) or 1
+def lying_bars(title: str, bars: Sequence[tuple[str, Mark, str]]) -> str:
+    """Horizontal bars (name, value, label), the first one being the subject."""
+    longest = max(mark.value for _, mark, _ in bars) or 1
     body = []
-    for index, (name, mark, label) in enumerate(sizes):
-        y, length = 46 * index, mark.value / longest * (WIDTH - 4)
+    for index, (name, mark, label) in enumerate(bars):
+        y, length = 46 * index, max(mark.value, 0) / longest * (WIDTH - 4)
         body.append(text_at(2, y + 14, _shortened(name), "start ink"))
         body.append(text_at(WIDTH - 2, y + 14, label, "end"))
         shape, shade = box(2, y + 21, max(length, 1), 13), "s1" if index == 0 else "s0"
         body.append(f'<rect class="{shade}" {shape}{mark.data}>{tooltip(label)}</rect>')
-    return svg(title, 46 * len(sizes) - 6, body)
+    return svg(title, 46 * len(bars) - 6, body, "top")
 
 
 def _shortened(name: str) -> str:
@@ -236,7 +252,14 @@ def _centre(index: int, count: int) -> float:
     return LEFT + (index + 0.5) * (RIGHT - LEFT) / count
 
 
-def _layer_ticks(count: int, y: float, name: str) -> list[str]:
+def layer_ticks(layers: Sequence[int], y: float, name: str, axis: Axis | None = None) -> list[str]:
+    """Numbers of layers below a plot, few enough to read; on the band of all plots or an `axis`."""
+    count = len(layers)
     every = next(n for n in (1, 2, 4, 8, 16, 32, 64, count) if count / n <= 12 or n >= count)
-    ticks = [text_at(_centre(i, count), y + 17, str(i), "mid") for i in range(0, count, every)]
-    return [*ticks, axis_title(y + 36, name)]
+    places = [axis(i) if axis else _centre(i, count) for i in range(0, count, every)]
+    ticks = [
+        text_at(x, y + 17, str(layer), "mid")
+        for x, layer in zip(places, layers[::every], strict=True)
+    ]
+    middle = (axis.start + axis.end) / 2 if axis else (LEFT + RIGHT) / 2
+    return [*ticks, text_at(middle, y + 36, name, "mid")]

@@ -19,47 +19,93 @@ NEAR_ONE, NEAR_ZERO = "→ near 1", "→ near 0"
 
 # Keeps a number and its unit on one line.
 NBSP = "\u00a0"
+_UNITS = {
+    "document": ("document", "documents"),
+    "window": ("window", "windows"),
+    "block": ("block of 32 tokens", "blocks of 32 tokens"),
+}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Row:
     """One metric. `path` is the JSON pointer of its value, `unit` "", "nats" or "%"; a value in
-    percent is still a fraction here. `better` may be empty: a number that is nobody's goal."""
+    percent is still a fraction here. `better` may be empty: a number that is nobody's goal.
+    `noise` is what the metric reads for no change at all."""
 
     block: str
     name: str
     path: str
     value: float
-    error: float | None
     unit: str
     better: str
     words: str
+    estimate: Estimate | None = None
+    noise: float | None = None
 
     @property
     def shown(self) -> str:
-        scale = 100 if self.unit == "%" else 1
-        return with_unit(number(self.value * scale, (self.error or 0) * scale), self.unit)
+        return with_unit(self.bare(self.value), self.unit)
 
     @property
     def shown_error(self) -> str:
-        if self.error is None:
-            return ""
-        scale = 100 if self.unit == "%" else 1
-        return number(self.error * scale, self.error * scale)
+        """The standard error to two digits, without the unit; empty where there is none."""
+        error = self.estimate.error * self._scale if self.estimate else 0
+        return number(error, error) if self.estimate else ""
+
+    @property
+    def shown_interval(self) -> str:
+        """Both ends of the 95 % interval, without the unit; empty where there is none."""
+        ends = (self.estimate.low, self.estimate.high) if self.estimate else ()
+        return " to ".join(map(self.bare, ends))
+
+    @property
+    def shown_noise(self) -> str:
+        return "" if self.noise is None else number(self.noise * self._scale)
+
+    def bare(self, value: float) -> str:
+        """A value of this metric, as exact as its error allows, without the unit."""
+        error = self.estimate.error if self.estimate else 0
+        return number(value * self._scale, error * self._scale)
+
+    @property
+    def _scale(self) -> int:
+        return 100 if self.unit == "%" else 1
 
 
 def rows(report: Report) -> list[Row]:
     """The metrics a reader looks at first; `quantile_rows` has the rest."""
-    return [*_perplexity_rows(report), *_kld_rows(report), *_token_rows(report)]
+    return [
+        *_perplexity_rows(report),
+        *_kld_rows(report),
+        *_token_rows(report),
+        *_router_rows(report),
+    ]
+
+
+def noise_rows(report: Report) -> list[Row]:
+    """What three of the metrics read where nothing differs."""
+    noise, block = report.noise_floor, "Noise floor"
+    floors = (
+        ("PPL ratio, no change", "perplexity_ratio", noise.perplexity_ratio, ""),
+        ("Mean KLD, no change", "mean_kld", noise.mean_kld, "nats"),
+        ("Same top p, no change", "same_top_p", noise.same_top_p, "%"),
+    )
+    words = f"Measured on {noise.how}. Smaller differences mean nothing."
+    return [
+        Row(block, name, f"/noise_floor/{key}", value, unit, "", words * (i == 0))
+        for i, (name, key, value, unit) in enumerate(floors)
+    ]
 
 
 def _perplexity_rows(report: Report) -> Iterator[Row]:
     ppl = report.perplexity
 
+    noise = {"ratio": report.noise_floor.perplexity_ratio}
+
     def row(name: str, key: str, estimate: Estimate, better: str, words: str) -> Row:
-        path = f"/perplexity/{key}/value"
-        return Row("Perplexity", name, path, estimate.value, estimate.error, "", better, words)
+        path, value = f"/perplexity/{key}/value", estimate.value
+        return Row("Perplexity", name, path, value, "", better, words, estimate, noise.get(key))
 
     yield row(
         "Mean PPL(Q)", "quantized", ppl.quantized, LOWER,
@@ -80,7 +126,7 @@ def _perplexity_rows(report: Report) -> Iterator[Row]:
     )  # fmt: skip
     yield Row(
         "Perplexity", "Cor(ln(PPL(Q)), ln(PPL(base)))", "/perplexity/correlation",
-        ppl.correlation, None, "", NEAR_ONE,
+        ppl.correlation, "", NEAR_ONE,
         "Whether both models find the same tokens hard.",
     )  # fmt: skip
 
@@ -89,31 +135,29 @@ def _kld_rows(report: Report) -> Iterator[Row]:
     kld = report.kld
 
     def row(name: str, key: str, value: float, words: str) -> Row:
-        return Row("KL divergence", name, f"/kld/{key}", value, None, "nats", LOWER, words)
+        return Row("KL divergence", name, f"/kld/{key}", value, "nats", LOWER, words)
 
     yield Row(
-        "KL divergence", "Mean KLD", "/kld/mean/value", kld.mean.value, kld.mean.error, "nats",
-        LOWER, "How far the predicted distribution moves, averaged over tokens; 0 is identical.",
+        "KL divergence", "Mean KLD", "/kld/mean/value", kld.mean.value, "nats", LOWER,
+        "How far the predicted distribution moves, averaged over tokens; 0 is identical.", kld.mean,
+        report.noise_floor.mean_kld,
     )  # fmt: skip
     yield row("Median KLD", "median", kld.median, "Half of the tokens move less than this.")
     yield row("99.0% KLD", "99.0%", kld.q99_0, "One token in a hundred moves more than this.")
     yield row("99.9% KLD", "99.9%", kld.q99_9, "One token in a thousand moves more than this.")
     yield row("Maximum KLD", "maximum", kld.maximum, "The single worst token.")
-    yield Row(
-        "KL divergence", "Noise floor", "/noise_floor/mean_kld", report.noise_floor.mean_kld,
-        None, "nats", "", f"What Mean KLD reads for no change: {report.noise_floor.how}.",
-    )  # fmt: skip
 
 
 def _token_rows(report: Report) -> Iterator[Row]:
     delta, top = report.delta_p, report.same_top_p
 
     def row(name: str, path: str, estimate: Estimate, better: str, words: str) -> Row:
-        return Row("Tokens", name, path, estimate.value, estimate.error, "%", better, words)
+        return Row("Tokens", name, path, estimate.value, "%", better, words, estimate)
 
-    yield row(
-        "Same top p", "/same_top_p/value", top, HIGHER,
+    yield Row(
+        "Tokens", "Same top p", "/same_top_p/value", top.value, "%", HIGHER,
         "How often both models rank the same token first: greedy decoding goes on unchanged.",
+        top, report.noise_floor.same_top_p,
     )  # fmt: skip
     yield row(
         "Mean Δp", "/delta_p/mean/value", delta.mean, NEAR_ZERO,
@@ -122,6 +166,26 @@ def _token_rows(report: Report) -> Iterator[Row]:
     yield row(
         "RMS Δp", "/delta_p/rms/value", delta.rms, LOWER,
         "Typical size of that change, up or down, in percentage points.",
+    )  # fmt: skip
+
+
+def _router_rows(report: Report) -> Iterator[Row]:
+    """The layers in which the routers agree least; none in a dense model."""
+    found = [(layer.router_set, i) for i, layer in enumerate(report.layers) if layer.routed]
+    agreements = [(share, i) for share, i in found if share is not None]
+    if not agreements:
+        return
+    share, least = min(agreements)
+    mean = sum(share for share, _ in agreements) / len(agreements)
+    block = "Routers"
+    yield Row(
+        block, "Same experts, mean", "", mean, "%", HIGHER,
+        "How often a layer sends a token to exactly the experts that the reference chose, "
+        "averaged over layers.",
+    )  # fmt: skip
+    yield Row(
+        block, "Same experts, least", f"/layers/{least}/router_set", share, "%", HIGHER,
+        f"The same in the layer where it is rarest: layer {report.layers[least].layer}.",
     )  # fmt: skip
 
 
@@ -144,30 +208,36 @@ def terminal_table(report: Report) -> Table:
     table.add_column("Metric")
     table.add_column("Value", justify="right", no_wrap=True)
     table.add_column("±", justify="right", no_wrap=True)
-    table.add_column("Better", no_wrap=True)
+    table.add_column("95 % interval", justify="right")
+    table.add_column("No change", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)  # which way is better, an arrow
     block = ""
     for row in rows(report):
         if block and row.block != block:
             table.add_section()
-        table.add_row(row.name, row.shown, row.shown_error, row.better)
+        shown = (row.shown, row.shown_error, row.shown_interval, row.shown_noise)
+        table.add_row(row.name, *shown, row.better[:1])
         block = row.block
     table.add_section()
-    table.add_row("Bits per weight", f"{report.quantized.bits_per_weight:.2f}", "", LOWER)
-    table.add_row("Size", size(report.quantized.bytes), "", LOWER)
+    bits = f"{report.quantized.bits_per_weight:.2f}"
+    table.add_row("Bits per weight", bits, "", "", "", LOWER[:1])
+    table.add_row("Size", size(report.quantized.bytes), "", "", "", LOWER[:1])
     return table
 
 
 def markdown_table(report: Report) -> str:
     """The metrics for a model card, with the protocol below."""
     model = report.quantized
-    lines = ["| Metric | Value | ± | Better |", "|:--|--:|--:|:--|"]
+    lines = ["| Metric | Value | ± | 95 % interval | No change | Better |"]
+    lines.append("|:--|--:|--:|--:|--:|:--|")
     lines += [
-        f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.better} |"
+        f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.shown_interval} "
+        f"| {row.shown_noise} | {row.better} |"
         for row in rows(report)
     ]
     lines += [
-        f"| Bits per weight | {model.bits_per_weight:.2f} | | {LOWER} |",
-        f"| Size | {size(model.bytes)} | | {LOWER} |",
+        f"| Bits per weight | {model.bits_per_weight:.2f} | | | | {LOWER} |",
+        f"| Size | {size(model.bytes)} | | | | {LOWER} |",
     ]
     return "\n".join([*lines, "", _cell(f"{_basis(report)}."), ""])
 
@@ -184,21 +254,39 @@ def verdict(report: Report) -> str:
 
 
 def _perplexity_words(ratio: Estimate) -> str:
-    percent, error = (ratio.value - 1) * 100, ratio.error * 100
-    shown = f"{number(abs(percent), error)}{NBSP}% (±{NBSP}{number(error, error)})"
-    if percent == 0:
+    if ratio.value == 1:
         return "Perplexity is the same"
-    verb = "rises" if percent > 0 else "falls"
-    doubt = ", which is within the error" if abs(percent) < 2 * error else ""
-    return f"Perplexity {verb} by {shown}{doubt}"
+    verb, sign = ("rises", 1) if ratio.value > 1 else ("falls", -1)
+    value, low, high = (
+        number(sign * (x - 1) * 100, ratio.error * 100) for x in (ratio.value, *_ends(ratio, sign))
+    )
+    doubt = ", so it may as well be none" if ratio.low <= 1 <= ratio.high else ""
+    interval = f"95{NBSP}% interval {low} to {high}{NBSP}%{doubt}"
+    return f"Perplexity {verb} by {value}{NBSP}% ({interval})"
+
+
+def _ends(ratio: Estimate, sign: int) -> tuple[float, float]:
+    return (ratio.low, ratio.high) if sign > 0 else (ratio.high, ratio.low)
+
+
+def errors_words(report: Report) -> str:
+    """Where errors and intervals come from, in a sentence."""
+    drawn = report.bootstrap
+    unit = _UNITS[drawn.unit][drawn.clusters != 1]
+    return (
+        f"± is one standard error; it and the 95{NBSP}% interval come from drawing the "
+        f"{drawn.clusters:,} {unit} again {drawn.resamples:,} times."
+    )
 
 
 def _basis(report: Report) -> str:
-    protocol = report.protocol
+    protocol, drawn = report.protocol, report.bootstrap
     return (
         f"{protocol.tokens_scored:,} tokens of {protocol.text}, "
         f"{protocol.windows:,} windows of {protocol.length:,}; reference: "
-        f"{name_of(report.reference)} multiplied out; {protocol.arithmetic}"
+        f"{name_of(report.reference)} multiplied out; {protocol.arithmetic}; ± is a standard error "
+        f"and intervals are of 95 %, both over {drawn.clusters:,} {drawn.unit}s drawn again; No "
+        f"change: {report.noise_floor.how}"
     )
 
 

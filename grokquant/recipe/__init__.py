@@ -11,6 +11,7 @@ from grokquant.recipe.schema import (
     Recipe,
     Rule,
     check_data,
+    parse_size,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "check_data",
     "load_recipe",
     "parse_recipe",
+    "parse_size",
 ]

@@ -71,10 +71,8 @@ def _check_path(path: object) -> object:
     return path
 
 
-def _parse_size(size: object) -> object:
-    """Bytes of a size such as "5GB" (decimal) or "4GiB" (binary)."""
-    if not isinstance(size, str):
-        return size
+def parse_size(size: str) -> int:
+    """Bytes of a size such as "5GB" (decimal) or "4GiB" (binary). Raises ValueError."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMG]i?B)", size.strip())
     if not match:
         raise ValueError(f"expected a size such as 5GB or 500MB, or bytes, not {size[:40]!r}")
@@ -91,7 +89,12 @@ PathText = Annotated[str, BeforeValidator(_check_path)]
 DataName = Annotated[
     str, BeforeValidator(lambda data: check_data(data) if isinstance(data, str) else data)
 ]
-ByteSize = Annotated[int, BeforeValidator(_parse_size), Field(ge=1), PlainSerializer(_format_size)]
+ByteSize = Annotated[
+    int,
+    BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size),
+    Field(ge=1),
+    PlainSerializer(_format_size),
+]
 Rows = Annotated[int, Field(ge=1)]
 RowLength = Annotated[int, Field(ge=8)]
 

@@ -1,0 +1,157 @@
+"""States of a reference, kept on disk for the next quantized model that is compared with it.
+
+DIR/KEY holds a file of tensors per layer, and a record of its checksum beside it; KEY is the
+SHA-256 of all that decides their values. A file that is not whole, or is another's, is made again
+with a note. The entries used least recently go when the directory would grow over its budget.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grokquant import durable
+from grokquant.calibration.blocks import Rows
+from grokquant.checkpoint import Checkpoint
+from grokquant.errors import InputError
+from grokquant.identity import stamp
+from grokquant.readable import size
+
+_PACKAGES = ("grokquant", "torch", "transformers")
+_NAME = "entry.json"
+
+
+def key_of(
+    reference: Checkpoint, batches: Iterable[Rows], windows: int, device: torch.device
+) -> dict:
+    """All that decides the states: files of the checkpoint (path, size and time of change), tokens,
+    kind of device, versions of packages. JSON values only."""
+    digest = hashlib.sha256()
+    for rows in batches:
+        for tensor in (rows.tokens, rows.branches, rows.positions):
+            given = torch.empty(0, dtype=torch.long) if tensor is None else tensor.contiguous()
+            digest.update(f"{list(given.shape)}".encode() + given.numpy().tobytes())
+    source = reference.source
+    return {
+        "config": source.config,
+        "files": {str(path.resolve()): stamp(path) for path in source.weight_files},
+        "tokens": digest.hexdigest(),
+        "windows": windows,
+        "device": device.type,
+        "version": {package: version(package) for package in _PACKAGES},
+    }
+
+
+class Cache:
+    """A directory that takes up to `budget` bytes; `note` is told, in a line, what goes wrong.
+
+    Raises InputError where the directory cannot be made.
+    """
+
+    def __init__(self, directory: Path, budget: int, note: Callable[[str], None]) -> None:
+        self.directory, self.budget, self.note = directory, budget, note
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
+
+    def entry(self, key: dict) -> "Entry":
+        """The place of what `key` decides, now the one used last."""
+        return Entry(self, key)
+
+    def make_room(self, needed: int, keep: Path) -> bool:
+        """Removes entries but `keep` until `needed` more bytes fit; False where they do not."""
+        others = [path for path in self.directory.iterdir() if _is_entry(path) and path != keep]
+        others.sort(key=lambda path: (path / _NAME).stat().st_mtime_ns, reverse=True)
+        held = {path: _bytes_of(path) for path in (*others, keep)}
+        while sum(held.values()) + needed > self.budget and others:
+            oldest = others.pop()
+            shutil.rmtree(oldest, ignore_errors=True)
+            del held[oldest]
+        return sum(held.values()) + needed <= self.budget
+
+
+class Entry:
+    """The layers of one reference on one text."""
+
+    def __init__(self, cache: Cache, key: dict) -> None:
+        self.cache = cache
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        self.path = cache.directory / self.key
+        self.writable = True
+        try:
+            self.path.mkdir(exist_ok=True)
+            durable.remove_abandoned(self.path)
+            if durable.read_record(self.path / _NAME) != key:
+                durable.write_record(self.path / _NAME, key)
+            os.utime(self.path / _NAME)
+        except OSError as error:
+            self._give_up(error.strerror or str(error))
+
+    def read(self, layer: int) -> dict[str, Tensor] | None:
+        """What was written for a layer, None if that is not there or no longer that."""
+        path = self._file(layer)
+        if not path.is_file():
+            return None
+        record = durable.read_record(path.with_suffix(".json"))
+        try:
+            ours = record and (record.get("entry"), record.get("layer")) == (self.key, layer)
+            if record and ours and durable.holds(path, str(record.get("sha256"))):
+                return load_file(path)
+        except (OSError, SafetensorError):
+            pass
+        self.cache.note(f"{path}: is damaged or not ours, its layer is computed again")
+        return None
+
+    def write(self, layer: int, tensors: dict[str, Tensor], layers: int) -> None:
+        """Keeps the tensors of one of `layers` layers, if all of them have room."""
+        if not self.writable:
+            return
+        needed = sum(tensor.nbytes for tensor in tensors.values()) + 100_000  # headers, record
+        if needed * layers > self.cache.budget:
+            limit = size(self.cache.budget)
+            self._give_up(
+                f"{layers} layers take about {size(needed * layers)}, allowed are {limit}"
+            )
+            return
+        path = self._file(layer)
+        try:
+            path.unlink(missing_ok=True)
+            if not self.cache.make_room(needed, self.path):
+                self._give_up(f"there is no room left in {size(self.cache.budget)}")
+                return
+            with durable.temporary(path) as name:
+                save_file({k: t.contiguous() for k, t in tensors.items()}, name)
+                checksum = durable.sha256(name)
+                durable.commit(name, path)
+            record = {"entry": self.key, "layer": layer, "sha256": checksum}
+            durable.write_record(path.with_suffix(".json"), record)
+        except (OSError, SafetensorError) as error:
+            self._give_up(str(error))
+
+    def _file(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:05d}.safetensors"
+
+    def _give_up(self, reason: str) -> None:
+        self.writable = False
+        self.cache.note(f"{self.cache.directory}: nothing more is cached: {reason}")
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a directory is of our making; nothing else is ever removed."""
+    return len(path.name) == 64 and not path.is_symlink() and (path / _NAME).is_file()
+
+
+def _bytes_of(directory: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in directory.iterdir())
+    except OSError:  # another process has just removed it
+        return 0

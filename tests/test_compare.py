@@ -1,0 +1,179 @@
+"""Several reports side by side: who is ahead, by more than chance, and who cannot be compared."""
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_report import content, estimate
+
+from grokquant.errors import InputError
+from grokquant.evaluation.bootstrap import Bootstrap
+from grokquant.evaluation.comparison import Contest, contest, difference
+from grokquant.evaluation.comparison_tables import markdown, terminal_tables
+
+DOCUMENTS = 60
+TOKENS = np.random.default_rng(0).integers(100, 900, DOCUMENTS)
+# How hard each document is: shared by all models, and far larger than their differences.
+HARD = np.random.default_rng(1).lognormal(0, 0.8, DOCUMENTS)
+
+
+def write(
+    directory: Path, name: str, bits: float, kld: float, salt: int = 0, **changes: object
+) -> Path:
+    """A result with a report of a mean KLD of `kld`, most of it from hard documents."""
+    draw = np.random.default_rng(salt)
+    tree = copy.deepcopy(content())
+    sums = HARD * draw.normal(1, 0.02, DOCUMENTS) * TOKENS
+    sums *= kld * TOKENS.sum() / sums.sum()
+    nll = 3 * TOKENS + 0.2 * sums
+    tree["quantized"] |= {"path": f"/somewhere/{name}", "bits_per_weight": bits}
+    tree["kld"]["mean"] = estimate(kld, kld / 5)
+    tree["bootstrap"] |= {"clusters": DOCUMENTS, "resamples": 1000}
+    tree["documents"] = {
+        "tokens": TOKENS.tolist(),
+        "nll": nll.tolist(),
+        "nll_reference": (3.0 * TOKENS).tolist(),
+        "kld": sums.tolist(),
+        "same_top": [0] * DOCUMENTS,
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = tree
+        for key in parents:
+            node = node[key]
+        node[last] = value
+    place = directory / name / "evaluation" / "report.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(tree))
+    return directory / name
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    """A front of three sizes, one run that ties with the front and one that is surely behind."""
+    return [
+        write(tmp_path, "four", 4.1, 0.0020, salt=1),
+        write(tmp_path, "eight", 8.1, 0.0001, salt=2),
+        write(tmp_path, "three", 3.1, 0.0080, salt=3),
+        write(tmp_path, "nearly", 4.2, 0.00201, salt=9),
+        write(tmp_path, "poor", 4.5, 0.0030, salt=5),
+    ]
+
+
+@pytest.fixture
+def found(runs) -> Contest:
+    return contest(runs)
+
+
+def test_runs_are_ranked_and_ties_share_their_rank(found):
+    ranks = dict(zip((run.name for run in found.runs), found.ranks, strict=True))
+    assert found.runs[0].name == "eight"
+    assert ranks == {"eight": 1, "four": 2, "nearly": 2, "poor": 4, "three": 5}
+
+
+def test_the_front_is_what_nothing_is_smaller_and_better_than(found):
+    for standings in (found.kld, found.perplexity):
+        place = {r.name: (s.place, s.beaten_by) for r, s in zip(found.runs, standings, strict=True)}
+        assert place["eight"] == place["three"] == place["four"] == ("front", None)
+        assert place["nearly"] == ("tied", None)
+        assert place["poor"] == ("behind", "four")
+
+
+def test_pairs_tell_apart_what_single_intervals_do_not(found):
+    four, poor = (next(r for r in found.runs if r.name == name) for name in ("four", "poor"))
+    alone = [
+        Bootstrap(np.stack((TOKENS.astype(float), r.report.documents.kld), -1)).interval(
+            lambda s: s[..., 1] / s[..., 0]
+        )
+        for r in (four, poor)
+    ]
+    assert alone[0].high > alone[1].low
+    paired = difference(poor, four, "kld")
+    assert paired.low > 0 and paired.error < alone[0].error
+    assert paired.value == pytest.approx(alone[1].value - alone[0].value)
+
+
+def test_equal_runs_are_both_on_the_front(tmp_path):
+    found = contest([write(tmp_path, name, 4.0, 0.002) for name in ("a", "b")])
+    assert found.ranks == (1, 1) and {s.place for s in found.kld} == {"front"}
+
+
+def test_json_holds_what_the_reports_hold(found):
+    tree = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert tree["schema"] == "grokquant.comparison/1"
+    assert [run["name"] for run in tree["runs"]] == ["eight", "four", "nearly", "poor", "three"]
+    poor = tree["runs"][3]
+    assert poor["kld_standing"] == {"place": "behind", "beaten_by": "four"}
+    assert poor["bits_per_weight"] == 4.5 and len(poor["layers"]) == 4
+    assert poor["kld"] == found.runs[3].report.kld.mean.model_dump()
+    assert poor["layers"][2]["router_set_forced"] == content()["layers"][2]["forced"]["router_set"]
+
+
+def test_tables_have_a_row_for_each_run_and_each_layer(found):
+    text = markdown(found)
+    assert "| four | 2 | 4.100 | 4.11\u00a0MB | 0.0" in text and "behind four" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) == 2 + 5 + 2 + 4
+    assert {line.count("|") for line in tables[:7]} == {10}
+    assert {line.count("|") for line in tables[7:]} == {7}
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in terminal_tables(found):
+        console.print(table)
+    shown = console.export_text()
+    for words in ("eight", "behind four", "Layer", "noise floor"):
+        assert words in shown
+
+
+def test_dense_models_have_no_table_of_routing(tmp_path):
+    layers = [{"layer": 0, "relative_error": 0.1}]
+    found = contest([write(tmp_path, "dense", 4, 0.002, layers=layers, routing=None)])
+    assert "same experts" not in markdown(found) and len(terminal_tables(found)) == 1
+
+
+@pytest.mark.parametrize("form", ["evaluation", "evaluation/report.json"])
+def test_reports_may_be_given_themselves(runs, form):
+    assert contest([run / form for run in runs]).ranks == contest(runs).ranks
+
+
+def test_runs_of_one_name_go_by_what_was_given(tmp_path):
+    paths = [write(tmp_path / side, "same", 4, 0.002) for side in ("a", "b")]
+    assert {run.name for run in contest(paths).runs} == {str(path) for path in paths}
+    with pytest.raises(InputError, match="same: is given twice"):
+        contest([paths[0], paths[0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "words"),
+    [
+        ("protocol__length", 512, "protocol.length is 512, of .*four.* it is 256"),
+        ("protocol__text_sha256", "ab", "protocol.text_sha256 is ab"),
+        ("protocol__bos", True, "protocol.bos is True"),
+        ("protocol__arithmetic", "bfloat16", "protocol.arithmetic is bfloat16"),
+        ("reference__family", "mixtral", "reference.family is mixtral"),
+        ("perplexity__reference", estimate(19.9, 0.2), "the reference’s perplexity is 19.9"),
+        ("bootstrap__unit", "window", "bootstrap.unit is window"),
+        ("documents__tokens", [7] * DOCUMENTS, "documents.tokens is of other documents"),
+    ],
+)
+def test_reports_of_other_kinds_are_refused_by_name(tmp_path, runs, change, value, words):
+    other = write(tmp_path, "other", 4, 0.002, **{change: value})
+    with pytest.raises(InputError, match=f"other: {words}.*cannot be compared") as error:
+        contest([runs[0], other])
+    assert "\n" not in str(error.value)
+
+
+def test_another_name_of_the_same_text_and_reference_is_no_matter(tmp_path, runs):
+    other = write(tmp_path, "o", 4, 0.002, protocol__text="a/b.txt", reference__path="/elsewhere")
+    assert len(contest([runs[0], other]).runs) == 2
+
+
+def test_a_directory_that_was_not_evaluated_is_told_how(tmp_path):
+    (tmp_path / "new").mkdir()
+    with pytest.raises(InputError, match=r"new: has no evaluation/report.json; `grokquant eval"):
+        contest([tmp_path / "new"])
+    with pytest.raises(InputError, match="nowhere: cannot be read: No such file"):
+        contest([tmp_path / "nowhere"])
