@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,13 +10,14 @@ from pydantic import ValidationError
 
 import grokquant
 from grokquant import papers
-from grokquant.calibration.text import load_documents, text_digest, token_rows
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
-from grokquant.evaluation.compare import Comparison, LayerDone, compare_checkpoints
+from grokquant.evaluation.asked import opened_tasks
+from grokquant.evaluation.compare import Comparison, LayerDone, compare
 from grokquant.evaluation.html import write_report
+from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.statistics import (
     TokenFigures,
@@ -25,10 +27,11 @@ from grokquant.evaluation.statistics import (
     quantile,
     rms_and_error,
 )
+from grokquant.evaluation.suite import Suite, judged, suite_of
 from grokquant.evaluation.tables import markdown_table
+from grokquant.evaluation.windows import read_text
 from grokquant.output import REPORT_NAME
 from grokquant.recipe import EvalSection, load_recipe
-from grokquant.tokenizer import load_tokenizer
 from grokquant.types import Scheme
 
 # What two models must share, as their configs call it, to be compared token by token.
@@ -77,22 +80,61 @@ def evaluate(
     `settings` default to those of the recipe that made `quantized`. Raises InputError where the
     two cannot be compared.
     """
-    settings = settings or settings_of(quantized)
+    suite = suite_of(settings or settings_of(quantized))
+    return run_suite(quantized, reference, suite, "", layer_done, device).report
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The report, and what the figures of tasks are made of."""
+
+    report: Report
+    items: list[ItemResults]
+
+
+def run_suite(
+    quantized: str | Path,
+    reference: str | Path,
+    suite: Suite,
+    name: str,
+    layer_done: LayerDone | None = None,
+    device: torch.device = CPU,
+) -> Evaluation:
+    """Runs both checkpoints over all texts and tasks of a suite, each block read once.
+
+    A `name` goes into the report, with how the thresholds fared. Raises InputError where the two
+    cannot be compared or a text or task cannot be used.
+    """
     candidate, base = open_checkpoint(quantized), open_checkpoint(reference)
     _check_comparable(candidate, base)
     own, theirs = _unit_rows(candidate), _unit_rows(base)
-    documents = load_documents(settings.data, "heldout")
-    rows = _rows(settings, documents, base)
-    comparison = compare_checkpoints(candidate, base, rows, layer_done, device)
-    return Report(
+    texts = [read_text(t, base, _key(name, i)) for i, t in enumerate(suite.texts)]
+    with opened_tasks(suite, candidate, base, device) as tasks:
+        windows = [text.windows for text in texts]
+        comparison = compare(candidate, base, windows, tasks.batches, layer_done, device)
+        rows, items = tasks.results(*comparison.answers)
+    report = Report(
         grokquant=grokquant.__version__,
         quantized=_describe(candidate, quantized, own),
         reference=_describe(base, reference, theirs),
-        protocol=_protocol(settings, documents, rows),
+        protocol=texts[0].protocol,
         layers=tuple(parts.Layer(**vars(layer)) for layer in comparison.layers),
         units=own,
         **_figures(comparison),
+        further_texts=tuple(
+            parts.FurtherText(protocol=text.protocol, **_text_figures(figures))
+            for text, figures in zip(texts[1:], comparison.further, strict=True)
+        ),
+        tasks=rows,
     )
+    if name:
+        report = report.model_copy(update={"suite": judged(report, name, suite.thresholds)})
+    return Evaluation(report, items)
+
+
+def _key(suite: str, text: int) -> str:
+    """What an error calls a text."""
+    return f"suite {suite}: texts[{text}].data" if suite else "eval.data"
 
 
 def publish(report: Report, output: Path, directory: Path | None = None) -> tuple[Path, Path]:
@@ -113,29 +155,6 @@ def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:
             raise InputError(
                 f"{candidate.source.path}: {field} is {found}, the reference has {expected}"
             )
-
-
-def _rows(settings: EvalSection, documents: list[str], base: Checkpoint) -> torch.Tensor:
-    """Token ids [windows, length], no longer than the model has positions."""
-    tokenizer = load_tokenizer(base)
-    length = min(settings.length, base.config.max_position_embeddings)
-    try:
-        return token_rows(documents, tokenizer, settings.samples, length, None)
-    except InputError as error:
-        raise InputError(f"eval.data: {settings.data}: {error}") from None
-
-
-def _protocol(settings: EvalSection, documents: list[str], rows: torch.Tensor) -> parts.Protocol:
-    return parts.Protocol(
-        text="python-docs, held-out part" if settings.data == "python-docs" else settings.data,
-        text_sha256=text_digest(documents),
-        windows=rows.shape[0],
-        length=rows.shape[1],
-        tokens_scored=rows.shape[0] * (rows.shape[1] - 1),
-        scored="every token but the first of each window",
-        bos=False,
-        arithmetic="float32 on the stored weights, integers multiplied out to bf16",
-    )
 
 
 def _describe(
@@ -175,7 +194,15 @@ def _unit_row(row: dict) -> parts.UnitRow:
 
 def _figures(comparison: Comparison) -> dict:
     """The figures of a comparison under the names of the report."""
-    figures = comparison.figures
+    return _text_figures(comparison.figures) | {
+        "noise_floor": parts.NoiseFloor(
+            mean_kld=comparison.noise_kld,
+            how="the reference against itself, the same windows in another batch order",
+        ),
+    }
+
+
+def _text_figures(figures: TokenFigures) -> dict:
     mean_kld = _estimate(mean_and_error(figures.kld))
     return {
         "perplexity": _perplexity(figures),
@@ -186,10 +213,6 @@ def _figures(comparison: Comparison) -> dict:
             **_spread(figures.delta_p, (*_QUANTILES, "75.0%", "25.0%")),
         ),
         "same_top_p": _estimate(mean_and_error(figures.same_top)),
-        "noise_floor": parts.NoiseFloor(
-            mean_kld=comparison.noise_kld,
-            how="the reference against itself, the same windows in another batch order",
-        ),
     }
 
 

@@ -149,6 +149,74 @@ class UnitRow(_Part):
     fallback: str | None = None
 
 
+class TaskValue(_Part):
+    """A metric with its standard error over items, where it is made of one figure an item."""
+
+    value: float
+    error: Annotated[float, Field(ge=0)] | None = None
+
+
+class TaskMetric(_Part):
+    """A metric of lm-eval for both models, from the same items."""
+
+    metric: str
+    filter: str
+    higher_is_better: bool | None
+    items: Count
+    quantized: TaskValue
+    reference: TaskValue
+
+
+class Task(_Part):
+    """A task of lm-eval. `sha256` is that of its documents, prompts and targets."""
+
+    name: str
+    version: str
+    fewshot: Count
+    items: Count
+    sha256: str
+    metrics: tuple[TaskMetric, ...]
+
+
+class Tasks(_Part):
+    """Tasks of the lm-eval harness, and what their numbers depend on.
+
+    Rows take `max_length` tokens at most; `prefix_token` stands before texts without a context.
+    """
+
+    lm_eval: str
+    max_length: Count
+    prefix_token: Count
+    tasks: tuple[Task, ...]
+
+
+class FurtherText(_Part):
+    """Figures of another text than the first one of a suite."""
+
+    protocol: Protocol
+    perplexity: Perplexity
+    kld: Divergence
+    delta_p: DeltaP
+    same_top_p: Estimate
+
+
+class Gate(_Part):
+    """A threshold of a suite and what was found: `value` of `where` against `limit`."""
+
+    threshold: str
+    where: str
+    value: float
+    limit: float
+    met: bool
+
+
+class Suite(_Part):
+    """The suite that was run, by its name, and how its thresholds fared."""
+
+    name: str
+    gates: tuple[Gate, ...] = ()
+
+
 class Report(_Part):
     """Everything that an evaluation found. Holds no time: equal runs give equal bytes."""
 
@@ -164,6 +232,9 @@ class Report(_Part):
     noise_floor: NoiseFloor
     layers: tuple[Layer, ...] = ()
     units: tuple[UnitRow, ...] = ()
+    further_texts: tuple[FurtherText, ...] = ()
+    tasks: Tasks | None = None
+    suite: Suite | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, in the order of the fields."""
