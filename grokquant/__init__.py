@@ -45,15 +45,19 @@ def evaluate(
     samples: int | None = None,
     length: int | None = None,
     device: str = "auto",
+    suite: str | None = None,
 ) -> "Report":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    What is not given comes from the eval section of the recipe that made `quantized`.
+    `suite`, the name of a shipped one or a file, brings texts, tasks and thresholds; how these
+    fared is in the report. Without one, what is not given comes from the eval section of the
+    recipe that made `quantized`.
     """
     from grokquant import evaluation
 
-    settings = evaluation.settings_of(quantized, data, samples, length)
-    return evaluation.evaluate(quantized, reference, settings, device=device_of(device))
+    plan = evaluation.suite_for(quantized, suite, data, samples, length)
+    place = device_of(device)
+    return evaluation.run_suite(quantized, reference, plan, suite or "", device=place).report
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":

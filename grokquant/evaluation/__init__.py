@@ -27,7 +27,7 @@ from grokquant.evaluation.statistics import (
     quantile,
     rms_and_error,
 )
-from grokquant.evaluation.suite import Suite, judged, suite_of
+from grokquant.evaluation.suite import Suite, check_gates, judged, load_suite, suite_of
 from grokquant.evaluation.tables import markdown_table
 from grokquant.evaluation.windows import read_text
 from grokquant.output import REPORT_NAME
@@ -44,6 +44,16 @@ _SAME = (
     "hidden_size",
     "vocab_size",
 )
+__all__ = [
+    "Evaluation",
+    "check_gates",
+    "evaluate",
+    "publish",
+    "run_suite",
+    "settings_of",
+    "suite_for",
+]
+
 _QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%")
 
 
@@ -66,6 +76,23 @@ def settings_of(
     except ValidationError as error:
         (key, *_), text = error.errors()[0]["loc"], error.errors()[0]["msg"]
         raise InputError(f"eval.{key}: {text.removeprefix('Value error, ')}") from None
+
+
+def suite_for(
+    output: str | Path,
+    suite: str | None,
+    data: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> Suite:
+    """The suite called `suite`, or the text of `settings_of` with what is given. Raises InputError
+    where both are given."""
+    if suite is None:
+        return suite_of(settings_of(output, data, samples, length))
+    given = {"--text": data, "--windows": samples, "--length": length}
+    if extra := next((name for name, value in given.items() if value is not None), None):
+        raise InputError(f"--suite: {suite} brings its texts, {extra} cannot be given beside it")
+    return load_suite(suite)
 
 
 def evaluate(

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -167,21 +168,20 @@ def open_tasks(
 
     Data of shipped tasks go to `directory`, which must outlast the tasks. Raises InputError.
     """
-    foreign = any(task.name not in task_data.MAKERS for task in wanted)
-    manager = TaskManager(include_defaults=foreign)
-    loaded = [(_load(task, manager, directory), task.items) for task in wanted]
+    loaded = [(_load(task, directory), task.items) for task in wanted]
     tasks = LmTasks(tokenizer, longest, loaded)
     tasks._note()
     return tasks
 
 
-def _load(wanted: TaskSection, manager: TaskManager, directory: Path) -> Any:
+def _load(wanted: TaskSection, directory: Path) -> Any:
     spec: str | dict = wanted.name
     if wanted.name in task_data.MAKERS:
         spec = _shipped(wanted.name, directory)
+    by_name = isinstance(spec, str) and Path(spec).suffix not in (".yaml", ".yml")
     try:
         with _quiet():
-            loaded = manager.load([spec])
+            loaded = _manager(by_name).load([spec])
     except Exception as error:  # of many libraries: names, files, the network, data sets
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"tasks: {wanted.name}: cannot be loaded: {reason}") from None
@@ -189,6 +189,12 @@ def _load(wanted: TaskSection, manager: TaskManager, directory: Path) -> Any:
         if wanted.fewshot is not None:
             task.set_config(key="num_fewshot", value=wanted.fewshot)
     return loaded
+
+
+@cache
+def _manager(stock: bool) -> TaskManager:
+    """Knows lm-eval's own tasks if `stock`, which takes seconds."""
+    return TaskManager(include_defaults=stock)
 
 
 def _shipped(name: str, directory: Path) -> dict:
