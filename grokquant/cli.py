@@ -187,7 +187,7 @@ def evaluate(
 
     from grokquant import evaluation
     from grokquant.devices import device_of
-    from grokquant.evaluation.tables import task_tables, terminal_table, verdict
+    from grokquant.evaluation.tables import suite_tables, terminal_table, verdict
     from grokquant.output import check_writable
     from grokquant.terminal import LayerProgress
 
@@ -203,7 +203,7 @@ def evaluate(
         _print_json(report.to_json())
     else:
         Console(soft_wrap=True).print(terminal_table(report))
-        for table in task_tables(report):
+        for table in suite_tables(report):
             Console(soft_wrap=True).print(table)
         click.echo(f"{verdict(report)}\nreport: {page}")
     evaluation.check_gates(report)

@@ -17,6 +17,7 @@ from grokquant.checkpoint import open_checkpoint
 from grokquant.cli import main
 from grokquant.errors import GateError, InputError
 from grokquant.evaluation import suite as suites
+from grokquant.evaluation.html import render_html
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.suite import Suite, TextSection, load_suite
 from grokquant.evaluation.windows import read_text
@@ -209,6 +210,38 @@ def test_what_is_missed_is_named_and_the_report_is_there(int4, tiny_release, wri
     assert [gate.met for gate in report.suite.gates] == [False, False, True]
     with pytest.raises(GateError):
         evaluation.check_gates(report)
+
+
+def test_the_page_shows_texts_tasks_and_thresholds(report):
+    values = {"quantized": {"value": 0.25, "error": 0.125}, "reference": {"value": 0.5}}
+    metric = {"metric": "<acc>", "filter": "none", "higher_is_better": True, "items": 9} | values
+    task = {
+        "name": "t",
+        "version": "1",
+        "fewshot": 0,
+        "items": 9,
+        "sha256": "",
+        "metrics": [metric],
+    }
+    gate = {"threshold": "max_ppl_ratio", "where": "here", "value": 2.5, "limit": 2, "met": False}
+    changes = {
+        "tasks": {"lm_eval": "0.4.13", "max_length": 8, "prefix_token": 1, "tasks": [task]},
+        "suite": {"name": "mine", "gates": [gate]},
+    }
+    page = render_html(Report.model_validate(report.to_json() | changes))
+    content = report.to_json() | changes
+    for path in (
+        "/tasks/tasks/0/metrics/0/quantized/value",
+        "/tasks/tasks/0/metrics/0/reference/value",
+        "/suite/gates/0/limit",
+        "/further_texts/0/kld/mean/value",
+    ):
+        value: object = content
+        for key in path.strip("/").split("/"):
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        assert f'data-path="{path}" data-value="{value!r}"' in page
+    assert "&lt;acc&gt;" in page and "<b>missed</b>" in page
+    assert "Tasks" not in render_html(report)
 
 
 def test_json_is_the_report_alone(int4, tiny_release, written):

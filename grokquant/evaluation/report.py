@@ -237,8 +237,13 @@ class Report(_Part):
     suite: Suite | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `report.json`, in the order of the fields."""
-        return self.model_dump(mode="json", by_alias=True)
+        """The content of `report.json`, in the order of the fields.
+
+        Without what only suites have where there was none.
+        """
+        content = self.model_dump(mode="json", by_alias=True)
+        extra = ("further_texts", "tasks", "suite")
+        return {key: value for key, value in content.items() if value or key not in extra}
 
 
 def read_report(path: Path) -> Report:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grokquant import readable
-from grokquant.evaluation.report import Checkpoint, Estimate, Report
+from grokquant.evaluation.report import Checkpoint, Estimate, Protocol, Report
 
 LOWER, HIGHER = "↓ lower", "↑ higher"
 NEAR_ONE, NEAR_ZERO = "→ near 1", "→ near 0"
@@ -178,8 +178,15 @@ def markdown_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def task_tables(report: Report) -> Iterator[Table]:
-    """Tasks and thresholds of a suite for a rich console, where there are any."""
+def suite_tables(report: Report) -> Iterator[Table]:
+    """Other texts, tasks and thresholds of a suite for a rich console, where there are any."""
+    if report.further_texts:
+        table = Table("Text", "PPL(Q)/PPL(base)", "Mean KLD", "Same top p", title_justify="left")
+        for text in report.further_texts:
+            found = (text.perplexity.ratio, text.kld.mean, text.same_top_p)
+            shown = (number(e.value, e.error) + " ± " + number(e.error, e.error) for e in found)
+            table.add_row(escape(protocol_words(text.protocol)), *shown)
+        yield table
     if report.tasks and report.tasks.tasks:
         table = Table(title=f"lm-eval {report.tasks.lm_eval}", title_justify="left")
         for name in ("Task", "Metric"):
@@ -193,9 +200,15 @@ def task_tables(report: Report) -> Iterator[Table]:
     if report.suite and report.suite.gates:
         table = Table("Threshold", "Where", "Value", "Limit", "", title_justify="left")
         for gate in report.suite.gates:
-            found = number(gate.value), number(gate.limit), "met" if gate.met else "missed"
-            table.add_row(gate.threshold, escape(gate.where), *found)
+            outcome = number(gate.value), number(gate.limit), "met" if gate.met else "missed"
+            table.add_row(gate.threshold, escape(gate.where), *outcome)
         yield table
+
+
+def protocol_words(protocol: Protocol) -> str:
+    """A text and how it was cut and scored, in a line."""
+    windows = f"{protocol.windows:,} windows of {protocol.length:,}"
+    return f"{protocol.text}, {windows}: {protocol.scored}"
 
 
 def task_cells(report: Report) -> Iterator[tuple[str, ...]]:
