@@ -86,7 +86,7 @@ class _Weights(BaseModel):
     group_size: Annotated[int, Field(ge=-1)] | None = None
     symmetric: bool = True
     # Columns in another order than that of their groups (`group`) are no longer written by others.
-    actorder: Literal["weight", "static"] | None = None
+    actorder: Literal["weight", "static", False] | None = None
 
     @property
     def scheme(self) -> Scheme:
