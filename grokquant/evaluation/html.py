@@ -16,6 +16,9 @@ from grokquant.evaluation.sections import (
     experts_section,
     layers_section,
     metrics_section,
+    suite_section,
+    tasks_section,
+    texts_section,
     weights_section,
 )
 from grokquant.evaluation.style import CSS
@@ -45,6 +48,9 @@ def render_html(report: Report) -> str:
             _header(report),
             _tiles(report),
             metrics_section(report),
+            texts_section(report),
+            tasks_section(report),
+            suite_section(report),
             distribution_section(report),
             layers_section(report),
             experts_section(report),

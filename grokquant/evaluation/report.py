@@ -369,6 +369,107 @@ class PairedAccuracy(_Part):
     both directions equally likely."""
 
 
+class TaskValue(_Part):
+    """A metric of one model."""
+
+    value: float
+    """What lm-eval gives."""
+    error: NotNegative | None = None
+    """Its standard error over items; None where it is not made of one figure an item."""
+
+
+class TaskMetric(_Part):
+    """A metric of lm-eval for both models, from the same items."""
+
+    metric: str
+    """Its name, such as acc."""
+    filter: str
+    """The filter that answers went through."""
+    higher_is_better: bool | None
+    """As lm-eval says; None where it does not."""
+    items: Count
+    """How many it is taken from."""
+    quantized: TaskValue
+    """Of the quantized model."""
+    reference: TaskValue
+    """Of the reference."""
+    paired: PairedAccuracy | None = None
+    """Item against item; None where items are not right or wrong."""
+
+
+class Task(_Part):
+    """A task of lm-eval."""
+
+    name: str
+    """As lm-eval calls it."""
+    version: str
+    """Of the task, as it says itself."""
+    fewshot: Count
+    """Examples before each question."""
+    items: Count
+    """Questions asked."""
+    sha256: str
+    """Of its documents, prompts and targets."""
+    metrics: tuple[TaskMetric, ...]
+    """What came of them."""
+
+
+class Tasks(_Part):
+    """Tasks of the lm-eval harness, and what their numbers depend on."""
+
+    lm_eval: str
+    """The version of the harness."""
+    max_length: Count
+    """Tokens that a row takes at most."""
+    prefix_token: Count
+    """The token before texts that have no context."""
+    tasks: tuple[Task, ...]
+    """The tasks, in the order of the suite."""
+
+
+class FurtherText(_Part):
+    """Figures of another text than the first one of a suite."""
+
+    protocol: Protocol
+    """What was measured on."""
+    bootstrap: Bootstrap
+    """Where errors and intervals come from."""
+    perplexity: Perplexity
+    """How well both predict the text."""
+    kld: Divergence
+    """How far the predicted distributions are apart."""
+    delta_p: DeltaP
+    """How the probability of the true token changes."""
+    same_top_p: Estimate
+    """Share of tokens for which both models rank the same token first."""
+    documents: Documents
+    """Sums by document."""
+
+
+class Gate(_Part):
+    """A threshold of a suite and what was found."""
+
+    threshold: str
+    """Its key in the suite."""
+    where: str
+    """The text, layer or task that is furthest from it, or nearest to missing it."""
+    value: float
+    """What was found there."""
+    limit: float
+    """What was asked for."""
+    met: bool
+    """Whether the value is within the limit."""
+
+
+class Suite(_Part):
+    """The suite that was run."""
+
+    name: str
+    """As it was asked for."""
+    gates: tuple[Gate, ...] = ()
+    """How its thresholds fared."""
+
+
 class Report(_Part):
     """Everything that an evaluation found. Holds no time: equal runs give equal bytes."""
 
@@ -402,10 +503,21 @@ class Report(_Part):
     """Every matrix of the quantization report; none for a checkpoint that others made."""
     documents: Documents
     """Sums by document."""
+    further_texts: tuple[FurtherText, ...] = ()
+    """The texts of a suite after the first."""
+    tasks: Tasks | None = None
+    """The tasks of a suite; None without any."""
+    suite: Suite | None = None
+    """How the thresholds of a suite fared; None where none was run."""
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `report.json`, in the order of the fields."""
-        return self.model_dump(mode="json", by_alias=True)
+        """The content of `report.json`, in the order of the fields.
+
+        Without what only suites have where there was none.
+        """
+        content = self.model_dump(mode="json", by_alias=True)
+        extra = ("further_texts", "tasks", "suite")
+        return {key: value for key, value in content.items() if value or key not in extra}
 
 
 def read_report(path: Path) -> Report:

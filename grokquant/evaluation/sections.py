@@ -5,13 +5,14 @@ from html import escape
 
 from grokquant.evaluation import figures
 from grokquant.evaluation.markup import datum, details, error_of, figure, section, value_of
-from grokquant.evaluation.report import Report, UnitRow
+from grokquant.evaluation.report import Estimate, Report, TaskValue, UnitRow
 from grokquant.evaluation.tables import (
     NBSP,
     bf16_bytes,
     name_of,
     number,
     percent,
+    protocol_words,
     quantile_rows,
     rough,
     rows,
@@ -43,6 +44,83 @@ def metrics_section(report: Report) -> str:
         '<div class="card"><table class="metrics"><thead><tr><th>Metric</th>'
         '<th class="num">Value</th><th class="num">±</th><th>Better</th><th>In plain words</th>'
         f"</tr></thead><tbody>{''.join(parts)}</tbody></table></div>",
+    )
+
+
+def tasks_section(report: Report) -> str:
+    if not report.tasks or not report.tasks.tasks:
+        return ""
+    lines = []
+    for t, task in enumerate(report.tasks.tasks):
+        for m, metric in enumerate(task.metrics):
+            path = f"/tasks/tasks/{t}/metrics/{m}"
+            arrow = {True: "↑ higher", False: "↓ lower", None: ""}[metric.higher_is_better]
+            cells = (
+                _estimated(f"{path}/quantized", metric.quantized),
+                _estimated(f"{path}/reference", metric.reference),
+                f'<td class="num">{metric.items:,}</td><td class="better">{arrow}</td>',
+            )
+            name = f"{escape(task.name)}, {escape(metric.metric)}"
+            lines.append(f'<tr><th scope="row">{name}</th>{"".join(cells)}</tr>')
+    return section(
+        "Tasks",
+        f"Of lm-eval {report.tasks.lm_eval}, both models on the same items. ± is one "
+        "standard error over items.",
+        '<div class="card"><table class="metrics"><thead><tr><th>Task</th>'
+        '<th class="num">Quantized</th><th class="num">±</th><th class="num">Reference</th>'
+        '<th class="num">±</th><th class="num">Items</th><th>Better</th></tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>",
+    )
+
+
+def _estimated(path: str, found: TaskValue | Estimate) -> str:
+    """Two cells: a value and its error."""
+    value = datum(f"{path}/value", found.value, number(found.value, found.error or 0))
+    error = "" if found.error is None else number(found.error, found.error)
+    return f'<td class="num">{value}</td><td class="num err">{error}</td>'
+
+
+def texts_section(report: Report) -> str:
+    """The texts of a suite beside the first one, with what matters most of each."""
+    if not report.further_texts:
+        return ""
+    lines = []
+    for i, text in enumerate(report.further_texts):
+        path = f"/further_texts/{i}"
+        found = (
+            (f"{path}/perplexity/ratio", text.perplexity.ratio),
+            (f"{path}/kld/mean", text.kld.mean),
+            (f"{path}/same_top_p", text.same_top_p),
+        )
+        cells = "".join(_estimated(*pair) for pair in found)
+        name = escape(protocol_words(text.protocol))
+        lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    heads = ("PPL(Q)/PPL(base)", "Mean KLD, nats", "Same top p")
+    return section(
+        "Other texts",
+        "Figures of one text or protocol cannot be compared with those of another.",
+        '<div class="card"><table class="metrics"><thead><tr><th>Text</th>'
+        + "".join(f'<th class="num">{head}</th><th class="num">±</th>' for head in heads)
+        + f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>",
+    )
+
+
+def suite_section(report: Report) -> str:
+    if not report.suite or not report.suite.gates:
+        return ""
+    lines = "".join(
+        f'<tr><th scope="row">{escape(gate.threshold)}</th><td>{escape(gate.where)}</td>'
+        f'<td class="num">{datum(f"/suite/gates/{i}/value", gate.value, number(gate.value))}</td>'
+        f'<td class="num">{datum(f"/suite/gates/{i}/limit", gate.limit, number(gate.limit))}</td>'
+        f"<td>{'met' if gate.met else '<b>missed</b>'}</td></tr>"
+        for i, gate in enumerate(report.suite.gates)
+    )
+    return section(
+        f"Thresholds of the suite {escape(report.suite.name)}",
+        "Each on the text, layer or task that is worst.",
+        '<div class="card"><table class="metrics"><thead><tr><th>Threshold</th><th>Worst</th>'
+        '<th class="num">Value</th><th class="num">Limit</th><th></th></tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>",
     )
 
 
