@@ -236,7 +236,7 @@ def suite_tables(report: Report) -> Iterator[Table]:
     if report.tasks and report.tasks.tasks:
         table = Table(title=f"lm-eval {report.tasks.lm_eval}", title_justify="left")
         for name in ("Task", "Metric"):
-            table.add_column(name)
+            table.add_column(name, no_wrap=True)
         for name in ("Quantized", "±", "Reference", "±"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("Items", justify="right")
