@@ -65,10 +65,9 @@ def evaluate(
 
     plan = evaluation.suite_for(quantized, suite, data, samples, length)
     place, kept = device_of(device), evaluation.cache_at(cache, cache_size, warn)
-    found = evaluation.run_suite(
+    return evaluation.run_suite(
         quantized, reference, plan, suite or "", device=place, forced=not quick, cache=kept
-    )
-    return found.report
+    ).report
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":

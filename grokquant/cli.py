@@ -206,9 +206,15 @@ def evaluate(
     plan = evaluation.suite_for(output, suite, text, windows, length)
     with LayerProgress() as progress:
         kept = evaluation.cache_at(cache, cache_size, progress.note)
-        place, layer_done = device_of(device), progress.layer_done
         report = evaluation.run_suite(
-            output, reference, plan, suite or "", layer_done, place, not quick, kept
+            output,
+            reference,
+            plan,
+            suite or "",
+            progress.layer_done,
+            device_of(device),
+            forced=not quick,
+            cache=kept,
         ).report
     _, page = evaluation.publish(report, Path(output), reports)
     if as_json:

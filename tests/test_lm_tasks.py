@@ -21,7 +21,7 @@ from grokquant.calibration.blocks import BlockwiseModel
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import asked, items, likelihoods, task_data
-from grokquant.evaluation.compare import Windows, compare
+from grokquant.evaluation.compare import Windows, compare_texts
 from grokquant.evaluation.streaming import Stream
 from grokquant.evaluation.suite import Suite, TaskSection
 from grokquant.tokenizer import load_tokenizer
@@ -39,11 +39,16 @@ LONGEST = 128  # shorter than some documents, and than some contexts
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("the network was asked")
+    asked_for = []
+
+    def refuse(*where):
+        asked_for.append(where)
+        raise OSError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert asked_for == []
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -252,7 +257,7 @@ def test_texts_and_tasks_share_one_pass(tiny_release, opened):
     both = [counting(open_checkpoint(tiny_release), read) for read in reads]
     texts = [Windows(torch.arange(120).view(4, 30)), Windows(torch.arange(64).view(1, 64), 33)]
     asked_of_both = likelihoods.pack(opened.pairs, LONGEST)
-    result = compare(*both, texts, asked_of_both)
+    result = compare_texts(*both, texts, asked_of_both)
     assert all(set(read.values()) == {1} for read in reads)
     assert len(result.figures.nll) == 4 * 29 and len(result.further[0].nll) == 31
     own, base = result.answers
@@ -338,11 +343,19 @@ def test_errors_of_perplexities_are_of_first_order():
 # What cannot be used
 
 
-@pytest.mark.parametrize("name", ["no_such_task", "arc_challenge", "missing.yaml"])
-def test_a_task_without_data_is_named(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("arc_chalenge", "lm-eval has no task of this name, did you mean arc_challenge[?]$"),
+        ("arc_challenge", "cannot be loaded: Couldn't reach 'allenai/ai2_arc' on the Hub"),
+        ("missing.yaml", "cannot be loaded: "),
+    ],
+)
+def test_a_task_without_data_is_named(name, reason, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=rf"^tasks: {name}: cannot be loaded: ") as error:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(InputError, match=rf"^tasks: {name}: {reason}") as error:
         lm_tasks.open_tasks([TaskSection(name=name)], None, 64, tmp_path)
     assert "\n" not in str(error.value)
 

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +35,9 @@ from grokquant.evaluation.suite import TaskSection
 
 SHIPPED = Path(__file__).parent / "tasks"
 LM_EVAL_VERSION: str = lm_eval.__version__
+
+# Reading a local file is nobody's business: datasets would report it.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
 # A prompt and how to go on from it, as JSON.
@@ -179,6 +183,10 @@ def _load(wanted: TaskSection, directory: Path) -> Any:
     if wanted.name in task_data.MAKERS:
         spec = _shipped(wanted.name, directory)
     by_name = isinstance(spec, str) and Path(spec).suffix not in (".yaml", ".yml")
+    if by_name and wanted.name not in _manager(stock=True).all_tasks:
+        near = get_close_matches(wanted.name, _manager(stock=True).all_tasks, n=1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise InputError(f"tasks: {wanted.name}: lm-eval has no task of this name{hint}")
     try:
         with _quiet():
             loaded = _manager(by_name).load([spec])

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from grokquant.errors import GateError, InputError
 from grokquant.evaluation import report as parts
@@ -72,6 +73,14 @@ class Suite(Section):
     tasks: Annotated[tuple[TaskSection, ...], Field(strict=False)] = ()
     max_length: RowLength = 2048
     thresholds: Thresholds = Thresholds()
+
+    @model_validator(mode="after")
+    def _can_be_judged(self) -> "Suite":
+        if self.thresholds.max_accuracy_drop is not None and not self.tasks:
+            raise PydanticCustomError(
+                "rule", "max_accuracy_drop needs tasks", {"key": "thresholds"}
+            )
+        return self
 
 
 def load_suite(name: str | Path) -> Suite:
