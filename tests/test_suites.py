@@ -16,7 +16,9 @@ from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import open_checkpoint
 from grokquant.cli import main
 from grokquant.errors import GateError, InputError
+from grokquant.evaluation import likelihoods
 from grokquant.evaluation import suite as suites
+from grokquant.evaluation.compare import Windows
 from grokquant.evaluation.html import render_html
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.suite import Suite, TextSection, load_suite
@@ -152,6 +154,25 @@ def test_the_second_half_is_what_is_scored(int4, tiny_release, text_file):
     result = evaluation.compare(open_checkpoint(int4), base, texts)
     tokens = result.figures.nll.view(3, 63)[:, 32:].flatten()
     assert result.further[0].nll == pytest.approx(tokens, abs=1e-5)
+
+
+def test_each_model_gives_its_own_answers(int4, tiny_release):
+    """Beside a text, and a text of another length, in one pass over both."""
+    draw = torch.Generator().manual_seed(0)
+    context = tuple(torch.randint(4, 2000, (20,), generator=draw).tolist())
+    pairs = [(context, (7 * n, 9, n)) for n in range(1, 5)]
+    paths = (int4, tiny_release)
+    texts = [Windows(torch.arange(n)[None]) for n in (40, 30)]
+    both = [open_checkpoint(path) for path in paths]
+    answers = evaluation.compare(*both, texts, likelihoods.pack(pairs, 64)).answers
+    for path, found in zip(paths, answers, strict=True):
+        model, _ = grokquant.load(path, dtype=torch.float32)
+        for pair in pairs:
+            with torch.no_grad():
+                logits = model(torch.tensor([context + pair[1]])).logits[0, 19:-1]
+            wanted = logits.log_softmax(-1)[range(3), list(pair[1])].sum().item()
+            assert found[pair][0] == pytest.approx(wanted, abs=1e-4)
+    assert max(abs(answers[0][pair][0] - answers[1][pair][0]) for pair in pairs) > 0.01
 
 
 # Thresholds
