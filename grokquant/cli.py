@@ -191,6 +191,7 @@ def evaluate(
     """
     from grokquant import evaluation
     from grokquant.devices import device_of
+    from grokquant.evaluation.suite_tables import suite_tables
     from grokquant.evaluation.tables import terminal_table, verdict
     from grokquant.output import check_writable
     from grokquant.terminal import LayerProgress
@@ -207,7 +208,7 @@ def evaluate(
     if as_json:
         _print_json(report.to_json())
         return
-    _print_tables(terminal_table(report))
+    _print_tables(terminal_table(report), *suite_tables(report))
     click.echo(f"{verdict(report)}\nreport: {page}")
 
 

@@ -169,6 +169,59 @@ def content(layers: int = 4, experts: int = 8) -> dict:
     }  # fmt: skip
 
 
+def with_suite(layers: int = 4, experts: int = 8) -> dict:
+    """The content of a report of a suite: two texts, two tasks, three thresholds, one missed."""
+    tree = content(layers, experts)
+    text = {key: tree[key] for key in ("protocol", "perplexity", "kld", "delta_p", "same_top_p")}
+    text = copy.deepcopy(text)
+    text["protocol"] |= {"length": 512, "scored": "the second half of each window"}
+    text["kld"]["mean"] = estimate(0.0051234567, 0.0000712345)
+    paired = {
+        "items": 640,
+        "reference": 0.71875,
+        "quantized": 0.7015625,
+        "difference": estimate(-0.0171875, 0.0081234),
+        "lost": 19,
+        "gained": 8,
+        "p_value": 0.052312345,
+    }
+
+    def metric(name: str, better: bool, own: float, base: float, error: float | None) -> dict:
+        sides = {"quantized": {"value": own, "error": error}}
+        sides |= {"reference": {"value": base, "error": error}}
+        pairs = paired if error is not None else None
+        return {"metric": name, "filter": "none", "higher_is_better": better, "items": 640,
+                **sides, "paired": pairs}  # fmt: skip
+
+    def task(name: str, *metrics: dict) -> dict:
+        return {"name": name, "version": "1.0", "fewshot": 0, "items": 640, "sha256": "9f86d08",
+                "metrics": list(metrics)}  # fmt: skip
+
+    def gate(threshold: str, where: str, value: float, limit: float, met: bool) -> dict:
+        return {"threshold": threshold, "where": where, "value": value, "limit": limit, "met": met}
+
+    return tree | {
+        "further_texts": [text],
+        "tasks": {
+            "lm_eval": "0.4.13",
+            "max_length": 2048,
+            "prefix_token": 1,
+            "tasks": [
+                task("docs_choice", metric("acc", True, 0.7015625, 0.71875, 0.0181234)),
+                task("docs_text", metric("word_perplexity", False, 41.212345, 40.112345, None)),
+            ],
+        },
+        "suite": {
+            "name": "smoke",
+            "gates": [
+                gate("max_mean_kld", "python-docs (held-out)", 0.0051234567, 0.01, True),
+                gate("min_same_top_p", "python-docs (held-out)", 0.962312345, 0.95, True),
+                gate("max_accuracy_drop", "docs_choice (acc)", 0.0171875, 0.01, False),
+            ],
+        },
+    }
+
+
 def report(layers: int = 4, experts: int = 8) -> Report:
     return parse_report(content(layers, experts), "test")
 

@@ -9,7 +9,15 @@ import grokquant
 from grokquant.durable import write_json, write_text
 from grokquant.errors import InputError
 from grokquant.evaluation.comparison import Contest, Run, Standing
-from grokquant.evaluation.markup import better, datum, document, figure, section
+from grokquant.evaluation.markup import (
+    better,
+    datum,
+    document,
+    estimate_of,
+    figure,
+    section,
+    wide_table,
+)
 from grokquant.evaluation.report import Estimate, Layer
 from grokquant.evaluation.run_plots import Point, key, run_lines, scatter
 from grokquant.evaluation.shapes import Mark
@@ -106,56 +114,30 @@ def _table(contest: Contest) -> str:
         *([("Same experts, worst layer", HIGHER)] if routed else []),
         ("KLD for its size", ""),
     ]
-    head = "".join(
-        f'<th scope="col"{" class=num" if 0 < i < len(heads) - 1 else ""}>{name}'
-        f"{f'<br>{better(way)}' if way else ''}</th>"
-        for i, (name, way) in enumerate(heads)
-    )
-    names = [name for name, _ in heads]
-    body = "".join(_row(contest, i, place, names) for place, i in enumerate(_by_size(contest)))
+    names = [f"{name}<br>{better(way)}" if way else name for name, way in heads]
+    rows = [_row(contest, i, place, routed) for place, i in enumerate(_by_size(contest))]
     drawn = contest.runs[0].report.bootstrap
     return section(
         "Side by side",
         f"Below the figures: 95{NBSP}% intervals, from drawing the {drawn.unit}s again. “tied” is "
         "beaten by no more than chance, “behind” is beaten surely by a model that is no larger.",
-        f'<div class="card"><table class="runs"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>",
+        wide_table(names, rows, last_in_words=True),
     )
 
 
-def _row(contest: Contest, i: int, place: int, names: list[str]) -> str:
+def _row(contest: Contest, i: int, place: int, routed: bool) -> list[str]:
     run, path = contest.runs[i], f"/runs/{i}"
     report = run.report
-    cells = [
+    return [
+        f'<span class="run">{key(place)}{escape(run.name)}</span>',
         datum(f"{path}/bits_per_weight", run.bits_per_weight, f"{run.bits_per_weight:.2f}"),
         datum(f"{path}/bytes", report.quantized.bytes, size(report.quantized.bytes)),
-        _estimate(f"{path}/kld", report.kld.mean),
-        _estimate(f"{path}/perplexity_ratio", report.perplexity.ratio),
-        _estimate(f"{path}/same_top_p", report.same_top_p, "%"),
+        estimate_of(f"{path}/kld", report.kld.mean),
+        estimate_of(f"{path}/perplexity_ratio", report.perplexity.ratio),
+        estimate_of(f"{path}/same_top_p", report.same_top_p, "%"),
+        *([_worst_layer(run, path)] if routed else []),
+        _standing(contest.kld[i]),
     ]
-    if len(names) > len(cells) + 2:
-        cells.append(_worst_layer(run, path))
-    labelled = "".join(
-        f'<td class="num" data-label="{name}">{cell}</td>'
-        for name, cell in zip(names[1:], cells, strict=False)
-    )
-    standing = f'<td data-label="{names[-1]}">{_standing(contest.kld[i])}</td>'
-    name = f'<th scope="row"><span class="run">{key(place)}{escape(run.name)}</span></th>'
-    return f"<tr>{name}{labelled}{standing}</tr>"
-
-
-def _estimate(path: str, estimate: Estimate, unit: str = "") -> str:
-    """A value above its interval."""
-    scale = 100 if unit else 1
-
-    def shown(field: str) -> str:
-        value = getattr(estimate, field)
-        text = number(value * scale, estimate.error * scale)
-        return datum(f"{path}/{field}", value, text, unit)
-
-    ends = f"{shown('low')} to {shown('high')}"
-    after = f"{NBSP}{unit}" if unit else ""
-    return f'<b>{shown("value")}</b>{after}<br><span class="ends">{ends}</span>'
 
 
 def _least(run: Run) -> tuple[float, int] | None:

@@ -21,6 +21,12 @@ from grokquant.evaluation.sections import (
     metrics_section,
     weights_section,
 )
+from grokquant.evaluation.suite_sections import (
+    gate_line,
+    suite_section,
+    tasks_section,
+    texts_section,
+)
 from grokquant.evaluation.tables import (
     LOWER,
     NBSP,
@@ -44,7 +50,10 @@ def render_html(report: Report) -> str:
         (
             _header(report),
             _tiles(report),
+            suite_section(report),
             metrics_section(report),
+            tasks_section(report),
+            texts_section(report),
             distribution_section(report),
             routing_section(report),
             layers_section(report),
@@ -79,7 +88,7 @@ def _header(report: Report) -> str:
         f"<h1>{escape(name_of(report.quantized))}</h1>"
         f'<p class="against">{_kind(report.quantized)}, compared with '
         f"<b>{escape(name_of(report.reference))}</b></p>"
-        f'<p class="verdict">{escape(verdict(report))}</p></header>\n'
+        f'<p class="verdict">{escape(verdict(report))}</p>{gate_line(report)}</header>\n'
     )
 
 

@@ -1,9 +1,12 @@
 """The small parts that the sections of the page are put together from."""
 
+import re
+from collections.abc import Iterable, Sequence
 from html import escape
 
+from grokquant.evaluation.report import Estimate
 from grokquant.evaluation.style import CSS
-from grokquant.evaluation.tables import Row, number
+from grokquant.evaluation.tables import NBSP, Row, number
 
 
 def document(title: str, body: str, version: str, data: str) -> str:
@@ -46,6 +49,26 @@ def heads(*names: str, numbers: int = 0) -> str:
     return f"<tr>{''.join(cells)}</tr>"
 
 
+def wide_table(names: Sequence[str], rows: Iterable[Sequence[str]], last_in_words: bool) -> str:
+    """A table whose rows become cards on a phone, where each cell carries its head.
+
+    `names` are heads, `rows` cells; the first column names the row, the `last_in_words` perhaps.
+    """
+    count = len(names) - last_in_words
+    kinds = [""] + [' class="num"'] * (count - 1) + [""] * last_in_words
+    head = "".join(f'<th scope="col"{k}>{name}</th>' for k, name in zip(kinds, names, strict=True))
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>'
+        + "".join(
+            f'<td{kind} data-label="{re.sub("<.*", "", name)}">{cell}</td>'
+            for kind, name, cell in zip(kinds[1:], names[1:], cells, strict=True)
+        )
+        + "</tr>"
+        for first, *cells in rows
+    )
+    return f'<div class="card">{table(f"<tr>{head}</tr>", body, "runs")}</div>'
+
+
 def value_of(row: Row) -> str:
     return datum(row.path, row.value, row.bare(row.value), row.unit)
 
@@ -75,6 +98,20 @@ def interval_of(row: Row) -> str:
 
 def _beside(row: Row, key: str) -> str:
     return row.path.removesuffix("value") + key
+
+
+def estimate_of(path: str, estimate: Estimate, unit: str = "") -> str:
+    """An estimate above its 95 % interval; `path` is that of the estimate."""
+    scale = 100 if unit else 1
+
+    def shown(field: str) -> str:
+        value = getattr(estimate, field)
+        text = number(value * scale, estimate.error * scale)
+        return datum(f"{path}/{field}", value, text, unit)
+
+    ends = f"{shown('low')} to {shown('high')}"
+    after = f"{NBSP}{unit}" if unit else ""
+    return f'<b>{shown("value")}</b>{after}<br><span class="ends">{ends}</span>'
 
 
 def datum(path: str, value: float | None, shown: str, unit: str = "") -> str:

@@ -369,6 +369,103 @@ class PairedAccuracy(_Part):
     both directions equally likely."""
 
 
+class TaskValue(_Part):
+    """A metric of a task for one model."""
+
+    value: float
+    """The metric, as lm-eval computes it."""
+    error: NotNegative | None = None
+    """Its standard error over items; None where it is not made of one figure an item."""
+
+
+class TaskMetric(_Part):
+    """A metric of lm-eval for both models, from the same items."""
+
+    metric: str
+    """Its name, such as acc."""
+    filter: str
+    """What answers went through before they were judged; none where nothing."""
+    higher_is_better: bool | None
+    """Which way is better; None where the task does not say."""
+    items: Count
+    """How many items it is made of."""
+    quantized: TaskValue
+    """Of the quantized model."""
+    reference: TaskValue
+    """Of the reference."""
+    paired: PairedAccuracy | None = None
+    """Item by item; None where items are not right or wrong."""
+
+
+class Task(_Part):
+    """A task of lm-eval."""
+
+    name: str
+    """As lm-eval calls it."""
+    version: str
+    """Of the task."""
+    fewshot: Count
+    """Examples before each item."""
+    items: Count
+    """Items that were asked."""
+    sha256: str
+    """SHA-256 of its documents, prompts and targets."""
+    metrics: tuple[TaskMetric, ...]
+    """What was measured."""
+
+
+class Tasks(_Part):
+    """Tasks of the lm-eval harness, and what their numbers depend on."""
+
+    lm_eval: str
+    """The version of the harness."""
+    max_length: Count
+    """Tokens that a row takes at most."""
+    prefix_token: Count
+    """What stands before texts without a context."""
+    tasks: tuple[Task, ...]
+    """In the order of the suite."""
+
+
+class FurtherText(_Part):
+    """Figures of another text than the first one of a suite."""
+
+    protocol: Protocol
+    """What was measured on."""
+    perplexity: Perplexity
+    """How well both predict the text."""
+    kld: Divergence
+    """How far the predicted distributions are apart."""
+    delta_p: DeltaP
+    """How the probability of the true token changes."""
+    same_top_p: Estimate
+    """Share of tokens for which both models rank the same token first."""
+
+
+class Gate(_Part):
+    """A threshold of a suite and what was found."""
+
+    threshold: str
+    """As suites call it; begins with min or max."""
+    where: str
+    """The text, layer or task that is worst."""
+    value: float
+    """What was found there."""
+    limit: float
+    """What was asked for."""
+    met: bool
+    """Whether it was reached."""
+
+
+class Suite(_Part):
+    """The suite that was run, and how its thresholds fared."""
+
+    name: str
+    """Its name, or its file."""
+    gates: tuple[Gate, ...] = ()
+    """One for each threshold that was set."""
+
+
 class Report(_Part):
     """Everything that an evaluation found. Holds no time: equal runs give equal bytes."""
 
@@ -402,10 +499,21 @@ class Report(_Part):
     """Every matrix of the quantization report; none for a checkpoint that others made."""
     documents: Documents
     """Sums by document."""
+    further_texts: tuple[FurtherText, ...] = ()
+    """The other texts of a suite."""
+    tasks: Tasks | None = None
+    """The tasks of a suite; None where there are none."""
+    suite: Suite | None = None
+    """The suite and its thresholds; None where no suite was run."""
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `report.json`, in the order of the fields."""
-        return self.model_dump(mode="json", by_alias=True)
+        """The content of `report.json`, in the order of the fields.
+
+        Without what only suites have where there was none.
+        """
+        content = self.model_dump(mode="json", by_alias=True)
+        extra = ("further_texts", "tasks", "suite")
+        return {key: value for key, value in content.items() if value or key not in extra}
 
 
 def read_report(path: Path) -> Report:

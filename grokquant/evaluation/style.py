@@ -3,7 +3,7 @@
 _LIGHT = """
 --page:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#5c5a54;--hair:#e2e0da;--level:#ebe9e4;--base:#a9a69e;
 --accent:#0b62b4;--s1:#1b74c9;--s2:#c4590f;--s3:#2b9a9a;--s4:#96435f;--s5:#3c14ab;--s6:#2b2e33;
---s0:#c3c0b8;--strong:#fff;--warn:#fdf0e3;--warnline:#c4590f;
+--s0:#c3c0b8;--strong:#fff;--good:#12703c;--poor:#b3261e;--warn:#fdf0e3;--warnline:#c4590f;
 --q0:#e8f1fc;--q1:#c8dffa;--q2:#a2cbfa;--q3:#7cb5f5;--q4:#2074c4;--q5:#0268bb;--q6:#035397;--q7:#013e73;
 --e0:#fbede6;--e1:#f7d4c3;--e2:#f3b89a;--e3:#ea9b72;--e4:#be560e;--e5:#a44803;--e6:#853900;--e7:#642901;
 --d0:#ab4b01;--d1:#e58f62;--d2:#f6c9b3;--d3:#e9ebee;--d4:#b8d8fb;--d5:#6dacf1;--d6:#136dbf;
@@ -12,7 +12,7 @@ _LIGHT = """
 _DARK = """
 --page:#131416;--card:#1c1e21;--ink:#ecebe8;--soft:#a9a7a1;--hair:#34363a;--level:#2b2d31;--base:#6d6f73;
 --accent:#7db8f5;--s1:#5ea4ee;--s2:#ee9157;--s3:#f3d94a;--s4:#b1468a;--s5:#d24207;--s6:#f0eee9;
---s0:#55585d;--strong:#101316;--warn:#33241a;--warnline:#ee9157;
+--s0:#55585d;--strong:#101316;--good:#6cc992;--poor:#ff8a80;--warn:#33241a;--warnline:#ee9157;
 --q0:#1c2d3f;--q1:#223c59;--q2:#274c74;--q3:#2f5d8e;--q4:#5296df;--q5:#70aff4;--q6:#9ac8fd;--q7:#c8e1fe;
 --e0:#3c2519;--e1:#54301d;--e2:#6d3c21;--e3:#854827;--e4:#d17746;--e5:#e89265;--e6:#f5b391;--e7:#fbd5c2;
 --d0:#f99864;--d1:#9d562f;--d2:#603f2e;--d3:#34363a;--d4:#324a64;--d5:#34659b;--d6:#7ab9fe;
@@ -47,6 +47,9 @@ overflow-wrap:anywhere}
 .eyebrow{color:var(--soft);font-size:.9rem;margin-bottom:6px}
 .against{font-size:1.05rem;color:var(--soft);margin-top:6px;overflow-wrap:anywhere}
 .verdict{font-size:1.2rem;line-height:1.5;max-width:66ch;margin:20px 0 28px;text-wrap:pretty}
+.gate{margin:-14px 0 26px;font-size:1.05rem}
+.gate b{display:inline-block;min-width:1.1em}
+.ok,.gate.ok b{color:var(--good)}.bad,.gate.bad{color:var(--poor)}
 .card,figure,.tile{background:var(--card);border:1px solid var(--hair);border-radius:10px}
 .tiles{display:grid;grid-template-columns:repeat(4,minmax(0,1fr));gap:14px}
 .tiles.n5{grid-template-columns:repeat(5,minmax(0,1fr));gap:12px}
