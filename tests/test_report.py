@@ -9,12 +9,24 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from reports import AWKWARD, Page, at, changed, content, contrast, estimate, read_number, report
+from reports import (
+    AWKWARD,
+    Page,
+    at,
+    changed,
+    content,
+    contrast,
+    estimate,
+    read_number,
+    report,
+    with_suite,
+)
 from rich.console import Console
 
 from grokquant.errors import InputError
 from grokquant.evaluation.html import render_html, write_report
 from grokquant.evaluation.report import Report, parse_report, read_report
+from grokquant.evaluation.suite_tables import suite_tables, tasks_markdown
 from grokquant.evaluation.tables import (
     bf16_bytes,
     count,
@@ -310,6 +322,62 @@ def test_extremes_are_drawn(change: str) -> None:
     for drawing in re.findall(r"<svg.*?</svg>", page, re.S):
         ElementTree.fromstring(drawing)
     assert "nan" not in re.findall(r"[a-z]+", page.lower())
+
+
+# What a suite adds
+
+
+def test_numbers_of_a_suite_are_those_of_the_json() -> None:
+    tree = with_suite()
+    assert parse_report(tree, "test").to_json() == tree
+    page, paths = Page(render_html(parse_report(tree, "test"))), set()
+    for path, value, unit, text, tag in page.data:
+        assert float(value) == at(tree, path), path
+        paths.add(path)
+        if tag == "span":
+            shown, slack = read_number(text)
+            exact = float(value) * (100 if unit == "%" else 1)
+            assert abs(shown - exact) <= slack * 1.000001, (path, text, value)
+    first = "/tasks/tasks/0/metrics/0"
+    ends = ("value", "low", "high")
+    expected = {f"/suite/gates/{i}/{key}" for i in range(3) for key in ("value", "limit")}
+    expected |= {f"{first}/{side}/value" for side in ("quantized", "reference")}
+    expected |= {f"{first}/paired/{key}" for key in ("lost", "gained", "p_value")}
+    expected |= {f"{first}/paired/difference/{end}" for end in ends}
+    expected |= {f"/further_texts/0/{key}/{end}" for end in ends
+                 for key in ("perplexity/ratio", "kld/mean", "same_top_p")}  # fmt: skip
+    assert not expected - paths
+
+
+def test_missed_thresholds_come_first_and_the_head_says_so() -> None:
+    tree = with_suite()
+    text = Page(render_html(parse_report(tree, "test"))).text
+    assert "✗ The 3 thresholds of the suite smoke are missed in 1 of 3 cases." in text
+    assert text.index("Loss of accuracy") < text.index("Mean KL divergence, nats")
+    tree["suite"]["gates"].pop()
+    text = Page(render_html(parse_report(tree, "test"))).text
+    assert "✓ The 2 thresholds of the suite smoke are all met." in text
+    plain = Page(render_html(report())).text
+    for title in ("Is it good enough?", "Tasks", "Other texts"):
+        assert title in text and title not in plain
+
+
+def test_tables_of_a_suite() -> None:
+    suite = parse_report(with_suite(), "test")
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in tasks_markdown(suite)[:4]]
+    assert {len(row) for row in rows} == {9}
+    assert rows[2] == [
+        "docs_choice", "acc ↑", "71.9\u00a0%", "70.2\u00a0%", "−1.72", "−3.26 to −0.01",
+        "19, 8", "0.052", "640",
+    ]  # fmt: skip
+    assert rows[3][:5] == ["docs_text", "word_perplexity ↓", "40.11", "41.21", "1.100"]
+    console = Console(width=160, record=True, file=io.StringIO())
+    for table in suite_tables(suite):
+        console.print(table)
+    text = console.export_text()
+    for words in ("at most 1.000", "missed", "19, 8", "the second half of each window"):
+        assert words in text
+    assert list(suite_tables(report())) == [] and tasks_markdown(report()) == []
 
 
 # Plain tables and words

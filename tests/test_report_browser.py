@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, find_chromium
-from reports import at, report
+from reports import at, report, with_suite
 from test_compare_page import run
 
 from grokquant.evaluation.compare_page import write_comparison
 from grokquant.evaluation.comparison import contest
 from grokquant.evaluation.html import write_report
+from grokquant.evaluation.report import parse_report
 
 CHROMIUM = find_chromium()
 pytestmark = [
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path, nor in $CHROMIUM"),
 ]
 
-PAGES = ("moe", "dense", "grok-1", "compare", "compare-12")
+PAGES = ("moe", "dense", "grok-1", "suite", "compare", "compare-12")
 WIDTHS = (390, 1280)
 
 # Texts that are narrower or lower than the element that holds them lets them be.
@@ -62,6 +63,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     place = tmp_path_factory.mktemp("pages")
     shapes = {"moe": (4, 8), "dense": (32, 1), "grok-1": (64, 8)}
     found = {name: write_report(report(*shape), place / name) for name, shape in shapes.items()}
+    found["suite"] = write_report(parse_report(with_suite(), "test"), place / "suite")
     few = [run(place, name) for name in ("int8", "rtn4", "gptq4")]
     many = [run(place, name) for name in ("int3", *(f"mixed{i}" for i in range(8)))]
     found["compare"] = write_comparison(contest(few), place / "compare")
@@ -103,7 +105,7 @@ def test_numbers_in_the_document_are_those_of_the_json(
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["moe", "compare"])
+@pytest.mark.parametrize("name", ["suite", "compare"])
 def test_all_text_stands_out(
     browser: Browser, pages: dict, name: str, width: int, dark: bool
 ) -> None:

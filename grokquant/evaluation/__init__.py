@@ -22,7 +22,7 @@ from grokquant.evaluation.estimates import figures_of, noise_floor, routing
 from grokquant.evaluation.html import write_report
 from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.report import Report
-from grokquant.evaluation.suite import Suite, check_gates, judged, load_suite, suite_of
+from grokquant.evaluation.suite_tables import tasks_markdown
 from grokquant.evaluation.tables import markdown_table
 from grokquant.evaluation.windows import read_text
 from grokquant.output import REPORT_NAME
@@ -187,8 +187,9 @@ def publish(report: Report, output: Path, directory: Path | None = None) -> tupl
     """Writes report.json and report.html (default: `output`/evaluation) and fills the card."""
     paths = write_report(report, directory or output / "evaluation")
     if (output / REPORT_NAME).is_file():
+        tables = [markdown_table(report), *tasks_markdown(report)]
         try:
-            papers.fill_evaluation(output, markdown_table(report))
+            papers.fill_evaluation(output, "\n".join(tables))
         except (OSError, UnicodeError) as error:
             raise InputError(f"{output / papers.CARD_NAME}: cannot be filled in: {error}") from None
     return paths

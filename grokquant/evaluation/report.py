@@ -370,10 +370,10 @@ class PairedAccuracy(_Part):
 
 
 class TaskValue(_Part):
-    """A metric of one model."""
+    """A metric of a task for one model."""
 
     value: float
-    """What lm-eval gives."""
+    """The metric, as lm-eval computes it."""
     error: NotNegative | None = None
     """Its standard error over items; None where it is not made of one figure an item."""
 
@@ -384,17 +384,17 @@ class TaskMetric(_Part):
     metric: str
     """Its name, such as acc."""
     filter: str
-    """The filter that answers went through."""
+    """What answers went through before they were judged; none where nothing."""
     higher_is_better: bool | None
-    """As lm-eval says; None where it does not."""
+    """Which way is better; None where the task does not say."""
     items: Count
-    """How many it is taken from."""
+    """How many items it is made of."""
     quantized: TaskValue
     """Of the quantized model."""
     reference: TaskValue
     """Of the reference."""
     paired: PairedAccuracy | None = None
-    """Item against item; None where items are not right or wrong."""
+    """Item by item; None where items are not right or wrong."""
 
 
 class Task(_Part):
@@ -403,15 +403,15 @@ class Task(_Part):
     name: str
     """As lm-eval calls it."""
     version: str
-    """Of the task, as it says itself."""
+    """Of the task."""
     fewshot: Count
-    """Examples before each question."""
+    """Examples before each item."""
     items: Count
-    """Questions asked."""
+    """Items that were asked."""
     sha256: str
-    """Of its documents, prompts and targets."""
+    """SHA-256 of its documents, prompts and targets."""
     metrics: tuple[TaskMetric, ...]
-    """What came of them."""
+    """What was measured."""
 
 
 class Tasks(_Part):
@@ -422,9 +422,9 @@ class Tasks(_Part):
     max_length: Count
     """Tokens that a row takes at most."""
     prefix_token: Count
-    """The token before texts that have no context."""
+    """What stands before texts without a context."""
     tasks: tuple[Task, ...]
-    """The tasks, in the order of the suite."""
+    """In the order of the suite."""
 
 
 class FurtherText(_Part):
@@ -432,8 +432,6 @@ class FurtherText(_Part):
 
     protocol: Protocol
     """What was measured on."""
-    bootstrap: Bootstrap
-    """Where errors and intervals come from."""
     perplexity: Perplexity
     """How well both predict the text."""
     kld: Divergence
@@ -442,32 +440,30 @@ class FurtherText(_Part):
     """How the probability of the true token changes."""
     same_top_p: Estimate
     """Share of tokens for which both models rank the same token first."""
-    documents: Documents
-    """Sums by document."""
 
 
 class Gate(_Part):
     """A threshold of a suite and what was found."""
 
     threshold: str
-    """Its key in the suite."""
+    """As suites call it; begins with min or max."""
     where: str
-    """The text, layer or task that is furthest from it, or nearest to missing it."""
+    """The text, layer or task that is worst."""
     value: float
     """What was found there."""
     limit: float
     """What was asked for."""
     met: bool
-    """Whether the value is within the limit."""
+    """Whether it was reached."""
 
 
 class Suite(_Part):
-    """The suite that was run."""
+    """The suite that was run, and how its thresholds fared."""
 
     name: str
-    """As it was asked for."""
+    """Its name, or its file."""
     gates: tuple[Gate, ...] = ()
-    """How its thresholds fared."""
+    """One for each threshold that was set."""
 
 
 class Report(_Part):
@@ -504,11 +500,11 @@ class Report(_Part):
     documents: Documents
     """Sums by document."""
     further_texts: tuple[FurtherText, ...] = ()
-    """The texts of a suite after the first."""
+    """The other texts of a suite."""
     tasks: Tasks | None = None
-    """The tasks of a suite; None without any."""
+    """The tasks of a suite; None where there are none."""
     suite: Suite | None = None
-    """How the thresholds of a suite fared; None where none was run."""
+    """The suite and its thresholds; None where no suite was run."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, in the order of the fields.
