@@ -22,6 +22,7 @@ from grokquant.evaluation.estimates import figures_of, noise_floor, routing
 from grokquant.evaluation.html import write_report
 from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.report import Report
+from grokquant.evaluation.suite import Suite, check_gates, judged, load_suite, suite_of
 from grokquant.evaluation.suite_tables import tasks_markdown
 from grokquant.evaluation.tables import markdown_table
 from grokquant.evaluation.windows import read_text
