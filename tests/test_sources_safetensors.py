@@ -295,9 +295,9 @@ def test_too_many_tensors(single):
     empty = '{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
     header = "{" + ",".join(f'"{i}":{empty}' for i in range(100_001)) + "}"
     write_raw(single, header.encode())
-    started = time.perf_counter()
+    started = time.process_time()
     assert "100001 tensors" in refusal(single)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_truncated_anywhere(single):
