@@ -11,6 +11,8 @@ copyright = "the grokquant authors, Apache-2.0"
 extensions = ["myst_parser", "generated"]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
+smartquotes = False  # would make one dash of --set
+highlight_language = "text"
 
 html_theme = "furo"
 html_title = "grokquant"

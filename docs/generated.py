@@ -81,7 +81,7 @@ class _Reference:
 
     def _entry(self, key: str, field: dict, required: bool) -> str:
         kind = self._kind(field)
-        if "default" in field and not isinstance(field["default"], dict):
+        if "default" in field and not isinstance(field["default"], dict) and "const" not in field:
             kind += f"; default {_value(field['default'])}"
         elif required:
             kind += self.required
@@ -222,7 +222,7 @@ def suites() -> str:
 def rooms() -> str:
     """The rooms of the package as a picture, highest first: imports point down."""
     floors = "".join(
-        f"<li>{''.join(f'<code>{room}</code>' for room in sorted(floor))}</li>"
+        f"<li>{''.join(f'<code>{room}</code>' for room in sorted(floor - {'__main__'}))}</li>"
         for floor in reversed(_rooms())
     )
     return f'<ol class="rooms" reversed>{floors}</ol>'
