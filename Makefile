@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-kill check docs bench bench-real clean
+.PHONY: install demo test test-kill test-readers check docs bench bench-real clean
 
 install: .venv/installed
 
@@ -22,6 +22,17 @@ test: install
 # Kills and starves a small run at every step: half an hour.
 test-kill: install
 	$(BIN)/python -m pytest -m kill
+
+# Has llama.cpp and gptqmodel load what we write, each from an environment of its own. Building them
+# takes half an hour and 4 GB the first time.
+READERS := .readers
+test-readers: install $(READERS)/llama-cpp/installed $(READERS)/gptqmodel/installed
+	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m readers
+
+$(READERS)/%/installed: tests/readers/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
 
 # Style and types.
 check: install
@@ -44,4 +55,4 @@ bench-real: install
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv .readers runs build *.egg-info

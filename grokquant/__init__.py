@@ -9,6 +9,7 @@ from grokquant.families import grok_model as _grok_model
 
 # Imported here so that no later import puts the module in the place of the function `plan`.
 from grokquant.plan import Plan, build_plan
+from grokquant.runtime import registry as _registry
 from grokquant.runtime.load import load
 from grokquant.tokenizer import register as _register_tokenizer
 
@@ -21,6 +22,7 @@ __all__ = ["evaluate", "load", "plan", "quantize"]
 
 _grok_model.register()
 _register_tokenizer()
+_registry.register()
 
 
 def plan(recipe: "Recipe | str | Path | Mapping") -> Plan:

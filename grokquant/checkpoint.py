@@ -1,20 +1,26 @@
 """An opened checkpoint: its source, the family that runs it, and proof that it is complete."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from grokquant import containers, formats
 from grokquant.errors import InputError
 from grokquant.families import Family, family_of
-from grokquant.families.naming import renamed
+from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.sources import open_source
 from grokquant.toy import TOY_PATH
 from grokquant.types import Source, TensorRef
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What older versions of transformers have stored although it follows from the config.
+_COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 @dataclass(frozen=True)
@@ -59,26 +65,59 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     config_path = Path(config) if config else None
     source = containers.opened(open_source(place, config_path))
     family = family_of(source)
-    source = formats.unpacked(renamed(source, family))
-    model_config = family.config(config_path or place / "config.json", source.config)
-    checkpoint = Checkpoint(source, family, model_config)
-    _check_complete(checkpoint)
-    return checkpoint
+    source = renamed(formats.unpacked(source), family)
+    config_path = config_path or place / "config.json"
+    source = replace(source, config=family.own_config(config_path, source.config))
+    checkpoint = Checkpoint(source, family, family.config(config_path, source.config))
+    return _complete(checkpoint)
 
 
-def _check_complete(checkpoint: Checkpoint) -> None:
-    tensors, path = checkpoint.source.tensors, checkpoint.source.path
+def _complete(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with what its model needs, and nothing else. Raises InputError."""
+    source, path = checkpoint.source, checkpoint.source.path
     # Before a model is built: it could have any number of layers.
     needed = (tensor for _, tensor in checkpoint.family.units(checkpoint.config))
-    if missing := next((name for name in needed if name not in tensors), None):
+    if missing := next((name for name in needed if name not in source.tensors), None):
         raise InputError(f"{path}: tensor {missing} is missing")
-    for name, shape in _expected_shapes(checkpoint).items():
-        if name not in tensors:
+    shapes = _expected_shapes(checkpoint)
+    for name, shape in shapes.items():
+        if name not in source.tensors:
             raise InputError(f"{path}: tensor {name} is missing")
-        if tensors[name].shape != shape:
-            found = list(tensors[name].shape)
-            expected = f"config.json says {list(shape)}"
-            raise InputError(f"{path}: {name} has shape {found}, {expected}")
+        _check(path, source.tensors[name], shape)
+    source = _without_strangers(checkpoint, shapes.keys())
+    return replace(checkpoint, source=source)
+
+
+def _without_strangers(checkpoint: Checkpoint, known: Set[str]) -> Source:
+    """The source with no tensors but `known` ones. What it loses follows from others: a tied head,
+    zeros. Raises InputError for anything else."""
+    source, model = checkpoint.source, checkpoint.family.name
+    if HEAD in source.tensors and HEAD not in known:
+        source = with_tied_head(source)
+    strange = source.tensors.keys() - known
+    biases = {name for name in strange if _is_beside_packed(source, name)}
+    computed = {name for name in strange if _COMPUTED.search(name)}
+    if others := sorted(strange - biases - computed):
+        raise InputError(f"{source.path}: tensor {others[0]} has no place in a {model}")
+    source = without_biases(source, sorted(biases))
+    tensors = {name: ref for name, ref in source.tensors.items() if name in known}
+    return replace(source, tensors=tensors)
+
+
+def _is_beside_packed(source: Source, name: str) -> bool:
+    """Whether a tensor is the bias of a matrix in a quantized checkpoint."""
+    packed = source.config.get("quantization_config") is not None
+    return packed and name.endswith(".bias") and matrix_of(name) in source.tensors
+
+
+def _check(path: Path, ref: TensorRef, shape: tuple[int, ...]) -> None:
+    if ref.shape != shape:
+        found, expected = list(ref.shape), f"config.json says {list(shape)}"
+        raise InputError(f"{path}: {ref.name} has shape {found}, {expected}")
+    if ref.dtype not in _DTYPES:
+        raise InputError(
+            f"{path}: {ref.name} is {ref.dtype}, and config.json says nothing of scales for it"
+        )
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -90,7 +129,7 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     shapes = {
         family.tensor_name(name): tuple(parameter.shape)
         for name, parameter in model.named_parameters()
-        if id(parameter) not in fused
+        if id(parameter) not in fused and name not in model.all_tied_weights_keys
     }
     for layer, block in enumerate(layers):
         for expert in range(family.num_experts(config, layer)):

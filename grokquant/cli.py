@@ -249,9 +249,16 @@ def verify(output: str) -> None:
     type=click.IntRange(0, 2**63 - 1),
     help="Draws the same text again; for a temperature above 0.",
 )
+@click.option("--packed", is_flag=True, help="Leave matrices packed: less memory, more time.")
 @_device
 def generate(
-    path: str, prompt: str, tokens: int, temperature: float, seed: int, device: str
+    path: str,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    packed: bool,
+    device: str,
 ) -> None:
     """Generate text from a checkpoint that fits in memory.
 
@@ -259,7 +266,7 @@ def generate(
     """
     from grokquant.runtime.generate import generate_text
 
-    click.echo(generate_text(path, prompt, tokens, temperature, seed, device))
+    click.echo(generate_text(path, prompt, tokens, temperature, seed, device, packed))
 
 
 def _show_plan(recipe: "Recipe", as_json: bool) -> None:

@@ -16,6 +16,7 @@ def describe(path: str | Path) -> dict:
         "path": str(checkpoint.source.path),
         "layout": checkpoint.source.layout,
         "family": checkpoint.family.name,
+        "notice": checkpoint.family.notice,
         "layers": checkpoint.config.num_hidden_layers,
         "experts": checkpoint.num_experts,
         "experts_per_token": getattr(checkpoint.config, "num_experts_per_tok", None),

@@ -74,7 +74,8 @@ class ShardWriter:
         file, place = self.plan.file_of[name], self.plan.places[name]
         stored, rows = self.stored[place.tensor], place.stored(rows)
         first += place.first_row
-        offset = file.layout.offsets[place.tensor] + first * stored.bytes // stored.shape[0]
+        count = stored.shape[0] if stored.shape else 1
+        offset = file.layout.offsets[place.tensor] + first * stored.bytes // count
         self.unwritten[file.name] -= rows.nbytes
         change = self.incomplete.add if self.unwritten[file.name] else self.incomplete.discard
         change(file.name)

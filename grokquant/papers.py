@@ -7,6 +7,7 @@ from pathlib import Path
 from grokquant import tokenizer
 from grokquant.containers import container_of
 from grokquant.durable import write_json, write_text
+from grokquant.formats import MARK, OWN, gguf
 from grokquant.output import CARD_NAME, REPORT_NAME
 from grokquant.plan import Plan
 from grokquant.readable import size
@@ -56,9 +57,11 @@ def output_config(plan: Plan) -> dict:
     source = plan.checkpoint.source.config
     fields = {key: value for key, value in source.items() if key not in _NOT_COPIED}
     fields["torch_dtype"] = "bfloat16"
-    if plan.units:
+    # transformers would look for other files than gguf's, and for other names of biased experts.
+    loaded_by_us = plan.packing is gguf or plan.checkpoint.family.biased
+    if plan.units or loaded_by_us:
         described = plan.packing.quantization_config(plan.units.values(), unquantized)
-        fields["quantization_config"] = described
+        fields["quantization_config"] = described | {MARK: OWN}
     return fields
 
 

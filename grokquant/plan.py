@@ -146,18 +146,23 @@ def build_plan(recipe: Recipe) -> Plan:
 
 
 def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
+    """Raises InputError for a rule that no matrix takes: it would be left out in silence."""
+    taken = {id(recipe.rule_for(name)) for name in names}
     for index, rule in enumerate(recipe.quantize):
+        key = f"recipe: quantize[{index}].match: {rule.match!r}"
         if not any(rule.matches(name) for name in names):
             raise InputError(
-                f"recipe: quantize[{index}].match: {rule.match!r} matches no matrix of "
-                f"{recipe.model.path} (they are called like {names[0]} or {names[-1]})"
+                f"{key} matches no matrix of {recipe.model.path} "
+                f"(they are called like {names[0]} or {names[-1]})"
             )
+        if id(rule) not in taken:
+            raise InputError(f"{key} decides nothing, rules before it take all that it matches")
 
 
 def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Unit:
     rows, columns = ref.shape
     scheme = _copied(name, ref, rule, packing) if rule.method == "copy" else _chosen(rule, packing)
-    if scheme.group_size == columns and rule.grid == "integer":
+    if scheme.group_size == columns and rule.grid == scheme.grid == "integer":
         scheme = replace(scheme, group_size=None)
     if columns % (scheme.group_size or 1):
         raise InputError(
@@ -180,20 +185,24 @@ def _chosen(rule: Rule, packing: ModuleType) -> Scheme:
 
 
 def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Scheme:
-    """The stored grid in groups as large as rule, source and format allow; scales are repeated."""
+    """The stored grid in groups as large as rule, source and format allow; scales are repeated,
+    and keep their dtype where the format has it."""
     columns = ref.shape[1]
     if ref.scheme is None:
         raise InputError(f"{name}: method copy needs a source that stores integers")
+    if ref.scheme.grid != "integer":
+        return ref.scheme
     stored, group = ref.scheme.group_size or columns, rule.group
     most = gcd(stored, group) if isinstance(group, int) else stored
     groups = [most, *(smaller for smaller in (128, 64, 32) if most % smaller == 0)]
     groups = [columns] if group == "channel" else groups
-    dtype = rule.scale_dtype or packing.SCALE_DTYPE
-    if ref.scheme.grid != "integer":
-        groups, dtype = [stored], ref.scheme.scale_dtype
+    dtypes = (
+        [rule.scale_dtype] if rule.scale_dtype else [ref.scheme.scale_dtype, packing.SCALE_DTYPE]
+    )
     schemes = [
         replace(ref.scheme, group_size=None if size == columns else size, scale_dtype=dtype)
         for size in groups
+        for dtype in dtypes
     ]
     return next((s for s in schemes if not packing.refusal(s, ref.shape)), schemes[0])
 

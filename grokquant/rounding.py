@@ -12,12 +12,12 @@ from torch import Tensor
 from grokquant.calibration.hessian import Hessian
 from grokquant.devices import CPU
 from grokquant.errors import InputError
-from grokquant.methods.copy import copy_quantized
+from grokquant.methods.copy import InexactScale, copy_quantized
 from grokquant.methods.gptq import Feedback, UnusableHessian, factorize, round_gptq
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.recipe import Rule
-from grokquant.tiles import round_and_pack
-from grokquant.types import SCALE_DTYPES, QTensor, Scheme, TensorRef, Unit, UnitReport
+from grokquant.tiles import round_and_pack, too_large
+from grokquant.types import GROUP_BITS, SCALE_DTYPES, QTensor, Scheme, TensorRef, Unit, UnitReport
 
 # Rows looked at at once: bounds the float32 copies.
 _ROWS_AT_ONCE = 2048
@@ -84,15 +84,14 @@ def round_unit(
     output_error: float | None = None
     relative_error, zero_rows = 0.0, 0
     if unit.method == "copy":
-        quantized = copy_quantized(ref.read_quantized().to(device), unit.scheme)
+        quantized = _copy(ref, unit.scheme, device)
     else:
         W = ref.load_on(device)
         _refuse_nonfinite(ref.name, W)
         quantized, output_error, fallback = _round(unit, rule, W, site)
         relative_error, zero_rows = _errors(W, quantized)
         if not isfinite(relative_error):
-            held = f"{unit.scheme.scale_dtype} cannot hold weights as large as"
-            raise InputError(f"{ref.name}: {held} {W.abs().max().item():g}")
+            raise too_large(ref.name, unit.scheme, W.abs().max().item())
     note = site.note if site and unit.method == "gptq" and not fallback else None
     return quantized, UnitReport(
         name=unit.name,
@@ -109,10 +108,17 @@ def round_unit(
 
 
 def stored_bits(scheme: Scheme, shape: tuple[int, int]) -> int:
-    """Bits of codes, scales and zero points of a matrix [out, in]."""
-    scales = shape[0] * scheme.groups(shape[1])
+    """Bits of codes, scales and zero points or offsets of a matrix [out, in]."""
     of_scale = SCALE_DTYPES[scheme.scale_dtype].itemsize * 8
-    return prod(shape) * scheme.bits + scales * (of_scale + scheme.bits * (not scheme.symmetric))
+    of_group = GROUP_BITS.get(scheme.grid, of_scale + scheme.bits * (not scheme.symmetric))
+    return prod(shape) * scheme.bits + shape[0] * scheme.groups(shape[1]) * of_group
+
+
+def _copy(ref: TensorRef, scheme: Scheme, device: torch.device) -> QTensor:
+    try:
+        return copy_quantized(ref.read_quantized().to(device), scheme)
+    except InexactScale as reason:
+        raise InputError(f"{ref.name}: copy is not lossless, {reason}") from None
 
 
 def _zero_rows_note(count: int) -> str | None:

@@ -31,6 +31,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
         "model": plan.recipe.model.path,
         "output": plan.recipe.output.path,
         "family": plan.checkpoint.family.name,
+        "notice": plan.checkpoint.family.notice,
         "parameters": plan.checkpoint.parameters,
         "source_bytes": plan.checkpoint.stored_bytes,
         "output_bytes": plan.output_bytes,
@@ -61,7 +62,14 @@ def text_console(stderr: bool = False) -> Console:
     return console
 
 
+def print_notice(notice: str | None) -> None:
+    """A line that is to be seen, whatever becomes of stdout."""
+    if notice:
+        text_console(stderr=True).print(f"grokquant: {notice}")
+
+
 def print_plan(plan: Plan, console: Console | None = None) -> None:
+    print_notice(plan.checkpoint.family.notice)
     console = console or text_console()
     console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
     table = Table()
@@ -239,6 +247,7 @@ def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
 
 def print_description(description: dict) -> None:
     """`grokquant inspect` for people: the totals, then a row per tensor."""
+    print_notice(description["notice"])
     console = text_console()
     for key in ("path", "layout", "family", "layers", "experts", "experts_per_token"):
         console.print(f"{key.replace('_', ' '):>18}  {description[key]}")

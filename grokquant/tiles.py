@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.methods import compiled
-from grokquant.methods.copy import copy_quantized
+from grokquant.methods.copy import InexactScale, copy_quantized
 from grokquant.methods.rtn import quantize_with_torch
 from grokquant.methods.scales import ScaleRule
 from grokquant.types import QTensor, Scheme
@@ -77,7 +77,10 @@ def round_and_pack(
         size = _TORCH_ROWS
     else:
         size = _COPY_ROWS if method == "copy" else compiled.tile_rows(columns)
-    errors = sum(compiled.in_tiles(rows, size, work), Errors())
+    try:
+        errors = sum(compiled.in_tiles(rows, size, work), Errors())
+    except InexactScale as reason:
+        raise InputError(f"{tensor}: copy is not lossless, {reason}") from None
     if not isfinite(errors.squared_error + errors.squared_norm) or not _finite_scales(stored):
         raise _not_finite(tensor, stored, scheme)
     return filled, errors
@@ -119,4 +122,10 @@ def _not_finite(tensor: str, stored: Tensor | QTensor, scheme: Scheme) -> InputE
         count, peak = count + int(bad.sum()), max(peak, W.abs().max().item())
     if count:
         return InputError(f"{tensor}: {count} non-finite weights, the first at {first}")
-    return InputError(f"{tensor}: {scheme.scale_dtype} cannot hold weights as large as {peak:g}")
+    return too_large(tensor, scheme, peak)
+
+
+def too_large(tensor: str, scheme: Scheme, peak: float) -> InputError:
+    """That the scales of `scheme` overflow where weights are as large as `peak`."""
+    held = scheme.scale_dtype if scheme.grid == "integer" else scheme.grid
+    return InputError(f"{tensor}: {held} cannot hold weights as large as {peak:g}")

@@ -31,6 +31,8 @@ _FLOAT_4 = tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 # What 4-bit codes that are no integers stand for, times the absmax of their group: normal floats
 # and floats of a sign, two exponent and one mantissa bit, in the order of bitsandbytes.
 CODEBOOKS = {"nf4": _normal_float_4(), "fp4": (*_FLOAT_4, *(-value for value in _FLOAT_4))}
+# Bits that llama.cpp's grids take for the scale and offset of a group, its share of the header.
+GROUP_BITS = {"q4_1": 32, "q4_k": 16, "q5_k": 16, "q6_k": 9}
 UNSIGNED_GRIDS = ("nf4", "fp4", "q4_1", "q4_k", "q5_k")
 
 
@@ -40,8 +42,9 @@ class Scheme:
 
     `group_size` counts consecutive input columns that share a scale; None is one scale per row.
     Codes of the grid `integer` are signed: -2^(bits-1) .. 2^(bits-1)-1, asymmetric ones add a zero
-    point of that range. Codes of a codebook (`nf4`, `fp4`) are 0 .. 15, places in its table. Those
-    of llama.cpp's `q4_1`, `q4_k`, `q5_k` are 0 .. 2^bits-1 above an offset of the group, those of
+    point of that range. Codes of a codebook (`nf4`, `fp4`) are 0 .. 15, places in its table. A
+    scale of `llm_int8` is the absmax of a row, its codes are signed parts of 127. Those of
+    llama.cpp's `q4_1`, `q4_k`, `q5_k` are 0 .. 2^bits-1 above an offset of the group, those of
     `q6_k` -32 .. 31; scales and offsets of the last three are themselves stored as small integers
     in the header of a block of 256 columns.
     """
@@ -51,6 +54,11 @@ class Scheme:
     symmetric: bool = True
     scale_dtype: str = "bfloat16"
     grid: str = "integer"
+
+    @property
+    def unit(self) -> float:
+        """What stands for a code of 1, in scales."""
+        return 1 / 127 if self.grid == "llm_int8" else 1.0
 
     @property
     def qmin(self) -> int:
@@ -75,6 +83,7 @@ class Scheme:
 NAMED_GRIDS = {
     "nf4": Scheme(4, 64, True, "float32", "nf4"),
     "fp4": Scheme(4, 64, True, "float32", "fp4"),
+    "llm_int8": Scheme(8, None, True, "float32", "llm_int8"),
     "q8_0": Scheme(8, 32, True, "float16"),
     "q4_0": Scheme(4, 32, True, "float16"),
     "q4_1": Scheme(4, 32, False, "float16", "q4_1"),
@@ -112,6 +121,8 @@ class QTensor:
         if self.zero_points is not None:
             values = values - self.zero_points.to(dtype).unsqueeze(-1)
         values = values * self.scales.unsqueeze(-1)
+        if self.scheme.unit != 1:
+            values = values * self.scheme.unit  # at last, as bitsandbytes does
         if self.offsets is not None:
             values = values + self.offsets.unsqueeze(-1)
         return values.flatten(1)

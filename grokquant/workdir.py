@@ -79,10 +79,10 @@ class WorkDirectory:
     def _read(self, plan: Plan, name: str) -> Tensor:
         file, place, part = plan.file_of[name], plan.places[name], plan.parts[name]
         path, dtype = self.files / file.name, place.dtype or part.dtype
-        row = prod(part.shape[1:]) * dtype.itemsize
+        row, whole = (prod(shape) * dtype.itemsize for shape in (part.shape[1:], part.shape))
         offset = file.layout.offsets[place.tensor] + place.first_row * row
-        raw = np.fromfile(path, np.uint8, row * part.shape[0], offset=offset)
-        if len(raw) < row * part.shape[0]:
+        raw = np.fromfile(path, np.uint8, whole, offset=offset)
+        if len(raw) < whole:
             raise InputError(f"{path}: has changed during the run: it is shorter")
         return place.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
 

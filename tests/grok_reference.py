@@ -10,9 +10,9 @@ def rms_norm(x, scale):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
 
 
-def rope(x):  # (time, heads, head_dim)
+def rope(x, base=10000.0):  # (time, heads, head_dim)
     time, _, dim = x.shape
-    angle = np.arange(time)[:, None] / 10000.0 ** (np.arange(0, dim, 2) / dim)  # (time, dim/2)
+    angle = np.arange(time)[:, None] / base ** (np.arange(0, dim, 2) / dim)  # (time, dim/2)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     a, b = x[..., : dim // 2], x[..., dim // 2 :]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)

@@ -369,12 +369,12 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
         "config.json: the architecture is not given",
     ),
     "quant method unknown": (
-        lambda s: edit_json(s / "config.json", quantization_config__quant_method="awq"),
-        "config.json: quantization method 'awq' cannot be read",
+        lambda s: edit_json(s / "config.json", quantization_config__quant_method="exl3"),
+        "config.json: quantization_config.quant_method: 'exl3' cannot be read (compressed-tensors",
     ),
     "quant config odd": (
         lambda s: edit_json(s / "config.json", quantization_config=[1]),
-        "config.json: quantization method None",
+        "config.json: quantization_config.quant_method: None cannot be read",
     ),
     "no groups": (
         lambda s: edit_json(s / "config.json", quantization_config__config_groups=...),
@@ -382,7 +382,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "3 bits": (
         lambda s: edit_json(s / "config.json", **{GROUP + "weights__num_bits": 3}),
-        "config_groups.group_0.weights.num_bits: Input should be 2, 3, 4 or 8",
+        "config_groups.group_0.weights.num_bits: Input should be 4 or 8, not 3",
     ),
     "activations quantized": (
         lambda s: edit_json(s / "config.json", **{GROUP + "input_activations": {"num_bits": 8}}),
@@ -398,7 +398,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "group does not divide": (
         lambda s: edit_json(s / "config.json", **{INT4 + "weights__group_size": 30}),
-        "experts.0.w1: int4 g30 sym does not divide 128 columns",
+        "experts.0.w1.weight: int4 g30 sym does not divide 128 columns",
     ),
     "other groups": (
         lambda s: edit_json(s / "config.json", **{INT4 + "weights__group_size": 64}),

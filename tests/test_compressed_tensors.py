@@ -2,16 +2,21 @@
 
 import pytest
 import torch
+from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from conftest import GRIDS
 
-from grokquant.formats import compressed_tensors
+from grokquant import pipeline
+from grokquant.checkpoint import open_checkpoint
+from grokquant.errors import InputError
+from grokquant.formats import compressed_tensors, int_quantized
 from grokquant.formats.words import pack_with_torch, pack_words, unpack_words
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.types import QTensor, Scheme, Unit
+from grokquant.plan import build_plan
+from grokquant.types import NAMED_GRIDS, QTensor, Scheme, Unit
 
 NAME = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 
@@ -26,9 +31,9 @@ def theirs(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(NAME.removesuffix("weight")): t for name, t in packed.items()}
 
 
-def their_scheme(scheme: Scheme):
+def their_scheme(scheme: Scheme, packing=compressed_tensors):
     unit = Unit("layers.0.experts.3.down", NAME, (64, 256), "rtn", scheme)
-    config = compressed_tensors.quantization_config([unit], ["lm_head"])
+    config = packing.quantization_config([unit], ["lm_head"])
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
 
@@ -155,3 +160,43 @@ def test_shapes_that_do_not_fill_words_are_refused():
     assert compressed_tensors.refusal(Scheme(4, None), (64, 252))
     assert compressed_tensors.refusal(Scheme(4, 32, symmetric=False), (60, 256))
     assert compressed_tensors.refusal(Scheme(4, 128), (60, 256)) is None
+    assert "not int3" in compressed_tensors.refusal(Scheme(3, 32), (64, 256))
+    assert "not nf4" in compressed_tensors.refusal(NAMED_GRIDS["nf4"], (64, 256))
+    assert "not int4" in int_quantized.refusal(Scheme(4, 32), (64, 256))
+
+
+INT8 = [scheme for scheme in GRIDS if scheme.bits == 8]
+
+
+@pytest.mark.parametrize("scheme", INT8, ids=str)
+def test_they_read_an_int8_for_every_code(scheme):
+    quantized = quantize_rtn(torch.randn(64, 256), scheme)
+    packed = int_quantized.pack(NAME, quantized)
+    layout = {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
+    assert layout == int_quantized.packed_layout(NAME, (64, 256), scheme)
+    read = IntQuantizationCompressor.decompress(theirs(packed), their_scheme(scheme, int_quantized))
+    assert torch.equal(read["weight"], quantized.dequantize())
+    back = int_quantized.unpack(NAME, packed, scheme)
+    assert torch.equal(back.codes, quantized.codes) and torch.equal(back.scales, quantized.scales)
+
+
+def test_both_forms_hold_the_same_result(tiny_recipe, tmp_path):
+    rules = [
+        {"match": "layers.1.experts.*", "method": "rtn", "bits": 8, "group": "channel"},
+        {"match": "*", "method": "rtn", "bits": 8, "group": 32, "symmetric": False},
+    ]
+    recipes = [
+        tiny_recipe(*rules, output={"path": str(tmp_path / form), "format": form})
+        for form in ("compressed-tensors", "int-quantized")
+    ]
+    words, other = (open_checkpoint(pipeline.quantize(recipe)) for recipe in recipes)
+    other_units = dict(other.units())
+    for name, ref in words.units():
+        assert ref.scheme == other_units[name].scheme is not None
+        assert torch.equal(ref.read(), other_units[name].read())
+
+
+def test_the_grid_of_int8_is_the_only_one_of_int_quantized(tiny_recipe, tmp_path):
+    output = {"path": str(tmp_path / "out"), "format": "int-quantized"}
+    with pytest.raises(InputError, match=r"attention.q: int-quantized cannot hold it: .*8"):
+        build_plan(tiny_recipe({"match": "*", "method": "rtn", "bits": 4}, output=output))

@@ -88,13 +88,25 @@ def test_ties_go_to_even(bits, rule):
 
 @pytest.mark.parametrize("scale_dtype", ["bfloat16", "float16", "float32"])
 def test_smallest_and_largest_scales(scale_dtype):
-    """Around the smallest normal scale, below which it becomes 1, and beyond the largest."""
+    """Around the smallest normal scale and the smallest of all, and beyond the largest."""
     smallest = torch.finfo(getattr(torch, scale_dtype)).tiny
     sizes = smallest * (1 + torch.arange(-20, 20) * 2.0**-13)
-    W = torch.cat([7 * sizes, torch.tensor([1e-45, 4e5, 7 * 65519.0, 7 * 65520.0, 3e38])])
+    least = compiled.least_scale(getattr(torch, scale_dtype)) * torch.arange(1, 40) / 16
+    W = [7 * sizes, 7 * least, torch.tensor([1e-45, 4e5, 7 * 65519.0, 7 * 65520.0, 3e38])]
+    W = torch.cat(W)
     for rule in RULES:
         for symmetric in (True, False):
             check(W[:, None].repeat(1, 8), Scheme(4, 8, symmetric, scale_dtype), rule)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-4, 2e-5])
+def test_small_weights_have_small_scales(size):
+    """float16 has numbers down to 6e-8; 8-bit codes need them for weights below 0.008."""
+    W = size * torch.linspace(-1, 1, 64).view(1, 64)
+    for scheme in (Scheme(8, 32, True, "float16"), Scheme(4, 64, False, "float16")):
+        check(W, scheme, "mse")
+        error = W - quantize_rtn(W, scheme, "mse").dequantize().float()
+        assert error.norm() < 0.1 * W.norm()
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, None), Scheme(8, 64, False)], ids=str)

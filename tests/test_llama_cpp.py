@@ -1,14 +1,17 @@
 """llama.cpp itself runs our GGUF files: `make test-readers`."""
 
+import json
 import math
-import os
-import subprocess
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reader_envs import only_with_readers, run_reader
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
 from grokquant import pipeline
@@ -16,24 +19,32 @@ from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import open_checkpoint
 from grokquant.recipe import parse_recipe
 from grokquant.tokenizer import load_tokenizer
+from grokquant.toy import TOY_PATH
 
-PYTHON = os.environ.get("GROKQUANT_READERS", "")
-pytestmark = [
-    pytest.mark.readers,
-    pytest.mark.skipif(not PYTHON, reason="GROKQUANT_READERS names no Python with llama.cpp"),
-]
+pytestmark = only_with_readers
 EXPERTS, ATTENTION = "layers.*.experts.*", "layers.*.attention.*"
 COPY = {"match": ATTENTION, "method": "copy"}
+TEXTS = [
+    "def read(path):\n    with open(path) as file:\n\treturn file.read()\n\n\n",
+    "In 1998, 3.14159 and 2_000_000 were numbers: 0x7F, -12e-3.",
+    "Zażółć gęślą jaźń — 漢字かな交じり文 🦙🚀 ½ µ \u00a0 é e\u0301",
+    "  two   spaces  and a tab\tend  ",
+    "<s>[BOS]</s> [EOS] [PAD] are words here",
+    "x",
+]
 
 
-def run(tmp_path: Path, output: Path, rows: torch.Tensor) -> torch.Tensor:
-    """llama.cpp's logits [rows, time, vocabulary]."""
-    np.save(tmp_path / "tokens.npy", rows.numpy())
-    script = Path(__file__).parent / "readers" / "read_gguf.py"
+def run(
+    tmp_path: Path, output: Path, rows: torch.Tensor, texts: Sequence[str] = ()
+) -> tuple[torch.Tensor, list[list[int]], list[str]]:
+    """llama.cpp's logits [rows, time, vocabulary], the tokens of texts and what it says after."""
+    (tmp_path / "asked.json").write_text(json.dumps({"rows": rows.tolist(), "texts": list(texts)}))
     first = min(output.glob("*.gguf"))
-    files = [str(path) for path in (first, tmp_path / "tokens.npy", tmp_path / "logits.npy")]
-    subprocess.run([PYTHON, str(script), *files], check=True, capture_output=True)
-    return torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    run_reader("llama-cpp", "read_gguf.py", first, tmp_path / "asked.json", tmp_path / "found.npz")
+    found = np.load(tmp_path / "found.npz")
+    tokens = [found[f"tokens{number}"].tolist() for number in range(len(texts))]
+    after = [str(found[f"after{number}"]) for number in range(len(texts))]
+    return torch.from_numpy(found["logits"]), tokens, after
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -47,6 +58,13 @@ def perplexity(logits: torch.Tensor, rows: torch.Tensor) -> float:
     return math.exp(F.cross_entropy(scored, rows[:, 1:].flatten()).item())
 
 
+@torch.no_grad()
+def check_logits(theirs: torch.Tensor, output: Path, rows: torch.Tensor, limit: float) -> None:
+    ours = grokquant.load(output, dtype=torch.float32)[0](rows).logits
+    assert divergence(ours, theirs) < limit
+    assert perplexity(theirs, rows) == pytest.approx(perplexity(ours, rows), rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def rows() -> torch.Tensor:
     """Held-out text of the toy [rows, time]."""
@@ -54,10 +72,22 @@ def rows() -> torch.Tensor:
     return token_rows(load_documents("python-docs", "heldout"), load_tokenizer(toy), 8, 128, None)
 
 
+def quantized(model: str, rules: list[dict], shard: str, path: Path) -> Path:
+    values = {
+        "model": {"path": model},
+        "calibration": {"samples": 16, "length": 128},
+        "quantize": rules,
+        "output": {"path": str(path), "format": "gguf", "shard": shard},
+        "max_fallbacks": 1.0,
+    }
+    return pipeline.quantize(parse_recipe(values))
+
+
 @pytest.mark.parametrize(
     ("rule", "shard"),
     [
         ({"method": "keep"}, "500MB"),
+        ({"method": "copy"}, "2MB"),
         ({"method": "rtn", "grid": "q8_0"}, "2MB"),
         ({"method": "rtn", "grid": "q4_1"}, "500MB"),
         ({"method": "rtn", "grid": "q5_k"}, "500MB"),
@@ -68,16 +98,63 @@ def rows() -> torch.Tensor:
     ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
 )
 def test_llama_cpp_computes_what_we_do(rows, tmp_path, rule, shard):
-    values = {
-        "model": {"path": "toy"},
-        "calibration": {"samples": 16, "length": 128},
-        "quantize": [{"match": EXPERTS} | rule, COPY],
-        "output": {"path": str(tmp_path / "out"), "format": "gguf", "shard": shard},
-    }
-    output = pipeline.quantize(parse_recipe(values))
-    theirs = run(tmp_path, output, rows)
+    output = quantized("toy", [{"match": EXPERTS} | rule, COPY], shard, tmp_path / "out")
+    theirs, _, _ = run(tmp_path, output, rows)
+    check_logits(theirs, output, rows, 2e-3)  # llama.cpp rounds activations to 8 bits
+
+
+def test_all_in_bf16_is_the_same_model(rows, tmp_path):
+    output = quantized("toy", [{"match": "*", "method": "keep"}], "500MB", tmp_path / "out")
+    theirs, tokens, after = run(tmp_path, output, rows, TEXTS)
+    check_logits(theirs, output, rows, 1e-4)  # and rounds them to bf16
+    tokenizer = load_tokenizer(open_checkpoint("toy"))
+    assert tokens == [tokenizer(text).input_ids for text in TEXTS]
     model, _ = grokquant.load(output, dtype=torch.float32)
-    with torch.no_grad():
-        ours = model(rows).logits
-    assert divergence(ours, theirs) < 2e-3  # llama.cpp rounds activations to 8 bits
-    assert perplexity(theirs, rows) == pytest.approx(perplexity(ours, rows), rel=0.01)
+    for text, continued in zip(TEXTS, after, strict=True):
+        prompt = torch.tensor([tokenizer(text).input_ids])
+        whole = model.generate(prompt, max_new_tokens=8, do_sample=False)[0]
+        assert tokenizer.decode(whole[prompt.shape[1] :])[:8].strip() == continued[:8].strip()
+
+
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama": {},
+    "mistral": {"head_dim": 32, "sliding_window": None},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    | {"head_dim": 32, "norm_topk_prob": True, "rms_norm_eps": 1e-5},
+}
+MIXED = [
+    {"match": "*.v", "method": "rtn", "grid": "q6_k"},
+    {"match": "layers.0.*", "method": "rtn", "grid": "q4_k"},
+    {"match": "layers.1.*.down", "method": "rtn", "grid": "q5_k"},
+    {"match": "*", "method": "rtn", "grid": "q8_0"},
+]
+
+
+@pytest.mark.parametrize(
+    "rules", [[{"match": "*", "method": "keep"}], MIXED], ids=["bf16", "mixed"]
+)
+@pytest.mark.parametrize("family", MODELS)
+def test_other_families_run_too(family, rules, rows, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES | MODELS[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():  # away from where logits hardly differ
+        parameter.data.mul_(3 if parameter.ndim > 1 else 1).add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "in")
+    shutil.copyfile(TOY_PATH / "tokenizer.model", tmp_path / "in" / "tokenizer.model")
+    output = quantized(str(tmp_path / "in"), rules, "2MB", tmp_path / "out")
+    theirs, _, _ = run(tmp_path, output, rows[:2])
+    check_logits(theirs, output, rows[:2], 1e-3 if rules is not MIXED else 2e-2)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import GRIDS
 
-from grokquant.methods.copy import can_copy, copy_quantized
+from grokquant.methods.copy import InexactScale, can_copy, copy_quantized
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.methods.scales import find_scales
-from grokquant.types import QTensor, Scheme
+from grokquant.types import NAMED_GRIDS, QTensor, Scheme
 
 
 @pytest.fixture
@@ -89,4 +89,33 @@ def test_copy_is_refused_where_it_would_lose():
     assert can_copy(Scheme(8, None), Scheme(8, 128), 256)
     assert not can_copy(Scheme(8, 32), Scheme(8, 128), 256)
     assert not can_copy(Scheme(8, 128), Scheme(4, 128), 256)
-    assert not can_copy(Scheme(8, 128), Scheme(8, 128, True, "float16"), 256)
+    assert not can_copy(Scheme(4, 32, False, "float16"), NAMED_GRIDS["q4_1"], 256)
+
+
+@pytest.mark.parametrize("scale", [2.0**-17 * 1.9921875, 65280.0, 0.0078125])
+def test_copy_to_another_scale_dtype_keeps_every_value(scale):
+    stored = QTensor(
+        torch.tensor([[-128, 127]], dtype=torch.int8),
+        torch.tensor([[scale]]).bfloat16(),
+        Scheme(8, 2),
+    )
+    copied = copy_quantized(stored, Scheme(8, 1, True, "float16"))
+    assert copied.scales.dtype == torch.float16 and copied.scales.shape == (1, 2)
+    assert copied.codes is stored.codes and (copied.scales.double() == scale).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**-20 * 1.9921875, 65536.0])
+def test_a_scale_that_the_dtype_has_not_is_refused(scale):
+    stored = QTensor(
+        torch.ones(1, 2, dtype=torch.int8), torch.tensor([[scale]]).bfloat16(), Scheme(8, 2)
+    )
+    with pytest.raises(InexactScale, match=f"float16 cannot hold the scale {scale:g}"):
+        copy_quantized(stored, Scheme(8, 2, True, "float16"))
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q4_k", "q6_k", "asymmetric"])
+def test_copy_takes_offsets_and_headers_along(W, name):
+    stored = quantize_rtn(W, NAMED_GRIDS.get(name, Scheme(4, 64, False)))
+    copied = copy_quantized(stored, stored.scheme)
+    assert torch.equal(copied.dequantize(), stored.dequantize())
+    assert (copied.headers is None) == (stored.headers is None)

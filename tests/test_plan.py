@@ -103,6 +103,14 @@ def test_rules_that_cannot_be_are_named(tiny_recipe, rule, words):
         build_plan(tiny_recipe(rule))
 
 
+def test_a_rule_in_the_shadow_of_others_is_named(tiny_recipe):
+    everything = EXPERTS | {"match": "layers.*"}
+    with pytest.raises(InputError, match=r"quantize\[1\].match: .* decides nothing, rules before"):
+        build_plan(tiny_recipe(everything, EXPERTS | {"bits": 8}))
+    with pytest.raises(InputError, match=r"quantize\[2\].match: .* decides nothing"):
+        build_plan(tiny_recipe(EXPERTS, ATTENTION, EXPERTS))
+
+
 def test_groups_must_divide_the_input(tmp_path, tiny_recipe):
     from make_release import write_random_release
 

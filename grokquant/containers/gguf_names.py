@@ -95,6 +95,7 @@ _GROK = Architecture(
         "embedding_scale": "embedding_multiplier_scale",
         "attention.output_scale": "attn_output_multiplier",
     },
+    required={"residual_moe": None},
 )
 _QWEN3_MOE = Architecture(
     "qwen3moe",

@@ -6,6 +6,7 @@ from grokquant.families.family import Family
 from grokquant.families.gemma import GEMMA_2, GEMMA_3
 from grokquant.families.gpt_oss import GPT_OSS
 from grokquant.families.grok import GROK_1
+from grokquant.families.grok2 import GROK_2, is_grok_2
 from grokquant.families.llama import LLAMA, MISTRAL
 from grokquant.families.mixtral import MIXTRAL
 from grokquant.families.olmoe import OLMOE
@@ -14,6 +15,8 @@ from grokquant.types import Source
 
 FAMILIES: dict[str, Family] = {
     "Grok1ForCausalLM": GROK_1,
+    "Grok1ModelForCausalLM": GROK_1,
+    "GrokForCausalLM": GROK_1,
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
@@ -31,11 +34,14 @@ def family_of(source: Source) -> Family:
     """The family of an opened checkpoint, by its `architectures`. Raises InputError."""
     match source.config.get("architectures"):
         case [str(name)] if name in FAMILIES:
-            return FAMILIES[name]
+            family = FAMILIES[name]
+            return GROK_2 if family is GROK_1 and is_grok_2(source.config) else family
         case [str(name)]:
             found = f"{name!r} is not known"
         case _:
             found = "is not given as a list of one name"
+    if isinstance(source.config.get("text_config"), dict):
+        found += ", a text model inside one of several media is not read"
     raise InputError(
         f"{source.path / 'config.json'}: the architecture {found} (known: {', '.join(FAMILIES)})"
     )

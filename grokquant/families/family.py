@@ -39,7 +39,9 @@ class Family:
     module in a layer; its 3-D parameters hold [out, in] matrices, [in, out] if `transposed`, with
     the rows of gate above those of up, in turns if `interleaved`. `biased` says whether experts
     have biases. `fields` takes from a config.json, given with its path, what makes the model, and
-    raises InputError where it does not describe one.
+    raises InputError where it does not describe one; `only_own_fields` says that an output's
+    config.json holds nothing else. `architecture` is what that calls the model, if not by its
+    class. `notice` is a line that whoever uses the family is to see.
     """
 
     name: str
@@ -55,6 +57,9 @@ class Family:
     interleaved: bool = False
     biased: bool = False
     fields: Callable[[Path, dict], dict] = usual_fields
+    only_own_fields: bool = False
+    architecture: str | None = None
+    notice: str | None = None
     layer_prefix: str = "model.layers.{layer}."
 
     def config(self, path: Path, content: dict) -> PreTrainedConfig:
@@ -64,6 +69,17 @@ class Family:
             return self.config_class(**fields)
         except Exception as error:  # of several libraries, by a value that they do not expect
             raise InputError(f"{path}: {_line(error)}") from None
+
+    def own_config(self, path: Path, content: dict) -> dict:
+        """The config.json at `path` as this family's own would be, whatever its architecture and
+        fields are called there. Raises InputError."""
+        own = self.fields(path, content)
+        if not self.only_own_fields:
+            own = content | own
+        elif "quantization_config" in content:
+            own = own | {"quantization_config": content["quantization_config"]}
+        names = {"architectures": [self.architecture or self.model_class.__name__]}
+        return own | names | {"model_type": self.config_class.model_type}
 
     def num_experts(self, config: PreTrainedConfig, layer: int) -> int:
         """Routed experts of a layer, 0 where it is dense."""

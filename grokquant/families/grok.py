@@ -1,21 +1,51 @@
-"""Grok-1: names as SGLang, vLLM and llama.cpp's converter read them."""
+"""Grok-1: names as SGLang, vLLM and llama.cpp's converter read them, and those of two ports."""
 
 from grokquant.families.family import Family, everywhere
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
 from grokquant.families.projections import ATTENTION
 from grokquant.sources.grok_config import model_fields
 
+EXPERTS = {
+    "gate": "block_sparse_moe.experts.{expert}.w1.weight",
+    "up": "block_sparse_moe.experts.{expert}.w3.weight",
+    "down": "block_sparse_moe.experts.{expert}.w2.weight",
+}
+_LAYER = r"^(model\.layers\.\d+\.)"
+_EXPERT = rf"{_LAYER}(block_sparse_moe\.experts\.\d+\.)"
+ALIASES = {
+    # keyfan/grok-1-hf keeps the names of the release.
+    r"^transformer\.in_out_embed\.": "model.embed_tokens.",
+    r"^transformer\.rms_norm\.": "model.norm.",
+    r"^transformer\.decoder_layer\.": "model.layers.",
+    rf"{_LAYER}multi_head_attention\.query\.": r"\1self_attn.q_proj.",
+    rf"{_LAYER}multi_head_attention\.key\.": r"\1self_attn.k_proj.",
+    rf"{_LAYER}multi_head_attention\.value\.": r"\1self_attn.v_proj.",
+    rf"{_LAYER}multi_head_attention\.linear\.": r"\1self_attn.o_proj.",
+    rf"{_LAYER}rms_norm\.": r"\1pre_attn_norm.",
+    rf"{_LAYER}rms_norm_1\.": r"\1post_attn_norm.",
+    rf"{_LAYER}rms_norm_2\.": r"\1pre_moe_norm.",
+    rf"{_LAYER}rms_norm_3\.": r"\1post_moe_norm.",
+    rf"{_LAYER}router\.": r"\1block_sparse_moe.gate.",
+    rf"{_LAYER}moe\.(?=\d)": r"\1block_sparse_moe.experts.",
+    # hpcai-tech/grok-1 has modules of its own.
+    rf"{_LAYER}attn\.": r"\1self_attn.",
+    rf"{_LAYER}moe_block\.": r"\1block_sparse_moe.",
+    r"^(model\.(?:layers\.\d+\.\w+_)?norm)\.scale$": r"\1.weight",
+    # Both name an expert's matrices as the release does; gate is the one that GELU is applied to.
+    rf"{_EXPERT}linear\.": r"\1\2w1.",
+    rf"{_EXPERT}linear_v\.": r"\1\2w3.",
+    rf"{_EXPERT}linear_1\.": r"\1\2w2.",
+}
+
 GROK_1 = Family(
     name="grok-1",
     config_class=Grok1Config,
     model_class=Grok1ForCausalLM,
     matrices=everywhere(ATTENTION),
-    experts={
-        "gate": "block_sparse_moe.experts.{expert}.w1.weight",
-        "up": "block_sparse_moe.experts.{expert}.w3.weight",
-        "down": "block_sparse_moe.experts.{expert}.w2.weight",
-    },
+    experts=EXPERTS,
     unquantized=("block_sparse_moe.gate",),
+    aliases=ALIASES,
     fused="block_sparse_moe.experts",
     fields=model_fields,
+    only_own_fields=True,
 )

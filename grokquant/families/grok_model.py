@@ -20,9 +20,18 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from grokquant.errors import InputError
 
 
 class Grok1Config(PreTrainedConfig):
@@ -58,6 +67,11 @@ class Grok1Config(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
+
+    @property
+    def expert_size(self) -> int:
+        """Inner features of an expert."""
+        return self.intermediate_size
 
 
 class GrokRMSNorm(nn.Module):
@@ -105,14 +119,14 @@ class GrokAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (batch, time, hidden)
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, ...],  # cosines, sines and what follows from positions
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         batch, time, _ = x.shape
-        split = (batch, time, -1, self.config.head_dim)
-        q = rotate(self.q_proj(x).view(split).transpose(1, 2), *position_embeddings)
-        k = rotate(self.k_proj(x).view(split).transpose(1, 2), *position_embeddings)
+        split, (cos, sin) = (batch, time, -1, self.config.head_dim), position_embeddings[:2]
+        q = rotate(self.q_proj(x).view(split).transpose(1, 2), cos, sin)
+        k = rotate(self.k_proj(x).view(split).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(split).transpose(1, 2)  # (batch, kv_heads, time, head_dim)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -120,11 +134,16 @@ class GrokAttention(nn.Module):
         logits = (q @ k.unsqueeze(2).transpose(-1, -2)).float() * self.config.attn_output_multiplier
         cap = self.config.attn_logit_softcapping
         logits = cap * torch.tanh(logits / cap)  # (batch, kv_heads, per kv, time, keys)
+        logits = self.at_positions(logits, position_embeddings)
         if attention_mask is not None:
             logits = logits + attention_mask.unsqueeze(1)
         attended = logits.softmax(-1).to(v.dtype) @ v.unsqueeze(2)
         attended = attended.flatten(1, 2).transpose(1, 2).reshape(batch, time, -1)
         return self.o_proj(attended)
+
+    def at_positions(self, logits: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
+        """Capped logits as the positions of their queries change them: not at all."""
+        return logits
 
 
 class GrokRouter(nn.Module):
@@ -137,9 +156,13 @@ class GrokRouter(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [tokens, experts], the top k gates and their experts [tokens, k]."""
-        logits = F.linear(x.float(), self.weight.float())
+        logits = self.capped(F.linear(x.float(), self.weight.float()))
         gates, experts = logits.softmax(-1).topk(self.top_k, dim=-1)
         return logits, gates, experts
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits have no cap here."""
+        return logits
 
 
 @use_experts_implementation
@@ -148,11 +171,7 @@ class GrokExperts(nn.Module):
 
     def __init__(self, config: Grok1Config) -> None:
         super().__init__()
-        experts, hidden, inner = (
-            config.num_local_experts,
-            config.hidden_size,
-            config.intermediate_size,
-        )
+        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.expert_size
         self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
@@ -174,9 +193,11 @@ class GrokExperts(nn.Module):
 
 
 class GrokMoE(nn.Module):
+    router_class: type[GrokRouter] = GrokRouter
+
     def __init__(self, config: Grok1Config) -> None:
         super().__init__()
-        self.gate = GrokRouter(config)
+        self.gate = self.router_class(config)
         self.experts = GrokExperts(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,11 +209,14 @@ class GrokMoE(nn.Module):
 class GrokDecoderLayer(nn.Module):
     """Norms before and after both sub-blocks, the second pair ahead of the residual sum."""
 
+    attention_class: type[GrokAttention] = GrokAttention
+    moe_class: type[GrokMoE] = GrokMoE
+
     def __init__(self, config: Grok1Config, layer_idx: int) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = GrokAttention(config, layer_idx)
-        self.block_sparse_moe = GrokMoE(config)
+        self.self_attn = self.attention_class(config, layer_idx)
+        self.block_sparse_moe = self.moe_class(config)
         self.pre_attn_norm = GrokRMSNorm(hidden, eps)
         self.post_attn_norm = GrokRMSNorm(hidden, eps)
         self.pre_moe_norm = GrokRMSNorm(hidden, eps)
@@ -201,7 +225,7 @@ class GrokDecoderLayer(nn.Module):
     def forward(
         self,
         h: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, ...],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
@@ -209,7 +233,10 @@ class GrokDecoderLayer(nn.Module):
             self.pre_attn_norm(h), position_embeddings, attention_mask, past_key_values
         )
         h = h + self.post_attn_norm(attended)
-        return h + self.post_moe_norm(self.block_sparse_moe(self.pre_moe_norm(h)))
+        return h + self.post_moe_norm(self.feed_forward(self.pre_moe_norm(h)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.block_sparse_moe(x)
 
 
 class Grok1PreTrainedModel(PreTrainedModel):
@@ -225,6 +252,18 @@ class Grok1PreTrainedModel(PreTrainedModel):
         "model.norm",
     ]
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers does it, but with InputError where that would make weights up."""
+        path, wanted = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise InputError(f"{path}: holds no {missing[0]}, transformers would draw it at random")
+        return (model, info) if wanted else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -237,11 +276,13 @@ class Grok1PreTrainedModel(PreTrainedModel):
 
 
 class Grok1Model(Grok1PreTrainedModel):
+    layer_class: type[GrokDecoderLayer] = GrokDecoderLayer
+
     def __init__(self, config: Grok1Config) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            [GrokDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+            [self.layer_class(config, index) for index in range(config.num_hidden_layers)]
         )
         self.norm = GrokRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
@@ -267,18 +308,23 @@ class Grok1Model(Grok1PreTrainedModel):
             position_ids=position_ids,
         )
         h = h * torch.tensor(self.config.embedding_multiplier_scale, dtype=h.dtype)
-        tables = rope_tables(self.config, position_ids)
+        tables = self.position_tables(position_ids)
         for layer in self.layers:
             h = layer(h, tables, mask, past_key_values)
         return self.norm(h)
 
+    def position_tables(self, position_ids: Tensor) -> tuple[Tensor, ...]:
+        """What the layers get to know of positions [batch, time]."""
+        return rope_tables(self.config, position_ids)
+
 
 class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    base_class: type[Grok1Model] = Grok1Model
 
     def __init__(self, config: Grok1Config) -> None:
         super().__init__(config)
-        self.model = Grok1Model(config)
+        self.model = self.base_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -300,13 +346,31 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, kept])
         logits = logits * torch.tensor(self.config.output_multiplier_scale, dtype=logits.dtype)
+        logits = self.capped(logits)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits have no cap here."""
+        return logits
+
+
+def _experts_of_files() -> list[WeightConverter | WeightRenaming]:
+    """How files name what `GrokExperts` fuses: w1, w3 and w2 of every expert."""
+    stacked, experts = MergeModulelist(dim=0), "block_sparse_moe.experts"
+    gate_up = [f"{experts}.*.{part}.weight" for part in ("w1", "w3")]
+    return [
+        WeightConverter(gate_up, f"{experts}.gate_up_proj", [stacked, Concatenate(dim=1)]),
+        WeightConverter(f"{experts}.*.w2.weight", f"{experts}.down_proj", [stacked]),
+    ]
+
 
 def register() -> None:
     """Makes AutoConfig and AutoModelForCausalLM know Grok-1; no remote code is involved."""
+    register_checkpoint_conversion_mapping(
+        Grok1Config.model_type, _experts_of_files(), overwrite=True
+    )
     AutoConfig.register(Grok1Config.model_type, Grok1Config, exist_ok=True)
     AutoModelForCausalLM.register(Grok1Config, Grok1ForCausalLM, exist_ok=True)

@@ -5,6 +5,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from grokquant.families.family import Family, everywhere
 from grokquant.families.projections import ATTENTION
 
+_EXPERT = r"^(model\.layers\.\d+\.block_sparse_moe\.experts\.\d+)"
+
 MIXTRAL = Family(
     name="mixtral",
     config_class=MixtralConfig,
@@ -16,5 +18,11 @@ MIXTRAL = Family(
         "down": "block_sparse_moe.experts.{expert}.w2.weight",
     },
     unquantized=("block_sparse_moe.gate",),
-    aliases={r"^(model\.layers\.\d+)\.mlp\.": r"\1.block_sparse_moe."},
+    aliases={
+        r"^(model\.layers\.\d+)\.mlp\.": r"\1.block_sparse_moe.",
+        # As quantizers call them that take transformers 5's fused experts apart.
+        rf"{_EXPERT}\.gate_proj\.": r"\1.w1.",
+        rf"{_EXPERT}\.up_proj\.": r"\1.w3.",
+        rf"{_EXPERT}\.down_proj\.": r"\1.w2.",
+    },
 )

@@ -7,14 +7,18 @@ one, each reading only its part of the file.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
+import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.families.family import Family
-from grokquant.types import Source, TensorRef
+from grokquant.types import QTensor, Source, TensorRef
 
+_TIED = "but config.json ties the two"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What a fused tensor holds of each expert.
 _FUSED = {
     "gate_up_proj": ("gate", "up"),
@@ -89,3 +93,63 @@ class _Part:
         part = self.ref.load_part(index) if self.ref.load_part else self.ref.read()[index]
         part = part.squeeze(0).movedim(self.axis - 1, 0)
         return (part[self.first :: self.step] if whole else part).contiguous()
+
+
+def with_tied_head(source: Source) -> Source:
+    """`source` without its head, of a model in which that is the embedding.
+
+    Reading the embedding proves it: raises InputError where the two differ.
+    """
+    tensors = dict(source.tensors)
+    embedding, head = tensors[EMBEDDING], tensors.pop(HEAD)
+    if embedding.shape != head.shape:
+        raise InputError(f"{source.path}: {HEAD} has shape {list(head.shape)}, {_TIED}")
+
+    def load_rows(first: int, stop: int) -> Tensor:
+        rows, same = (_rows(ref, first, stop) for ref in (embedding, head))
+        if not torch.equal(rows.to(same.dtype), same):
+            raise InputError(f"{source.path}: {HEAD} differs from {EMBEDDING}, {_TIED}")
+        return rows
+
+    tied = replace(
+        embedding,
+        load=lambda: load_rows(0, embedding.shape[0]),
+        load_rows=load_rows,
+        load_part=None,
+        load_into=None,
+        scheme=None,
+    )
+    return replace(source, tensors=tensors | {EMBEDDING: tied})
+
+
+def without_biases(source: Source, names: list[str]) -> Source:
+    """`source` without biases that its model does not have: AutoGPTQ writes zeros there.
+
+    Reading the matrix beside one proves that: raises InputError where it is not zero.
+    """
+    tensors = dict(source.tensors)
+    for name in names:
+        W = tensors[matrix_of(name)]
+        tensors[W.name] = replace(
+            W,
+            load=partial(_beside_zeros, source, tensors.pop(name), W),
+            load_rows=None,
+            load_into=None,
+            load_part=None,
+        )
+    return replace(source, tensors=tensors)
+
+
+def _beside_zeros(source: Source, bias: TensorRef, W: TensorRef) -> Tensor | QTensor:
+    if bias.read().any():
+        raise InputError(f"{source.path}: {bias.name} is not zero, but the model has no such bias")
+    return W.load()
+
+
+def matrix_of(bias: str) -> str:
+    """The name of the matrix beside a bias."""
+    return bias.removesuffix("bias") + "weight"
+
+
+def _rows(ref: TensorRef, first: int, stop: int) -> Tensor:
+    return ref.load_rows(first, stop) if ref.load_rows else ref.read()[first:stop]

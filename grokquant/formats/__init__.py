@@ -1,21 +1,40 @@
 """On-disk forms of quantized matrices. Each module packs and unpacks; both are pure.
 
-A new format is one module with the functions of `compressed_tensors` and one line in `FORMATS`.
+A new format is one module with the functions of `compressed_tensors` and one line in `FORMATS`; one
+that is only read, a module with `NAME` and `unpacked` and one line in `READ_ONLY`.
 """
 
 from types import ModuleType
 
 from grokquant.errors import InputError
-from grokquant.formats import compressed_tensors, dense, gguf, gptq
+from grokquant.formats import (
+    awq,
+    bitsandbytes,
+    block_fp8,
+    compressed_tensors,
+    dense,
+    gguf,
+    gptq,
+    int_quantized,
+    mxfp4,
+)
+from grokquant.formats.targets import MARK, OWN
 from grokquant.types import Source
 
-# The quant_method of outputs that no other loader is to touch; their `format` says how they are.
-OWN = "grokquant"
+__all__ = ["FORMATS", "MARK", "OWN", "packing_of", "unpacked"]
 FORMATS: dict[str, ModuleType] = {
     compressed_tensors.NAME: compressed_tensors,
+    int_quantized.NAME: int_quantized,
     gptq.NAME: gptq,
+    bitsandbytes.NAME: bitsandbytes,
     gguf.NAME: gguf,
     dense.NAME: dense,
+}
+
+READ_ONLY: dict[str, ModuleType] = {
+    awq.NAME: awq,
+    block_fp8.NAME: block_fp8,
+    mxfp4.NAME: mxfp4,
 }
 
 
@@ -29,11 +48,12 @@ def packing_of(source: Source) -> ModuleType | None:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else None
     name = config.get("format") if method == OWN else method
-    if (packing := FORMATS.get(str(name))) is not None:
+    known = FORMATS | READ_ONLY
+    if (packing := known.get(str(name))) is not None:
         return packing
     raise InputError(
-        f"{source.path / 'config.json'}: quantization method {name!r} cannot be read "
-        f"(known: {', '.join(FORMATS)})"
+        f"{source.path / 'config.json'}: quantization_config.quant_method: {name!r} cannot be read "
+        f"({', '.join(known)} can); take the checkpoint that this one was made from"
     )
 
 

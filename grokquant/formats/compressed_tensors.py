@@ -7,18 +7,19 @@ A matrix `X.weight` becomes `X.weight_packed` int32 [out, in * bits / 32], `X.we
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.targets import check_target, first_match, targets_of
+from grokquant.formats import compressed_config, int_quantized
+from grokquant.formats.compressed_config import Storage, config_of, not_integers, schemes_of
+from grokquant.formats.reading import check_parts, part_of
+from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Source, TensorRef, Unit
 
-NAME = "compressed-tensors"
+NAME = compressed_config.NAME
 # How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
 SCALE_DTYPE, HOLDS_DENSE = "bfloat16", False
 
@@ -28,6 +29,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
+    if reason := not_integers(scheme, (4, 8)):
+        return reason
     per_word = 32 // scheme.bits
     if shape[1] % per_word:
         return f"{shape[1]} input features do not fill int32 words of {per_word} codes"
@@ -97,35 +100,8 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
-    """The `quantization_config` of config.json: a group of targets per scheme.
-
-    `unquantized` names the modules that hold a matrix but stay as they are.
-    """
-    by_scheme: dict[Scheme, list[str]] = {}
-    for unit in units:
-        by_scheme.setdefault(unit.scheme, []).append(_stem(unit.tensor))
-    everything = [stem for stems in by_scheme.values() for stem in stems]
-    largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]), default=None)
-    groups = {
-        f"group_{index}": {
-            # Linear comes after all names; SGLang looks up fused experts by it and nothing else.
-            "targets": targets_of(stems, set(everything) - set(stems))
-            + ["Linear"] * (scheme == largest),
-            "weights": _weight_arguments(scheme),
-            "input_activations": None,
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
-        for index, (scheme, stems) in enumerate(by_scheme.items())
-    }
-    return {
-        "quant_method": NAME,
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": targets_of(sorted(unquantized), set(everything)),
-        "kv_cache_scheme": None,
-    }
+    """The `quantization_config` of config.json; `unquantized` modules hold a matrix as it is."""
+    return config_of("pack-quantized", units, unquantized)
 
 
 def papers(config: dict) -> dict[str, dict]:
@@ -134,118 +110,56 @@ def papers(config: dict) -> dict[str, dict]:
 
 
 def unpacked(source: Source) -> Source:
-    """`source` with each packed matrix presented as one `X.weight` that reads as a QTensor."""
-    schemes = _schemes_of(source)
+    """`source` with each quantized matrix presented as one `X.weight` that reads as a QTensor.
+
+    Both forms are read: words, and an int8 for every code.
+    """
+    schemes = schemes_of(source)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         stem, _, part = name.rpartition(".")
-        if part == "weight_packed":
-            scheme = first_match(stem, schemes)
-            if scheme is None:
+        if part == "weight_packed" or (part == "weight" and ref.dtype == torch.int8):
+            found = first_match(stem, schemes)
+            if found is None:
                 raise InputError(f"{source.path / 'config.json'}: no config group targets {stem}")
-            tensors[f"{stem}.weight"] = _unpacked_ref(source, stem, scheme)
-        elif part not in _PARTS:
+            tensors[f"{stem}.weight"] = _unpacked_ref(source, f"{stem}.weight", *found)
+        elif part not in _PARTS or not _owned(source, stem):
             tensors[name] = ref
     return replace(source, tensors=tensors)
 
 
-def _unpacked_ref(source: Source, stem: str, scheme: Scheme) -> TensorRef:
-    names = [f"{stem}.{part}" for part in (_PARTS[:3] if scheme.symmetric else _PARTS)]
-    for name in names:
-        if name not in source.tensors:
-            raise InputError(f"{source.path}: {name} is missing")
-    parts = [source.tensors[name] for name in names]
-    packed, scale = parts[:2]
+def _owned(source: Source, stem: str) -> bool:
+    """Whether scales and the like of a module belong to codes."""
+    weight = source.tensors.get(f"{stem}.weight")
+    return f"{stem}.weight_packed" in source.tensors or (
+        weight is not None and weight.dtype == torch.int8
+    )
+
+
+def _unpacked_ref(source: Source, tensor: str, scheme: Scheme, storage: Storage) -> TensorRef:
+    of_words = storage == "pack-quantized"
+    codes, scale = (part_of(source, tensor + end) for end in ("_packed" * of_words, "_scale"))
     if scale.dtype not in _DTYPE_NAMES:
         raise InputError(f"{source.path}: {scale.name} has the unknown scale dtype {scale.dtype}")
     scheme = replace(scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
-    rows, words = packed.shape if len(packed.shape) == 2 else (0, 0)
-    shape = (rows, words * 32 // scheme.bits)
-    _check_layout(source, parts, packed_layout(f"{stem}.weight", shape, scheme), scheme)
+    rows, last = codes.shape if len(codes.shape) == 2 else (0, 0)
+    shape = (rows, last * 32 // scheme.bits if of_words else last)
+    layout = (packed_layout if of_words else int_quantized.packed_layout)(tensor, shape, scheme)
+    parts = check_parts(source, layout, scheme)
     if shape[1] % (scheme.group_size or 1):
-        raise InputError(f"{source.path}: {stem}: {scheme} does not divide {shape[1]} columns")
+        raise InputError(f"{source.path}: {tensor}: {scheme} does not divide {shape[1]} columns")
 
     def load() -> QTensor:
         tensors = {ref.name: ref.read() for ref in parts}
-        if tensors[f"{stem}.weight_shape"].tolist() != list(shape):
-            raise InputError(f"{source.path}: {stem}.weight_shape disagrees with weight_packed")
-        return unpack(f"{stem}.weight", tensors, scheme)
+        if not of_words:
+            return int_quantized.unpack(tensor, tensors, scheme)
+        if tensors[f"{tensor}_shape"].tolist() != list(shape):
+            raise InputError(f"{source.path}: {tensor}_shape disagrees with {tensor}_packed")
+        return unpack(tensor, tensors, scheme)
 
     stored = sum(ref.stored_bytes for ref in parts)
-    return TensorRef(f"{stem}.weight", shape, scale.dtype, stored, load, scheme)
-
-
-def _check_layout(
-    source: Source,
-    parts: Iterable[TensorRef],
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    scheme: Scheme,
-) -> None:
-    for ref in parts:
-        dtype, shape = layout[ref.name]
-        if (ref.dtype, ref.shape) != (dtype, shape):
-            raise InputError(
-                f"{source.path}: {ref.name} is {ref.dtype} {list(ref.shape)}, "
-                f"{scheme} needs {dtype} {list(shape)}"
-            )
+    return TensorRef(tensor, shape, scale.dtype, stored, load, scheme)
 
 
 def _stem(tensor: str) -> str:
     return tensor.removesuffix(".weight")
-
-
-def _weight_arguments(scheme: Scheme) -> dict:
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
-        "block_structure": None,
-        "dynamic": False,
-        "actorder": None,
-        "observer": None,
-    }
-
-
-class _Weights(BaseModel):
-    """The grids that can be read."""
-
-    num_bits: Literal[4, 8]
-    type: Literal["int"] = "int"
-    strategy: Literal["group", "channel"]
-    group_size: Annotated[int, Field(ge=-1)] | None = None
-    symmetric: bool = True
-
-    @property
-    def scheme(self) -> Scheme:
-        whole_row = self.strategy == "channel" or self.group_size in (0, -1)
-        return Scheme(self.num_bits, None if whole_row else self.group_size, self.symmetric)
-
-
-class _Group(BaseModel):
-    targets: list[Annotated[str, AfterValidator(check_target)]]
-    weights: _Weights
-    input_activations: None = None
-
-
-class _Config(BaseModel):
-    """What reading takes from a `quantization_config`."""
-
-    config_groups: dict[str, _Group]
-
-
-def _schemes_of(source: Source) -> list[tuple[str, Scheme]]:
-    """Targets and their schemes in the order of the config; the first that matches counts."""
-    try:
-        config = _Config.model_validate(source.config["quantization_config"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("quantization_config", *first["loc"])))
-        text = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{source.path / 'config.json'}: {key}: {text}") from None
-    return [
-        (target, group.weights.scheme)
-        for group in config.config_groups.values()
-        for target in group.targets
-    ]

@@ -1,6 +1,9 @@
 """No packing at all: every matrix as 16-bit floats, the release in a form that anything loads."""
 
-from grokquant.types import Scheme
+from collections.abc import Iterable
+
+from grokquant.formats.targets import OWN
+from grokquant.types import Scheme, Source, Unit
 
 NAME = "bf16"
 SCALE_DTYPE, HOLDS_DENSE = "bfloat16", True
@@ -9,6 +12,16 @@ SCALE_DTYPE, HOLDS_DENSE = "bfloat16", True
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot hold a quantized matrix: it holds none."""
     return "it holds nothing quantized, every rule must be method: keep"
+
+
+def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
+    """The `quantization_config` of an output whose names transformers does not know."""
+    return {"quant_method": OWN, "format": NAME}
+
+
+def unpacked(source: Source) -> Source:
+    """`source` as it is."""
+    return source
 
 
 def papers(config: dict) -> dict[str, dict]:

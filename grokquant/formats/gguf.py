@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.targets import first_match, targets_of
+from grokquant.formats.targets import first_match, own_config
 from grokquant.types import NAMED_GRIDS, QTensor, Scheme, Source, TensorRef, Unit
 
 NAME = "gguf"
@@ -81,13 +81,7 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     by_type: dict[str, list[str]] = {}
     for unit in units:
         by_type.setdefault(_NAMES[unit.scheme], []).append(unit.tensor.removesuffix(".weight"))
-    everything = {stem for stems in by_type.values() for stem in stems}
-    groups = {
-        name: {"targets": targets_of(stems, everything - set(stems))}
-        for name, stems in by_type.items()
-    }
-    ignored = targets_of(sorted(unquantized), everything)
-    return {"quant_method": NAME, "config_groups": groups, "ignore": ignored}
+    return own_config(NAME, by_type, unquantized)
 
 
 def papers(config: dict) -> dict[str, dict]:

@@ -11,14 +11,15 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.targets import targets_of
+from grokquant.formats.reading import check_parts, part_of, validated
+from grokquant.formats.targets import check_target, targets_of
 from grokquant.types import QTensor, Scheme, Source, TensorRef, Unit
 
 NAME = "gptq"
@@ -71,7 +72,8 @@ def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
     """Writes some rows of a matrix to where `packed_layout` puts them in the whole one's parts.
 
-    Tiles may be written concurrently: what does not depend on rows is the same in each.
+    Begins and ends at a multiple of 32. Tiles may be written concurrently: what does not depend on
+    rows is the same in each.
     """
     stem, scheme = _stem(tensor), quantized.scheme
     qweight, qzeros, scales, g_idx = (parts[f"{stem}.{part}"] for part in _PARTS)
@@ -79,8 +81,11 @@ def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: 
     unsigned = quantized.codes.T.to(torch.int64) - scheme.qmin  # (in, rows)
     qweight[:, rows] = _to_words(unsigned, scheme.bits).to(device)
     scales[:, rows] = quantized.scales.T.to(device)
-    zeros = torch.full((32, len(scales)), -scheme.qmin - 1)  # (32, groups)
-    qzeros.copy_(_to_words(zeros, scheme.bits).repeat(scales.shape[1] // 32, 1).T)
+    zeros = torch.zeros_like(quantized.scales, dtype=torch.int64)  # (rows, groups)
+    zeros = zeros if quantized.zero_points is None else quantized.zero_points.to(torch.int64)
+    stored = (zeros - scheme.qmin - 1) % (1 << scheme.bits)
+    words = slice(rows.start * scheme.bits // 32, rows.stop * scheme.bits // 32)
+    qzeros[:, words] = _to_words(stored, scheme.bits).T.to(device)
     g_idx.copy_(torch.arange(len(g_idx)) // (len(g_idx) // len(scales)))
 
 
@@ -92,8 +97,7 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
     scales = packed[f"{stem}.scales"].T.contiguous()
     if scheme.symmetric:
         return QTensor(codes, scales, scheme)
-    zeros = _from_words(packed[f"{stem}.qzeros"].T, scheme.bits) + 1 + scheme.qmin  # (out, groups)
-    return QTensor(codes, scales, scheme, zeros.to(torch.int8))
+    return QTensor(codes, scales, scheme, _zero_points(packed[f"{stem}.qzeros"], scheme, 1))
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
@@ -135,7 +139,7 @@ def unpacked(source: Source) -> Source:
 
     It reads as a QTensor, or as a dense matrix where act-order has spread its groups over columns.
     """
-    config = _config_of(source)
+    config = validated(source, _Config)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         stem, _, part = name.rpartition(".")
@@ -147,52 +151,53 @@ def unpacked(source: Source) -> Source:
 
 
 def _unpacked_ref(source: Source, stem: str, config: "_Config") -> TensorRef:
-    for part in _PARTS:
-        if f"{stem}.{part}" not in source.tensors:
-            raise InputError(f"{source.path}: {stem}.{part} is missing")
-    parts = [source.tensors[f"{stem}.{part}"] for part in _PARTS]
-    scheme = config.scheme_of(stem)
-    groups = parts[2].shape[0] if len(parts[2].shape) == 2 else 0
-    shape = (parts[0].shape[-1], parts[3].shape[0])
+    parts = [part_of(source, f"{stem}.{part}") for part in _PARTS]
+    scheme, desc_act = config.grid_of(stem)
+    qweight, _, scales, g_idx = (ref.shape for ref in parts)
+    well_formed = (len(qweight), len(scales), len(g_idx)) == (2, 2, 1)
+    groups, shape = (scales[0], (qweight[1], g_idx[0])) if well_formed else (0, (0, 0))
     if groups == 0 or scheme.groups(shape[1]) != groups:
         raise InputError(f"{source.path}: {stem}.scales has {groups} groups, not those of {scheme}")
-    _check_layout(source, parts, packed_layout(f"{stem}.weight", shape, scheme), scheme)
-    older = config.checkpoint_format == "gptq"
+    check_parts(source, packed_layout(f"{stem}.weight", shape, scheme), scheme)
+    less = 1 if config.checkpoint_format == "gptq" else 0
 
     def load() -> QTensor:
         tensors = {ref.name: ref.read() for ref in parts}
+        _check_groups(source, parts[3].name, tensors[parts[3].name], groups, desc_act)
         quantized = unpack(f"{stem}.weight", tensors, scheme)
-        if quantized.zero_points is None or older:
-            return quantized
-        return replace(quantized, zero_points=quantized.zero_points - 1)
+        zeros = _zero_points(tensors[f"{stem}.qzeros"], scheme, less)
+        if not scheme.symmetric:
+            return replace(quantized, zero_points=zeros)
+        if zeros.any():
+            wanted = f"sym is true, but not all are {-scheme.qmin - less}"
+            raise InputError(f"{source.path}: {stem}.qzeros: {wanted}")
+        return quantized
 
     def load_spread() -> Tensor:
         quantized, group = load(), parts[3].read().long()
-        spread = replace(
-            scheme, group_size=1
-        )  # every column has a scale of its own, that of its group
+        spread = replace(scheme, group_size=1)  # every column has the scale of its group
         zeros = None if quantized.zero_points is None else quantized.zero_points[:, group]
         return QTensor(quantized.codes, quantized.scales[:, group], spread, zeros).dequantize()
 
     stored = sum(ref.stored_bytes for ref in parts)
-    if config.desc_act:
+    if desc_act:
         return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load_spread)
     return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load, scheme)
 
 
-def _check_layout(
-    source: Source,
-    parts: Iterable[TensorRef],
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    scheme: Scheme,
-) -> None:
-    for ref in parts:
-        dtype, shape = layout[ref.name]
-        if (ref.dtype, ref.shape) != (dtype, shape):
-            raise InputError(
-                f"{source.path}: {ref.name} is {ref.dtype} {list(ref.shape)}, "
-                f"{scheme} needs {dtype} {list(shape)}"
-            )
+def _zero_points(qzeros: Tensor, scheme: Scheme, less: int) -> Tensor:
+    """int8 [out, groups], stored `less` so much; what wraps around is 0."""
+    stored = _from_words(qzeros.T, scheme.bits) + less
+    return (stored % (1 << scheme.bits) + scheme.qmin).to(torch.int8)
+
+
+def _check_groups(source: Source, name: str, g_idx: Tensor, groups: int, desc_act: bool) -> None:
+    """Raises InputError where columns have no group, or another than in their natural order."""
+    if ((g_idx < 0) | (g_idx >= groups)).any():
+        raise InputError(f"{source.path}: {name} names groups that are not there")
+    natural = torch.arange(len(g_idx)) // (len(g_idx) // groups)
+    if not desc_act and not torch.equal(g_idx.long(), natural):
+        raise InputError(f"{source.path}: {name} reorders columns, but desc_act is false")
 
 
 def _to_words(codes: Tensor, bits: int) -> Tensor:
@@ -232,31 +237,42 @@ def _grid(scheme: Scheme) -> dict[str, int]:
     return {"bits": scheme.bits, "group_size": scheme.group_size or -1}
 
 
+class _Grid(BaseModel):
+    """What a `dynamic` rule changes."""
+
+    bits: Literal[2, 3, 4, 8] | None = None
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+    desc_act: bool | None = None
+    sym: bool | None = None
+
+
 class _Config(BaseModel):
-    """What reading takes from a `quantization_config`."""
+    """What reading takes from a `quantization_config` or a quantize_config.json."""
 
     bits: Literal[2, 3, 4, 8]
     group_size: Annotated[int, Field(ge=-1)]
     desc_act: bool = False
     sym: bool = True
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
-    dynamic: dict[str, dict[str, Any] | bool] | None = None
+    dynamic: dict[str, _Grid | bool] | None = None
+    # Another order of the codes, that of the Marlin kernels, under the names of this one.
+    is_marlin_format: Literal[False] = False
 
-    def scheme_of(self, stem: str) -> Scheme:
-        """The grid of a module; the first `dynamic` rule that matches it changes the common one."""
-        found: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+    @field_validator("dynamic")
+    @classmethod
+    def _patterns(cls, rules: dict | None) -> dict | None:
+        for rule in rules or ():
+            check_target("re:" + rule[2:] if rule[:2] in ("+:", "-:") else "re:" + rule)
+        return rules
+
+    def grid_of(self, stem: str) -> tuple[Scheme, bool]:
+        """The grid of a module and whether its columns are reordered; the first `dynamic` rule that
+        matches it changes the common ones."""
+        found = {key: getattr(self, key) for key in _Grid.model_fields}
         for rule, changes in (self.dynamic or {}).items():
             if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), stem):
-                found |= changes if isinstance(changes, dict) else {}
+                given = changes.model_dump() if isinstance(changes, _Grid) else {}
+                found |= {key: value for key, value in given.items() if value is not None}
                 break
-        group = None if found["group_size"] == -1 else found["group_size"]
-        return Scheme(found["bits"], group, found["sym"], SCALE_DTYPE)
-
-
-def _config_of(source: Source) -> _Config:
-    try:
-        return _Config.model_validate(source.config["quantization_config"])
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, ("quantization_config", *first["loc"])))
-        raise InputError(f"{source.path / 'config.json'}: {key}: {first['msg']}") from None
+        group = None if found["group_size"] in (-1, 0) else found["group_size"]
+        return Scheme(found["bits"], group, found["sym"], SCALE_DTYPE), found["desc_act"]

@@ -4,10 +4,15 @@ A target is a module's name, a regular expression after `re:`, or the class `Lin
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
+
+# The quant_method of outputs that no other loader is to touch; their `format` says how they are.
+OWN = "grokquant"
+# The key by which every `quantization_config` of ours says that it is, whatever its quant_method.
+MARK = "quantized_by"
 
 # Engines that fuse experts ask for these names, whatever the files call them; and they have their
 # own names for some modules on the way.
@@ -28,6 +33,20 @@ def targets_of(stems: list[str], others: set[str]) -> list[str]:
         clash = any(matches(other, general) for other in others)
         targets[f"re:^{_also(re.escape(stem))}$" if clash else general] = None
     return list(targets)
+
+
+def own_config(
+    output_format: str, by_grid: Mapping[str, list[str]], unquantized: Iterable[str]
+) -> dict:
+    """The `quantization_config` of an output that is loaded by us: targets by their grid."""
+    everything = {stem for stems in by_grid.values() for stem in stems}
+    groups = {
+        grid: {"targets": targets_of(stems, everything - set(stems))}
+        for grid, stems in by_grid.items()
+    }
+    ignored = targets_of(sorted(unquantized), everything)
+    named = {"quant_method": OWN, "format": output_format}
+    return named | {"config_groups": groups, "ignore": ignored}
 
 
 def matches(stem: str, target: str) -> bool:

@@ -20,6 +20,12 @@ _T = TypeVar("_T")
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
+def least_scale(dtype: torch.dtype) -> float:
+    """The smallest scale of this dtype. float16 goes below its normal numbers, which are no smaller
+    than 6e-5: a group of 8-bit codes reaches that with weights of 0.008."""
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+
+
 def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
     """Whether `round_tile` is made for rounding W, or tiles of it, to `scheme`."""
     matrix = W.codes if isinstance(W, QTensor) else W
@@ -102,7 +108,10 @@ def _bits(values: Tensor) -> np.ndarray:
 
 def _grid(scheme: Scheme) -> Grid:
     dtype = SCALE_DTYPES[scheme.scale_dtype]
-    dropped, tiny = _DROPPED_BITS[dtype], torch.finfo(dtype).tiny
+    dropped, tiny, step = _DROPPED_BITS[dtype], torch.finfo(dtype).tiny, least_scale(dtype)
+    least = np.nextafter(np.float32(step / 2), np.float32(1))
+    if step == tiny:
+        least = np.float32(tiny * (1 - 2.0 ** (dropped - 24)))
     return Grid(
         qmin=np.float32(scheme.qmin),
         qmax=np.float32(scheme.qmax),
@@ -112,5 +121,6 @@ def _grid(scheme: Scheme) -> Grid:
         odd=np.uint32((1 << dropped) // 2),
         limit=np.float32(65536.0 if dtype == torch.float16 else np.inf),
         tiny=np.float32(tiny),
-        least=np.float32(tiny * (1 - 2.0 ** (dropped - 24))),
+        step=np.float32(step),
+        least=least,
     )

@@ -1,25 +1,44 @@
 """Lossless: the integers and scales of the source are taken as they are, never derived again."""
 
-from grokquant.types import QTensor, Scheme
+from dataclasses import replace
+
+from torch import Tensor
+
+from grokquant.types import SCALE_DTYPES, QTensor, Scheme
+
+
+class InexactScale(ValueError):
+    """A stored scale is no number of the dtype that it is to be copied to."""
 
 
 def copy_quantized(stored: QTensor, scheme: Scheme) -> QTensor:
     """The stored codes under `scheme`, whose groups must divide the stored ones.
 
-    Smaller groups repeat the stored scale, so that every weight keeps its value bit for bit.
+    Smaller groups repeat the stored scale, and another dtype holds the same number, so that every
+    weight keeps its value. Raises InexactScale where one cannot.
     """
     columns = stored.codes.shape[1]
     repeats, rest = divmod(scheme.groups(columns), stored.scales.shape[1])
     assert rest == 0 and repeats >= 1, "plan admits only groups that divide the stored ones"
-    return QTensor(stored.codes, stored.scales.repeat_interleave(repeats, dim=1), scheme)
+    scales = _in_dtype(stored.scales, scheme.scale_dtype).repeat_interleave(repeats, dim=1)
+    zero_points = stored.zero_points
+    if zero_points is not None:
+        zero_points = zero_points.repeat_interleave(repeats, dim=1)
+    return replace(stored, scales=scales, scheme=scheme, zero_points=zero_points)
 
 
 def can_copy(stored: Scheme, scheme: Scheme, in_features: int) -> bool:
-    """Whether `scheme` can hold a tensor stored as `stored` without any change of value."""
-    same_grid = (stored.bits, stored.symmetric, stored.scale_dtype) == (
-        scheme.bits,
-        scheme.symmetric,
-        scheme.scale_dtype,
-    )
+    """Whether `scheme` can hold a tensor stored as `stored` without any change of value, if its
+    scale dtype can hold the scales."""
+    same_grid = replace(scheme, group_size=stored.group_size, scale_dtype=stored.scale_dtype)
     groups, stored_groups = scheme.groups(in_features), stored.groups(in_features)
-    return same_grid and groups % stored_groups == 0
+    return same_grid == stored and groups % stored_groups == 0
+
+
+def _in_dtype(scales: Tensor, name: str) -> Tensor:
+    changed = scales.to(SCALE_DTYPES[name])
+    if changed.dtype != scales.dtype:
+        lost = changed.double() != scales.double()
+        if lost.any():
+            raise InexactScale(f"{name} cannot hold the scale {scales[lost][0].item():g}")
+    return changed

@@ -181,7 +181,7 @@ class _Slab:
         self.groups = factor.columns // (W.shape[1] // scales.shape[1])
         offsets = quantized.offsets
         offsets = torch.zeros_like(scales) if offsets is None else offsets[rows]
-        levels = (divisors(scales), zeros, offsets)
+        levels = (divisors(scales, self.scheme.unit), zeros, offsets)
         self.scales, self.zeros, self.offsets = (M.T.float().contiguous() for M in levels)
         self.table = torch.tensor(CODEBOOKS.get(self.scheme.grid, ()), device=W.device)
 

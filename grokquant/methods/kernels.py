@@ -37,7 +37,7 @@ class Grid(NamedTuple):
     """A scheme in numbers.
 
     Scales are float32 without the bits below `unit`; `even` and `odd` are added before these are
-    cut off. They become infinite from `limit` on, and 1 below `least`, which rounds to `tiny`.
+    cut off. Below `tiny` they are multiples of `step`; 1 below `least`; infinite from `limit` on.
     """
 
     qmin: np.float32
@@ -48,6 +48,7 @@ class Grid(NamedTuple):
     odd: np.uint32
     limit: np.float32
     tiny: np.float32
+    step: np.float32
     least: np.float32
 
 
@@ -61,9 +62,10 @@ def _rounded(x, unit, even, odd):
 
 @_compiled
 def _stored(x, grid):
-    """The scale as the file will hold it, 1 where that would be no normal number."""
+    """The scale as the file will hold it, 1 where that would be 0."""
     size = abs(x)
-    value = _rounded(grid.tiny if size < grid.tiny else size, grid.unit, grid.even, grid.odd)
+    value = _rounded(size, grid.unit, grid.even, grid.odd)
+    value = _f32(np.rint(_f32(size / grid.step)) * grid.step) if size < grid.tiny else value
     value = _f32(np.inf) if value >= grid.limit else value
     value = -value if x < 0 else value
     return _f32(1) if size < grid.least else value

@@ -6,6 +6,7 @@ blocks, whose scales and offsets are themselves small integers times two float16
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Levels:
 
     def _nearest(self, W: Tensor, start: int) -> Tensor:
         rows = slice(start, start + len(W))
-        scales = divisors(self.scales[rows]).unsqueeze(-1)  # (rows, groups, 1)
+        scales = divisors(self.scales[rows], self.scheme.unit).unsqueeze(-1)  # (rows, groups, 1)
         groups = group_columns(W, self.scheme)
         if self.offsets is not None:
             groups = groups - self.offsets[rows].float().unsqueeze(-1)
@@ -87,57 +88,66 @@ def nearest_in_codebook(values: Tensor, scheme: Scheme) -> Tensor:
     table = torch.tensor(CODEBOOKS[scheme.grid], device=values.device)
     ordered, places = table.sort()
     middles = (ordered[1:] + ordered[:-1]) / 2
-    return places[torch.bucketize(values, middles)].to(torch.int8)
+    return places[torch.bucketize(values.contiguous(), middles)].to(torch.int8)
 
 
-def _find_codebook(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
-    absmax = groups.abs().amax(-1)  # (rows, groups)
+def _find_absmax(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
+    """Of grids whose scale is what the largest weight of a group is stored as."""
+    W, absmax = groups.flatten(1), groups.abs().amax(-1)  # (rows, in), (rows, groups)
     best = scales = torch.where(absmax == 0, 1.0, absmax)
     if rule == "mse":
-        table = torch.tensor(CODEBOOKS[scheme.grid], device=groups.device)
         least = torch.full_like(scales, torch.inf)
         for shrink in SHRINKS.tolist():
-            scale = (scales * shrink).unsqueeze(-1)
-            codes = nearest_in_codebook(groups / scale, scheme).long()
-            error = ((table[codes] * scale - groups).square() * weights).sum(-1)
-            best = torch.where(error < least, scale.squeeze(-1), best)
-            least = torch.minimum(error, least)
+            tried = Levels(scheme, scales * shrink)
+            error = (tried.nearest(W).dequantize() - W).view_as(groups)
+            squared = (error.square() * weights).sum(-1)
+            best = torch.where(squared < least, tried.scales, best)
+            least = torch.minimum(squared, least)
     return Levels(scheme, best.to(SCALE_DTYPES[scheme.scale_dtype]))
 
 
 def _find_q4_1(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
-    scales, offsets = _fit_range(groups, weights, scheme.qmax, rule, any_sign=True)
+    scales, offsets = _fit_range(groups, weights, scheme, rule, any_sign=True)
     scales, offsets = (value.to(torch.float16) for value in (scales, offsets))
-    scales = torch.where(scales.abs() < torch.finfo(torch.float16).tiny, 1.0, scales)
-    return Levels(scheme, scales.to(torch.float16), offsets=offsets)
+    return Levels(scheme, torch.where(scales == 0, 1.0, scales), offsets=offsets)
 
 
 def _find_with_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
     """Blocks of eight groups, whose scales and minima are 6-bit parts of two float16."""
-    scales, offsets = _fit_range(groups, weights, scheme.qmax, rule, any_sign=False)
-    d, whole_scales = _parts_of(scales, 63)
-    dmin, minima = _parts_of(-offsets, 63)
+    scales, offsets = _fit_range(groups, weights, scheme, rule, any_sign=False)
+    d, dmin = _unit(scales, 8, 63), _unit(offsets, 8, 63)
+
+    def spans(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
+        return (d * scales).flatten(1), -(dmin * minima).flatten(1)
+
+    whole: tuple[Tensor, ...] = _whole(scales, d, 0, 63), _whole(-offsets, dmin, 0, 63)
     if rule == "mse":
-        whole_scales, minima = _refine(groups, weights, scheme, d, dmin, whole_scales, minima)
-    scales, offsets = d * whole_scales, -(dmin * minima)
-    headers = torch.cat((_bytes(d), _bytes(dmin), _pack_six_bits(whole_scales, minima)), dim=-1)
-    return Levels(scheme, scales.flatten(1), offsets=offsets.flatten(1), headers=headers)
+        whole = _refine(groups, weights, scheme, spans, whole, (0, 63))
+    headers = torch.cat((_bytes(d), _bytes(dmin), _pack_six_bits(*whole)), dim=-1)
+    scales, offsets = spans(*whole)
+    return Levels(scheme, scales, offsets=offsets, headers=headers)
 
 
 def _find_q6_k(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Levels:
     """Blocks of sixteen groups, whose scales are 8-bit parts of a float16."""
-    signed = Scheme(scheme.bits, scheme.group_size, True, "float32")
-    flat, importance = groups.flatten(1), weights.flatten()
-    scales, _ = find_scales(flat, signed, rule, importance)
-    d, parts = _parts_of(scales, 127)
-    headers = torch.cat((parts.to(torch.int8).view(torch.uint8), _bytes(d)), dim=-1)
-    return Levels(scheme, (d * parts).flatten(1), headers=headers)
+    scales = _fit_symmetric(groups, weights, scheme, rule)
+    d = _unit(scales, 16, 127)
+
+    def spans(parts: Tensor) -> tuple[Tensor, Tensor]:
+        return (d * parts).flatten(1), torch.zeros_like(scales)
+
+    whole: tuple[Tensor, ...] = (_whole(scales, d, -128, 127),)
+    if rule == "mse":
+        whole = _refine(groups, weights, scheme, spans, whole, (-128, 127))
+    headers = torch.cat((whole[0].to(torch.int8).view(torch.uint8), _bytes(d)), dim=-1)
+    return Levels(scheme, spans(*whole)[0], headers=headers)
 
 
 _Finder = Callable[[Tensor, Tensor, Scheme, ScaleRule], Levels]
 _FINDERS: dict[str, _Finder] = {
-    "nf4": _find_codebook,
-    "fp4": _find_codebook,
+    "nf4": _find_absmax,
+    "fp4": _find_absmax,
+    "llm_int8": _find_absmax,
     "q4_1": _find_q4_1,
     "q4_k": _find_with_minima,
     "q5_k": _find_with_minima,
@@ -145,34 +155,55 @@ _FINDERS: dict[str, _Finder] = {
 }
 
 
-def divisors(scales: Tensor) -> Tensor:
-    """Scales as float32 to divide by: a group whose scale is 0 holds nothing but its offset."""
-    return torch.where(scales == 0, torch.finfo(torch.float32).tiny, scales.float())
+def divisors(scales: Tensor, unit: float = 1.0) -> Tensor:
+    """Steps from code to code, float32, to divide by: a group whose scale is 0 holds nothing but
+    its offset."""
+    steps = scales.float() * unit
+    return torch.where(scales == 0, torch.finfo(torch.float32).tiny, steps)
 
 
 def _fit_range(
-    groups: Tensor, weights: Tensor, levels: int, rule: ScaleRule, any_sign: bool
+    groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule, any_sign: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scales and offsets [rows, groups] of codes 0 .. levels; no offset is above 0 but by leave.
+    """Scales and offsets [rows, groups] of codes from 0 on; no offset is above 0 but by leave.
 
     The range is stretched in steps and each time fitted to the codes it gives, by least squares.
     """
-    low, high = groups.amin(-1), groups.amax(-1)
+    low, high, levels = groups.amin(-1), groups.amax(-1), scheme.qmax
     if not any_sign:
         low, high = low.clamp(max=0), high.clamp(min=0)
     span = torch.where(high > low, high - low, 1.0)
     best = span / levels, low
     if rule == "absmax":
         return best
-    least = _range_error(groups, weights, *best, levels)
+    least = _error(groups, weights, *best, scheme)
     for stretch in _STRETCHES:
         inverse = ((levels + stretch) / span).unsqueeze(-1)
         codes = ((groups - low.unsqueeze(-1)) * inverse).round().clamp(0, levels)
         found = _least_squares(groups, weights, codes, any_sign)
-        error = _range_error(groups, weights, *found, levels)
+        error = _error(groups, weights, *found, scheme)
         better = (error < least) & (found[0] > 0)
         best = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))  # type: ignore[assignment]
         least = torch.where(better, error, least)
+    return best
+
+
+def _fit_symmetric(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Tensor:
+    """Scales [rows, groups] of codes around 0, found as those of a range are. One below 0 lets the
+    lowest code, which is one further out, meet a weight above 0."""
+    peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # (rows, groups, 1)
+    best = peak.abs().squeeze(-1) / scheme.qmax
+    if rule == "absmax":
+        return best
+    zeros, inverse = torch.zeros_like(best), 1 / torch.where(peak == 0, 1.0, peak)
+    least = _error(groups, weights, best, zeros, scheme)
+    for stretch, edge in product(_STRETCHES, (scheme.qmin, scheme.qmax)):
+        most = edge + stretch if edge > 0 else edge - stretch
+        codes = (groups * (most * inverse)).round().clamp(scheme.qmin, scheme.qmax)
+        found = (weights * groups * codes).sum(-1) / (weights * codes**2).sum(-1).clamp(min=1e-30)
+        error = _error(groups, weights, found, zeros, scheme)
+        best = torch.where(error < least, found, best)
+        least = torch.minimum(error, least)
     return best
 
 
@@ -194,46 +225,48 @@ def _least_squares(
     return torch.where(determinant > 0, scale, 0.0), offset
 
 
-def _range_error(
-    groups: Tensor, weights: Tensor, scale: Tensor, offset: Tensor, levels: int
+def _error(
+    groups: Tensor, weights: Tensor, scale: Tensor, offset: Tensor, scheme: Scheme
 ) -> Tensor:
     """Weighted squared error [rows, groups] of rounding to these levels."""
     wide = divisors(scale).unsqueeze(-1)
     shift = offset.unsqueeze(-1)
-    codes = ((groups - shift) / wide).round().clamp(0, levels)
+    codes = ((groups - shift) / wide).round().clamp(scheme.qmin, scheme.qmax)
     return ((codes * wide + shift - groups).square() * weights).sum(-1)
 
 
-def _parts_of(values: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """A float16 unit (as float32 [rows, blocks, 1]) and whole parts [rows, blocks, groups] of it
-    for values [rows, groups], none of them above `most`."""
-    blocks = values.unflatten(1, (-1, 8 if most == 63 else 16))
-    unit = (blocks.abs().amax(-1, keepdim=True) / most).to(torch.float16).float()
-    parts = (blocks / torch.where(unit == 0, 1.0, unit)).round()
-    return unit, parts.clamp(0 if most == 63 else -most, most)
+def _unit(values: Tensor, groups: int, most: int) -> Tensor:
+    """The float16 (as float32 [rows, blocks, 1]) of which no value [rows, groups] of its block is
+    more than `most`. It is often below the normal numbers, where rounding it down would cut off."""
+    largest = values.unflatten(1, (-1, groups)).abs().amax(-1, keepdim=True) / most
+    unit = largest.to(torch.float16)
+    following = (unit.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(unit.float() < largest, following, unit).float()
+
+
+def _whole(values: Tensor, unit: Tensor, least: int, most: int) -> Tensor:
+    """Values [rows, groups] as whole parts [rows, blocks, groups] of the units of their blocks."""
+    blocks = values.unflatten(1, (unit.shape[1], -1))
+    return (blocks / torch.where(unit == 0, 1.0, unit)).round().clamp(least, most)
 
 
 def _refine(
     groups: Tensor,
     weights: Tensor,
     scheme: Scheme,
-    d: Tensor,
-    dmin: Tensor,
-    scales: Tensor,
-    minima: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Whole scales and minima one up or down where that errs less, once both have been rounded."""
-    best, least = (scales, minima), torch.full_like(scales.flatten(1), torch.inf)
-    for up in (0, -1, 1):
-        for more in (0, -1, 1):
-            tried = (scales + up).clamp(0, 63), (minima + more).clamp(0, 63)
-            spans = (d * tried[0]).flatten(1), -(dmin * tried[1]).flatten(1)
-            error = _range_error(groups, weights, *spans, scheme.qmax)
-            better = (error < least).view_as(scales)
-            best = tuple(
-                torch.where(better, new, old) for new, old in zip(tried, best, strict=True)
-            )  # type: ignore[assignment]
-            least = torch.minimum(error, least)
+    spans: Callable[..., tuple[Tensor, Tensor]],
+    whole: tuple[Tensor, ...],
+    limits: tuple[int, int],
+) -> tuple[Tensor, ...]:
+    """Whole parts, one up or down where the scales and offsets that `spans` makes of them err less
+    now that they are rounded."""
+    best, least = whole, torch.full(groups.shape[:2], torch.inf, device=groups.device)
+    for steps in product((0, -1, 1), repeat=len(whole)):
+        tried = [(part + step).clamp(*limits) for part, step in zip(whole, steps, strict=True)]
+        error = _error(groups, weights, *spans(*tried), scheme)
+        better = (error < least).view_as(whole[0])
+        best = tuple(torch.where(better, *pair) for pair in zip(tried, best, strict=True))
+        least = torch.minimum(error, least)
     return best
 
 

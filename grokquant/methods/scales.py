@@ -121,7 +121,7 @@ def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
     """The scale as the file will hold it; a group of zeros gets 1, so that nothing divides by 0."""
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     stored = scale.to(dtype)
-    tiny = stored.abs() < torch.finfo(dtype).tiny
+    tiny = stored.abs() < compiled.least_scale(dtype)
     return torch.where(tiny, torch.ones_like(stored), stored)
 
 

@@ -147,11 +147,11 @@ class Rule(Section):
     method: Literal["keep", "copy", "rtn", "gptq"]
     """`keep` leaves units in bfloat16, `copy` takes the source's integers as they are, `rtn` rounds
     to nearest, `gptq` rounds with error feedback."""
-    grid: Literal["integer", "nf4", "fp4", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"] = (
-        "integer"
-    )
-    """`integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name: `nf4` and
-    `fp4` of bitsandbytes, the others of llama.cpp."""
+    grid: Literal[
+        "integer", "nf4", "fp4", "llm_int8", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"
+    ] = "integer"
+    """`integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name: `nf4`,
+    `fp4` and `llm_int8` of bitsandbytes, the others of llama.cpp."""
     bits: Literal[2, 3, 4, 8] | None = None
     """Bits of an integer; `rtn` and `gptq` need them."""
     group: Literal[32, 64, 128, 256, "channel", "release"] | None = None
@@ -227,9 +227,9 @@ class OutputSection(Section):
 
     path: PathText
     """The new directory; one that holds anything else is refused."""
-    format: Literal["compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16"] = (
-        "compressed-tensors"
-    )
+    format: Literal[
+        "compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16"
+    ] = "compressed-tensors"
     """The form on disk."""
     shard: ByteSize = 500 * 10**6
     """A file holds whole experts of one layer, as many as fit into so many bytes (`500MB`,

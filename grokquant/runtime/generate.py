@@ -15,13 +15,15 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
+    packed: bool = False,
 ) -> str:
-    """`prompt` and up to `tokens` more; greedy below temperature 0.001. Raises InputError."""
+    """`prompt` and up to `tokens` more; greedy below temperature 0.001. `packed` is that of `load`.
+    Raises InputError."""
     if not prompt:
         raise InputError("--prompt: is empty")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # undecoded bytes
         raise InputError("--prompt: is not UTF-8 text")
-    model, tokenizer = load(path, device)
+    model, tokenizer = load(path, device, packed=packed)
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
     encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)

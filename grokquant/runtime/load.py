@@ -1,69 +1,99 @@
 """Loading a whole checkpoint into memory as a transformers model, whatever its form on disk."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import device_of
 from grokquant.families.family import set_parameter
+from grokquant.runtime.packed import PackedMatrix, pack_model
 from grokquant.tokenizer import load_tokenizer
 
 
 def load(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model in `dtype` and its tokenizer (None if there is none beside it).
 
     `path` is a release, a bf16 Hugging Face directory or a quantized output; `toy` names the
-    embedded toy. Quantized matrices are multiplied out. Raises InputError.
+    embedded toy. Quantized matrices are multiplied out, or each time that they are used if
+    `packed`, which takes less memory and more time. Raises InputError.
     """
     place = device_of(device)
     checkpoint = open_checkpoint(path)
-    model = build_model(checkpoint, place, dtype)
+    model = build_model(checkpoint, place, dtype, packed)
     has_tokenizer = bool(checkpoint.source.tokenizer_files)
     return model, load_tokenizer(checkpoint) if has_tokenizer else None
 
 
-@torch.no_grad()
 def build_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool = False
 ) -> PreTrainedModel:
     """The family's own model class with every parameter filled, tensor by tensor."""
-    family, tensors = checkpoint.family, checkpoint.source.tensors
-    model = family.empty_model(checkpoint.config)
-    for index, layer in enumerate(family.layers(model)):
-        _fill_experts(checkpoint, index, layer, device, dtype)
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            value = tensors[family.tensor_name(name)].read()
-            set_parameter(model, name, value.to(device, family.working_dtype(name, dtype)))
+    model = checkpoint.family.empty_model(checkpoint.config)
+    if packed:
+        pack_model(model, checkpoint, dtype)
+    fill_model(model, checkpoint, dtype, device)
     model.tie_weights()
-    torch.nn.Module.to(model, device)  # buffers
+    nn.Module.to(model, device)  # buffers
     if checkpoint.num_experts:
         model.set_experts_implementation("eager")
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
 
 
+@torch.no_grad()
+def fill_model(
+    model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Reads all parameters and packed matrices, tensor by tensor, to where they lie in memory;
+    those that have none yet get it on `device`."""
+    family, tensors = checkpoint.family, checkpoint.source.tensors
+    for index, layer in enumerate(family.layers(model)):
+        _fill_experts(checkpoint, index, layer, device, dtype)
+    for module in model.modules():
+        if isinstance(module, PackedMatrix):
+            module.read(device)
+    for name, parameter in list(model.named_parameters()):
+        ref = tensors.get(family.tensor_name(name))
+        if ref is None:
+            continue  # of fused experts
+        kind = family.working_dtype(name, dtype)
+        if parameter.dtype == kind and not parameter.is_meta:
+            parameter.copy_(ref.read())
+        else:
+            place = device if parameter.is_meta else parameter.device
+            set_parameter(model, name, ref.read().to(place, kind))
+
+
 def _fill_experts(
-    checkpoint: Checkpoint, index: int, layer: Any, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint, index: int, layer: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Fuses the experts of a layer to the parameters of its own class, expert by expert."""
-    family, config = checkpoint.family, checkpoint.config
-    for expert in range(family.num_experts(config, index)):
-        experts = family.experts_of(layer)
-        values = _fused(checkpoint, family.expert_tensors(index, expert), "proj")
-        if family.biased:
-            values |= _fused(checkpoint, family.expert_biases(index, expert), "proj_bias")
-        for name, value in values.items():
-            if expert == 0:
-                shape = getattr(experts, name).shape
-                set_parameter(experts, name, torch.empty(shape, dtype=dtype, device=device))
-            getattr(experts, name)[expert] = value
+    family, experts = checkpoint.family, checkpoint.family.experts_of(layer)
+    if experts is None:
+        return
+    count = family.num_experts(checkpoint.config, index)
+    held = dict(experts.named_parameters(recurse=False))
+    names_of = {"proj": family.expert_tensors}
+    if family.biased:
+        names_of["proj_bias"] = family.expert_biases
+    for end, names in names_of.items():
+        if f"down_{end}" not in held:
+            continue  # packed
+        for name in (f"gate_up_{end}", f"down_{end}"):
+            if held[name].is_meta:
+                value = torch.empty_like(held[name], dtype=dtype, device=device)
+                set_parameter(experts, name, value)
+        for expert in range(count):
+            for name, value in _fused(checkpoint, names(index, expert), end).items():
+                getattr(experts, name)[expert] = value
 
 
 def _fused(checkpoint: Checkpoint, names: dict[str, str], end: str) -> dict[str, Tensor]:

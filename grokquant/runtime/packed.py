@@ -9,37 +9,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grokquant.checkpoint import Checkpoint
+from grokquant.errors import InputError
 from grokquant.families.family import Family, parameter_parent
 from grokquant.formats import packing_of
-from grokquant.types import QTensor, TensorRef
+from grokquant.types import SCALE_DTYPES, QTensor, TensorRef
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class PackedMatrix(nn.Module):
-    """A matrix as `packing` stores it, or as codes and scales where that is None."""
+    """A matrix as `packing` stores it, as codes with scales where that cannot, dense in `dtype`
+    where the checkpoint has no codes of it.
 
-    def __init__(self, ref: TensorRef, packing: ModuleType | None) -> None:
+    Its parts are buffers without memory until `read`, so that they count where sizes are planned.
+    """
+
+    _is_hf_initialized = True  # transformers is to leave it alone
+
+    def __init__(self, ref: TensorRef, packing: ModuleType | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ref, self.packing = ref, packing
-        self.names: tuple[str, ...] = ()
+        self.ref, self.packing, self.dtype = ref, packing, dtype
+        shape: tuple[int, int] = (ref.shape[0], ref.shape[1])
+        if packing and (ref.scheme is None or packing.refusal(ref.scheme, shape)):
+            self.packing = None
+        for number, (kind, size) in enumerate(self._layout(shape).values()):
+            part = torch.empty(size, dtype=kind, device="meta")
+            self.register_buffer(f"part{number}", part, persistent=False)
 
     def read(self, device: torch.device) -> None:
-        """Reads the matrix from its file; until then it has no memory."""
-        quantized = self.ref.read_quantized()
-        parts = {"codes": quantized.codes, "scales": quantized.scales}
-        if self.packing is not None:
-            parts = self.packing.pack(self.ref.name, quantized)
-        self.names = tuple(parts)
-        for number, part in enumerate(parts.values()):
-            self.register_buffer(f"part{number}", part.to(device), persistent=False)
+        """Fills the parts from the file; those that have no memory yet get it on `device`."""
+        for number, part in enumerate(self._parts(self.ref.load()).values()):
+            buffer = self.get_buffer(f"part{number}")
+            if buffer.is_meta:
+                setattr(self, f"part{number}", part.to(device, buffer.dtype))
+            else:
+                buffer.copy_(part)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix multiplied out [out, in]."""
-        scheme = self.ref.scheme
-        assert scheme is not None
-        found = {name: self.get_buffer(f"part{n}") for n, name in enumerate(self.names)}
+        scheme, parts = self.ref.scheme, list(self.buffers())
+        if scheme is None:
+            return parts[0].to(dtype)
         if self.packing is None:
-            return QTensor(found["codes"], found["scales"], scheme).dequantize().to(dtype)
+            return QTensor(parts[0], parts[1], scheme, *parts[2:]).dequantize().to(dtype)
+        found = dict(zip(self._layout(self.ref.shape), parts, strict=True))
         return self.packing.unpack(self.ref.name, found, scheme).dequantize().to(dtype)
+
+    def _layout(self, shape: tuple[int, ...]) -> Layout:
+        """The parts, their dtypes and shapes."""
+        scheme = self.ref.scheme
+        if scheme is None:
+            return {"weight": (self.dtype, shape)}
+        if self.packing is not None:
+            return self.packing.packed_layout(self.ref.name, shape, scheme)
+        spans = shape[0], scheme.groups(shape[1])
+        scales = SCALE_DTYPES[scheme.scale_dtype], spans
+        parts: Layout = {"codes": (torch.int8, shape), "scales": scales}
+        return parts if scheme.symmetric else parts | {"zero_points": (torch.int8, spans)}
+
+    def _parts(self, stored: Tensor | QTensor) -> dict[str, Tensor]:
+        if isinstance(stored, Tensor):
+            return {"weight": stored}
+        if self.packing is not None:
+            return self.packing.pack(self.ref.name, stored)
+        parts = {"codes": stored.codes, "scales": stored.scales}
+        return parts if stored.zero_points is None else parts | {"zero_points": stored.zero_points}
 
 
 class PackedLinear(nn.Module):
@@ -56,44 +90,44 @@ class PackedLinear(nn.Module):
 class PackedStack(nn.Module):
     """Stands for a fused parameter of experts: a model takes one expert's matrix at a time."""
 
-    def __init__(
-        self, experts: list[list[PackedMatrix]], join: Callable[..., Tensor], dtype: torch.dtype
-    ) -> None:
+    _is_hf_initialized = True
+
+    def __init__(self, experts: list[list[PackedMatrix]], join: Callable[..., Tensor]) -> None:
         super().__init__()
         self.experts = nn.ModuleList(nn.ModuleList(parts) for parts in experts)
-        self.join, self.dtype = join, dtype
+        self.join = join
 
     def __getitem__(self, expert: int | Tensor) -> Tensor:
         parts: Any = self.experts[int(expert)]
-        return self.join(*(part.dense(self.dtype) for part in parts))
+        return self.join(*(part.dense(part.dtype) for part in parts))
 
 
 def pack_model(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Puts packed modules in the place of everything that the checkpoint has quantized.
+    """Puts packed modules in the place of everything that the checkpoint has quantized, and of all
+    experts of a layer where one of them is. They have no memory before `read`.
 
-    They have no memory before `read_packed`. Layers whose experts are only in part quantized keep
-    them dense.
+    Such a model refuses `save_pretrained`, which would leave them out.
     """
     packing = packing_of(checkpoint.source)
-    _pack_linears(model, checkpoint, packing)
+    model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
+    _pack_linears(model, checkpoint, packing, dtype)
     for index, layer in enumerate(checkpoint.family.layers(model)):  # type: ignore[arg-type]
         _pack_experts(layer, index, checkpoint, packing, dtype)
 
 
-def read_packed(model: nn.Module, device: torch.device) -> None:
-    """Fills all packed modules of a model from their files."""
-    for module in model.modules():
-        if isinstance(module, PackedMatrix):
-            module.read(device)
+def _refuse_to_save(*arguments: object, **options: object) -> None:
+    raise InputError("a model of packed matrices cannot be saved; copy the directory it came from")
 
 
-def _pack_linears(model: nn.Module, checkpoint: Checkpoint, packing: ModuleType | None) -> None:
+def _pack_linears(
+    model: nn.Module, checkpoint: Checkpoint, packing: ModuleType | None, dtype: torch.dtype
+) -> None:
     for name in [name for name, _ in model.named_parameters()]:
         ref = checkpoint.source.tensors.get(checkpoint.family.tensor_name(name))
         if ref is not None and ref.scheme is not None:
             path, _, last = name.removesuffix(".weight").rpartition(".")
             linear: Any = parameter_parent(model, name)[0]
-            packed = PackedLinear(PackedMatrix(ref, packing), linear.bias)
+            packed = PackedLinear(PackedMatrix(ref, packing, dtype), linear.bias)
             setattr(model.get_submodule(path), last, packed)
 
 
@@ -108,13 +142,15 @@ def _pack_experts(
     count = family.num_experts(checkpoint.config, index)
     names = [family.expert_tensors(index, expert) for expert in range(count)]
     refs = [{part: tensors[name] for part, name in of_one.items()} for of_one in names]
-    if not refs or any(ref.scheme is None for of_one in refs for ref in of_one.values()):
+    if all(ref.scheme is None for of_one in refs for ref in of_one.values()):
         return
     experts = family.experts_of(layer)
     for fused, parts, join in _fused(family):
-        matrices = [[PackedMatrix(of_one[part], packing) for part in parts] for of_one in refs]
+        matrices = [
+            [PackedMatrix(of_one[part], packing, dtype) for part in parts] for of_one in refs
+        ]
         delattr(experts, fused)
-        setattr(experts, fused, PackedStack(matrices, join, dtype))
+        setattr(experts, fused, PackedStack(matrices, join))
 
 
 def _fused(family: Family) -> Iterator[tuple[str, tuple[str, ...], Callable[..., Tensor]]]:

@@ -1,47 +1,101 @@
 """What transformers needs to know so that `from_pretrained` loads our outputs, packed.
 
-Only outputs that transformers cannot load by itself come here: those whose config.json says
-`quant_method: grokquant`, and all of Grok's, whose classes are ours.
+Alone it multiplies out what it can read of them, and reads some wrongly without saying so: mixed
+grids in a layer's experts get one of them, those of gpt-oss are drawn at random. So our quantizer
+takes every output of ours. Its config.json may have to say `compressed-tensors` or `gptq` to be
+found by engines; there the classes that transformers makes of a `quantization_config` are replaced
+by ones that look for our mark and hand everything else on to the original.
 """
 
-import re
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from grokquant.checkpoint import open_checkpoint
-from grokquant.formats import OWN
-from grokquant.runtime.packed import pack_model, read_packed
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.devices import CPU
+from grokquant.formats import MARK, OWN, gguf
+from grokquant.runtime.load import fill_model
+from grokquant.runtime.packed import pack_model
+
+_SHARED = ("compressed-tensors", "gptq")
 
 
-@register_quantization_config(OWN)
 class PackedConfig(QuantizationConfigMixin):
     """The `quantization_config` of an output, as it is."""
 
     def __init__(self, **content: Any) -> None:
-        self.__dict__.update(content)
+        self.content = content
         self.quant_method = OWN  # type: ignore[assignment]
 
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.content)
 
-@register_quantizer(OWN)
+
 class PackedQuantizer(HfQuantizer):
-    """Leaves matrices as packed as they lie on disk; they are multiplied out when used."""
+    """Leaves matrices as packed as they lie on disk; they are multiplied out when used.
+
+    transformers makes the model and finds a place for every tensor. All reading is ours, since it
+    knows neither the names nor the layouts of most.
+    """
 
     is_trainable = False
+    quantization_config: PackedConfig
+    checkpoint: Checkpoint
+    dtype: torch.dtype
 
     def is_serializable(self) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        checkpoint = open_checkpoint(Path(kwargs["checkpoint_files"][0]).parent)
-        pack_model(model, checkpoint, kwargs["dtype"])
-        model.set_experts_implementation("eager")
-        packed = {re.escape(ref.name.removesuffix("weight")) for _, ref in checkpoint.units()}
-        known = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*known, *(f"^{stem}" for stem in packed)}
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The one hook before files are looked for, which must be safetensors. With a name in the
+        config they are not looked for."""
+        if self.quantization_config.content.get("format") == gguf.NAME:
+            config.transformers_weights = "model.safetensors"
+        return config
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        read_packed(model, model.device)
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files, self.dtype = kwargs["checkpoint_files"], cast(torch.dtype, model.config.dtype)
+        with CPU:  # transformers makes its models on the meta device
+            self.checkpoint = open_checkpoint(Path(files[0]).parent)
+        pack_model(model, self.checkpoint, self.dtype)
+        if self.checkpoint.num_experts:
+            model.set_experts_implementation("eager")
+        # It is to read nothing, so this list, which it goes through next, names an empty file.
+        self._place = tempfile.TemporaryDirectory()
+        files[:] = [f"{self._place.name}/nothing.safetensors"]
+        save_file({}, files[0])
+        model._keys_to_ignore_on_load_missing = {""}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self._place.cleanup()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("device_map: packed matrices cannot be offloaded to CPU or disk")
+        fill_model(model, self.checkpoint, self.dtype, CPU)
+        del self.checkpoint
+
+
+def register() -> None:
+    """Makes `from_pretrained` of transformers know our outputs; no remote code is involved."""
+    auto.AUTO_QUANTIZER_MAPPING[OWN] = PackedQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN] = PackedConfig
+    for method in _SHARED:
+        known = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _handing_on(known)
+
+
+def _handing_on(original: type[QuantizationConfigMixin]) -> type[QuantizationConfigMixin]:
+    class Marked(original):  # type: ignore[valid-type,misc]
+        @classmethod
+        def from_dict(cls, config_dict: dict, **kwargs: Any) -> QuantizationConfigMixin:
+            if config_dict.get(MARK) == OWN:
+                return PackedConfig.from_dict(config_dict, **kwargs)
+            return original.from_dict(config_dict, **kwargs)
+
+    return Marked

@@ -17,6 +17,8 @@ LAYOUTS: dict[str, ModuleType] = {
     gguf_directory.LAYOUT: gguf_directory,
 }
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
 
 def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens the checkpoint in directory `path`; `config_path` replaces its config.json.
@@ -33,7 +35,17 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         for layout in LAYOUTS.values():
             if layout.recognizes(path):
                 return layout.open_source(path, config_path)
+        _refuse_pickles(path)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     wanted = "; ".join(layout.LOOKS_FOR for layout in LAYOUTS.values())
     raise InputError(f"{path}: not a checkpoint, looked for {wanted}")
+
+
+def _refuse_pickles(path: Path) -> None:
+    pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"{pickles[0]}: a pickle, which could run code and is never opened; convert the model "
+            "to safetensors where you trust it"
+        )

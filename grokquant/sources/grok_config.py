@@ -51,6 +51,23 @@ DEFAULTS = {
     "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
+# Settings of relatives of Grok-1; here they must be off, as the value after the name, or absent.
+OFF: dict[str, tuple] = {
+    "residual_moe": (False,),
+    "final_logit_softcapping": (0,),
+    "attn_temperature_len": (0, -1),
+    "rope_scaling": (),
+    "rope_type": ("default",),
+    "hidden_act": ("gelu", "gelu_new", "gelu_tanh", "gelu_pytorch_tanh"),
+}
+# Defaults of the class GrokForCausalLM that contradict the released model code.
+PORT = "GrokForCausalLM"
+WRONG_DEFAULTS = {
+    "hidden_act": "silu",
+    "rope_theta": 1e5,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
 PUBLISHED_SHAPES = {
     "hidden_size": 6144,
     "intermediate_size": 32768,
@@ -80,10 +97,12 @@ def read_config(path: Path) -> dict:
 def grok_fields(path: Path, raw: dict) -> dict:
     """`read_config` of a config that has been parsed; `path` is for the complaint."""
     config: dict = {}
-    for key, value in raw.items():
+    for key, value in _settings(path, raw).items():
         name = ALIASES.get(key, key)
+        if name in OFF and value is not None and value not in OFF[name]:
+            raise InputError(f"{path}: {key} is {json.dumps(value)[:40]}, Grok-1 has no such thing")
         if name in FIELDS:
-            value = _number(path, key, value)
+            value = positive_number(path, key, value, FIELDS[name])
         elif name in TOKENS:
             _check_token(path, key, value)
         elif name != "tie_word_embeddings":
@@ -93,6 +112,20 @@ def grok_fields(path: Path, raw: dict) -> dict:
         if config.setdefault(name, value) != value:
             raise InputError(f"{path}: {key} is {value}, but its alias says {config[name]}")
     return config
+
+
+def _settings(path: Path, raw: dict) -> dict:
+    """The fields of a config.json without defaults that are wrong, rotary ones among the others."""
+    wrong = WRONG_DEFAULTS if raw.get("architectures") == [PORT] else {}
+    settings = {key: value for key, value in raw.items() if key not in wrong or wrong[key] != value}
+    rotary = settings.get("rope_parameters") or {}
+    if not isinstance(rotary, dict):
+        raise InputError(f"{path}: rope_parameters must be an object")
+    known = {key: rotary[key] for key in ("rope_theta", "rope_type") if key in rotary}
+    for key, value in known.items():
+        if settings.setdefault(key, value) != value:
+            raise InputError(f"{path}: {key} is {settings[key]}, rope_parameters says {value}")
+    return settings
 
 
 def complete_config(
@@ -109,8 +142,9 @@ def complete_config(
     published = PUBLISHED_SHAPES.items() <= derived.items() and attention == PUBLISHED_ATTENTION
     known = PUBLISHED if published else {}
     config = known | given | derived
+    if (heads := config.get("num_attention_heads")) and heads <= attention["q_proj"]:
+        config.setdefault("head_dim", attention["q_proj"] // heads)
     config = model_fields(path, config)
-    config.setdefault("head_dim", attention["q_proj"] // config["num_attention_heads"])
     _check_heads(path, config, attention)
     return config, published
 
@@ -128,7 +162,7 @@ def model_fields(path: Path, raw: dict) -> dict:
         raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
     if given["num_experts_per_tok"] > given["num_local_experts"]:
         raise InputError(f"{path}: num_experts_per_tok is more than num_local_experts")
-    return given
+    return {"head_dim": given["hidden_size"] // given["num_attention_heads"]} | given
 
 
 def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
@@ -142,8 +176,8 @@ def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
             )
 
 
-def _number(path: Path, key: str, value: object) -> int | float:
-    kind = FIELDS[ALIASES.get(key, key)]
+def positive_number(path: Path, key: str, value: object, kind: type) -> int | float:
+    """A number above 0 of a kind, int or float. Raises InputError naming file and key."""
     if type(value) not in (int, kind) or not 0 < value <= LARGEST[kind]:  # type: ignore[operator]
         wanted = "a positive whole number" if kind is int else "a positive number"
         raise InputError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:40]}")

@@ -5,6 +5,7 @@ Tensors appear raw, under their names and in their dtypes; packed weights are un
 
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.sources import presharded
 from grokquant.sources.finite import all_finite
 from grokquant.sources.json_objects import parse_json_object, read_json_object
 from grokquant.sources.safetensors_header import DTYPES
@@ -21,6 +23,8 @@ LAYOUT, LOOKS_FOR = "safetensors", "model.safetensors.index.json or model.safete
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 MAX_HEADER_BYTES, MAX_TENSORS = 25_000_000, 100_000
+# Where older packers say how they quantized, if config.json does not, and what they are.
+OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -44,10 +48,12 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     Raises InputError for missing or malformed files, unsafe file names in the index and tensors
     that are not in their shard. Code that the directory brings along (auto_map) is ignored.
     """
-    config = read_json_object(config_path or path / "config.json")
-    config.pop("auto_map", None)
+    config = _read_config(path, config_path)
     by_file = _tensors_by_file(path)
-    refs = [ref for file, names in by_file.items() for ref in _open_shard(path / file, names)]
+    opened = {file: _open_shard(path / file, names) for file, names in by_file.items()}
+    refs = [ref for refs in opened.values() for ref in refs]
+    if presharded.is_presharded(path):
+        refs = _joined(path, config, opened)
     files = (path / name for name in TOKENIZER_FILES)
     return Source(
         path=path,
@@ -60,23 +66,56 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     )
 
 
-def _tensors_by_file(path: Path) -> dict[str, list[str] | None]:
-    """File names with the tensors that the index places in each; None means all of them."""
-    index = path / INDEX
-    if not index.exists():
-        if not (path / SINGLE).exists():
-            raise InputError(f"{path}: shards without {INDEX}: the directory is incomplete")
+def _read_config(path: Path, config_path: Path | None) -> dict:
+    config = read_json_object(config_path or path / "config.json")
+    config.pop("auto_map", None)
+    for name, method in OLDER_CONFIGS.items():
+        if config.get("quantization_config") is None and (path / name).is_file():
+            config["quantization_config"] = {"quant_method": method} | read_json_object(path / name)
+    return config
+
+
+def _tensors_by_file(path: Path) -> Mapping[str, list[str] | None]:
+    """File names with the tensors that are wanted of each; None means all of them."""
+    if presharded.is_presharded(path):
+        return dict.fromkeys(presharded.rank_files(path))
+    if (path / INDEX).exists():
+        return _indexed(path / INDEX)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    if SINGLE in files:
         return {SINGLE: None}
+    if len(files) > 1 or "-of-" in files[0]:
+        raise InputError(f"{path}: shards without {INDEX}: the directory is incomplete")
+    return {files[0]: None}
+
+
+def _joined(path: Path, config: dict, opened: dict[str, list[TensorRef]]) -> list[TensorRef]:
+    """The whole tensors of files of ranks: those of the index, if there is one."""
+    if config.get("quantization_config") is not None:
+        raise InputError(
+            f"{path}: holds a quantized model split over ranks (*-TP-*.safetensors), which is not "
+            "read; take the checkpoint that it was made from"
+        )
+    refs = presharded.joined(path, opened)
+    if (path / INDEX).exists():
+        known = {ref.name for ref in refs}
+        for file, names in _indexed(path / INDEX).items():
+            for name in names:
+                if name not in known:
+                    raise InputError(f"{path / file}: tensor {name!r} is in no file of a rank")
+    return refs
+
+
+def _indexed(index: Path) -> dict[str, list[str]]:
+    """File names with the tensors that the index places in each."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map must map tensor names to file names")
-    by_file: dict[str, list[str] | None] = {}
+    by_file: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise InputError(f"{index}: {str(file)[:80]!r} is not a plain .safetensors file name")
-        names = by_file.setdefault(file, [])
-        assert names is not None
-        names.append(name)
+        by_file.setdefault(file, []).append(name)
     return dict(sorted(by_file.items()))
 
 

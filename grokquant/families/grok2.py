@@ -1,0 +1,84 @@
+"""Grok-2, experimental: it shares its architecture's name with Grok-1 and says `residual_moe`.
+
+No released model code says what it computes; this follows SGLang's, with the names that it reads.
+Settings that it would compute otherwise are refused.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grokquant.errors import InputError
+from grokquant.families.family import Family, everywhere
+from grokquant.families.grok import ALIASES, EXPERTS
+from grokquant.families.grok2_model import Grok2Config, Grok2ForCausalLM
+from grokquant.families.projections import ATTENTION, MLP
+from grokquant.sources.grok_config import model_fields, positive_number
+
+_OWN: Mapping[str, type] = {
+    "moe_intermediate_size": int,
+    "router_logit_softcapping": float,
+    "final_logit_softcapping": float,
+}
+# What else a config.json may say of the computation, and the values that are understood. `original`
+# is the rotary embedding as it is, whatever factors stand beside it.
+_UNDERSTOOD: Mapping[str, tuple] = {
+    "rope_type": (None, "original", "default"),
+    "rope_scaling": (None,),
+    "rope_rotate_half_dims": (None, False),
+    "attn_logit_softcapping_method": (None, "tanh"),
+    "sliding_window_size": (None, -1),
+    "global_attn_every_n": (None, 1),
+}
+
+
+def is_grok_2(config: Mapping[str, Any]) -> bool:
+    return config.get("residual_moe") is True
+
+
+def _fields(path: Path, content: dict) -> dict:
+    for key, values in _UNDERSTOOD.items():
+        if content.get(key) not in values:
+            raise InputError(f"{path}: {key} is {content[key]!r:.40}, which is not understood yet")
+    own = {key: positive_number(path, key, content.get(key), kind) for key, kind in _OWN.items()}
+    length = content.get("attn_temperature_len", -1)
+    if type(length) is not int or not (length == -1 or length > 1):
+        raise InputError(f"{path}: attn_temperature_len must be -1 or above 1, not {length!r:.40}")
+    head = content.get("tie_word_embeddings", False)
+    if type(head) is not bool:
+        raise InputError(f"{path}: tie_word_embeddings must be true or false, not {head!r:.40}")
+    for key in ("rope_theta", "max_position_embeddings"):  # Grok-1 has other defaults
+        if key not in content:
+            raise InputError(f"{path}: a config.json must also give {key}")
+    shared = {key: value for key, value in content.items() if key not in _NOT_SHARED}
+    return (
+        model_fields(path, _with_scale(shared))
+        | own
+        | {"residual_moe": True, "attn_temperature_len": length, "tie_word_embeddings": head}
+    )
+
+
+_NOT_SHARED = {*_OWN, *_UNDERSTOOD, "residual_moe", "attn_temperature_len", "tie_word_embeddings"}
+
+
+def _with_scale(content: dict) -> dict:
+    """The usual scale of attention logits where the config gives none."""
+    match content:
+        case {"head_dim": int(size)} if size > 0:
+            return {"attn_output_multiplier": size**-0.5} | content
+    return content
+
+
+GROK_2 = Family(
+    name="grok-2",
+    config_class=Grok2Config,
+    model_class=Grok2ForCausalLM,
+    architecture="Grok1ForCausalLM",
+    matrices=everywhere(ATTENTION | MLP),
+    experts=EXPERTS,
+    unquantized=("block_sparse_moe.gate",),
+    aliases=ALIASES,
+    fused="block_sparse_moe.experts",
+    fields=_fields,
+    notice="Grok-2 is experimental: its computation follows SGLang's, no released code says more",
+)

@@ -1,0 +1,124 @@
+"""The `quantization_config` of compressed-tensors, whichever way the codes are stored."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, field_validator
+
+from grokquant.formats.reading import validated
+from grokquant.formats.targets import check_target, targets_of
+from grokquant.types import Scheme, Source, Unit
+
+NAME = "compressed-tensors"
+# Words of int32 that several codes share, or an int8 for each.
+Storage = Literal["pack-quantized", "int-quantized"]
+
+
+def not_integers(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
+    """Why a grid is none that engines read in this format, None if it is one."""
+    if scheme.grid == "integer" and scheme.bits in bits:
+        return None
+    return f"it holds integers of {' or '.join(map(str, bits))} bits, not {scheme}"
+
+
+def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
+    """A group of targets per scheme.
+
+    `unquantized` names the modules that hold a matrix but stay as they are.
+    """
+    by_scheme: dict[Scheme, list[str]] = {}
+    for unit in units:
+        by_scheme.setdefault(unit.scheme, []).append(unit.tensor.removesuffix(".weight"))
+    everything = {stem for stems in by_scheme.values() for stem in stems}
+    largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]), default=None)
+    groups = {
+        f"group_{index}": {
+            # Linear comes after all names; SGLang looks up fused experts by it and nothing else.
+            "targets": targets_of(stems, everything - set(stems)) + ["Linear"] * (s == largest),
+            "weights": _weight_arguments(s),
+            "input_activations": None,
+            "output_activations": None,
+            "format": storage,
+        }
+        for index, (s, stems) in enumerate(by_scheme.items())
+    }
+    return {
+        "quant_method": NAME,
+        "format": storage,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": targets_of(sorted(unquantized), everything),
+        "kv_cache_scheme": None,
+    }
+
+
+def schemes_of(source: Source) -> list[tuple[str, tuple[Scheme, Storage]]]:
+    """Targets with their grids and storage in the order of the config; the first that matches
+    counts. Raises InputError naming the key that cannot be read."""
+    config = validated(source, _Config)
+    return [
+        (target, (group.weights.scheme, group.format or config.storage))
+        for group in config.config_groups.values()
+        for target in group.targets
+    ]
+
+
+def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if scheme.group_size is None else "group",
+        "group_size": scheme.group_size,
+        "block_structure": None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": None,
+    }
+
+
+class _Weights(BaseModel):
+    """The grids that can be read."""
+
+    num_bits: Literal[4, 8]
+    type: Literal["int"] = "int"
+    strategy: Literal["group", "channel"]
+    group_size: Annotated[int, Field(ge=-1)] | None = None
+    symmetric: bool = True
+    # Columns in another order than that of their groups (`group`) are no longer written by others.
+    actorder: Literal["weight", "static"] | None = None
+
+    @property
+    def scheme(self) -> Scheme:
+        whole_row = self.strategy == "channel" or self.group_size in (0, -1)
+        return Scheme(self.num_bits, None if whole_row else self.group_size, self.symmetric)
+
+
+class _Group(BaseModel):
+    targets: list[Annotated[str, AfterValidator(check_target)]]
+    weights: _Weights
+    input_activations: None = None
+    format: Storage | None = None
+
+
+class _Sparsity(BaseModel):
+    format: Literal["dense"]
+
+
+class _Config(BaseModel):
+    """What reading takes from a `quantization_config`."""
+
+    config_groups: dict[str, _Group]
+    format: Storage | Literal["mixed-precision"] = "pack-quantized"
+    # Rotations that a model needs at run time, and weights without their zeros.
+    transform_config: None = None
+    sparsity_config: _Sparsity | None = None
+
+    @field_validator("transform_config", "sparsity_config", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return value or None
+
+    @property
+    def storage(self) -> Storage:
+        return "pack-quantized" if self.format == "mixed-precision" else self.format

@@ -1,0 +1,73 @@
+"""MXFP4 as gpt-oss is released in it, which is only read.
+
+A fused parameter `X` [experts, in, out] is there as `X_blocks` uint8 [experts, out, in / 32, 16]
+and `X_scales` uint8 [experts, out, in / 32]: 32 floats of 4 bits, two to a byte, the first in the
+low half, times a power of two. It reads as bfloat16, which holds every product.
+Format: Open Compute Project, Microscaling Formats (MX) Specification 1.0.
+"""
+
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.formats.reading import part_of
+from grokquant.types import Source, TensorRef
+
+NAME = "mxfp4"
+
+_BLOCK, _BIAS, _NAN = 32, 127, 255
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_VALUES = torch.tensor([*_POSITIVE, *(-value for value in _POSITIVE)])
+
+
+def unpacked(source: Source) -> Source:
+    """`source` with its packed parameters presented as bfloat16 ones."""
+    tensors: dict[str, TensorRef] = {}
+    for name, ref in source.tensors.items():
+        if name.endswith(_BLOCKS):
+            dense = _dense_ref(source, name.removesuffix(_BLOCKS))
+            tensors[dense.name] = dense
+        elif not name.endswith(_SCALES) or name[: -len(_SCALES)] + _BLOCKS not in source.tensors:
+            tensors[name] = ref
+    return replace(source, tensors=tensors)
+
+
+def _dense_ref(source: Source, name: str) -> TensorRef:
+    blocks, scales = (part_of(source, name + end) for end in (_BLOCKS, _SCALES))
+    if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, _BLOCK // 2):
+        raise InputError(
+            f"{source.path}: {blocks.name} has shape {list(blocks.shape)} and {scales.name} "
+            f"{list(scales.shape)}, expected [experts, out, in / {_BLOCK}, 16] and the same less 16"
+        )
+    if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
+        raise InputError(f"{source.path}: {blocks.name} and its scales must be uint8")
+    experts, rows, count, _ = blocks.shape
+    shape = (experts, count * _BLOCK, rows)
+
+    def load_part(index: tuple[slice, ...]) -> Tensor:
+        """Of [experts, in, out]; whole rows are read, which is what one expert needs."""
+        expert, within, row = (*index, *[slice(None)] * 3)[:3]
+        part = (expert, row)
+        read = (ref.load_part(part) if ref.load_part else ref.read()[part] for ref in packed)
+        dense = _dense(*read)
+        if not dense.isfinite().all():
+            raise InputError(f"{source.path}: {scales.name} holds values that are not finite")
+        return dense.transpose(1, 2)[:, within]
+
+    packed = (blocks, scales)
+    stored = prod(blocks.shape) + prod(scales.shape)
+    load = lambda: load_part(()).contiguous()  # noqa: E731
+    return TensorRef(name, shape, torch.bfloat16, stored, load, load_part=load_part)
+
+
+def _dense(blocks: Tensor, scales: Tensor) -> Tensor:
+    """uint8 [.., blocks, 16] and [.., blocks] to bfloat16 [.., blocks * 32]."""
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (.., blocks, 32)
+    exponents = scales.to(torch.int32).unsqueeze(-1) - _BIAS
+    values = torch.ldexp(_VALUES[codes.int()], exponents)
+    values[scales == _NAN] = torch.nan
+    return values.flatten(-2).to(torch.bfloat16)

@@ -1,0 +1,102 @@
+"""Files of tensor-parallel ranks, as SGLang's Grok checkpoints come: the same names in each.
+
+`X-TP-000.safetensors`, `X-TP-001.safetensors`, ... hold a part of every tensor that ranks split,
+`X-TP-common.safetensors` the tensors that they share.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.types import TensorRef
+
+RANK_FILE = re.compile(r".+-TP-(\d{3}|common)\.safetensors")
+COMMON = "common"
+# Ranks split these by input features, all other matrices by output features.
+_BY_INPUT = re.compile(r"\.(w2|linear_1|down_proj|o_proj|multi_head_attention\.linear)\.weight$")
+# Every rank has these as a whole.
+_WHOLE = re.compile(r"\.(gate|router)\.weight$")
+
+
+def is_presharded(path: Path) -> bool:
+    """Whether the directory `path` holds files of ranks."""
+    return any(RANK_FILE.fullmatch(file.name) for file in path.glob("*-TP-*.safetensors"))
+
+
+def rank_files(path: Path) -> list[str]:
+    """The names of all files of ranks. Raises InputError where a rank is missing."""
+    names = sorted(file.name for file in path.iterdir() if RANK_FILE.fullmatch(file.name))
+    numbers = sorted({_rank(name) for name in names} - {COMMON})
+    for expected, number in enumerate(numbers):
+        if int(number) != expected:
+            raise InputError(f"{path}: files of rank {number}, but none of rank {expected:03d}")
+    return names
+
+
+def joined(path: Path, by_file: Mapping[str, list[TensorRef]]) -> list[TensorRef]:
+    """The whole tensors of the files of ranks in `path`.
+
+    Raises InputError where a rank lacks its part of a tensor or has one of another shape.
+    """
+    ranks = sorted({_rank(file) for file in by_file} - {COMMON})
+    parts: dict[str, dict[str, TensorRef]] = {}
+    for file, refs in by_file.items():
+        for ref in refs:
+            of_ranks = parts.setdefault(ref.name, {})
+            if _rank(file) in of_ranks or COMMON in of_ranks:
+                raise InputError(f"{path / file}: tensor {ref.name!r} is in another file too")
+            of_ranks[_rank(file)] = ref
+    return [_whole(path, name, of_ranks, ranks) for name, of_ranks in parts.items()]
+
+
+def _whole(path: Path, name: str, parts: dict[str, TensorRef], ranks: list[str]) -> TensorRef:
+    if list(parts) == [COMMON]:
+        return parts[COMMON]
+    for rank in ranks:
+        if rank not in parts:
+            raise InputError(f"{path}: the files of rank {rank} have no tensor {name!r}")
+    refs = [parts[rank] for rank in ranks]
+    first = refs[0]
+    axis = 1 if _BY_INPUT.search(name) else 0
+    if len(first.shape) == 1 or _WHOLE.search(name):
+        _check_alike(path, refs, None)
+        return replace(first, load=lambda: _same(path, refs), load_rows=None, load_part=None)
+    _check_alike(path, refs, axis)
+    shape = list(first.shape)
+    shape[axis] = sum(ref.shape[axis] for ref in refs)
+    size = sum(ref.stored_bytes for ref in refs)
+    load = lambda: torch.cat([ref.read() for ref in refs], axis)  # noqa: E731
+    return TensorRef(name, tuple(shape), first.dtype, size, load)
+
+
+def _check_alike(path: Path, refs: list[TensorRef], axis: int | None) -> None:
+    """Raises InputError unless parts differ in nothing but their size along `axis`."""
+    forms = [
+        (ref.dtype, len(ref.shape), *(size for i, size in enumerate(ref.shape) if i != axis))
+        for ref in refs
+    ]
+    for rank, (form, ref) in enumerate(zip(forms, refs, strict=True)):
+        if form != forms[0]:
+            raise InputError(
+                f"{path}: {ref.name} is {ref.dtype} {list(ref.shape)} in the files of rank "
+                f"{rank:03d}, {refs[0].dtype} {list(refs[0].shape)} in those of rank 000"
+            )
+
+
+def _same(path: Path, refs: list[TensorRef]) -> Tensor:
+    first, *others = (ref.read() for ref in refs)
+    for rank, other in enumerate(others, 1):
+        if not torch.equal(first, other):
+            raise InputError(f"{path}: {refs[0].name} differs in the files of rank {rank:03d}")
+    return first
+
+
+def _rank(file: str) -> str:
+    found = RANK_FILE.fullmatch(file)
+    assert found, file
+    return found[1]

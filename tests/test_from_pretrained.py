@@ -1,0 +1,302 @@
+"""`from_pretrained` of transformers on every kind of output: what it does alone, and with us."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_families import MODELS, SIZES, SPARSE, TOKENS, relative
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+import grokquant
+from grokquant import pipeline
+from grokquant.checkpoint import open_checkpoint
+from grokquant.errors import InputError
+from grokquant.recipe import parse_recipe
+from grokquant.runtime.generate import generate_text
+from grokquant.runtime.packed import PackedMatrix
+
+INT4 = [{"match": "*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}]
+RULES = {
+    "int4": INT4,
+    "int8": [INT4[0] | {"bits": 8}],
+    "asymmetric": [INT4[0] | {"symmetric": False}],
+    "mixed": [INT4[0] | {"match": "*.experts.1.*", "bits": 8}, *INT4],
+    "layers": [INT4[0] | {"match": "layers.1.*", "bits": 8}, *INT4],
+    "partly": [{"match": "*.experts.1.up", "method": "keep"}, *INT4],
+    "attention": [{"match": "*.experts.*", "method": "keep"}, *INT4],
+    "experts": [{"match": "*attention*", "method": "keep"}, *INT4],
+    "nf4": [{"match": "*", "method": "rtn", "grid": "nf4", "group": 32, "scale": "absmax"}],
+    "q8_0": [{"match": "*", "method": "rtn", "grid": "q8_0", "scale": "absmax"}],
+    "keep": [{"match": "*", "method": "keep"}],
+}
+# What transformers 5.23 with compressed-tensors 0.20 reads rightly without us.
+ALONE = [f for f in MODELS if f != "gpt_oss"]
+
+
+@pytest.fixture(scope="module")
+def output_of(tmp_path_factory) -> Callable[..., Path]:
+    """The output of a family, a recipe and a format, made once."""
+    made: dict[tuple, Path] = {}
+
+    def source(family: str) -> Path:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **SIZES | MODELS[family])
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        for parameter in model.parameters():  # norms and biases of their own, too
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        model.save_pretrained(path := tmp_path_factory.mktemp(family))
+        return path
+
+    def make(family: str, rules: str = "int4", form: str = "compressed-tensors") -> Path:
+        if (family,) not in made:
+            made[family,] = source(family)
+        if (family, rules, form) not in made:
+            path = tmp_path_factory.mktemp("made") / f"{family}-{rules}-{form}"
+            recipe = {
+                "model": {"path": str(made[family,])},
+                "quantize": RULES[rules],
+                "output": {"path": str(path), "format": form},
+            }
+            made[family, rules, form] = pipeline.quantize(parse_recipe(recipe))
+        return made[family, rules, form]
+
+    return make
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    """transformers as it is without us."""
+    for method in ("compressed-tensors", "gptq"):
+        kind = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
+        monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, method, kind.__base__)
+
+
+def from_pretrained(path: Path, **options: object) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def check(path: Path, **options: object) -> nn.Module:
+    """Loads an output with us, packed: equal to what is loaded multiplied out."""
+    model, info = from_pretrained(path, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    assert model.dtype == torch.bfloat16 and not any(p.is_meta for p in model.parameters())
+    wanted, _ = grokquant.load(path)
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, wanted(TOKENS).logits)
+    packed = {m.ref.name for m in model.modules() if isinstance(m, PackedMatrix)}
+    quantized = {ref.name for _, ref in open_checkpoint(path).units() if ref.scheme}
+    assert quantized <= packed and bool(quantized) == bool(packed)
+    return model
+
+
+@pytest.mark.parametrize("rules", ["int4", "int8"])
+@pytest.mark.parametrize("family", ALONE)
+@torch.no_grad()
+def test_transformers_alone_reads_one_grid(output_of, alone, family, rules):
+    path = output_of(family, rules)
+    options = {"experts_implementation": "eager"} if family in SPARSE else {}
+    model = from_pretrained(path, **options)
+    assert not any(isinstance(module, PackedMatrix) for module in model.modules())
+    assert torch.equal(model(TOKENS).logits, grokquant.load(path)[0](TOKENS).logits)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("rules", ["int4", "int8"])
+def test_with_us_everything_stays_packed(output_of, family, rules):
+    check(output_of(family, rules))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2"])
+@pytest.mark.parametrize(
+    "rules", ["asymmetric", "mixed", "layers", "partly", "attention", "experts"]
+)
+def test_what_transformers_alone_cannot_read(output_of, family, rules):
+    check(output_of(family, rules))
+
+
+@pytest.mark.parametrize(
+    ("rules", "form"), [("int4", "gptq"), ("int8", "int-quantized"), ("nf4", "bitsandbytes")]
+)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe"])
+def test_other_formats(output_of, family, rules, form):
+    check(output_of(family, rules, form))
+
+
+@pytest.mark.parametrize("form", ["gptq", "int-quantized"])
+def test_other_formats_of_a_dense_model(output_of, form):
+    check(output_of("llama", "int8", form))
+
+
+@pytest.mark.parametrize("rules", ["asymmetric", "mixed", "layers", "partly", "attention"])
+@torch.no_grad()
+def test_that_it_really_cannot(output_of, alone, rules):
+    """If one of these passes one day, what registry.py says of it is no longer true."""
+    path = output_of("mixtral", rules)
+    try:
+        found = from_pretrained(path)(TOKENS).logits
+    except (RuntimeError, ValueError):
+        return
+    assert relative(found, grokquant.load(path)[0](TOKENS).logits) > 0.03
+
+
+@torch.no_grad()
+def test_gpt_oss_alone_is_random(output_of, alone):
+    path = output_of("gpt_oss")
+    model, info = from_pretrained(path, output_loading_info=True)
+    assert any("experts.gate_up_proj" in name for name in info["missing_keys"])
+    assert relative(model(TOKENS).logits, grokquant.load(path)[0](TOKENS).logits) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "form"), [("mixtral", "bf16"), ("mixtral", "gguf"), ("gpt_oss", "bf16")]
+)
+def test_nothing_quantized(output_of, family, form):
+    check(output_of(family, "keep", form), experts_implementation="eager")
+
+
+def resident(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, each memory once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in held_by(model)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def held_by(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize(
+    ("rules", "form", "bits"),
+    [("int4", "compressed-tensors", 4.5), ("nf4", "bitsandbytes", 5), ("q8_0", "gguf", 8.5)],
+)
+def test_experts_take_the_memory_of_their_file(output_of, rules, form, bits):
+    path = output_of("mixtral", rules, form)
+    model, units = from_pretrained(path), dict(open_checkpoint(path).units())
+    experts = [ref for name, ref in units.items() if ".experts." in name]
+    stored, weights = sum(r.stored_bytes for r in experts), sum(prod(r.shape) for r in experts)
+    found = sum(resident(layer.mlp.experts) for layer in model.model.layers)
+    assert stored == pytest.approx(found, rel=0.03)  # nf4 has a table for every matrix
+    assert 8 * found / weights == pytest.approx(bits, rel=0.15)
+    with torch.no_grad():
+        model(TOKENS)
+    assert sum(resident(layer.mlp.experts) for layer in model.model.layers) == found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "gemma3_text"])
+def test_generates_the_same_tokens(output_of, family):
+    path = output_of(family)
+    models = from_pretrained(path), grokquant.load(path)[0], grokquant.load(path, packed=True)[0]
+    made = [model.generate(TOKENS[:1, :8], max_new_tokens=12, do_sample=False) for model in models]
+    assert torch.equal(made[0], made[1]) and torch.equal(made[0], made[2])
+
+
+@torch.no_grad()
+def test_in_another_dtype(output_of):
+    path = output_of("mixtral")
+    model = from_pretrained(path, dtype=torch.float32)
+    wanted = grokquant.load(path, dtype=torch.float32)[0](TOKENS).logits
+    assert model.dtype == torch.float32 and relative(model(TOKENS).logits, wanted) < 1e-5
+
+
+def test_a_packed_model_is_not_saved(output_of, tmp_path):
+    path = output_of("mixtral")
+    for model in (from_pretrained(path), grokquant.load(path, packed=True)[0]):
+        with pytest.raises(InputError, match="copy the directory it came from"):
+            model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_others_made_goes_to_their_loaders(output_of, tmp_path):
+    """compressed-tensors without our mark, as llm-compressor writes it."""
+    shutil.copytree(output_of("mixtral"), tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["quantization_config"].pop("quantized_by") == "grokquant"
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(tmp_path / "theirs")
+    assert isinstance(model.hf_quantizer, CompressedTensorsHfQuantizer)
+    assert not any(isinstance(module, PackedMatrix) for module in model.modules())
+
+
+def test_a_damaged_output_is_named(output_of, tmp_path):
+    shutil.copytree(output_of("mixtral"), tmp_path / "x")
+    index = tmp_path / "x" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name = "model.layers.0.block_sparse_moe.experts.1.w1.weight_scale"
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"x: {name} is missing"):
+        from_pretrained(tmp_path / "x")
+
+
+def test_importing_us_imports_no_package_of_a_format():
+    script = "import grokquant, sys; print({'bitsandbytes', 'compressed_tensors'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+GROK = {
+    "int4-compressed-tensors": INT4,
+    "mixed-compressed-tensors": RULES["mixed"],
+    "int8-int-quantized": RULES["int8"],
+    "int4-gptq": INT4,
+    "nf4-bitsandbytes": RULES["nf4"],
+    "q8_0-gguf": RULES["q8_0"],
+}
+
+
+@pytest.fixture
+def grok_output(tiny_recipe, tmp_path) -> Callable[..., Path]:
+    def make(form: str, *rules: dict, shard: str = "500MB") -> Path:
+        output = {"path": str(tmp_path / form), "format": form, "shard": shard}
+        return pipeline.quantize(tiny_recipe(*rules, output=output))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", GROK)
+def test_grok(grok_output, kind):
+    _, _, form = kind.partition("-")
+    model = check(grok_output(form, *GROK[kind]))
+    assert type(model).__name__ == "Grok1ForCausalLM"
+
+
+def test_a_split_of_gguf_files(grok_output):
+    output = grok_output("gguf", *RULES["q8_0"], shard="200KB")
+    assert len(list(output.glob("*.gguf"))) > 1
+    check(output)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama"])
+def test_gguf_of_other_families(output_of, family):
+    path = output_of(family, "q8_0", "gguf")
+    assert not list(path.glob("*.safetensors"))
+    check(path)
+
+
+@torch.no_grad()
+def test_grok_in_bf16_and_saved_again(grok_output, tmp_path):
+    output = grok_output("bf16", *RULES["keep"])
+    model, info = from_pretrained(output, output_loading_info=True, experts_implementation="eager")
+    assert not any(info.values()), info
+    wanted = grokquant.load(output)[0](TOKENS).logits
+    assert torch.equal(model(TOKENS).logits, wanted)
+    model.save_pretrained(tmp_path / "saved")
+    names = load_file(tmp_path / "saved" / "model.safetensors").keys()
+    assert "model.layers.1.block_sparse_moe.experts.1.w3.weight" in names
+    assert torch.equal(grokquant.load(tmp_path / "saved")[0](TOKENS).logits, wanted)
+
+
+def test_text_from_packed_matrices(grok_output):
+    output = str(grok_output("compressed-tensors", *INT4))
+    said = [generate_text(output, "The ", 6, packed=packed) for packed in (False, True)]
+    assert said[0] == said[1] and len(said[0]) > 4

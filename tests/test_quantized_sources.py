@@ -1,0 +1,577 @@
+"""Checkpoints that others have quantized: read right, or refused by name.
+
+What is written here is packed weight by weight, as the formats' own descriptions have it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grokquant import evaluation, pipeline
+from grokquant.checkpoint import open_checkpoint
+from grokquant.errors import InputError
+from grokquant.recipe import parse_recipe
+from grokquant.runtime.load import load
+from grokquant.toy import TOY_PATH
+
+Tensors = dict[str, Tensor]
+# (name without .weight, W [out, in]) -> (what the file holds, what it stands for [out, in])
+Encode = Callable[[str, Tensor], tuple[Tensors, Tensor]]
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+}
+MODELS = {
+    "mixtral": {"intermediate_size": 96, "num_local_experts": 2},
+    "qwen3_moe": {"num_experts": 2, "moe_intermediate_size": 96, "head_dim": 16},
+    "gpt_oss": {"intermediate_size": 96, "num_local_experts": 2, "head_dim": 16},
+}
+QUERY = "model.layers.0.self_attn.q_proj"
+FILE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A random model of a family in bf16, as transformers saves it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(family, **SIZES | MODELS[family])
+            made[family] = tmp_path_factory.mktemp(family)
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
+                made[family]
+            )
+            shutil.copyfile(TOY_PATH / "tokenizer.model", made[family] / "tokenizer.model")
+        return made[family]
+
+    return make
+
+
+@pytest.fixture
+def quantized(saved, tmp_path):
+    """Writes a model whose matrices `encode` packs: (directory, what all tensors stand for)."""
+
+    def write(family: str, encode: Encode, config: dict | None) -> tuple[Path, Tensors]:
+        path = shutil.copytree(saved(family), tmp_path / "source")
+        units = {ref.name for _, ref in open_checkpoint(path).units()}
+        tensors = load_file(path / FILE)
+        written: Tensors = {}
+        for name, value in tensors.items():
+            if name in units:
+                parts, tensors[name] = encode(name.removesuffix(".weight"), value.float())
+                written |= parts
+            else:
+                written[name] = value
+        save_file({n: t.contiguous() for n, t in written.items()}, path / FILE)
+        if config is not None:
+            edit_json(path / "config.json", quantization_config=config)
+        return path, tensors
+
+    return write
+
+
+def edit_json(path: Path, **changes) -> None:
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(content | changes))
+
+
+def edit(path: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(path / FILE)
+    change(tensors)
+    save_file(tensors, path / FILE)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        for ref in open_checkpoint(path).source.tensors.values():
+            ref.read()
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message and len(message) < 500
+    return message
+
+
+def check_read(path: Path, expected: Tensors) -> None:
+    tensors = open_checkpoint(path).source.tensors
+    assert tensors.keys() == expected.keys()
+    for name, ref in tensors.items():
+        assert torch.equal(ref.read().float(), expected[name].float()), name
+        for first, rows in ref.row_blocks():
+            assert torch.equal(rows.float(), expected[name][first : first + len(rows)].float())
+
+
+def check_whole_way(path: Path, text_file: Path, output: Path) -> None:
+    """Quantized once more, compared with itself and loaded."""
+    rule = {"match": "layers.*", "method": "rtn", "bits": 8, "group": 32}
+    recipe = {
+        "model": {"path": str(path)},
+        "quantize": [rule],
+        "output": {"path": str(output)},
+        "eval": {"data": str(text_file), "samples": 1, "length": 32},
+    }
+    pipeline.quantize(parse_recipe(recipe))
+    assert 0 < evaluation.evaluate(output, path).kld.mean.value < 0.02
+    assert load(output)[0](torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def grid(W: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Unsigned codes [out, in], float16 scales and zeros [out, groups] of consecutive columns."""
+    parts = W.unflatten(1, (-1, group))
+    low, high = parts.amin(-1), parts.amax(-1)
+    top = 2**bits - 1
+    scales = ((high - low) / top).half()
+    zeros = (-low / scales.float()).round().clamp(1, top)
+    if symmetric:
+        scales = (parts.abs().amax(-1) / 2 ** (bits - 1)).half()
+        zeros = torch.full_like(scales, 2 ** (bits - 1))
+    codes = (parts / scales.float().unsqueeze(-1)).round() + zeros.unsqueeze(-1)
+    return codes.clamp(0, top).flatten(1).long(), scales, zeros.long()
+
+
+def stand_for(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> Tensor:
+    """(code - zero) * scale, in float16 as engines do."""
+    return (codes - zeros[:, group_of]).half() * scales[:, group_of]
+
+
+def in_words(codes: list[int], bits: int) -> list[int]:
+    """A stream of bits cut into int32 words, the first code in the lowest bits."""
+    stream = sum(code << (bits * number) for number, code in enumerate(codes))
+    words = [stream >> 32 * n & 0xFFFFFFFF for n in range(len(codes) * bits // 32)]
+    return [word - (1 << 32) if word >> 31 else word for word in words]
+
+
+def rows_in_words(codes: Tensor, bits: int) -> Tensor:
+    """[rows, columns] to int32 [rows, columns * bits / 32]."""
+    return torch.tensor([in_words(row, bits) for row in codes.tolist()], dtype=torch.int32)
+
+
+# --- GPTQ
+
+
+def gptq(
+    bits: int, symmetric: bool, act_order: bool = False, version: int = 1, group: int = 32
+) -> Encode:
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        columns = W.shape[1]
+        order = torch.arange(columns)
+        if act_order:
+            order = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+        codes, scales, zeros = grid(W[:, order], bits, group, symmetric)
+        g_idx = torch.empty(columns, dtype=torch.int32)
+        g_idx[order] = (torch.arange(columns) // group).int()
+        codes = codes[:, order.argsort()]
+        stored_zeros = zeros - 1 if version == 1 else zeros
+        parts = {
+            f"{stem}.qweight": rows_in_words(codes, bits).T,
+            f"{stem}.qzeros": rows_in_words(stored_zeros.T, bits),
+            f"{stem}.scales": scales.T,
+            f"{stem}.g_idx": g_idx,
+        }
+        return parts, stand_for(codes, scales, zeros, g_idx.long())
+
+    return encode
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq(quantized, family, bits, symmetric):
+    config = GPTQ | {"bits": bits, "sym": symmetric}
+    check_read(*quantized(family, gptq(bits, symmetric), config))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("version", [1, 2])
+def test_gptq_in_the_order_of_activations(quantized, symmetric, version):
+    config = GPTQ | {"sym": symmetric, "desc_act": True}
+    config |= {"checkpoint_format": "gptq" if version == 1 else "gptq_v2"}
+    check_read(*quantized("mixtral", gptq(4, symmetric, True, version), config))
+
+
+def test_gptq_of_8_bits_version_2_with_any_zero_point(quantized):
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        parts, _ = gptq(8, False, version=2)(stem, W)
+        codes, scales, zeros = grid(W, 8, 32, False)
+        zeros[0], zeros[1] = 0, 255
+        parts[f"{stem}.qzeros"] = rows_in_words(zeros.T, 8)
+        return parts, stand_for(codes, scales, zeros, torch.arange(W.shape[1]) // 32)
+
+    config = GPTQ | {"bits": 8, "sym": False, "checkpoint_format": "gptq_v2"}
+    check_read(*quantized("mixtral", encode, config))
+
+
+def test_gptq_as_autogptq_left_it(quantized, text_file, tmp_path):
+    """A file of another name, and a quantize_config.json of few fields beside it alone."""
+    path, expected = quantized("mixtral", gptq(4, True), None)
+    (path / FILE).rename(path / "gptq_model-4bit-32g.safetensors")
+    older = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True}
+    edit_json(path / "quantize_config.json", **older | {"true_sequential": True})
+    check_read(path, expected)
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+def test_names_of_experts_that_were_fused(quantized):
+    """As gptqmodel and llm-compressor call them where transformers has them fused."""
+    path, expected = quantized("mixtral", gptq(4, True), GPTQ)
+    names = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            stem, w, part = name.replace("block_sparse_moe", "mlp").rsplit(".", 2)
+            tensors[f"{stem}.{names[w]}.{part}"] = tensors.pop(name)
+
+    edit(path, rename)
+    check_read(path, expected)
+
+
+def test_biases_that_autogptq_has_made_up(quantized):
+    """Zeros beside every matrix, of models without any bias."""
+    path, expected = quantized("mixtral", gptq(4, True), GPTQ)
+
+    def add_biases(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".scales")]:
+            zeros = torch.zeros(tensors[name].shape[1]).half()
+            tensors[name.replace(".scales", ".bias")] = zeros
+
+    edit(path, add_biases)
+    check_read(path, expected)
+    edit(path, lambda t: t[QUERY + ".bias"][-1:].fill_(0.5))
+    assert f"{QUERY}.bias is not zero, but the model has no such bias" in refusal(path)
+
+
+def test_gptq_rules_for_some_modules(quantized):
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        if stem == QUERY:
+            return gptq(8, True, group=64)(stem, W)
+        return gptq(4, True, act_order="k_proj" in stem)(stem, W)
+
+    rules = {
+        r"-:.*o_proj": {},
+        r"+:.*\.q_proj$": {"bits": 8, "group_size": 64},
+        r".*\.k_proj": {"desc_act": True},
+    }
+    check_read(*quantized("qwen3_moe", encode, GPTQ | {"dynamic": rules}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"bits": 5}, "quantization_config.bits: Input should be 2, 3, 4 or 8, not 5"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format: Input should be 'gptq' or 'gptq_v2'"),
+        ({"is_marlin_format": True}, "quantization_config.is_marlin_format"),
+        ({"group_size": 64}, "scales has 2 groups, not those of int4 g64 sym"),
+        ({"group_size": 0}, "scales has 2 groups, not those of int4 channel sym"),
+        ({"dynamic": {"+:(": {}}}, "dynamic: not a regular expression"),
+        ({"dynamic": {"+:.*": {"bits": "x"}}}, "quantization_config.dynamic"),
+        ({"dynamic": {"+:.*": {"bits": 8}}}, "int8 g32 sym needs torch.int32"),
+        ({"quant_method": "hqq"}, "'hqq' cannot be read (compressed-tensors, "),
+        ({"quant_method": "quark"}, "'quark' cannot be read"),
+        ({"quant_method": None}, "quant_method: None cannot be read"),
+    ],
+)
+def test_configs_that_gptq_cannot_have(quantized, changes, complaint):
+    path, _ = quantized("mixtral", gptq(4, True), GPTQ | changes)
+    assert complaint in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop(QUERY + ".g_idx"), f"{QUERY}.g_idx is missing"),
+        (lambda t: t.update({QUERY + ".g_idx": torch.tensor(1)}), f"{QUERY}.scales has 0 groups"),
+        (lambda t: t[QUERY + ".g_idx"].add_(1), "names groups that are not there"),
+        (lambda t: t[QUERY + ".g_idx"].view(-1)[:1].fill_(1), "reorders columns, but desc_act"),
+        (lambda t: t.pop(QUERY + ".qweight"), f"tensor {QUERY}.weight is missing"),
+        (
+            lambda t: t.update({"model.norm.scales": torch.ones(2)}),
+            "tensor model.norm.scales has no place in a mixtral",
+        ),
+    ],
+)
+def test_damaged_gptq(quantized, change, complaint):
+    path, _ = quantized("mixtral", gptq(4, True), GPTQ)
+    edit(path, change)
+    assert complaint in refusal(path)
+
+
+# --- AWQ
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+def awq(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+    codes, scales, zeros = grid(W, 4, 32, False)
+
+    def shuffled(rows: Tensor) -> Tensor:
+        """Every eight codes of a row in the order 0 2 4 6 1 3 5 7."""
+        mixed = rows.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+        return rows_in_words(mixed.flatten(1), 4)
+
+    parts = {
+        f"{stem}.qweight": shuffled(codes.T),
+        f"{stem}.qzeros": shuffled(zeros.T),
+        f"{stem}.scales": scales.T,
+    }
+    return parts, stand_for(codes, scales, zeros, torch.arange(W.shape[1]) // 32)
+
+
+def test_awq(quantized, text_file, tmp_path):
+    path, expected = quantized("mixtral", awq, AWQ)
+    check_read(path, expected)
+    assert {str(ref.scheme) for _, ref in open_checkpoint(path).units()} == {"int4 g32 asym"}
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+def test_awq_as_autoawq_left_it(quantized):
+    path, expected = quantized("qwen3_moe", awq, None)
+    older = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    edit_json(path / "quant_config.json", **older)
+    check_read(path, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"version": "gemv"}, "quantization_config.version: Input should be 'gemm', not 'gemv'"),
+        ({"bits": 8}, "quantization_config.bits: Input should be 4, not 8"),
+        ({"zero_point": False}, "quantization_config.zero_point"),
+        (
+            {"group_size": 64},
+            "qzeros is torch.int32 [2, 12], int4 g64 asym needs torch.int32 [1, 12]",
+        ),
+    ],
+)
+def test_other_awq_is_refused(quantized, changes, complaint):
+    path, _ = quantized("mixtral", awq, AWQ | changes)
+    assert complaint in refusal(path)
+
+
+# --- 8-bit floats in blocks
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 40], "activation_scheme": "dynamic"}
+
+
+def block_fp8(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+    """Blocks of 32 x 40, which do not divide the columns."""
+    scales = torch.empty(-(-W.shape[0] // 32), -(-W.shape[1] // 40))
+    codes, dense = torch.empty(W.shape, dtype=torch.float8_e4m3fn), torch.empty(W.shape)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            part = slice(32 * i, 32 * i + 32), slice(40 * j, 40 * j + 40)
+            scales[i, j] = W[part].abs().max() / 448
+            codes[part] = (W[part] / scales[i, j]).to(torch.float8_e4m3fn)
+            dense[part] = codes[part].float() * scales[i, j]
+    return {f"{stem}.weight": codes, f"{stem}.weight_scale_inv": scales}, dense.bfloat16()
+
+
+def test_block_fp8(quantized, text_file, tmp_path):
+    path, expected = quantized("qwen3_moe", block_fp8, FP8)
+    check_read(path, expected)
+    stored = {ref.stored_as for _, ref in open_checkpoint(path).units()}
+    assert stored == {"bfloat16"}
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"weight_block_size": None}, "quantization_config.weight_block_size"),
+        ({"weight_block_size": [128, 0]}, "quantization_config.weight_block_size.1"),
+        ({"weight_block_size": [64, 40]}, "weight_scale_inv is torch.float32 [2, 3], blocks of"),
+        ({"fmt": "e5m2"}, "quantization_config.fmt: Input should be 'e4m3', not 'e5m2'"),
+        ({"activation_scheme": "static"}, "quantization_config.activation_scheme"),
+    ],
+)
+def test_other_fp8_is_refused(quantized, changes, complaint):
+    path, _ = quantized("qwen3_moe", block_fp8, FP8 | changes)
+    assert complaint in refusal(path)
+
+
+SCALE = QUERY + ".weight_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop(SCALE), f"{SCALE} is missing"),
+        (
+            lambda t: t.update({QUERY + ".weight": t[QUERY + ".weight"].bfloat16()}),
+            f"tensor {SCALE} has no place in a qwen3-moe",
+        ),
+        (lambda t: t[SCALE].fill_(3e38), f"{QUERY}.weight times {SCALE} is not finite"),
+        (
+            lambda t: t.update({QUERY + ".input_scale": torch.ones(1)}),
+            f"tensor {QUERY}.input_scale has no place",
+        ),
+    ],
+)
+def test_damaged_fp8(quantized, change, complaint):
+    path, _ = quantized("qwen3_moe", block_fp8, FP8)
+    edit(path, change)
+    assert complaint in refusal(path)
+
+
+def test_fp8_of_which_the_config_says_nothing_is_refused(quantized):
+    path, _ = quantized("qwen3_moe", block_fp8, None)
+    assert "is torch.float8_e4m3fn, and config.json says nothing of scales" in refusal(path)
+
+
+# --- MXFP4
+
+
+@pytest.fixture
+def mxfp4(saved, tmp_path) -> tuple[Path, Tensors]:
+    """gpt-oss as released, of random bits: (directory, what transformers makes of the experts)."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    path = shutil.copytree(saved("gpt_oss"), tmp_path / "source")
+    expected, draw = {}, torch.Generator().manual_seed(0)
+
+    def pack(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            shape = (experts, rows, columns // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), generator=draw).to(torch.uint8)
+            scales = torch.randint(118, 124, shape, generator=draw).to(torch.uint8)
+            tensors[name + "_blocks"], tensors[name + "_scales"] = blocks, scales
+            expected[name] = convert_moe_packed_tensors(blocks, scales)  # (experts, in, out)
+
+    edit(path, pack)
+    edit_json(path / "config.json", quantization_config={"quant_method": "mxfp4"})
+    return path, expected
+
+
+def test_mxfp4(mxfp4, text_file, tmp_path):
+    path, expected = mxfp4
+    tensors = open_checkpoint(path).source.tensors
+    for expert in range(2):
+        prefix = "model.layers.0.mlp.experts"
+        gate_up, down = (
+            expected[f"{prefix}.{part}"][expert].T for part in ("gate_up_proj", "down_proj")
+        )
+        for part, wanted in (("gate", gate_up[::2]), ("up", gate_up[1::2]), ("down", down)):
+            assert torch.equal(tensors[f"{prefix}.{expert}.{part}_proj.weight"].read(), wanted)
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+def test_one_expert_of_mxfp4_is_read_alone(mxfp4, monkeypatch):
+    from grokquant.formats import mxfp4 as module
+
+    sizes = []
+    dense = module._dense
+    monkeypatch.setattr(module, "_dense", lambda b, s: sizes.append(b.shape[0]) or dense(b, s))
+    for name, ref in open_checkpoint(mxfp4[0]).source.tensors.items():
+        if "experts.1." in name and "bias" not in name:
+            ref.read()
+    assert sizes == [1, 1, 1]
+
+
+BLOCKS = "model.layers.0.mlp.experts.down_proj_blocks"
+SCALES = "model.layers.0.mlp.experts.down_proj_scales"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop(SCALES), f"{SCALES} is missing"),
+        (lambda t: t.pop(BLOCKS), "down_proj.weight is missing"),
+        (lambda t: t.update({BLOCKS: t[BLOCKS][:, :, :1].contiguous()}), f"{BLOCKS} has shape"),
+        (lambda t: t.update({SCALES: t[SCALES].int()}), "and its scales must be uint8"),
+        (lambda t: t[SCALES].view(-1)[-1:].fill_(255), f"{SCALES} holds values that are not"),
+        (lambda t: t.update({"model.x_scales": torch.ones(1)}), "model.x_scales has no place"),
+    ],
+)
+def test_damaged_mxfp4(mxfp4, change, complaint):
+    edit(mxfp4[0], change)
+    assert complaint in refusal(mxfp4[0])
+
+
+# --- compressed-tensors of others
+
+
+def packed(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+    """By the package that defines the format."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(num_bits=4, strategy="group", group_size=32, actorder="weight")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    scales = (W.unflatten(1, (-1, 32)).abs().amax(-1) / 7).bfloat16()
+    state = {"weight": W.bfloat16(), "weight_scale": scales}
+    parts = PackedQuantizationCompressor.compress(dict(state), scheme)
+    dense = PackedQuantizationCompressor.decompress(dict(parts), scheme)["weight"]
+    return {f"{stem}.{name}": value for name, value in parts.items()}, dense
+
+
+def group_of(**changes) -> dict:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+    group = {"targets": ["Linear"], "weights": weights | {"symmetric": True} | changes}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "transform_config": {},
+        "sparsity_config": {},
+    }
+
+
+@pytest.mark.parametrize("actorder", [None, "weight", "static"])
+def test_compressed_tensors_of_llm_compressor(quantized, actorder):
+    check_read(*quantized("qwen3_moe", packed, group_of(actorder=actorder)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        (group_of(actorder="group"), "weights.actorder: Input should be 'weight' or 'static', not"),
+        (group_of(type="float"), "weights.type: Input should be 'int', not 'float'"),
+        (group_of(strategy="tensor"), "weights.strategy"),
+        ({"format": "float-quantized"}, "quantization_config.format"),
+        ({"format": "nvfp4-pack-quantized"}, "quantization_config.format"),
+        (
+            {"transform_config": {"config_groups": {"u": {}}}},
+            "quantization_config.transform_config",
+        ),
+        ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config.format"),
+    ],
+)
+def test_other_compressed_tensors_are_refused(quantized, changes, complaint):
+    path, _ = quantized("qwen3_moe", packed, group_of() | changes)
+    message = refusal(path)
+    assert complaint in message and "config.json" in message
+
+
+@pytest.mark.parametrize("name", ["weight_g_idx", "k_scale", "weight_global_scale"])
+def test_parts_that_nobody_reads_are_named(quantized, name):
+    path, _ = quantized("qwen3_moe", packed, group_of())
+    edit(path, lambda t: t.update({f"{QUERY}.{name}": torch.ones(64)}))
+    assert f"tensor {QUERY}.{name} has no place in a qwen3-moe" in refusal(path)
+
+
+def test_scales_without_codes_are_named(quantized):
+    path, _ = quantized("qwen3_moe", packed, group_of())
+
+    def unpack_query(tensors: Tensors) -> None:
+        tensors[QUERY + ".weight"] = torch.ones(64, 64).bfloat16()
+        tensors.pop(QUERY + ".weight_packed")
+        tensors.pop(QUERY + ".weight_shape")
+
+    edit(path, unpack_query)
+    assert f"tensor {QUERY}.weight_scale has no place" in refusal(path)
