@@ -1,14 +1,14 @@
-# What a newcomer needs: `make demo`, `make test`, `make check`, `make bench`.
+# What a newcomer needs: `make demo`, `make test`, `make check`, `make docs`, `make bench`.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-browser test-kill test-readers check bench bench-real clean
+.PHONY: install demo test test-browser test-kill test-readers check docs bench bench-real clean
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,bnb,gguf,notebooks,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,bnb,gguf,notebooks,docs,test]'
 	touch $@
 
 # Quantizes the embedded toy Grok to int4 and compares it with bf16.
@@ -43,6 +43,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/docs; a warning is an error. Needs no network.
+docs: install
+	$(BIN)/sphinx-build -W --keep-going -q -E docs build/docs
 
 # Prints a JSON line per case: what runs in minutes, and what needs Grok-1's real shapes (30 GB of
 # disk, an hour; the programs take peers and places as options, see eval/bench/README.md).

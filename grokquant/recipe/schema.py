@@ -100,59 +100,82 @@ RowLength = Annotated[int, Field(ge=8)]
 
 
 class Section(BaseModel):
-    """Base of all parts of a recipe: frozen, strict about types, no unknown keys."""
+    """Base of all parts of a recipe: frozen, strict about types, no unknown keys.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    The text below a key describes it, in the documentation too.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class ModelSection(Section):
-    """The checkpoint to start from; `path: toy` is the embedded toy.
-
-    `config` names a config.json for a release that carries none and is not Grok-1 itself.
-    """
+    """The checkpoint to start from."""
 
     path: PathText
+    """A release directory (the one that holds `ckpt-0`), a directory of safetensors with its
+    config.json, or `toy` for the small Grok inside the package."""
     config: PathText | None = None
+    """A config.json for a release that carries none and is not Grok-1 itself."""
 
 
 class CalibrationSection(Section):
-    """The text that Hessians are taken from: `samples` rows of `length` tokens, drawn by `seed`."""
+    """The text that Hessians are taken from. Only `gptq` needs one."""
 
     data: DataName = "python-docs"
+    """`python-docs` (the documentation inside every Python installation), a .txt, .jsonl or
+    .parquet file, or a name for the datasets library such as `hub/name:config:split`."""
     samples: Rows = 128
+    """Rows of tokens, or as many as the text has."""
     length: RowLength = 2048
+    """Tokens in a row."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Draws the rows: the same seed gives the same rows and the same bytes."""
 
 
 class Rule(Section):
     """How the units that `match` names are stored; of several rules the first that matches counts.
 
-    `match` is a glob over unit names such as `layers.3.experts.5.down`: `*` stands for anything,
-    dots included, `?` for one character, `[0-3]` for one of a set.
-    `keep` leaves units in bfloat16, `copy` takes the source's integers as they are, `rtn` rounds to
-    nearest, `gptq` rounds with error feedback. Keys that a method does not take must be unset.
-
-    `grid` is `integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name:
-    `nf4`, `fp4` and `llm_int8` of bitsandbytes, the others of llama.cpp. `scale_dtype` unset is
-    what the format of the output stores.
-
-    `hessian_block` lets feedback of gptq reach only inside blocks of so many input features (unset:
-    all of them), which takes so much less memory and time.
+    Keys that a method does not take must be unset.
     """
 
     match: Annotated[str, Field(min_length=1, max_length=200)]
+    """A glob over unit names such as `layers.3.experts.5.down`: `*` stands for anything, dots
+    included, `?` for one character, `[0-3]` for one of a set."""
     method: Literal["keep", "copy", "rtn", "gptq"]
+    """`keep` leaves units in bfloat16, `copy` takes the source's integers as they are, `rtn` rounds
+    to nearest, `gptq` rounds with error feedback."""
     grid: Literal[
         "integer", "nf4", "fp4", "llm_int8", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"
     ] = "integer"
+    """`integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name: `nf4`,
+    `fp4` and `llm_int8` of bitsandbytes, the others of llama.cpp."""
     bits: Literal[2, 3, 4, 8] | None = None
+    """Bits of an integer; `rtn` and `gptq` need them."""
     group: Literal[32, 64, 128, 256, "channel", "release"] | None = None
+    """Neighbouring input features that share a scale; `channel` is a whole row. `release`, of
+    `copy` alone, keeps the groups that are stored; a number cuts larger ones up and repeats their
+    scales, which changes no weight."""
     symmetric: bool = True
+    """Integers around zero; `false` adds a zero point to each group."""
     scale_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """How scales are stored; unset, as the format of the output stores them."""
     scale: Literal["absmax", "mse"] = "mse"
+    """`absmax` spans the largest weight of a group, `mse` searches the scale of the least squared
+    error."""
     act_order: bool = True
+    """Round the columns with the strongest inputs first. Groups stay where they are, so it costs
+    nothing at run time."""
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of the Hessian's mean diagonal that is added to it, so that it can be inverted."""
     hessian_block: Annotated[int, Field(ge=32)] | None = None
+    """Feedback reaches only inside blocks of so many input features (unset: all of them), which
+    takes so much less memory and time."""
 
     def matches(self, unit_name: str) -> bool:
         return fnmatchcase(unit_name, self.match)
@@ -193,51 +216,50 @@ class Rule(Section):
 
 
 class ExpertsSection(Section):
-    """What becomes of experts that calibration seldom reached.
-
-    With fewer than `blend_tokens` routed tokens (unset: 4 x the input features of the matrix, or of
-    its `hessian_block`) an expert's Hessian takes the Hessian of all tokens as its prior; with
-    fewer than `min_tokens` the expert is rounded to nearest, which counts as a fallback.
-    """
+    """What becomes of experts that calibration seldom reached."""
 
     blend_tokens: Annotated[int, Field(ge=0)] | None = None
+    """With fewer routed tokens an expert's Hessian takes the Hessian of all tokens as its prior.
+    Unset: 4 x the input features of the matrix, or of its `hessian_block`."""
     min_tokens: Annotated[int, Field(ge=0)] = 32
+    """With fewer routed tokens the expert is rounded to nearest, which counts as a fallback."""
 
 
 class OutputSection(Section):
-    """Where the result goes and in which format.
-
-    A file holds whole experts of one layer, as many as fit into `shard` bytes, one at least. Files
-    are what a run commits: one that is killed repeats no more than it.
-    """
+    """Where the result goes and in which format."""
 
     path: PathText
+    """The new directory; one that holds anything else is refused."""
     format: Literal[
         "compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16"
     ] = "compressed-tensors"
+    """The form on disk."""
     shard: ByteSize = 500 * 10**6
+    """A file holds whole experts of one layer, as many as fit into so many bytes (`500MB`,
+    `2GiB`), one at least. Files are what a run commits: one that is killed repeats no more than
+    it."""
 
 
 class EvalSection(Section):
-    """The held-out text that the result is compared with its source on: the first `samples` rows
-    of `length` tokens."""
+    """The held-out text that the result is compared with its source on."""
 
     data: DataName = "python-docs"
+    """As `calibration.data`; of `python-docs` a part that calibration does not see."""
     samples: Rows = 64
+    """The first rows of the text, or as many as it has."""
     length: RowLength = 2048
+    """Tokens in a row."""
 
 
 class Recipe(Section):
-    """One run: what goes in, how each unit is quantized, what comes out and how it is judged.
-
-    `max_fallbacks` is the largest share of units that may fall back to rtn before the run fails.
-    """
+    """One run: what goes in, how each unit is quantized, what comes out and how it is judged."""
 
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
     quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
     experts: ExpertsSection = ExpertsSection()
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The largest share of units that may fall back to `rtn` before the run fails."""
     output: OutputSection
     eval: EvalSection = EvalSection()
 
