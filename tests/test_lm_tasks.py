@@ -340,6 +340,32 @@ def test_errors_of_perplexities_are_of_first_order():
     assert result.value(values) == pytest.approx(math.exp(-values.sum() / weights.sum()))
 
 
+def test_what_is_right_or_wrong_is_compared_item_by_item():
+    draw = np.random.default_rng(0)
+    base = (draw.random(200) < 0.7).astype(float)
+    own = np.where(draw.random(200) < 0.1, 1 - base, base)
+    both = {"quantized": own, "reference": base}
+    found = {
+        name: {
+            "t": items.Scores(
+                "1", 0, "", {("acc", "none"): right.mean()},
+                {("acc", "none"): dict(enumerate(right))}, {"acc": True},
+            )
+        }
+        for name, right in both.items()
+    }  # fmt: skip
+    (task,) = items.task_rows(**found, items=list(items.paired_items(**found)))
+    paired = task.metrics[0].paired
+    assert (paired.quantized, paired.reference) == (own.mean(), base.mean())
+    assert paired.lost == ((base == 1) & (own == 0)).sum()
+    assert paired.gained == ((base == 0) & (own == 1)).sum()
+    assert paired.difference.value == pytest.approx(own.mean() - base.mean())
+    likelihoods = items.ItemResults(
+        "t", "word_perplexity", "none", "perplexity", np.arange(200), -own, -base, np.ones(200)
+    )
+    assert items._paired(likelihoods) is None
+
+
 # What cannot be used
 
 
