@@ -1,5 +1,6 @@
 """GGUF files: the gguf package reads what we wrote, and we read it back as it was."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from gguf import GGUFReader
 from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
 from grokquant.containers.container import Place
+from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
 from grokquant.sources.gguf_file import GgufTensor, Short, Signed, gguf_layout, read_tensors
+from grokquant.types import Source
 
 DENSE = {"match": "*", "method": "keep"}
 
@@ -117,3 +120,35 @@ def test_a_matrix_that_is_nowhere_is_missed(dense, tmp_path):
         (tmp_path / "part" / files[1].name).unlink()
         with pytest.raises(InputError, match=r"part: tensor \S+ is missing"):
             open_checkpoint(tmp_path / "part")
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+
+
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "cut"),
+    [
+        (BYTES, "gpt-2"),
+        (BYTES | {"use_regex": False}, None),
+        (BYTES | {"add_prefix_space": True}, None),
+        ({"type": "Metaspace", "replacement": "▁"}, None),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits"}, BYTES]}, None),
+    ],
+)
+def test_only_known_cuts_are_written(tmp_path, pre_tokenizer, cut):
+    """llama.cpp cuts texts by the name that the file gives: another one would change the tokens."""
+    path = tmp_path / "tokenizer.json"
+    model = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    added = [{"id": 3, "content": "<s>", "special": True}, {"id": 4, "content": "<x>"}]
+    content = {"model": model, "added_tokens": added, "pre_tokenizer": pre_tokenizer}
+    path.write_text(json.dumps(content))
+    source = Source(tmp_path, "safetensors", {"vocab_size": 6}, {}, tokenizer_files=(path,))
+    if cut is None:
+        with pytest.raises(InputError, match=r"tokenizer.json: pre_tokenizer: gguf is written for"):
+            vocabulary(source)
+        return
+    found = vocabulary(source)
+    assert found["tokenizer.ggml.pre"] == cut
+    assert found["tokenizer.ggml.tokens"] == ["a", "b", "ab", "<s>", "<x>", "[PAD5]"]
+    assert found["tokenizer.ggml.token_type"] == [1, 1, 1, 3, 4, 5]
+    assert found["tokenizer.ggml.merges"] == ["a b"]

@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reader_envs import only_with_readers, run_reader
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
 from grokquant import pipeline
 from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import open_checkpoint
+from grokquant.containers.gguf_vocabulary import _PATTERNS
 from grokquant.recipe import parse_recipe
 from grokquant.tokenizer import load_tokenizer
 from grokquant.toy import TOY_PATH
@@ -162,3 +164,34 @@ def test_other_families_run_too(family, rules, rows, tmp_path):
     output = quantized(str(tmp_path / "in"), rules, "2MB", tmp_path / "out")
     theirs, _, _ = run(tmp_path, output, rows[:2])
     check_logits(theirs, output, rows[:2], 1e-3 if rules is not MIXED else 2e-2)
+
+
+def byte_level(cut: str, path: Path) -> None:
+    """A small byte-level BPE tokenizer that cuts texts as models do: `cut` is their pattern."""
+    tokenizer = Tokenizer(models.BPE())
+    alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut)
+    split = pre_tokenizers.Split(Regex(cut), "isolated") if cut else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, alone]) if cut else alone
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        [*load_documents("python-docs", "heldout")[:200], *TEXTS], trainer
+    )
+    tokenizer.save(str(path))
+
+
+@pytest.mark.parametrize("cut", ["", *_PATTERNS], ids=["gpt-2", *_PATTERNS.values()])
+def test_byte_level_tokenizers_are_theirs_too(cut, rows, tmp_path):
+    config = AutoConfig.for_model("llama", **SIZES)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
+    byte_level(cut, tmp_path / "in" / "tokenizer.json")
+    rules = [{"match": "*", "method": "keep"}]
+    output = quantized(str(tmp_path / "in"), rules, "500MB", tmp_path / "out")
+    _, tokens, _ = run(tmp_path, output, rows[:1, :8], TEXTS)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "in" / "tokenizer.json"))
+    assert tokens == [tokenizer.encode(text).ids for text in TEXTS]

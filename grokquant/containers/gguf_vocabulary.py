@@ -9,7 +9,13 @@ from grokquant.errors import InputError
 from grokquant.sources.gguf_file import Value
 from grokquant.types import Source
 
-_NORMAL, _UNKNOWN, _CONTROL, _UNUSED, _BYTE = 1, 2, 3, 5, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+# How texts are cut before merging, by the names of llama.cpp (src/llama-vocab.cpp). The patterns
+# are what tokenizer.json files say; ByteLevel alone has GPT-2's built in.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
 
 
 def vocabulary(source: Source) -> dict[str, Value]:
@@ -57,23 +63,36 @@ def _byte_level(path: Path, size: int) -> dict[str, Value]:
         model, added = content["model"], content.get("added_tokens") or []
         numbers = {int(number): token for token, number in model["vocab"].items()}
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        cut = _cut(content["pre_tokenizer"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: not a BPE tokenizer, which gguf could hold") from None
-    special = {int(token["id"]): str(token["content"]) for token in added}
-    numbers |= special
+    if cut is None:
+        known = ", ".join(("gpt-2", *_PATTERNS.values()))
+        raise InputError(f"{path}: pre_tokenizer: gguf is written for those of {known} alone")
+    kinds = dict.fromkeys(numbers, _NORMAL)
+    for token in added:
+        numbers[int(token["id"])] = str(token["content"])
+        kinds[int(token["id"])] = _CONTROL if token.get("special") else _USER_DEFINED
     if max(numbers, default=0) >= size:
         raise InputError(f"{path}: {max(numbers) + 1} tokens, the vocabulary has {size}")
-    tokens = [numbers.get(number, f"[PAD{number}]") for number in range(size)]
-    kinds = [
-        _CONTROL if n in special else _NORMAL if n in numbers else _UNUSED for n in range(size)
-    ]
     return {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.pre": cut,
+        "tokenizer.ggml.tokens": [numbers.get(n, f"[PAD{n}]") for n in range(size)],
+        "tokenizer.ggml.token_type": [kinds.get(n, _UNUSED) for n in range(size)],
         "tokenizer.ggml.merges": merges,
     }
+
+
+def _cut(pre_tokenizer: dict) -> str | None:
+    """llama.cpp's name of how this cuts texts, None for one that it may not have."""
+    *before, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not before:
+        return "gpt-2" if last.get("use_regex", True) else None
+    pattern = before[0]["pattern"].get("Regex") if before[0]["type"] == "Split" else None
+    return _PATTERNS.get(str(pattern)) if len(before) == 1 and not last.get("use_regex", True) else None
 
 
 def _filled(tokens: list[str], size: int) -> list[str]:

@@ -14,7 +14,7 @@ from llama_cpp import Llama
 model, asked, found = sys.argv[1:]
 with open(asked, encoding="utf-8") as file:
     questions = json.load(file)
-length = max(64, *map(len, questions["rows"]))
+length = max(256, *map(len, questions["rows"]))
 llama = Llama(model, n_ctx=length, n_batch=length, logits_all=True, verbose=False)
 logits, answers = [], {}
 for row in questions["rows"]:
@@ -23,6 +23,7 @@ for row in questions["rows"]:
     logits.append(np.array(llama.scores[: len(row)], dtype=np.float32))
 for number, text in enumerate(questions["texts"]):
     answers[f"tokens{number}"] = llama.tokenize(text.encode(), add_bos=True, special=True)
+    llama.reset()
     answer = llama.create_completion(text, max_tokens=8, temperature=0.0)
     answers[f"after{number}"] = answer["choices"][0]["text"]
 np.savez(found, logits=np.stack(logits), **answers)
