@@ -209,6 +209,20 @@ def test_layers_that_were_not_measured_alone_leave_no_gap() -> None:
         assert words not in page
 
 
+def test_layers_in_which_no_routing_changes_have_no_bar() -> None:
+    tree = changed("/routing/first_change/1", {"layer": 1, "tokens": 0})
+    page = Page(render_html(parse_report(tree, "test")))
+    drawn = {path for path, *_ in page.data if path.startswith("/routing/first_change")}
+    assert drawn == {f"/routing/first_change/{i}/mean_kld" for i in (0, 2, 3)}
+
+
+def test_parts_without_any_error_are_said_to_have_none() -> None:
+    tree = content()
+    for layer in tree["layers"]:
+        layer["forced"]["attention_error"] = 0.0
+    assert "attention: 0 throughout" in render_html(parse_report(tree, "test"))
+
+
 def test_first_two_experts_are_shown_only_where_there_are_more() -> None:
     assert "first two" not in render_html(report())
     tree = changed("/layers/1/router_set", 0.25)
@@ -352,11 +366,11 @@ def test_numbers_of_a_suite_are_those_of_the_json() -> None:
 def test_missed_thresholds_come_first_and_the_head_says_so() -> None:
     tree = with_suite()
     text = Page(render_html(parse_report(tree, "test"))).text
-    assert "✗ The 3 thresholds of the suite smoke are missed in 1 of 3 cases." in text
+    assert "✗ 1 of 3 thresholds of the suite smoke is missed." in text
     assert text.index("Loss of accuracy") < text.index("Mean KL divergence, nats")
     tree["suite"]["gates"].pop()
     text = Page(render_html(parse_report(tree, "test"))).text
-    assert "✓ The 2 thresholds of the suite smoke are all met." in text
+    assert "✓ All 2 thresholds of the suite smoke are met." in text
     plain = Page(render_html(report())).text
     for title in ("Is it good enough?", "Tasks", "Other texts"):
         assert title in text and title not in plain
@@ -375,7 +389,7 @@ def test_tables_of_a_suite() -> None:
     for table in suite_tables(suite):
         console.print(table)
     text = console.export_text()
-    for words in ("at most 1.000", "missed", "19, 8", "the second half of each window"):
+    for words in ("at most 1\u00a0%", "missed", "19, 8", "the second half of each window"):
         assert words in text
     assert list(suite_tables(report())) == [] and tasks_markdown(report()) == []
 

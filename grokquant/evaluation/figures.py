@@ -76,8 +76,12 @@ def layer_errors(report: Report) -> str:
 def errors_alone(report: Report) -> str:
     """Errors of each layer and its parts on the reference's own states."""
     keys = {"experts_error": "experts", "attention_error": "attention", "block_error": "block"}
-    series = [Series(name, _layer_marks(report, f"forced.{key}")) for key, name in keys.items()]
-    drawn = [line for line in series if any(line.marks)]
+    drawn = []
+    for key, name in keys.items():
+        marks = _layer_marks(report, f"forced.{key}")
+        values = [mark.value for mark in marks if mark]
+        if values:
+            drawn.append(Series(name if any(values) else f"{name}: 0 throughout", marks))
     title = "Relative error of the outputs of each layer alone"
     return line_chart(title, drawn, _plain_percent, "layer", log_y=True)
 
@@ -91,7 +95,7 @@ def router_agreement(report: Report) -> str:
 
 
 def load_shifts(report: Report) -> str:
-    marks = [m or Mark(0.0) for m in _layer_marks(report, "load_shift")]
+    marks = _layer_marks(report, "load_shift")
     return bar_chart("Load shift by layer", marks, percent, _plain_percent, "layer")
 
 
@@ -112,9 +116,10 @@ def changed_routes(report: Report, routing: Routing) -> str:
 def first_changes(routing: Routing) -> str:
     """Mean KLD over the layer in which a token's routing changes first."""
     marks = [
-        Mark(row.mean_kld or 0.0, f"/routing/first_change/{i}/mean_kld" * (row.tokens > 0))
+        None if row.mean_kld is None
+        else Mark(row.mean_kld, f"/routing/first_change/{i}/mean_kld", None, _tokens(row.tokens))
         for i, row in enumerate(routing.first_change)
-    ]
+    ]  # fmt: skip
     names = [row.layer for row in routing.first_change]
     title = "Mean KLD by the layer of the first change of routing"
     return bar_chart(title, marks, rough, short, "layer of the first change", names)
@@ -153,7 +158,7 @@ def load_map(report: Report) -> str:
 def _loads(layer: Layer, path: str) -> list[Mark]:
     total = max(sum(layer.tokens_per_expert), 1)
     return [
-        Mark(tokens / total, f"{path}/tokens_per_expert/{e}", tokens, f", {tokens:,} tokens")
+        Mark(tokens / total, f"{path}/tokens_per_expert/{e}", tokens, _tokens(tokens))
         for e, tokens in enumerate(layer.tokens_per_expert)
     ]
 
@@ -230,6 +235,10 @@ def most_damage(report: Report) -> str:
 def _shifts(layer: Layer) -> list[int]:
     pairs = zip(layer.tokens_per_expert, layer.reference_tokens_per_expert, strict=True)
     return [own - theirs for own, theirs in pairs]
+
+
+def _tokens(count: int) -> str:
+    return f", {count:,} tokens"
 
 
 def _three_digits(share: float) -> str:

@@ -121,7 +121,7 @@ def _tiles(report: Report) -> str:
             share,
         )
     )
-    note = f"Ranges are 95{NBSP}% intervals: what another choice of text would leave as likely."
+    note = f"Ranges are 95{NBSP}% intervals, for another choice of documents."
     return (
         f'<dl class="tiles n{len(tiles)}">{"".join(tiles)}</dl>\n<p class="tilenote">{note}</p>\n'
     )

@@ -99,9 +99,7 @@ def layers_section(report: Report) -> str:
     if forced:
         error, layer = max(forced)
         experts = any(x.forced and x.forced.experts_error is not None for x in report.layers)
-        parts = (
-            "the block, its attention and its experts" if experts else "the block, its attention"
-        )
+        parts = "the block, its attention and its experts" if experts else "the block and attention"
         charts += figure(
             "Error of each layer alone",
             f"The same where each layer gets the reference’s states: of what leaves {parts}. The "

@@ -170,7 +170,7 @@ h2+p,tr.block{break-after:avoid}tr{break-inside:avoid}
 .card{border:0;padding:0}
 .c,rect,circle,.warn{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 details::details-content{content-visibility:visible;block-size:auto}
-summary{list-style:none;color:var(--soft)}
+summary{break-after:avoid;list-style:none;color:var(--soft)}
 }
 """
 

@@ -12,6 +12,7 @@ from grokquant.evaluation.suite_tables import (
     protocol_words,
     suite_words,
     task_value,
+    threshold_limit,
     threshold_value,
     threshold_words,
 )
@@ -34,11 +35,12 @@ def suite_section(report: Report) -> str:
     gates = sorted(enumerate(report.suite.gates), key=lambda pair: pair[1].met)
     rows = []
     for i, gate in gates:
-        path, share = f"/suite/gates/{i}", threshold_value(gate.threshold, 0.5).endswith("%")
-        found, limit = (
-            datum(f"{path}/{key}", x, threshold_value(gate.threshold, x), "%" if share else "")
-            for key, x in (("value", gate.value), ("limit", gate.limit))
-        )
+        path = f"/suite/gates/{i}"
+        found = threshold_value(gate.threshold, gate.value)
+        limit = threshold_limit(gate.threshold, gate.limit)
+        unit = "%" if limit.endswith("%") else ""
+        found = datum(f"{path}/value", gate.value, found, unit)
+        limit = datum(f"{path}/limit", gate.limit, limit, unit)
         outcome = "✓ met" if gate.met else "<b>✗ missed</b>"
         name = escape(threshold_words(gate.threshold))
         asked = f"{limit_words(gate.threshold)} {limit}"

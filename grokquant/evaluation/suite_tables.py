@@ -30,6 +30,11 @@ def threshold_value(threshold: str, value: float) -> str:
     return percent(value, 4) if threshold in _SHARES else number(value)
 
 
+def threshold_limit(threshold: str, limit: float) -> str:
+    """As it was asked for, without digits that say nothing."""
+    return f"{limit * 100:g}{NBSP}%" if threshold in _SHARES else f"{limit:g}"
+
+
 def limit_words(threshold: str) -> str:
     return "at most" if threshold.startswith("max") else "at least"
 
@@ -37,8 +42,10 @@ def limit_words(threshold: str) -> str:
 def suite_words(suite: Suite) -> str:
     """How the thresholds fared, in a sentence."""
     missed, total = sum(not gate.met for gate in suite.gates), len(suite.gates)
-    fared = "are all met" if not missed else f"are missed in {missed} of {total} cases"
-    return f"The {total} thresholds of the suite {suite.name} {fared}."
+    if not missed:
+        return f"All {total} thresholds of the suite {suite.name} are met."
+    verb = "is" if missed == 1 else "are"
+    return f"{missed} of {total} thresholds of the suite {suite.name} {verb} missed."
 
 
 def protocol_words(protocol: Protocol) -> str:
@@ -70,7 +77,7 @@ def suite_tables(report: Report) -> Iterator[Table]:
     if report.suite and report.suite.gates:
         table = Table("Threshold", "Worst in", "Found", "Asked for", "")
         for gate in report.suite.gates:
-            limit = f"{limit_words(gate.threshold)} {threshold_value(gate.threshold, gate.limit)}"
+            limit = f"{limit_words(gate.threshold)} {threshold_limit(gate.threshold, gate.limit)}"
             found, met = threshold_value(gate.threshold, gate.value), gate.met
             name = threshold_words(gate.threshold)
             table.add_row(name, escape(gate.where), found, limit, "met" if met else "missed")

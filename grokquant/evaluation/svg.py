@@ -89,19 +89,24 @@ def quantile_plot(
 
 def bar_chart(
     title: str,
-    marks: Sequence[Mark],
+    marks: Sequence[Mark | None],
     show: Show,
     show_tick: Show,
     x_title: str,
     names: Sequence[int] | None = None,
 ) -> str:
-    """One bar per layer, from zero. `names` are the layers' numbers, unless all are there."""
+    """One bar per layer, from zero; none where there is no mark.
+
+    `names` are the layers' numbers, unless all are there.
+    """
     names = names or range(len(marks))
-    y = Axis(0, round_up(max((m.value for m in marks), default=0.0)), 190, 22)
+    y = Axis(0, round_up(max((m.value for m in marks if m), default=0.0)), 190, 22)
     band = (RIGHT - LEFT) / max(len(marks), 1)
     width = min(band * 0.72, _WIDEST_BAR)
     body = [level(y(value), show_tick(value)) for value in ticks(y, 4)]
     for index, mark in enumerate(marks):
+        if mark is None:
+            continue
         x, height = _centre(index, len(marks)) - width / 2, y.start - y(mark.value)
         label = f"{x_title} {names[index]}: {show(mark.value)}{mark.note}"
         shape = box(x, y.start - height, width, max(height, 0.5))
