@@ -398,8 +398,9 @@ def test_shipped_recipes_load_and_explain_every_key(path: Path) -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_four_recipes_are_shipped() -> None:
+def test_five_recipes_are_shipped() -> None:
     assert [path.stem for path in SHIPPED] == [
+        "grok-1-gguf-q4_k",
         "grok-1-int4-g128",
         "grok-1-int8-lossless",
         "toy-int4",
