@@ -322,16 +322,17 @@ def generate(
 
 def _show_plan(recipe: "Recipe", as_json: bool) -> None:
     from grokquant.budget import budget_of
-    from grokquant.plan import build_plan
+    from grokquant.plan import build_plan, check_disk
     from grokquant.terminal import plan_as_dict, print_budget, print_plan
 
     plan = build_plan(recipe)
     budget = budget_of(plan)
     if as_json:
         _print_json(plan_as_dict(plan, budget))
-        return
-    print_plan(plan)
-    print_budget(budget)
+    else:
+        print_plan(plan)
+        print_budget(budget)
+    check_disk(plan)  # after all is shown: whoever plans may have another disk in mind
 
 
 def _print_tables(*tables: "Table") -> None:

@@ -29,7 +29,7 @@ from grokquant.errors import GateError, InputError, Stopped
 from grokquant.identity import identity_of
 from grokquant.layer import LayerQuantizer
 from grokquant.output import ShardWriter
-from grokquant.plan import Plan, build_plan
+from grokquant.plan import Plan, build_plan, check_disk
 from grokquant.recipe import Recipe
 from grokquant.rounding import round_without_data
 from grokquant.stopping import StopRequest, stopping
@@ -70,6 +70,7 @@ def quantize(recipe: Recipe, progress: Progress | None = None, device: torch.dev
     """
     progress = progress or Silence()
     plan = build_plan(recipe)
+    check_disk(plan)
     progress.planned(plan)
     rows = _calibration_rows(plan)
     output, source = Path(recipe.output.path), plan.checkpoint.source.path

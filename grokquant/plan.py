@@ -118,8 +118,8 @@ class Plan:
 def build_plan(recipe: Recipe) -> Plan:
     """Opens the checkpoint of `recipe` (headers only) and applies its rules.
 
-    Raises InputError naming the rule or unit where a rule matches nothing, a grid does not fit a
-    matrix or the disk cannot hold the output.
+    Raises InputError naming the rule or unit where a rule matches nothing or a grid does not fit a
+    matrix. Whether the output has room is left to `check_disk`.
     """
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
     names = [name for name, _ in checkpoint.units()]
@@ -140,9 +140,7 @@ def build_plan(recipe: Recipe) -> Plan:
     container = container_of(recipe.output.format)
     arrangement = container.arrange(checkpoint.source, groups, schemes, recipe.output.shard)
     parts = {part.name: part for _, group in groups for part in group}
-    plan = Plan(recipe, checkpoint, units, tuple(kept), parts, arrangement)
-    _check_disk(plan)
-    return plan
+    return Plan(recipe, checkpoint, units, tuple(kept), parts, arrangement)
 
 
 def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
@@ -267,7 +265,8 @@ def work_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def _check_disk(plan: Plan) -> None:
+def check_disk(plan: Plan) -> None:
+    """Raises InputError where the output's disk has too little room for what is still to come."""
     output = Path(plan.recipe.output.path)
     free = shutil.disk_usage(nearest_directory(output)).free
     of_interrupted_run = (work_path(output) / "files" / file.name for file in plan.files)

@@ -9,7 +9,7 @@ from conftest import ATTENTION, EXPERTS
 from make_release import write_hollow_grok_1
 
 from grokquant.errors import InputError
-from grokquant.plan import build_plan
+from grokquant.plan import build_plan, check_disk
 from grokquant.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -68,7 +68,7 @@ def test_a_small_disk_refuses_before_the_run(tiny_recipe, tmp_path, monkeypatch)
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(InputError, match="out: needs .* MB, 1.00 kB are free"):
-        build_plan(tiny_recipe())
+        check_disk(build_plan(tiny_recipe()))
 
 
 def test_what_an_interrupted_run_has_written_needs_no_space(tiny_recipe, tmp_path, monkeypatch):
@@ -79,10 +79,10 @@ def test_what_an_interrupted_run_has_written_needs_no_space(tiny_recipe, tmp_pat
     left = plan.output_bytes - done.layout.size
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left))
-    build_plan(tiny_recipe())
+    check_disk(build_plan(tiny_recipe()))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=left - 1))
     with pytest.raises(InputError, match=r"out: needs 1\.\d\d MB, "):
-        build_plan(tiny_recipe())
+        check_disk(build_plan(tiny_recipe()))
 
 
 @pytest.mark.parametrize(

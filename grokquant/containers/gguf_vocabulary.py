@@ -92,7 +92,11 @@ def _cut(pre_tokenizer: dict) -> str | None:
     if not before:
         return "gpt-2" if last.get("use_regex", True) else None
     pattern = before[0]["pattern"].get("Regex") if before[0]["type"] == "Split" else None
-    return _PATTERNS.get(str(pattern)) if len(before) == 1 and not last.get("use_regex", True) else None
+    return (
+        _PATTERNS.get(str(pattern))
+        if len(before) == 1 and not last.get("use_regex", True)
+        else None
+    )
 
 
 def _filled(tokens: list[str], size: int) -> list[str]:
