@@ -21,7 +21,7 @@ from grokquant.calibration.blocks import BlockwiseModel
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import asked, items, likelihoods, task_data
-from grokquant.evaluation.compare import Windows, compare
+from grokquant.evaluation.compare import Windows, compare_both
 from grokquant.evaluation.streaming import Stream
 from grokquant.evaluation.suite import Suite, TaskSection
 from grokquant.tokenizer import load_tokenizer
@@ -257,7 +257,7 @@ def test_texts_and_tasks_share_one_pass(tiny_release, opened):
     both = [counting(open_checkpoint(tiny_release), read) for read in reads]
     texts = [Windows(torch.arange(120).view(4, 30)), Windows(torch.arange(64).view(1, 64), 33)]
     asked_of_both = likelihoods.pack(opened.pairs, LONGEST)
-    result = compare(*both, texts, asked_of_both)
+    result = compare_both(*both, texts, asked_of_both)
     assert all(set(read.values()) == {1} for read in reads)
     assert len(result.figures.nll) == 4 * 29 and len(result.further[0].nll) == 31
     own, base = result.answers

@@ -18,7 +18,7 @@ from grokquant.cli import main
 from grokquant.errors import GateError, InputError
 from grokquant.evaluation import likelihoods
 from grokquant.evaluation import suite as suites
-from grokquant.evaluation.compare import Windows
+from grokquant.evaluation.compare import Windows, compare_both
 from grokquant.evaluation.html import render_html
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.suite import Suite, TextSection, load_suite
@@ -151,7 +151,7 @@ def test_the_second_half_is_what_is_scored(int4, tiny_release, text_file):
     half = whole.model_copy(update={"protocol": "llama.cpp"})
     base = open_checkpoint(tiny_release)
     texts = [read_text(text, base, "k").windows for text in (whole, half)]
-    result = evaluation.compare(open_checkpoint(int4), base, texts)
+    result = compare_both(open_checkpoint(int4), base, texts)
     tokens = result.figures.nll.view(3, 63)[:, 32:].flatten()
     assert result.further[0].nll == pytest.approx(tokens, abs=1e-5)
 
@@ -164,7 +164,7 @@ def test_each_model_gives_its_own_answers(int4, tiny_release):
     paths = (int4, tiny_release)
     texts = [Windows(torch.arange(n)[None]) for n in (40, 30)]
     both = [open_checkpoint(path) for path in paths]
-    answers = evaluation.compare(*both, texts, likelihoods.pack(pairs, 64)).answers
+    answers = compare_both(*both, texts, likelihoods.pack(pairs, 64)).answers
     for path, found in zip(paths, answers, strict=True):
         model, _ = grokquant.load(path, dtype=torch.float32)
         for pair in pairs:

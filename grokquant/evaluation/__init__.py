@@ -15,7 +15,7 @@ from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
 from grokquant.evaluation.asked import opened_tasks
-from grokquant.evaluation.compare import Comparison, LayerDone, compare
+from grokquant.evaluation.compare import Comparison, LayerDone, compare_both
 from grokquant.evaluation.html import write_report
 from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.report import Report
@@ -138,7 +138,7 @@ def run_suite(
     texts = [read_text(t, base, _key(name, i)) for i, t in enumerate(suite.texts)]
     with opened_tasks(suite, candidate, base, device) as tasks:
         windows = [text.windows for text in texts]
-        comparison = compare(candidate, base, windows, tasks.batches, layer_done, device)
+        comparison = compare_both(candidate, base, windows, tasks.batches, layer_done, device)
         rows, items = tasks.results(*comparison.answers)
     report = Report(
         grokquant=grokquant.__version__,

@@ -73,10 +73,10 @@ def compare_checkpoints(
 
     Every token but the first of each window is scored. Arithmetic is float32.
     """
-    return compare(quantized, reference, [Windows(rows)], layer_done=layer_done, device=device)
+    return compare_both(quantized, reference, [Windows(rows)], layer_done=layer_done, device=device)
 
 
-def compare(
+def compare_both(
     quantized: Checkpoint,
     reference: Checkpoint,
     texts: Sequence[Windows],
