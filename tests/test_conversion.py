@@ -95,7 +95,7 @@ REFUSALS = [
     (EXPERTS | {"bits": 3, "group": 32}, "gptq", "compressed-tensors", "4 or 8 bits, not int3"),
     (EXPERTS | {"bits": 2, "group": 32}, "gptq", "gguf", "none of int2 g32 sym"),
     (EXPERTS | {"grid": "q4_1"}, "gguf", "gptq", "it holds integers, not q4_1"),
-    (EXPERTS | {"grid": "q4_1"}, "gguf", "compressed-tensors", "it holds integers, not q4_1"),
+    (EXPERTS | {"grid": "q4_1"}, "gguf", "compressed-tensors", "4 or 8 bits, not q4_1 g32"),
 ]
 
 
