@@ -46,23 +46,26 @@ def evaluate(
     samples: int | None = None,
     length: int | None = None,
     device: str = "auto",
+    suite: str | None = None,
     quick: bool = False,
     cache: str | Path | None = None,
     cache_size: str = "20GB",
 ) -> "Report":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    What is not given comes from the eval section of the recipe that made `quantized`. `quick`
-    leaves out measuring each layer alone; `cache` names a directory of at most `cache_size` that
-    keeps what the reference does, for the next output that is compared with it.
+    `suite`, the name of a shipped one or a file, brings texts, tasks and thresholds; how these
+    fared is in the report. Without one, what is not given comes from the eval section of the
+    recipe that made `quantized`. `quick` leaves out measuring each layer alone; `cache` names a
+    directory of at most `cache_size` that keeps what the reference does, for the next output that
+    is compared with it.
     """
     from grokquant import evaluation
 
-    settings = evaluation.settings_of(quantized, data, samples, length)
+    plan = evaluation.suite_for(quantized, suite, data, samples, length)
     place, kept = device_of(device), evaluation.cache_at(cache, cache_size, warn)
-    return evaluation.evaluate(
-        quantized, reference, settings, device=place, forced=not quick, cache=kept
-    )
+    return evaluation.run_suite(
+        quantized, reference, plan, suite or "", device=place, forced=not quick, cache=kept
+    ).report
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":

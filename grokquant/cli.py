@@ -161,6 +161,9 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
 @click.option("--text", metavar="DATA", help="python-docs, a txt/jsonl/parquet file or hub data.")
 @click.option("--windows", type=click.IntRange(1), help="How many windows of text to score.")
 @click.option("--length", type=click.IntRange(8), help="Tokens per window.")
+@click.option(
+    "--suite", metavar="NAME", help="smoke, fidelity, tasks, grok-1 or a file: texts, tasks, gates."
+)
 @click.option("--output", "directory", metavar="DIR", help="For reports, not OUTPUT/evaluation.")
 @click.option("--quick", is_flag=True, help="Do not measure each layer alone as well.")
 @click.option("--cache", metavar="DIR", help="Keep what the reference does for the next OUTPUT.")
@@ -175,6 +178,7 @@ def evaluate(
     text: str | None,
     windows: int | None,
     length: int | None,
+    suite: str | None,
     directory: str | None,
     quick: bool,
     cache: str | None,
@@ -186,8 +190,9 @@ def evaluate(
 
     Perplexity, KL divergence and routing on the same tokens, as report.html and report.json. Both
     models are streamed, neither has to fit in memory. Text, windows and length default to the
-    eval section of the recipe that OUTPUT was made by. OUTPUT may be of other tools, in a format
-    that is known.
+    eval section of the recipe that OUTPUT was made by. A suite brings its own, tasks of lm-eval
+    besides, and thresholds: the exit code is 1 where one is missed. OUTPUT may be of other tools,
+    in a format that is known.
     """
     from grokquant import evaluation
     from grokquant.devices import device_of
@@ -198,18 +203,26 @@ def evaluate(
 
     reports = Path(directory or Path(output) / "evaluation")
     check_writable(reports)
-    settings = evaluation.settings_of(output, text, windows, length)
+    plan = evaluation.suite_for(output, suite, text, windows, length)
     with LayerProgress() as progress:
         kept = evaluation.cache_at(cache, cache_size, progress.note)
-        report = evaluation.evaluate(
-            output, reference, settings, progress.layer_done, device_of(device), not quick, kept
-        )
+        report = evaluation.run_suite(
+            output,
+            reference,
+            plan,
+            suite or "",
+            progress.layer_done,
+            device_of(device),
+            forced=not quick,
+            cache=kept,
+        ).report
     _, page = evaluation.publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
-        return
-    _print_tables(terminal_table(report), *suite_tables(report))
-    click.echo(f"{verdict(report)}\nreport: {page}")
+    else:
+        _print_tables(terminal_table(report), *suite_tables(report))
+        click.echo(f"{verdict(report)}\nreport: {page}")
+    evaluation.check_gates(report)
 
 
 @main.command()

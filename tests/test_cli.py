@@ -365,7 +365,7 @@ def test_hostile_names_cannot_break_the_line_or_color_the_terminal(tmp_path):
         ("plan", "build_plan", ["plan", "{recipe}"]),
         ("pipeline", "quantize", ["quantize", "{recipe}"]),
         ("runtime.generate", "generate_text", ["generate", "toy", "--prompt", "x"]),
-        ("evaluation", "evaluate", ["eval", "toy", "--reference", "toy"]),
+        ("evaluation", "run_suite", ["eval", "toy", "--reference", "toy"]),
     ],
 )
 def test_interrupted_commands_exit_130(module, function, arguments, recipe, monkeypatch):

@@ -1,5 +1,6 @@
 """The memory of a run, step by step: the bytes that the code holds at once."""
 
+import os
 import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,18 @@ def resident_bytes(peak: bool = False) -> int:
         return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can still be taken of the memory of `device` without pushing anything out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _copying(plan: Plan) -> Step:

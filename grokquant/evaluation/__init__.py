@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,21 +11,23 @@ from pydantic import ValidationError
 
 import grokquant
 from grokquant import papers
-from grokquant.calibration.text import TextRows, load_documents, rows_of, text_digest
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
+from grokquant.evaluation.asked import opened_tasks
 from grokquant.evaluation.cache import Cache
-from grokquant.evaluation.compare import LayerDone, compare_checkpoints
+from grokquant.evaluation.compare import LayerDone, compare_texts
 from grokquant.evaluation.estimates import figures_of, noise_floor, routing
 from grokquant.evaluation.html import write_report
+from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.report import Report
+from grokquant.evaluation.suite import Suite, check_gates, judged, load_suite, suite_of
 from grokquant.evaluation.suite_tables import tasks_markdown
 from grokquant.evaluation.tables import markdown_table
+from grokquant.evaluation.windows import read_text
 from grokquant.output import REPORT_NAME
 from grokquant.recipe import EvalSection, load_recipe, parse_size
-from grokquant.tokenizer import load_tokenizer
 from grokquant.types import Scheme
 
 # What two models must share, as their configs call it, to be compared token by token.
@@ -38,6 +40,16 @@ _SAME = (
     "hidden_size",
     "vocab_size",
 )
+__all__ = [
+    "Evaluation",
+    "cache_at",
+    "check_gates",
+    "evaluate",
+    "publish",
+    "run_suite",
+    "settings_of",
+    "suite_for",
+]
 
 
 def settings_of(
@@ -76,6 +88,23 @@ def cache_at(
         raise InputError(f"the size of the cache: {error}") from None
 
 
+def suite_for(
+    output: str | Path,
+    suite: str | None,
+    data: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> Suite:
+    """The suite called `suite`, or the text of `settings_of` with what is given. Raises InputError
+    where both are given."""
+    if suite is None:
+        return suite_of(settings_of(output, data, samples, length))
+    given = {"--text": data, "--windows": samples, "--length": length}
+    if extra := next((name for name, value in given.items() if value is not None), None):
+        raise InputError(f"--suite: {suite} brings its texts, {extra} cannot be given beside it")
+    return load_suite(suite)
+
+
 def evaluate(
     quantized: str | Path,
     reference: str | Path,
@@ -91,26 +120,68 @@ def evaluate(
     also measured alone; a `cache` keeps what the reference did for the next evaluation. Raises
     InputError where the two cannot be compared.
     """
-    settings = settings or settings_of(quantized)
+    suite = suite_of(settings or settings_of(quantized))
+    return run_suite(quantized, reference, suite, "", layer_done, device, forced, cache).report
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The report, and what the figures of tasks are made of."""
+
+    report: Report
+    items: list[ItemResults]
+
+
+def run_suite(
+    quantized: str | Path,
+    reference: str | Path,
+    suite: Suite,
+    name: str,
+    layer_done: LayerDone | None = None,
+    device: torch.device = CPU,
+    forced: bool = True,
+    cache: Cache | None = None,
+) -> Evaluation:
+    """Runs both checkpoints over all texts and tasks of a suite, each block read once.
+
+    A `name` goes into the report, with how the thresholds fared. With `forced` each layer is also
+    measured alone; a `cache` keeps what the reference did for the next evaluation. Raises
+    InputError where the two cannot be compared or a text or task cannot be used.
+    """
     candidate, base = open_checkpoint(quantized), open_checkpoint(reference)
     _check_comparable(candidate, base)
     own, theirs = _unit_rows(candidate), _unit_rows(base)
-    documents = load_documents(settings.data, "heldout")
-    rows = _rows(settings, documents, base)
-    comparison = compare_checkpoints(
-        candidate, base, rows.tokens, layer_done, device, forced, cache
-    )
-    return Report(
+    texts = [read_text(t, base, _key(name, i)) for i, t in enumerate(suite.texts)]
+    with opened_tasks(suite, candidate, base, device) as tasks:
+        windows = [text.windows for text in texts]
+        comparison = compare_texts(
+            candidate, base, windows, tasks.batches, layer_done, device, forced, cache
+        )
+        rows, items = tasks.results(*comparison.answers)
+    report = Report(
         grokquant=grokquant.__version__,
         quantized=_describe(candidate, quantized, own),
         reference=_describe(base, reference, theirs),
-        protocol=_protocol(settings, documents, rows.tokens),
+        protocol=texts[0].protocol,
         noise_floor=noise_floor(comparison.noise),
         routing=routing(comparison),
         layers=tuple(parts.Layer(**asdict(layer)) for layer in comparison.layers),
         units=own,
-        **figures_of(comparison.figures, rows.documents[:, 1:]),
+        **figures_of(comparison.figures, texts[0].documents),
+        further_texts=tuple(
+            parts.FurtherText(protocol=text.protocol, **figures_of(figures, text.documents))
+            for text, figures in zip(texts[1:], comparison.further, strict=True)
+        ),
+        tasks=rows,
     )
+    if name:
+        report = report.model_copy(update={"suite": judged(report, name, suite.thresholds)})
+    return Evaluation(report, items)
+
+
+def _key(suite: str, text: int) -> str:
+    """What an error calls a text."""
+    return f"suite {suite}: texts[{text}].data" if suite else "eval.data"
 
 
 def publish(report: Report, output: Path, directory: Path | None = None) -> tuple[Path, Path]:
@@ -132,29 +203,6 @@ def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:
             raise InputError(
                 f"{candidate.source.path}: {field} is {found}, the reference has {expected}"
             )
-
-
-def _rows(settings: EvalSection, documents: list[str], base: Checkpoint) -> TextRows:
-    """Windows of the text, no longer than the model has positions."""
-    tokenizer = load_tokenizer(base)
-    length = min(settings.length, base.config.max_position_embeddings)
-    try:
-        return rows_of(documents, tokenizer, settings.samples, length, None)
-    except InputError as error:
-        raise InputError(f"eval.data: {settings.data}: {error}") from None
-
-
-def _protocol(settings: EvalSection, documents: list[str], rows: torch.Tensor) -> parts.Protocol:
-    return parts.Protocol(
-        text="python-docs, held-out part" if settings.data == "python-docs" else settings.data,
-        text_sha256=text_digest(documents),
-        windows=rows.shape[0],
-        length=rows.shape[1],
-        tokens_scored=rows.shape[0] * (rows.shape[1] - 1),
-        scored="every token but the first of each window",
-        bos=False,
-        arithmetic="float32 on the stored weights, integers multiplied out to bf16",
-    )
 
 
 def _describe(

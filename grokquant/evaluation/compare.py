@@ -94,10 +94,10 @@ def compare_checkpoints(
     Every token but the first of each window is scored. Arithmetic is float32.
     """
     texts = [Windows(rows)]
-    return compare(quantized, reference, texts, (), layer_done, device, forced, cache)
+    return compare_texts(quantized, reference, texts, (), layer_done, device, forced, cache)
 
 
-def compare(
+def compare_texts(
     quantized: Checkpoint,
     reference: Checkpoint,
     texts: Sequence[Windows],

@@ -70,7 +70,7 @@ def suite_tables(report: Report) -> Iterator[Table]:
     if report.tasks and report.tasks.tasks:
         table = Table(title=f"lm-eval {escape(report.tasks.lm_eval)}", title_justify="left")
         for i, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="right" if i > 1 else "left")
+            table.add_column(name, justify="right" if i > 1 else "left", no_wrap=i < 2)
         for cells in _task_cells(report):
             table.add_row(*map(escape, cells))
         yield table

@@ -1,15 +1,19 @@
 """What to make: the recipe of a run, read from YAML or Python values."""
 
-from grokquant.recipe.reading import load_recipe, parse_recipe
+from grokquant.recipe.reading import load_recipe, load_sections, parse_recipe
 from grokquant.recipe.schema import (
     TEXT_SUFFIXES,
     CalibrationSection,
+    DataName,
     EvalSection,
     ExpertsSection,
     ModelSection,
     OutputSection,
     Recipe,
+    RowLength,
+    Rows,
     Rule,
+    Section,
     check_data,
     parse_size,
 )
@@ -17,14 +21,19 @@ from grokquant.recipe.schema import (
 __all__ = [
     "TEXT_SUFFIXES",
     "CalibrationSection",
+    "DataName",
     "EvalSection",
     "ExpertsSection",
     "ModelSection",
     "OutputSection",
     "Recipe",
+    "RowLength",
+    "Rows",
     "Rule",
+    "Section",
     "check_data",
     "load_recipe",
+    "load_sections",
     "parse_recipe",
     "parse_size",
 ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -18,12 +18,19 @@ from grokquant.recipe.schema import Recipe, Section
 
 _MAX_BYTES = 1_000_000
 
+S = TypeVar("S", bound=Section)
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file. Each override is `key.sub=value` (`quantize[0].bits=8`), its value YAML.
 
     Raises InputError with one line: `file:line:column: key: problem`, or `--set key: problem`.
     """
+    return load_sections(path, Recipe, overrides)
+
+
+def load_sections(path: str | Path, schema: type[S], overrides: Sequence[str] = ()) -> S:
+    """Reads a YAML file that has the keys of `schema`, with the errors of `load_recipe`."""
     try:
         document = read_yaml(_read_text(path))
     except YamlProblem as problem:
@@ -32,14 +39,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise _input_error(_at(str(path), document.mark(())), "expected a mapping of keys")
     overridden = tuple(_apply_override(values, override) for override in overrides)
-    return _validated(values, _Origin(str(path), document, overridden))
+    return _validated(values, schema, _Origin(str(path), document, overridden))
 
 
 def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
     """A recipe from Python values. Raises InputError: `recipe: key: problem`."""
     if not isinstance(mapping, Mapping):
         raise InputError(f"recipe: expected a mapping of keys, not {type(mapping).__name__}")
-    return _validated(dict(mapping), _Origin("recipe"))
+    return _validated(dict(mapping), Recipe, _Origin("recipe"))
 
 
 def _read_text(path: str | Path) -> str:
@@ -117,9 +124,9 @@ class _Origin:
         return any(brought(override) for override in self.overridden)
 
 
-def _validated(values: dict, origin: _Origin) -> Recipe:
+def _validated(values: dict, schema: type[S], origin: _Origin) -> S:
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as invalid:
         errors = invalid.errors(include_url=False)
 
@@ -131,7 +138,8 @@ def _validated(values: dict, origin: _Origin) -> Recipe:
     first = min(errors, key=rank)
     loc = _loc(first)
     key = f"{_dotted(loc)}: " if loc else ""
-    raise _input_error(origin.prefix(loc, _is_unknown(first)) + key, _explanation(first, loc))
+    where = origin.prefix(loc, _is_unknown(first)) + key
+    raise _input_error(where, _explanation(first, loc, schema))
 
 
 def _loc(error: ErrorDetails) -> Loc:
@@ -144,10 +152,10 @@ def _is_unknown(error: ErrorDetails) -> bool:
     return error["type"] == "extra_forbidden"
 
 
-def _explanation(error: ErrorDetails, loc: Loc) -> str:
+def _explanation(error: ErrorDetails, loc: Loc, schema: type[Section]) -> str:
     match error["type"]:
         case "extra_forbidden":
-            return _suggestion(loc)
+            return _suggestion(loc, schema)
         case "missing":
             return "required, but missing"
         case "model_type":
@@ -163,19 +171,19 @@ def _explanation(error: ErrorDetails, loc: Loc) -> str:
     return f"{error['msg']}, not {_quote(error['input'])}"
 
 
-def _section_at(loc: Loc) -> type[Section]:
+def _section_at(loc: Loc, schema: type[Section]) -> type[Section]:
     """The section that holds the keys at `loc`: (), ("model",) or ("quantize", 1)."""
     if not loc:
-        return Recipe
-    annotation = Recipe.model_fields[str(loc[0])].annotation
+        return schema
+    annotation = schema.model_fields[str(loc[0])].annotation
     section = get_args(annotation)[0] if len(loc) > 1 else annotation
     assert isinstance(section, type) and issubclass(section, Section)
     return section
 
 
-def _suggestion(loc: Loc) -> str:
+def _suggestion(loc: Loc, schema: type[Section]) -> str:
     """What may have been meant by the unknown key at `loc`."""
-    known = list(_section_at(loc[:-1]).model_fields)
+    known = list(_section_at(loc[:-1], schema).model_fields)
     if near := difflib.get_close_matches(str(loc[-1]), known, n=1):
         return f"unknown key, did you mean {_dotted((*loc[:-1], near[0]))}?"
     return f"unknown key, expected one of {', '.join(known)}"

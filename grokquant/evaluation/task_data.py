@@ -1,0 +1,92 @@
+"""The data of the shipped tasks, made from the held-out part of the offline text.
+
+    python -m grokquant.evaluation.task_data DIRECTORY
+
+writes them where lm-eval, started there with `--include_path eval/tasks`, finds them.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+from grokquant.calibration import python_docs
+from grokquant.durable import write_text
+
+Item = dict[str, object]
+
+_WORD = re.compile(r"\S+")
+_PASSAGE, _CONTINUATION = 40, 12  # words
+_SHORTEST = 4  # letters of a word to guess
+_CHOICES = 4
+
+
+def cloze_items(documents: list[str]) -> Iterator[Item]:
+    """Passages with their last `word`, one that they hold already."""
+    for text in documents:
+        words = list(_WORD.finditer(text))
+        start = 0
+        for end in range(_PASSAGE, len(words)):
+            before = words[start:end]
+            if len(before) >= _PASSAGE and _is_known(words[end], before, text):
+                context = text[before[0].start() : before[-1].end()]
+                yield {"context": context, "word": f" {words[end].group()}"}
+                start = end + 1
+
+
+def _is_known(word: re.Match, before: list[re.Match], text: str) -> bool:
+    """Whether `word` is a plain one, after a space, that is among those before it."""
+    plain = word.group().isalpha() and len(word.group()) >= _SHORTEST
+    after_space = text[before[-1].end() : word.start()] == " "
+    return plain and after_space and word.group() in {other.group() for other in before}
+
+
+def choice_items(documents: list[str]) -> Iterator[Item]:
+    """Passages with four `choices` of how they go on; `answer` is the number of the true one."""
+    found = [
+        (number, *passage) for number, text in enumerate(documents) for passage in _passages(text)
+    ]
+    draw = Random(0)
+    for number, context, continuation in found:
+        others = [other for source, _, other in found if source != number]
+        choices = draw.sample(others, _CHOICES - 1)
+        answer = draw.randrange(_CHOICES)
+        choices.insert(answer, continuation)
+        yield {"context": context, "choices": choices, "answer": answer}
+
+
+def _passages(text: str) -> Iterator[tuple[str, str]]:
+    """Contexts and what follows them, white space in front."""
+    words = list(_WORD.finditer(text))
+    for start in range(0, len(words) - _PASSAGE - _CONTINUATION, _PASSAGE + _CONTINUATION):
+        first, last = words[start], words[start + _PASSAGE - 1]
+        end = words[start + _PASSAGE + _CONTINUATION - 1].end()
+        yield text[first.start() : last.end()], text[last.end() : end]
+
+
+def perplexity_items(documents: list[str]) -> Iterator[Item]:
+    for text in documents:
+        yield {"text": text}
+
+
+MAKERS: dict[str, Callable[[list[str]], Iterator[Item]]] = {
+    "python_docs_cloze": cloze_items,
+    "python_docs_choice": choice_items,
+    "python_docs_perplexity": perplexity_items,
+}
+
+
+def write_items(task: str, directory: Path) -> Path:
+    """Writes the items of a shipped task as one JSON object a line, in an order drawn by lot."""
+    items = list(MAKERS[task](python_docs.documents("heldout")))
+    Random(0).shuffle(items)
+    path = directory / f"{task}.jsonl"
+    write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
+    return path
+
+
+if __name__ == "__main__":
+    for name in MAKERS:
+        print(write_items(name, Path(sys.argv[1])))
