@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grokquant import readable
-from grokquant.evaluation.report import Checkpoint, Estimate, Protocol, Report
+from grokquant.evaluation.report import Checkpoint, Estimate, Report
 
 LOWER, HIGHER = "↓ lower", "↑ higher"
 NEAR_ONE, NEAR_ZERO = "→ near 1", "→ near 0"
@@ -231,7 +231,7 @@ def markdown_table(report: Report) -> str:
     lines = ["| Metric | Value | ± | 95 % interval | No change | Better |"]
     lines.append("|:--|--:|--:|--:|--:|:--|")
     lines += [
-        f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.shown_interval} "
+        f"| {markdown_cell(row.name)} | {row.shown} | {row.shown_error} | {row.shown_interval} "
         f"| {row.shown_noise} | {row.better} |"
         for row in rows(report)
     ]
@@ -239,63 +239,7 @@ def markdown_table(report: Report) -> str:
         f"| Bits per weight | {model.bits_per_weight:.2f} | | | | {LOWER} |",
         f"| Size | {size(model.bytes)} | | | | {LOWER} |",
     ]
-    lines += ["", _cell(f"{_basis(report)}."), ""]
-    if report.tasks and report.tasks.tasks:
-        lines += ["| Task | Metric | Quantized | ± | Reference | ± | Items |"]
-        lines += ["|:--|:--|--:|--:|--:|--:|--:|"]
-        lines += [f"| {' | '.join(map(_cell, cells))} |" for cells in task_cells(report)]
-        lines += ["", f"Tasks of lm-eval {_cell(report.tasks.lm_eval)}.", ""]
-    return "\n".join(lines)
-
-
-def suite_tables(report: Report) -> Iterator[Table]:
-    """Other texts, tasks and thresholds of a suite for a rich console, where there are any."""
-    if report.further_texts:
-        table = Table("Text", "PPL(Q)/PPL(base)", "Mean KLD", "Same top p", title_justify="left")
-        for text in report.further_texts:
-            found = (text.perplexity.ratio, text.kld.mean, text.same_top_p)
-            shown = (number(e.value, e.error) + " ± " + number(e.error, e.error) for e in found)
-            table.add_row(escape(protocol_words(text.protocol)), *shown)
-        yield table
-    if report.tasks and report.tasks.tasks:
-        table = Table(title=f"lm-eval {report.tasks.lm_eval}", title_justify="left")
-        for name in ("Task", "Metric"):
-            table.add_column(name, no_wrap=True)
-        for name in ("Quantized", "±", "Reference", "±"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("Items", justify="right")
-        for cells in task_cells(report):
-            table.add_row(*map(escape, cells))
-        yield table
-    if report.suite and report.suite.gates:
-        table = Table("Threshold", "Where", "Value", "Limit", "", title_justify="left")
-        for gate in report.suite.gates:
-            outcome = number(gate.value), number(gate.limit), "met" if gate.met else "missed"
-            table.add_row(gate.threshold, escape(gate.where), *outcome)
-        yield table
-
-
-def protocol_words(protocol: Protocol) -> str:
-    """A text and how it was cut and scored, in a line."""
-    windows = f"{protocol.windows:,} windows of {protocol.length:,}"
-    return f"{protocol.text}, {windows}: {protocol.scored}"
-
-
-def task_cells(report: Report) -> Iterator[tuple[str, ...]]:
-    """Task, metric with its direction, both models' values with their errors, items."""
-    for task in report.tasks.tasks if report.tasks else ():
-        for metric in task.metrics:
-            arrow = {True: " ↑", False: " ↓", None: ""}[metric.higher_is_better]
-            shown = metric.metric if metric.filter == "none" else f"{metric.metric} {metric.filter}"
-            values = (
-                text
-                for value in (metric.quantized, metric.reference)
-                for text in (
-                    number(value.value, value.error or 0),
-                    number(value.error, value.error) if value.error is not None else "",
-                )
-            )
-            yield task.name, shown + arrow, *values, f"{metric.items:,}"
+    return "\n".join([*lines, "", markdown_cell(f"{_basis(report)}."), ""])
 
 
 def verdict(report: Report) -> str:
@@ -417,5 +361,6 @@ def size(stored: int) -> str:
     return readable.size(stored).replace(" ", NBSP)
 
 
-def _cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Text that neither ends a cell nor begins a tag."""
     return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
