@@ -219,9 +219,10 @@ def evaluate(
     _, page = evaluation.publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
-        return
-    _print_tables(terminal_table(report), *suite_tables(report))
-    click.echo(f"{verdict(report)}\nreport: {page}")
+    else:
+        _print_tables(terminal_table(report), *suite_tables(report))
+        click.echo(f"{verdict(report)}\nreport: {page}")
+    evaluation.check_gates(report)
 
 
 @main.command()

@@ -172,8 +172,8 @@ def content(layers: int = 4, experts: int = 8) -> dict:
 def with_suite(layers: int = 4, experts: int = 8) -> dict:
     """The content of a report of a suite: two texts, two tasks, three thresholds, one missed."""
     tree = content(layers, experts)
-    text = {key: tree[key] for key in ("protocol", "perplexity", "kld", "delta_p", "same_top_p")}
-    text = copy.deepcopy(text)
+    keys = ("protocol", "bootstrap", "perplexity", "kld", "delta_p", "same_top_p", "documents")
+    text = copy.deepcopy({key: tree[key] for key in keys})
     text["protocol"] |= {"length": 512, "scored": "the second half of each window"}
     text["kld"]["mean"] = estimate(0.0051234567, 0.0000712345)
     paired = {

@@ -210,7 +210,8 @@ def test_layers_that_were_not_measured_alone_leave_no_gap() -> None:
 
 
 def test_layers_in_which_no_routing_changes_have_no_bar() -> None:
-    tree = changed("/routing/first_change/1", {"layer": 1, "tokens": 0})
+    tree = content()
+    tree["routing"]["first_change"][1] = {"layer": 1, "tokens": 0}
     page = Page(render_html(parse_report(tree, "test")))
     drawn = {path for path, *_ in page.data if path.startswith("/routing/first_change")}
     assert drawn == {f"/routing/first_change/{i}/mean_kld" for i in (0, 2, 3)}

@@ -265,7 +265,7 @@ def test_the_page_shows_texts_tasks_and_thresholds(report):
         for key in path.strip("/").split("/"):
             value = value[int(key)] if isinstance(value, list) else value[key]
         assert f'data-path="{path}" data-value="{value!r}"' in page
-    assert "&lt;acc&gt;" in page and "✗ missed" in page
+    assert "&lt;acc&gt;" in page and "<b>✗ missed</b>" in page
     assert "Tasks" not in render_html(report)
 
 

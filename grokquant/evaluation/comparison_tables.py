@@ -7,7 +7,7 @@ from rich.table import Table
 
 from grokquant.evaluation.comparison import Contest, Standing
 from grokquant.evaluation.report import Estimate
-from grokquant.evaluation.tables import name_of, number, percent, size
+from grokquant.evaluation.tables import markdown_cell, name_of, number, percent, size
 
 _COLUMNS = (
     "Model", "Rank", "Bits per weight", "Size", "Mean KLD, nats", "PPL(Q)/PPL(base)", "Same top p",
@@ -37,7 +37,13 @@ def terminal_tables(contest: Contest) -> list[Table]:
 def markdown(contest: Contest) -> str:
     """The same as text for a README or an issue."""
     aligned = "|".join(("", ":--", *["--:"] * 6, ":--", ":--", ""))
-    lines = [_line(_COLUMNS), aligned, *map(_line, _rows(contest)), "", _cell(_basis(contest))]
+    lines = [
+        _line(_COLUMNS),
+        aligned,
+        *map(_line, _rows(contest)),
+        "",
+        markdown_cell(_basis(contest)),
+    ]
     routing = list(_routing(contest))
     if routing:
         names = [run.name for run in contest.runs]
@@ -97,8 +103,4 @@ def _basis(contest: Contest) -> str:
 
 
 def _line(cells: tuple[str, ...] | list[str]) -> str:
-    return f"| {' | '.join(map(_cell, cells))} |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+    return f"| {' | '.join(map(markdown_cell, cells))} |"

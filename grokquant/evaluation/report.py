@@ -370,10 +370,10 @@ class PairedAccuracy(_Part):
 
 
 class TaskValue(_Part):
-    """A metric of a task for one model."""
+    """A metric of one model."""
 
     value: float
-    """The metric, as lm-eval computes it."""
+    """What lm-eval gives."""
     error: NotNegative | None = None
     """Its standard error over items; None where it is not made of one figure an item."""
 
@@ -384,17 +384,17 @@ class TaskMetric(_Part):
     metric: str
     """Its name, such as acc."""
     filter: str
-    """What answers went through before they were judged; none where nothing."""
+    """The filter that answers went through."""
     higher_is_better: bool | None
-    """Which way is better; None where the task does not say."""
+    """As lm-eval says; None where it does not."""
     items: Count
-    """How many items it is made of."""
+    """How many it is taken from."""
     quantized: TaskValue
     """Of the quantized model."""
     reference: TaskValue
     """Of the reference."""
     paired: PairedAccuracy | None = None
-    """Item by item; None where items are not right or wrong."""
+    """Item against item; None where items are not right or wrong."""
 
 
 class Task(_Part):
@@ -403,15 +403,15 @@ class Task(_Part):
     name: str
     """As lm-eval calls it."""
     version: str
-    """Of the task."""
+    """Of the task, as it says itself."""
     fewshot: Count
-    """Examples before each item."""
+    """Examples before each question."""
     items: Count
-    """Items that were asked."""
+    """Questions asked."""
     sha256: str
-    """SHA-256 of its documents, prompts and targets."""
+    """Of its documents, prompts and targets."""
     metrics: tuple[TaskMetric, ...]
-    """What was measured."""
+    """What came of them."""
 
 
 class Tasks(_Part):
@@ -422,9 +422,9 @@ class Tasks(_Part):
     max_length: Count
     """Tokens that a row takes at most."""
     prefix_token: Count
-    """What stands before texts without a context."""
+    """The token before texts that have no context."""
     tasks: tuple[Task, ...]
-    """In the order of the suite."""
+    """The tasks, in the order of the suite."""
 
 
 class FurtherText(_Part):
@@ -432,6 +432,8 @@ class FurtherText(_Part):
 
     protocol: Protocol
     """What was measured on."""
+    bootstrap: Bootstrap
+    """Where errors and intervals come from."""
     perplexity: Perplexity
     """How well both predict the text."""
     kld: Divergence
@@ -440,30 +442,32 @@ class FurtherText(_Part):
     """How the probability of the true token changes."""
     same_top_p: Estimate
     """Share of tokens for which both models rank the same token first."""
+    documents: Documents
+    """Sums by document."""
 
 
 class Gate(_Part):
     """A threshold of a suite and what was found."""
 
     threshold: str
-    """As suites call it; begins with min or max."""
+    """Its key in the suite."""
     where: str
-    """The text, layer or task that is worst."""
+    """The text, layer or task that is furthest from it, or nearest to missing it."""
     value: float
     """What was found there."""
     limit: float
     """What was asked for."""
     met: bool
-    """Whether it was reached."""
+    """Whether the value is within the limit."""
 
 
 class Suite(_Part):
-    """The suite that was run, and how its thresholds fared."""
+    """The suite that was run."""
 
     name: str
-    """Its name, or its file."""
+    """As it was asked for."""
     gates: tuple[Gate, ...] = ()
-    """One for each threshold that was set."""
+    """How its thresholds fared."""
 
 
 class Report(_Part):
@@ -500,11 +504,11 @@ class Report(_Part):
     documents: Documents
     """Sums by document."""
     further_texts: tuple[FurtherText, ...] = ()
-    """The other texts of a suite."""
+    """The texts of a suite after the first."""
     tasks: Tasks | None = None
-    """The tasks of a suite; None where there are none."""
+    """The tasks of a suite; None without any."""
     suite: Suite | None = None
-    """The suite and its thresholds; None where no suite was run."""
+    """How the thresholds of a suite fared; None where none was run."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, in the order of the fields.

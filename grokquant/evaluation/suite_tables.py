@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grokquant.evaluation.report import Protocol, Report, Suite, TaskMetric, TaskValue
-from grokquant.evaluation.tables import NBSP, number, percent
+from grokquant.evaluation.tables import NBSP, markdown_cell, number, percent
 
 ARROWS = {True: "↑ higher", False: "↓ lower", None: ""}
 _COLUMNS = ("Task", "Metric", "Reference", "Quantized", "Difference", "95 % interval",
@@ -70,7 +70,7 @@ def suite_tables(report: Report) -> Iterator[Table]:
     if report.tasks and report.tasks.tasks:
         table = Table(title=f"lm-eval {escape(report.tasks.lm_eval)}", title_justify="left")
         for i, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="right" if i > 1 else "left")
+            table.add_column(name, justify="right" if i > 1 else "left", no_wrap=i < 2)
         for cells in _task_cells(report):
             table.add_row(*map(escape, cells))
         yield table
@@ -89,9 +89,14 @@ def tasks_markdown(report: Report) -> list[str]:
     if not report.tasks or not report.tasks.tasks:
         return []
     rows = [_COLUMNS, (":--", ":--", *["--:"] * (len(_COLUMNS) - 2)), *_task_cells(report)]
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    lines = [f"| {' | '.join(map(markdown_cell, row))} |" for row in rows]
     words = "Lost are items that only the reference gets right; p is McNemar’s."
-    return [*lines, "", f"Tasks of lm-eval {report.tasks.lm_eval}, the same items. {words}", ""]
+    return [
+        *lines,
+        "",
+        f"Tasks of lm-eval {markdown_cell(report.tasks.lm_eval)}, the same items. {words}",
+        "",
+    ]
 
 
 def task_value(metric: TaskMetric, value: TaskValue) -> str:

@@ -231,7 +231,7 @@ def markdown_table(report: Report) -> str:
     lines = ["| Metric | Value | ± | 95 % interval | No change | Better |"]
     lines.append("|:--|--:|--:|--:|--:|:--|")
     lines += [
-        f"| {_cell(row.name)} | {row.shown} | {row.shown_error} | {row.shown_interval} "
+        f"| {markdown_cell(row.name)} | {row.shown} | {row.shown_error} | {row.shown_interval} "
         f"| {row.shown_noise} | {row.better} |"
         for row in rows(report)
     ]
@@ -239,7 +239,7 @@ def markdown_table(report: Report) -> str:
         f"| Bits per weight | {model.bits_per_weight:.2f} | | | | {LOWER} |",
         f"| Size | {size(model.bytes)} | | | | {LOWER} |",
     ]
-    return "\n".join([*lines, "", _cell(f"{_basis(report)}."), ""])
+    return "\n".join([*lines, "", markdown_cell(f"{_basis(report)}."), ""])
 
 
 def verdict(report: Report) -> str:
@@ -361,5 +361,6 @@ def size(stored: int) -> str:
     return readable.size(stored).replace(" ", NBSP)
 
 
-def _cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Text that neither ends a cell nor begins a tag."""
     return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
