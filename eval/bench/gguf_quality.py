@@ -2,9 +2,9 @@
 
     python eval/bench/gguf_quality.py --llama-cpp PYTHON [GRID ...]
 
-Experts and attention are quantized by all three, embeddings and head by none; `none` for the peer
-where PYTHON, which has llama-cpp-python, is not given. All are evaluated by the same code, which
-multiplies out in float32. Prints a JSON line per grid and quantizer.
+Experts and attention are quantized by all three, embeddings and head by none. PYTHON has
+llama-cpp-python; without it there is no peer. All are read and evaluated by the same code. Prints a
+JSON line per grid and quantizer.
 """
 
 import argparse

@@ -91,12 +91,9 @@ def _cut(pre_tokenizer: dict) -> str | None:
         return None
     if not before:
         return "gpt-2" if last.get("use_regex", True) else None
-    pattern = before[0]["pattern"].get("Regex") if before[0]["type"] == "Split" else None
-    return (
-        _PATTERNS.get(str(pattern))
-        if len(before) == 1 and not last.get("use_regex", True)
-        else None
-    )
+    if len(before) > 1 or before[0]["type"] != "Split" or last.get("use_regex", True):
+        return None
+    return _PATTERNS.get(str(before[0]["pattern"].get("Regex")))
 
 
 def _filled(tokens: list[str], size: int) -> list[str]:
