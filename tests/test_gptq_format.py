@@ -125,7 +125,7 @@ def test_asymmetric_matrices_stay_themselves_in_packed_modules(released):
     codes, zeros, scales = random_codes(4, 128, 256, 8)
     rewrite(released, naive_pack(codes, zeros, scales, np.arange(256) // 32, 4), {"sym": False})
     ref = open_checkpoint(released).source.tensors[NAME]
-    module = PackedMatrix(ref, gptq)
+    module = PackedMatrix(ref, gptq, torch.float16)
     module.read(torch.device("cpu"))
     assert torch.equal(module.dense(torch.float16), ref.read())
 

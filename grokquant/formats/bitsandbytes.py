@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.parts import Layout, empty_parts
 from grokquant.formats.targets import own_config
 from grokquant.types import CODEBOOKS, NAMED_GRIDS, QTensor, Scheme, Source, TensorRef, Unit
 
@@ -30,7 +31,6 @@ SCALE_DTYPE, HOLDS_DENSE = "float32", False
 _INT8 = NAMED_GRIDS["llm_int8"]
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = "quant_state.bitsandbytes__"
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -67,10 +67,7 @@ def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
     """The named tensors that stand for `tensor` in a checkpoint."""
     rows, columns = quantized.codes.shape
     layout = packed_layout(tensor, (rows, columns), quantized.scheme)
-    device = quantized.codes.device
-    parts = {
-        name: torch.empty(s, dtype=dtype, device=device) for name, (dtype, s) in layout.items()
-    }
+    parts = empty_parts(layout, quantized.codes.device)
     pack_into(parts, tensor, slice(0, rows), quantized)
     return parts
 

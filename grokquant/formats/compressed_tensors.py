@@ -14,6 +14,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats import compressed_config, int_quantized
 from grokquant.formats.compressed_config import Storage, config_of, not_integers, schemes_of
+from grokquant.formats.parts import Layout, empty_parts
 from grokquant.formats.reading import check_parts, part_of
 from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
@@ -39,13 +40,11 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def packed_layout(
-    tensor: str, shape: tuple[int, int], scheme: Scheme
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     stem, (rows, columns) = _stem(tensor), shape
     groups, per_word = scheme.groups(columns), 32 // scheme.bits
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    layout: Layout = {
         f"{stem}.weight_packed": (torch.int32, (rows, columns // per_word)),
         f"{stem}.weight_scale": (SCALE_DTYPES[scheme.scale_dtype], (rows, groups)),
         f"{stem}.weight_shape": (torch.int64, (2,)),
@@ -59,10 +58,7 @@ def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
     """The named tensors that stand for `tensor` in a checkpoint."""
     rows, columns = quantized.codes.shape
     layout = packed_layout(tensor, (rows, columns), quantized.scheme)
-    device = quantized.codes.device
-    parts = {
-        name: torch.empty(s, dtype=dtype, device=device) for name, (dtype, s) in layout.items()
-    }
+    parts = empty_parts(layout, quantized.codes.device)
     pack_into(parts, tensor, slice(0, rows), quantized)
     return parts
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.parts import Layout, empty_parts
 from grokquant.formats.targets import first_match, own_config
 from grokquant.types import NAMED_GRIDS, QTensor, Scheme, Source, TensorRef, Unit
 
@@ -42,9 +43,7 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def packed_layout(
-    tensor: str, shape: tuple[int, int], scheme: Scheme
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     columns, size = _BLOCKS[_NAMES[scheme]]
     return {f"{tensor}_blocks": (torch.uint8, (shape[0], shape[1] // columns * size))}
@@ -53,8 +52,8 @@ def packed_layout(
 def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
     """The named tensor that stands for `tensor` in a checkpoint."""
     rows, columns = quantized.codes.shape
-    ((name, (dtype, shape)),) = packed_layout(tensor, (rows, columns), quantized.scheme).items()
-    parts = {name: torch.empty(shape, dtype=dtype, device=quantized.codes.device)}
+    layout = packed_layout(tensor, (rows, columns), quantized.scheme)
+    parts = empty_parts(layout, quantized.codes.device)
     pack_into(parts, tensor, slice(0, rows), quantized)
     return parts
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.parts import Layout, empty_parts
 from grokquant.formats.reading import check_parts, part_of, validated
 from grokquant.formats.targets import check_target, targets_of
 from grokquant.types import QTensor, Scheme, Source, TensorRef, Unit
@@ -43,9 +44,7 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def packed_layout(
-    tensor: str, shape: tuple[int, int], scheme: Scheme
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     stem, (rows, columns) = _stem(tensor), shape
     groups, words = scheme.groups(columns), scheme.bits
@@ -61,10 +60,7 @@ def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
     """The named tensors that stand for `tensor` in a checkpoint."""
     rows, columns = quantized.codes.shape
     layout = packed_layout(tensor, (rows, columns), quantized.scheme)
-    device = quantized.codes.device
-    parts = {
-        name: torch.empty(s, dtype=dtype, device=device) for name, (dtype, s) in layout.items()
-    }
+    parts = empty_parts(layout, quantized.codes.device)
     pack_into(parts, tensor, slice(0, rows), quantized)
     return parts
 

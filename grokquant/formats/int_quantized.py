@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grokquant.formats.compressed_config import config_of, not_integers
+from grokquant.formats.parts import Layout
 from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Unit
 
 NAME = "int-quantized"
@@ -22,12 +23,10 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return not_integers(scheme, (8,))
 
 
-def packed_layout(
-    tensor: str, shape: tuple[int, int], scheme: Scheme
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     spans = (shape[0], scheme.groups(shape[1]))
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+    layout: Layout = {
         tensor: (torch.int8, shape),
         f"{tensor}_scale": (SCALE_DTYPES[scheme.scale_dtype], spans),
     }

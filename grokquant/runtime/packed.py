@@ -12,9 +12,8 @@ from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.families.family import Family, parameter_parent
 from grokquant.formats import packing_of
+from grokquant.formats.parts import Layout
 from grokquant.types import SCALE_DTYPES, QTensor, TensorRef
-
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class PackedMatrix(nn.Module):
