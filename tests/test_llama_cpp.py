@@ -148,6 +148,16 @@ MIXED = [
 ]
 
 
+@torch.no_grad()
+def rounding(output: Path, rows: torch.Tensor) -> float:
+    """Ten times what bfloat16 changes here: some tokens are routed to other experts."""
+    wide, narrow = (
+        grokquant.load(output, dtype=dtype)[0](rows).logits
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    return 10 * divergence(wide, narrow)
+
+
 @pytest.mark.parametrize(
     "rules", [[{"match": "*", "method": "keep"}], MIXED], ids=["bf16", "mixed"]
 )
@@ -163,7 +173,7 @@ def test_other_families_run_too(family, rules, rows, tmp_path):
     shutil.copyfile(TOY_PATH / "tokenizer.model", tmp_path / "in" / "tokenizer.model")
     output = quantized(str(tmp_path / "in"), rules, "2MB", tmp_path / "out")
     theirs, _, _ = run(tmp_path, output, rows[:2])
-    check_logits(theirs, output, rows[:2], 1e-3 if rules is not MIXED else 2e-2)
+    check_logits(theirs, output, rows[:2], 2e-2 if rules is MIXED else rounding(output, rows[:2]))
 
 
 def byte_level(cut: str, path: Path) -> None:
