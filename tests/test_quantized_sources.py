@@ -540,7 +540,10 @@ def test_compressed_tensors_of_llm_compressor(quantized, actorder):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (group_of(actorder="group"), "weights.actorder: Input should be 'weight' or 'static', not"),
+        (
+            group_of(actorder="group"),
+            "weights.actorder: Input should be 'weight', 'static' or False",
+        ),
         (group_of(type="float"), "weights.type: Input should be 'int', not 'float'"),
         (group_of(strategy="tensor"), "weights.strategy"),
         ({"format": "float-quantized"}, "quantization_config.format"),

@@ -164,7 +164,7 @@ def test_each_model_gives_its_own_answers(int4, tiny_release):
     paths = (int4, tiny_release)
     texts = [Windows(torch.arange(n)[None]) for n in (40, 30)]
     both = [open_checkpoint(path) for path in paths]
-    answers = evaluation.compare(*both, texts, likelihoods.pack(pairs, 64)).answers
+    answers = compare_texts(*both, texts, likelihoods.pack(pairs, 64)).answers
     for path, found in zip(paths, answers, strict=True):
         model, _ = grokquant.load(path, dtype=torch.float32)
         for pair in pairs:
