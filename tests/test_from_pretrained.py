@@ -1,6 +1,7 @@
 """`from_pretrained` of transformers on every kind of output: what it does alone, and with us."""
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.utils import logging as transformers_logging
 
 import grokquant
 from grokquant import pipeline
@@ -97,6 +99,17 @@ def check(path: Path, **options: object) -> nn.Module:
     quantized = {ref.name for _, ref in open_checkpoint(path).units() if ref.scheme}
     assert quantized <= packed and bool(quantized) == bool(packed)
     return model
+
+
+def test_a_model_with_a_tied_head_loads_without_a_warning(output_of, monkeypatch, caplog):
+    path = output_of("gemma2")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    model = from_pretrained(path)
+    transformers_logging.set_verbosity(verbosity)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "tied" not in caplog.text
 
 
 @pytest.mark.parametrize("rules", ["int4", "int8"])

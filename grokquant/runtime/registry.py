@@ -72,12 +72,16 @@ class PackedQuantizer(HfQuantizer):
         files[:] = [f"{self._place.name}/nothing.safetensors"]
         save_file({}, files[0])
         model._keys_to_ignore_on_load_missing = {""}
+        # What is tied would be taken for lost where neither end is read.
+        self._tied, model.all_tied_weights_keys = model.all_tied_weights_keys, {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._place.cleanup()
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("device_map: packed matrices cannot be offloaded to CPU or disk")
         fill_model(model, self.checkpoint, self.dtype, CPU)
+        model.all_tied_weights_keys = self._tied
+        model.tie_weights(recompute_mapping=False)
         del self.checkpoint
 
 
