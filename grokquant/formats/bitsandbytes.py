@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.parts import Layout, empty_parts
+from grokquant.formats.parts import Layout, pack_all
 from grokquant.formats.targets import own_config
 from grokquant.types import CODEBOOKS, NAMED_GRIDS, QTensor, Scheme, Source, TensorRef, Unit
 
@@ -65,11 +65,7 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
 
 def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
     """The named tensors that stand for `tensor` in a checkpoint."""
-    rows, columns = quantized.codes.shape
-    layout = packed_layout(tensor, (rows, columns), quantized.scheme)
-    parts = empty_parts(layout, quantized.codes.device)
-    pack_into(parts, tensor, slice(0, rows), quantized)
-    return parts
+    return pack_all(tensor, quantized, packed_layout, pack_into)
 
 
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
