@@ -110,10 +110,6 @@ class Plan:
         file_of = {tensor.name: file for file in self.files for tensor in file.tensors}
         return {part: file_of[place.tensor] for part, place in self.places.items()}
 
-    def file_of_unit(self, unit: Unit) -> PlannedFile:
-        parts = self.packing.packed_layout(unit.tensor, unit.shape, unit.scheme)
-        return self.file_of[next(iter(parts))]
-
 
 def build_plan(recipe: Recipe) -> Plan:
     """Opens the checkpoint of `recipe` (headers only) and applies its rules.

@@ -24,7 +24,7 @@ from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import compare, statistics
-from grokquant.evaluation.compare import compare_checkpoints
+from grokquant.evaluation.compare import Windows, compare_texts
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.tables import markdown_table
 from grokquant.families.grok_model import GrokDecoderLayer, GrokRouter
@@ -310,7 +310,7 @@ def test_each_tensor_is_read_once(outputs, tiny_release):
         return replace(checkpoint, source=replace(checkpoint.source, tensors=tensors))
 
     both = [counting(open_checkpoint(path), str(path)) for path in (outputs["int4"], tiny_release)]
-    compare_checkpoints(*both, torch.arange(120).view(4, 30))
+    compare_texts(*both, [Windows(torch.arange(120).view(4, 30))])
     assert set(reads.values()) == {1}
     assert len(reads) == sum(len(checkpoint.source.tensors) for checkpoint in both)
 

@@ -15,7 +15,7 @@ from grokquant.calibration import blocks
 from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.evaluation import compare
-from grokquant.evaluation.compare import compare_checkpoints
+from grokquant.evaluation.compare import Windows, compare_texts
 from grokquant.evaluation.report import Report
 from grokquant.families.grok_model import GrokDecoderLayer
 from grokquant.recipe import EvalSection
@@ -248,7 +248,7 @@ def counted(checkpoint: Checkpoint, reads: Counter, side: str) -> Checkpoint:
 def test_layers_are_read_once_for_both_paths(output, tiny_release):
     reads: Counter[str] = Counter()
     both = [counted(open_checkpoint(path), reads, str(path)) for path in (output, tiny_release)]
-    found = compare_checkpoints(*both, torch.arange(120).view(4, 30))
+    found = compare_texts(*both, [Windows(torch.arange(120).view(4, 30))])
     assert all(layer.forced for layer in found.layers)
     assert set(reads.values()) == {1}
     assert len(reads) == sum(len(checkpoint.source.tensors) for checkpoint in both)

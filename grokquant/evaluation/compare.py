@@ -80,23 +80,6 @@ class Comparison:
 LayerDone = Callable[[LayerFigures, int], None]
 
 
-def compare_checkpoints(
-    quantized: Checkpoint,
-    reference: Checkpoint,
-    rows: Tensor,
-    layer_done: LayerDone | None = None,
-    device: torch.device = CPU,
-    forced: bool = True,
-    cache: Cache | None = None,
-) -> Comparison:
-    """Runs both models over token ids `rows` [windows, time], layer by layer, each read once.
-
-    Every token but the first of each window is scored. Arithmetic is float32.
-    """
-    texts = [Windows(rows)]
-    return compare_texts(quantized, reference, texts, (), layer_done, device, forced, cache)
-
-
 def compare_texts(
     quantized: Checkpoint,
     reference: Checkpoint,

@@ -6,9 +6,8 @@ from html import escape
 from pathlib import Path
 
 import grokquant
-from grokquant.durable import write_json, write_text
-from grokquant.errors import InputError
 from grokquant.evaluation.comparison import Contest, Run, Standing
+from grokquant.evaluation.html import write_page
 from grokquant.evaluation.markup import (
     better,
     datum,
@@ -62,15 +61,8 @@ def write_comparison(contest: Contest, directory: Path) -> tuple[Path, Path]:
 
     Returns both paths. Raises InputError where the directory cannot be written.
     """
-    json_path, html_path = directory / JSON_NAME, directory / HTML_NAME
-    page = render_comparison(contest)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_text(html_path, page)
-        write_json(json_path, contest.as_dict())
-    except OSError as error:
-        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
-    return json_path, html_path
+    page = HTML_NAME, render_comparison(contest)
+    return write_page(directory, (JSON_NAME, contest.as_dict()), page)
 
 
 def _by_size(contest: Contest) -> list[int]:

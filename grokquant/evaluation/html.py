@@ -71,12 +71,22 @@ def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
 
     Returns both paths. Raises InputError where the directory cannot be written.
     """
-    json_path, html_path = directory / JSON_NAME, directory / HTML_NAME
-    page = render_html(report)
+    page = HTML_NAME, render_html(report)
+    return write_page(directory, (JSON_NAME, report.to_json()), page)
+
+
+def write_page(
+    directory: Path, numbers: tuple[str, dict], page: tuple[str, str]
+) -> tuple[Path, Path]:
+    """Writes numbers as JSON and the page that shows them, each given with the name of its file.
+
+    Returns both paths, as `write_report` does.
+    """
+    json_path, html_path = directory / numbers[0], directory / page[0]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(html_path, page)
-        write_json(json_path, report.to_json())
+        write_text(html_path, page[1])
+        write_json(json_path, numbers[1])
     except OSError as error:
         raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
     return json_path, html_path
