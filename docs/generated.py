@@ -20,8 +20,8 @@ from grokquant.cli import main
 from grokquant.evaluation.report import Report
 from grokquant.families import FAMILIES
 from grokquant.formats import FORMATS
+from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.recipe import Recipe, Rule
-from grokquant.types import NAMED_GRIDS, Scheme
 
 ROOT = Path(__file__).parents[1]
 DOWN = (6144, 32768)  # the largest matrix of an expert of Grok-1, [out, in]

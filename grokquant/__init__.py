@@ -9,17 +9,17 @@ from grokquant.devices import device_of
 from grokquant.families import grok_model as _grok_model
 
 # Imported here so that no later import puts the module in the place of the function `plan`.
-from grokquant.plan import Plan, build_plan
+from grokquant.job.plan import Plan, build_plan
 from grokquant.runtime import registry as _registry
 from grokquant.runtime.load import load
-from grokquant.tokenizer import register as _register_tokenizer
+from grokquant.text.tokenizer import register as _register_tokenizer
+from grokquant.version import __version__
 
 if TYPE_CHECKING:
     from grokquant.evaluation.report import Report
     from grokquant.recipe import Recipe
 
-__version__ = "0.1.0"
-__all__ = ["evaluate", "load", "plan", "quantize"]
+__all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
 
 _grok_model.register()
 _register_tokenizer()
@@ -36,7 +36,7 @@ def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> P
 
     The same call continues a run that was interrupted.
     """
-    from grokquant import pipeline
+    from grokquant.job import pipeline
 
     return pipeline.quantize(_as_recipe(recipe), device=device_of(device))
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 from transformers.utils import logging as transformers_logging
 
-import grokquant
 from grokquant.errors import GrokquantError
+from grokquant.version import __version__
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +50,7 @@ def _printable(text: str) -> str:
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
-@click.version_option(grokquant.__version__)
+@click.version_option(__version__)
 def main() -> None:
     """Quantize Grok-1 and its kind on a machine that cannot hold them, and prove what it cost.
 
@@ -94,10 +94,10 @@ def quantize(
     the file in progress, twice stops at once; nothing that is finished is done again. The result
     loads as the source does; its report has a row for every matrix.
     """
-    from grokquant import pipeline
     from grokquant.devices import device_of
+    from grokquant.job import pipeline
     from grokquant.recipe import load_recipe
-    from grokquant.terminal import RunProgress
+    from grokquant.reporting.terminal import RunProgress
 
     loaded = load_recipe(recipe, overrides)
     place = device_of(device)
@@ -141,9 +141,9 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
     RESULT is a quantized checkpoint; its source is not needed. Codes and scales stay as they are,
     bit by bit; what the format cannot hold so is refused and nothing is written.
     """
-    from grokquant import pipeline
-    from grokquant.conversion import conversion_recipe
-    from grokquant.terminal import RunProgress
+    from grokquant.job import pipeline
+    from grokquant.job.convert import conversion_recipe
+    from grokquant.reporting.terminal import RunProgress
 
     place = output or f"{Path(result).resolve()}-{output_format}"
     recipe = conversion_recipe(result, output_format, place)
@@ -196,10 +196,11 @@ def evaluate(
     """
     from grokquant import evaluation
     from grokquant.devices import device_of
-    from grokquant.evaluation.suite_tables import suite_tables
-    from grokquant.evaluation.tables import terminal_table, verdict
-    from grokquant.output import check_writable
-    from grokquant.terminal import LayerProgress
+    from grokquant.job.shards import check_writable
+    from grokquant.reporting.publish import publish
+    from grokquant.reporting.rows import terminal_table, verdict
+    from grokquant.reporting.suite_tables import suite_tables
+    from grokquant.reporting.terminal import LayerProgress
 
     reports = Path(directory or Path(output) / "evaluation")
     check_writable(reports)
@@ -216,7 +217,7 @@ def evaluate(
             forced=not quick,
             cache=kept,
         ).report
-    _, page = evaluation.publish(report, Path(output), reports)
+    _, page = publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
     else:
@@ -237,9 +238,9 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
     one text and one reference. On the front nothing is both smaller and better; ties are told from
     differences by drawing the documents again.
     """
-    from grokquant.evaluation.compare_page import write_comparison
-    from grokquant.evaluation.comparison import contest
-    from grokquant.evaluation.comparison_tables import markdown, terminal_tables
+    from grokquant.reporting.html.ranking_page import write_comparison
+    from grokquant.reporting.ranking import contest
+    from grokquant.reporting.ranking_tables import markdown, terminal_tables
 
     found = contest(runs)
     page = write_comparison(found, Path(directory))[1] if directory else None
@@ -261,8 +262,8 @@ def inspect(path: str, as_json: bool) -> None:
 
     Family, layers, experts, parameters, bytes, bits per weight and every tensor.
     """
-    from grokquant.inspection import describe
-    from grokquant.terminal import print_description
+    from grokquant.reporting.inspection import describe
+    from grokquant.reporting.terminal import print_description
 
     description = describe(path)
     if as_json:
@@ -278,7 +279,7 @@ def verify(output: str) -> None:
 
     Checks the checksums, every matrix against its row in the report, and that values are finite.
     """
-    from grokquant.verify import verify as check
+    from grokquant.job.verify import verify as check
 
     click.echo(f"{output}: ok, {check(output)} quantized matrices as reported")
 
@@ -322,9 +323,9 @@ def generate(
 
 
 def _show_plan(recipe: "Recipe", as_json: bool) -> None:
-    from grokquant.budget import budget_of
-    from grokquant.plan import build_plan, check_disk
-    from grokquant.terminal import plan_as_dict, print_budget, print_plan
+    from grokquant.job.budget import budget_of
+    from grokquant.job.plan import build_plan, check_disk
+    from grokquant.reporting.terminal import plan_as_dict, print_budget, print_plan
 
     plan = build_plan(recipe)
     budget = budget_of(plan)

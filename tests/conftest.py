@@ -9,10 +9,10 @@ import pytest
 from jobs import Job, Launcher, new_job
 from make_release import write_random_release
 
-from grokquant.durable import sha256
+from grokquant.files.atomic import sha256
+from grokquant.grids import Scheme
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.toy import TOY_PATH
-from grokquant.types import Scheme
 
 EXPERTS = {"match": "layers.*.experts.*.*", "method": "gptq", "bits": 4, "group": 32}
 # Every integer grid that a recipe can ask for.

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grokquant
-from grokquant.durable import sha256
+from grokquant.files.atomic import sha256
 
 DRIVER = Path(__file__).parent / "kill_driver.py"
 ENVIRONMENT = os.environ | {

@@ -167,10 +167,10 @@ def _endless_disk() -> None:
 
 
 def _other_torch() -> None:
-    from grokquant import identity
+    from grokquant.job import fingerprint
 
-    known = identity.version
-    identity.version = lambda name: "9.9.9" if name == "torch" else known(name)
+    known = fingerprint.version
+    fingerprint.version = lambda name: "9.9.9" if name == "torch" else known(name)
 
 
 def _background() -> None:
@@ -260,7 +260,7 @@ def _answer(request: dict) -> dict:
         os.kill(request["continue"], signal.SIGCONT)
         return {}
     if "warm" in request:
-        from grokquant import pipeline
+        from grokquant.job import pipeline
         from grokquant.recipe import load_recipe
 
         pipeline.quantize(load_recipe(request["warm"]))
@@ -277,8 +277,8 @@ def _answer(request: dict) -> dict:
 def serve() -> None:
     import torch
 
-    import grokquant.pipeline
-    import grokquant.terminal  # noqa: F401
+    import grokquant.job.pipeline
+    import grokquant.reporting.terminal  # noqa: F401
 
     torch.set_num_threads(1)
     replies = os.fdopen(os.dup(1), "w", buffering=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from grokquant.sources.release import LAYER, TOP, file_name, leaf_names
-from grokquant.sources.release_writer import (
+from grokquant.toy.release_writer import (
     Leaf,
     _framed,
     framed_size,

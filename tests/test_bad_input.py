@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from grokquant.cli import main
 from grokquant.sources.pickles import read_array, read_headers
-from grokquant.sources.release_writer import write_leaf
+from grokquant.toy.release_writer import write_leaf
 
 # What a run may say before it fails: the plan, how much text there is, blocks.
 PROGRESS = re.compile(r".* -> .*|[┏┃┡│└].*|[\d,]+ weights, .*|calibration: .*|layer \d+: .*")

@@ -12,7 +12,7 @@ import torch
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config
 from grokquant.sources.release import LAYER, TOP, leaf_names
-from grokquant.sources.release_writer import Chunked, framed_size, write_leaf
+from grokquant.toy.release_writer import Chunked, framed_size, write_leaf
 
 BENCH = Path(__file__).parents[1] / "eval" / "bench"
 SMALL = dict(

@@ -14,16 +14,17 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import BitsAndBytesConfig
 
 import grokquant
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
-from grokquant.conversion import conversion_recipe
 from grokquant.errors import InputError
 from grokquant.formats import bitsandbytes
+from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.job import pipeline
+from grokquant.job.convert import conversion_recipe
+from grokquant.job.fused import round_and_pack
 from grokquant.methods.gptq import factorize, round_gptq
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.recipe import parse_recipe
-from grokquant.tiles import round_and_pack
-from grokquant.types import NAMED_GRIDS, QTensor, Scheme
+from grokquant.types import QTensor
 
 ROWS, COLUMNS = 96, 256
 BLOCKS = [NAMED_GRIDS[grid] for grid in ("nf4", "fp4")]

@@ -7,10 +7,10 @@ import pytest
 from conftest import ATTENTION, EXPERTS
 from make_release import write_hollow_grok_1
 
-from grokquant import pipeline
-from grokquant.budget import budget_of
-from grokquant.budget.memory import peak_step, resident_bytes
-from grokquant.plan import build_plan
+from grokquant.job import pipeline
+from grokquant.job.budget import budget_of
+from grokquant.job.budget.memory import peak_step, resident_bytes
+from grokquant.job.plan import build_plan
 
 RTN = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
 

@@ -384,7 +384,7 @@ def test_signals_end_a_run_without_loss(number, recipe, tmp_path, monkeypatch):
         assert (tmp_path / "out.partial").is_dir()
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("grokquant.terminal.RunProgress.layer_done", send)
+    monkeypatch.setattr("grokquant.reporting.terminal.RunProgress.layer_done", send)
     before = signal.getsignal(signal.SIGTERM)
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal
     result = run("quantize", recipe, *settings(f"output.path={tmp_path}/out"))

@@ -12,8 +12,8 @@ from test_report import content, estimate
 
 from grokquant.errors import InputError
 from grokquant.evaluation.bootstrap import Bootstrap
-from grokquant.evaluation.comparison import Contest, contest, difference
-from grokquant.evaluation.comparison_tables import markdown, terminal_tables
+from grokquant.reporting.ranking import Contest, contest, difference
+from grokquant.reporting.ranking_tables import markdown, terminal_tables
 
 DOCUMENTS = 60
 TOKENS = np.random.default_rng(0).integers(100, 900, DOCUMENTS)

@@ -10,10 +10,10 @@ import pytest
 from reports import AWKWARD, Page, at, content, estimate, read_number
 
 from grokquant.errors import InputError
-from grokquant.evaluation.compare_page import render_comparison, write_comparison
-from grokquant.evaluation.comparison import contest
-from grokquant.evaluation.html import write_report
 from grokquant.evaluation.report import parse_report
+from grokquant.reporting.html.page import write_report
+from grokquant.reporting.html.ranking_page import render_comparison, write_comparison
+from grokquant.reporting.ranking import contest
 
 RUNS = {"int3": (3.3, 0.05), "rtn4": (4.3, 0.021), "gptq4": (4.3, 0.012), "int8": (8.6, 0.0004)}
 RUNS |= {f"mixed{i}": (5 + i / 3, 0.008 / (i + 1)) for i in range(8)}

@@ -9,14 +9,15 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from conftest import GRIDS
 
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.formats import compressed_tensors, int_quantized
 from grokquant.formats.words import pack_with_torch, pack_words, unpack_words
+from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.job import pipeline
+from grokquant.job.plan import build_plan
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.plan import build_plan
-from grokquant.types import NAMED_GRIDS, QTensor, Scheme, Unit
+from grokquant.types import QTensor, Unit
 
 NAME = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
-from grokquant.conversion import conversion_recipe
 from grokquant.errors import InputError
+from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.job import pipeline
+from grokquant.job.convert import conversion_recipe
 from grokquant.recipe import parse_recipe
-from grokquant.types import NAMED_GRIDS, QTensor, Scheme
+from grokquant.types import QTensor
 
 EXPERTS = {"match": "layers.*.experts.*", "method": "rtn"}
 INT4 = EXPERTS | {"bits": 4, "group": 32, "scale_dtype": "float16"}

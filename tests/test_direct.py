@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from grokquant import direct
-from grokquant.direct import PlacedFile
+from grokquant.files import direct_io
+from grokquant.files.direct_io import PlacedFile
 
 DATA = bytes(range(256)) * 1024  # 256 KB
 
 
 @pytest.fixture(params=["direct", "no direct"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(direct, "LARGE", 8192)
-    monkeypatch.setattr(direct, "_CHUNK", 16384)
+    monkeypatch.setattr(direct_io, "LARGE", 8192)
+    monkeypatch.setattr(direct_io, "_CHUNK", 16384)
     if request.param == "no direct":
         really = os.open
 
         def refuse(path, flags, *mode):
-            if flags & direct._DIRECT:
+            if flags & direct_io._DIRECT:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return really(path, flags, *mode)
 

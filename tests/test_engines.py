@@ -13,7 +13,8 @@ import re
 import pytest
 
 from grokquant.formats import compressed_tensors
-from grokquant.types import Scheme, Unit
+from grokquant.grids import Scheme
+from grokquant.types import Unit
 
 INT4, INT8 = Scheme(4, 128), Scheme(8, 128)
 # A family's own names in files: attention, experts' (gate, up, down), router; and vLLM's modules.

@@ -182,7 +182,7 @@ def test_a_full_disk_stops_the_cache_and_not_the_evaluation(evaluate, cache, not
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("grokquant.durable.commit", full)
+    monkeypatch.setattr("grokquant.files.atomic.commit", full)
     assert evaluate(4, cache)[0] == plain
     assert len(notes) == 1 and "No space left on device" in notes[0]
     assert not list(cache.directory.rglob("*.tmp"))

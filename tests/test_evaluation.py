@@ -18,19 +18,21 @@ from torch import Tensor
 
 import grokquant
 from grokquant import evaluation
-from grokquant.calibration import python_docs
-from grokquant.calibration.blocks import BlockwiseModel
-from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
-from grokquant.evaluation import compare, statistics
-from grokquant.evaluation.compare import Windows, compare_texts
+from grokquant.evaluation import measure, statistics
+from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.report import Report, read_report
-from grokquant.evaluation.tables import markdown_table
 from grokquant.families.grok_model import GrokDecoderLayer, GrokRouter
+from grokquant.job.verify import verify
 from grokquant.recipe import EvalSection
-from grokquant.tokenizer import load_tokenizer
-from grokquant.verify import verify
+from grokquant.recipe.of_output import settings_of
+from grokquant.reporting.publish import publish
+from grokquant.reporting.rows import markdown_table
+from grokquant.streaming.blocks import BlockwiseModel
+from grokquant.text import python_docs
+from grokquant.text.documents import load_documents, token_rows
+from grokquant.text.tokenizer import load_tokenizer
 
 LAYERS, EXPERT_COUNT = 2, 4
 # More tokens than one forward pass takes, so that windows run in several batches.
@@ -285,8 +287,8 @@ def test_layers_are_those_of_whole_models(report, pair):
 
 @pytest.mark.parametrize("at_once", [1, 50, 199])
 def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatch, at_once):
-    monkeypatch.setattr(compare, "_LOGITS_AT_ONCE", at_once * 2048)
-    settings = evaluation.settings_of(outputs["int4"], samples=2)
+    monkeypatch.setattr(measure, "_LOGITS_AT_ONCE", at_once * 2048)
+    settings = settings_of(outputs["int4"], samples=2)
     pieces = evaluation.evaluate(outputs["int4"], tiny_release, settings)
     monkeypatch.undo()
     whole = evaluation.evaluate(outputs["int4"], tiny_release, settings)
@@ -370,11 +372,11 @@ def test_the_noise_floor_is_measured(outputs, tiny_release, monkeypatch):
 
 
 def test_settings_are_those_of_the_recipe_unless_given(outputs, settings, tiny_release):
-    assert evaluation.settings_of(outputs["int4"]) == settings
-    changed = evaluation.settings_of(outputs["int4"], data="python-docs", samples=3, length=99)
+    assert settings_of(outputs["int4"]) == settings
+    changed = settings_of(outputs["int4"], data="python-docs", samples=3, length=99)
     assert changed == EvalSection(data="python-docs", samples=3, length=99)
-    assert evaluation.settings_of(tiny_release) == EvalSection()
-    assert evaluation.settings_of(tiny_release, length=64) == EvalSection(length=64)
+    assert settings_of(tiny_release) == EvalSection()
+    assert settings_of(tiny_release, length=64) == EvalSection(length=64)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +389,7 @@ def test_settings_are_those_of_the_recipe_unless_given(outputs, settings, tiny_r
 )
 def test_settings_that_make_no_sense_are_refused(outputs, given, words):
     with pytest.raises(InputError, match=words) as error:
-        evaluation.settings_of(outputs["int4"], **given)
+        settings_of(outputs["int4"], **given)
     assert "\n" not in str(error.value) and str(error.value).startswith("eval")
 
 
@@ -495,7 +497,7 @@ def test_kept_matrices_are_counted_by_their_dtype(tiny_release, settings, tmp_pa
 
 def test_publish_writes_the_report_and_fills_the_card(report, output):
     sums, card = ((output / name).read_bytes() for name in ("SHA256SUMS", "README.md"))
-    json_path, html_path = evaluation.publish(report, output)
+    json_path, html_path = publish(report, output)
     assert json_path.parent == html_path.parent == output / "evaluation"
     assert read_report(json_path) == report
     assert "int4 g32 sym (rtn)" in html_path.read_text()
@@ -507,10 +509,10 @@ def test_publish_writes_the_report_and_fills_the_card(report, output):
 
 
 def test_publishing_again_replaces_the_table(report, output, tiny_release):
-    evaluation.publish(report, output)
+    publish(report, output)
     first = (output / "README.md").read_text()
     fewer = grokquant.evaluate(output, tiny_release, samples=2)
-    evaluation.publish(fewer, output)
+    publish(fewer, output)
     second = (output / "README.md").read_text()
     assert markdown_table(report).strip() not in second
     assert first.replace(markdown_table(report).strip(), markdown_table(fewer).strip()) == second
@@ -520,7 +522,7 @@ def test_publishing_again_replaces_the_table(report, output, tiny_release):
 
 
 def test_publish_writes_where_it_is_told(report, output, tmp_path):
-    paths = evaluation.publish(report, output, tmp_path / "elsewhere")
+    paths = publish(report, output, tmp_path / "elsewhere")
     assert {path.parent for path in paths} == {tmp_path / "elsewhere"}
     assert not (output / "evaluation").exists()
 
@@ -528,7 +530,7 @@ def test_publish_writes_where_it_is_told(report, output, tmp_path):
 def test_the_card_of_a_model_that_is_not_ours_is_left_alone(report, tmp_path):
     card = tmp_path / "README.md"
     card.write_text("<!-- evaluation -->mine<!-- /evaluation -->")
-    evaluation.publish(report, tmp_path)
+    publish(report, tmp_path)
     assert card.read_text() == "<!-- evaluation -->mine<!-- /evaluation -->"
 
 

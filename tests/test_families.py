@@ -9,15 +9,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import grokquant
-from grokquant import evaluation, pipeline
-from grokquant.calibration.blocks import BlockwiseModel
+from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import likelihoods
-from grokquant.evaluation.streaming import Stream
 from grokquant.families import FAMILIES
+from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
+from grokquant.reporting.publish import publish
 from grokquant.runtime.load import load
+from grokquant.streaming.blocks import BlockwiseModel
+from grokquant.streaming.stream import Stream
 from grokquant.toy import TOY_PATH
 
 SIZES = {
@@ -136,7 +138,7 @@ def test_quantize_evaluate_load_and_generate(saved, family, text_file, tmp_path)
     assert 0 < report.kld.mean.value < 0.02
     sparse = [layer for layer in report.layers if layer.router_top1 is not None]
     assert bool(sparse) == (open_checkpoint(path).num_experts > 0)
-    evaluation.publish(report, output)
+    publish(report, output)
     model, tokenizer = grokquant.load(output)
     assert tokenizer is not None
     assert model.generate(TOKENS[:1, :8], max_new_tokens=4).shape == (1, 12)

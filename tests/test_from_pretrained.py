@@ -20,9 +20,9 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import logging as transformers_logging
 
 import grokquant
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.generate import generate_text
 from grokquant.runtime.packed import PackedMatrix

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_release import random_leaves, write_random_release
 
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.formats import gguf
+from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.job import pipeline
+from grokquant.job.fused import round_and_pack
+from grokquant.job.unit import stored_bits
 from grokquant.methods.gptq import factorize, round_gptq
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.rounding import stored_bits
-from grokquant.sources.release_writer import write_release
-from grokquant.tiles import round_and_pack
-from grokquant.types import NAMED_GRIDS, QTensor, Scheme
+from grokquant.toy.release_writer import write_release
+from grokquant.types import QTensor
 
 GRIDS = {name: NAMED_GRIDS[name] for name in ("q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")}
 RULES = ("absmax", "mse")

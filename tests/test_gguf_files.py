@@ -9,12 +9,12 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
 from grokquant.containers.container import Place
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
-from grokquant.sources.gguf_file import GgufTensor, Short, Signed, gguf_layout, read_tensors
+from grokquant.files.gguf_header import GgufTensor, Short, Signed, gguf_layout, read_tensors
+from grokquant.job import pipeline
 from grokquant.types import Source
 
 DENSE = {"match": "*", "method": "keep"}

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from grokquant.grids import Scheme
 from grokquant.methods import gptq, ldl
 from grokquant.methods.gptq import UnusableHessian, factorize, round_gptq
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.types import QTensor, Scheme
+from grokquant.types import QTensor
 
 ROWS, COLUMNS = 75, 352  # no multiples of any block size
 SCHEMES = [Scheme(4, 32), Scheme(4, 88), Scheme(4, None), Scheme(4, 32, False), Scheme(8, None)]

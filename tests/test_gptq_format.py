@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import grokquant
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.formats import gptq
+from grokquant.grids import Scheme
+from grokquant.job import pipeline
 from grokquant.runtime.packed import PackedMatrix
-from grokquant.types import QTensor, Scheme
+from grokquant.types import QTensor
 
 NAME = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 STEM = NAME.removesuffix(".weight")

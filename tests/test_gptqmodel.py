@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
-from grokquant import pipeline
 from grokquant.checkpoint import open_checkpoint
-from grokquant.durable import write_json
+from grokquant.files.atomic import write_json
+from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.toy import TOY_PATH
 

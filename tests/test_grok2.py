@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_families import relative, streamed
 
 import grokquant
-from grokquant import evaluation, pipeline
+from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.families.grok2_model import Grok2Config, Grok2ForCausalLM
-from grokquant.inspection import describe
+from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
+from grokquant.reporting.inspection import describe
+from grokquant.reporting.terminal import print_description
 from grokquant.runtime.load import load
-from grokquant.terminal import print_description
 from grokquant.toy import TOY_PATH
 
 CONFIG = {

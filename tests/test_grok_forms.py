@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import grokquant
-from grokquant import evaluation, pipeline
+from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.toy import TOY_PATH
 

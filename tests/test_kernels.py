@@ -4,10 +4,11 @@ import pytest
 import torch
 from conftest import GRIDS
 
+from grokquant.grids import Scheme
 from grokquant.methods import compiled
 from grokquant.methods.rtn import quantize_rtn, quantize_with_torch
 from grokquant.methods.scales import find_scales, search_scales
-from grokquant.types import QTensor, Scheme
+from grokquant.types import QTensor
 
 RULES = ("absmax", "mse")
 

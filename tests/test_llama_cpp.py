@@ -15,12 +15,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
-from grokquant import pipeline
-from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import open_checkpoint
 from grokquant.containers.gguf_vocabulary import _PATTERNS
+from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
-from grokquant.tokenizer import load_tokenizer
+from grokquant.text.documents import load_documents, token_rows
+from grokquant.text.tokenizer import load_tokenizer
 from grokquant.toy import TOY_PATH
 
 pytestmark = only_with_readers

@@ -16,15 +16,16 @@ import torch
 
 import grokquant
 from grokquant import evaluation
-from grokquant.calibration import python_docs
-from grokquant.calibration.blocks import BlockwiseModel
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
-from grokquant.evaluation import asked, items, likelihoods, task_data
-from grokquant.evaluation.compare import Windows, compare_texts
-from grokquant.evaluation.streaming import Stream
+from grokquant.evaluation import items, likelihoods, task_data, task_requests
+from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.suite import Suite, TaskSection
-from grokquant.tokenizer import load_tokenizer
+from grokquant.reporting.publish import publish
+from grokquant.streaming.blocks import BlockwiseModel
+from grokquant.streaming.stream import Stream
+from grokquant.text import python_docs
+from grokquant.text.tokenizer import load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 lm_tasks = pytest.importorskip("grokquant.evaluation.lm_tasks")
@@ -160,7 +161,7 @@ def test_generated_text_is_that_of_hflm(tmp_path, monkeypatch):
     task = written_task(tmp_path)
     suite = Suite(tasks=(TaskSection(name=str(task)),), max_length=64)
     checkpoint = open_checkpoint("toy")
-    with asked.opened_tasks(suite, checkpoint, checkpoint, torch.device("cpu")) as tasks:
+    with task_requests.opened_tasks(suite, checkpoint, checkpoint, torch.device("cpu")) as tasks:
         own, same = tasks.texts
         rows, found = tasks.results({}, {})
     assert own == same and len(own) == 2 and all(own.values())
@@ -176,7 +177,7 @@ def test_generated_text_is_that_of_hflm(tmp_path, monkeypatch):
     monkeypatch.setattr("grokquant.evaluation.generation.available_bytes", lambda device: 1000)
     with (
         pytest.raises(InputError, match=r"generated: generates text, .* 1.00 kB are free"),
-        asked.opened_tasks(suite, checkpoint, checkpoint, torch.device("cpu")),
+        task_requests.opened_tasks(suite, checkpoint, checkpoint, torch.device("cpu")),
     ):
         pass
 
@@ -322,7 +323,7 @@ def test_tasks_are_in_the_report(tiny_release, tmp_path):
     assert word.kind == "perplexity" and word.weights.min() > 10
     (second,) = report.further_texts
     assert second.protocol.tokens_scored == 255 and second.protocol.length == 512
-    _, page = evaluation.publish(report, tmp_path, tmp_path / "reports")
+    _, page = publish(report, tmp_path, tmp_path / "reports")
     assert evaluation.report.read_report(tmp_path / "reports") == report and page.is_file()
 
 
@@ -410,6 +411,6 @@ def test_a_missing_extra_is_named(monkeypatch):
     toy = open_checkpoint("toy")
     with (
         pytest.raises(InputError, match=r'tasks: lm_eval is missing, .*"grokquant\[eval\]"'),
-        asked.opened_tasks(suite, toy, toy, torch.device("cpu")),
+        task_requests.opened_tasks(suite, toy, toy, torch.device("cpu")),
     ):
         pass

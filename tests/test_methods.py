@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import GRIDS
 
+from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.methods.copy import InexactScale, can_copy, copy_quantized
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.methods.scales import find_scales
-from grokquant.types import NAMED_GRIDS, QTensor, Scheme
+from grokquant.types import QTensor
 
 
 @pytest.fixture

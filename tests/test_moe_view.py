@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 import grokquant
 from grokquant import evaluation
-from grokquant.calibration import blocks
-from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import Checkpoint, open_checkpoint
-from grokquant.evaluation import compare
-from grokquant.evaluation.compare import Windows, compare_texts
+from grokquant.evaluation import measure
+from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.report import Report
 from grokquant.families.grok_model import GrokDecoderLayer
 from grokquant.recipe import EvalSection
-from grokquant.tokenizer import load_tokenizer
+from grokquant.streaming import blocks
+from grokquant.text.documents import load_documents, token_rows
+from grokquant.text.tokenizer import load_tokenizer
 
 EXPERT_COUNT = 4
 SETTINGS = {"samples": 6, "length": 50}
@@ -205,7 +205,7 @@ def test_parts_of_tokens_give_the_same(report, output, tiny_release, monkeypatch
 
 def test_some_windows_are_enough(report, output, tiny_release, monkeypatch):
     """Layers alone are measured on the first windows; all else is as with all of them."""
-    monkeypatch.setattr(compare, "_FORCED", 120)
+    monkeypatch.setattr(measure, "_FORCED", 120)
     found = grokquant.evaluate(output, tiny_release)
     assert [layer.forced.tokens for layer in found.layers] == [100, 100]
     assert found.kld.mean.value == close(report.kld.mean.value)

@@ -12,16 +12,16 @@ from compressed_tensors.utils.match import match_name
 from conftest import ATTENTION, EXPERTS, seal
 from safetensors.torch import load_file, save_file
 
-from grokquant import pipeline
-from grokquant.calibration.blocks import CALIBRATION_DTYPE, BlockwiseModel
-from grokquant.calibration.text import calibration_rows
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import GateError, GrokquantError, InputError
-from grokquant.layer import LayerQuantizer
-from grokquant.output import ShardWriter
-from grokquant.plan import build_plan
-from grokquant.tokenizer import load_tokenizer
-from grokquant.verify import verify
+from grokquant.job import pipeline
+from grokquant.job.layer import LayerQuantizer
+from grokquant.job.plan import build_plan
+from grokquant.job.shards import ShardWriter
+from grokquant.job.verify import verify
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.text.documents import calibration_rows
+from grokquant.text.tokenizer import load_tokenizer
 
 
 def report_of(output) -> dict:
@@ -223,7 +223,7 @@ def test_a_lost_unit_fails_the_run(tiny_recipe, tmp_path, monkeypatch):
     name = "layers.1.experts.2.down"
     promised = replace(whole.units[name], scheme=replace(whole.units[name].scheme, bits=8))
     plan = replace(whole, units=whole.units | {name: promised})
-    from grokquant.verify import verify_against_plan
+    from grokquant.job.verify import verify_against_plan
 
     output = pipeline.quantize(tiny_recipe())
     with pytest.raises(GateError, match=f"{name}: planned as int8 g32 sym, the output has int4"):

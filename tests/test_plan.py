@@ -9,7 +9,7 @@ from conftest import ATTENTION, EXPERTS
 from make_release import write_hollow_grok_1
 
 from grokquant.errors import InputError
-from grokquant.plan import build_plan, check_disk
+from grokquant.job.plan import build_plan, check_disk
 from grokquant.recipe import load_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -137,7 +137,7 @@ def test_first_rule_wins_and_the_rest_is_kept(tiny_recipe):
 def test_the_function_survives_the_import_of_its_module():
     import grokquant
     import grokquant.evaluation
-    import grokquant.pipeline
+    import grokquant.job.pipeline
 
     recipe = str(RECIPES / "toy-int8.yaml")
     assert grokquant.plan(recipe).output_bytes == grokquant.plan(recipe).output_bytes

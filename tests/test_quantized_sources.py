@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grokquant import evaluation, pipeline
+from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
 from grokquant.toy import TOY_PATH

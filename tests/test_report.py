@@ -24,10 +24,9 @@ from reports import (
 from rich.console import Console
 
 from grokquant.errors import InputError
-from grokquant.evaluation.html import render_html, write_report
 from grokquant.evaluation.report import Report, parse_report, read_report
-from grokquant.evaluation.suite_tables import suite_tables, tasks_markdown
-from grokquant.evaluation.tables import (
+from grokquant.reporting.html.page import render_html, write_report
+from grokquant.reporting.rows import (
     bf16_bytes,
     count,
     markdown_table,
@@ -37,6 +36,7 @@ from grokquant.evaluation.tables import (
     terminal_table,
     verdict,
 )
+from grokquant.reporting.suite_tables import suite_tables, tasks_markdown
 
 # Data model
 

@@ -10,10 +10,10 @@ from browser import Browser, find_chromium
 from reports import at, report, with_suite
 from test_compare_page import run
 
-from grokquant.evaluation.compare_page import write_comparison
-from grokquant.evaluation.comparison import contest
-from grokquant.evaluation.html import write_report
 from grokquant.evaluation.report import parse_report
+from grokquant.reporting.html.page import write_report
+from grokquant.reporting.html.ranking_page import write_comparison
+from grokquant.reporting.ranking import contest
 
 CHROMIUM = find_chromium()
 pytestmark = [

@@ -12,17 +12,19 @@ from safetensors.torch import load_file, save_file
 from test_families import MODELS, SIZES, SPARSE, saved  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grokquant import evaluation, pipeline
+from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import GateError, InputError
 from grokquant.families import FAMILIES
 from grokquant.formats import compressed_tensors, gptq
-from grokquant.plan import build_plan
+from grokquant.grids import Scheme
+from grokquant.job import pipeline
+from grokquant.job.plan import build_plan
+from grokquant.job.verify import verify
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
 from grokquant.sources import safetensors_directory
-from grokquant.types import Scheme, Unit
-from grokquant.verify import verify
+from grokquant.types import Unit
 
 EVERYTHING = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32}
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"

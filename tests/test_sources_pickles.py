@@ -22,7 +22,7 @@ import torch
 from grokquant.errors import InputError
 from grokquant.sources.pickle_objects import Malformed
 from grokquant.sources.pickles import read_array, read_headers, walk
-from grokquant.sources.release_writer import framed_size, write_leaf
+from grokquant.toy.release_writer import framed_size, write_leaf
 
 WRITE_REAL_PICKLES = """
 import pickle, sys

@@ -17,7 +17,7 @@ from grokquant.errors import InputError
 from grokquant.sources import open_source
 from grokquant.sources.pickles import read_array, read_headers
 from grokquant.sources.release import file_name, leaf_names
-from grokquant.sources.release_writer import (
+from grokquant.toy.release_writer import (
     quantize_leaf,
     write_leaf,
     write_release,

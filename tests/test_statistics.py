@@ -9,10 +9,10 @@ import torch
 from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grokquant.calibration.text import rows_of, token_rows
 from grokquant.evaluation import bootstrap, statistics
 from grokquant.evaluation.bootstrap import Bootstrap
 from grokquant.evaluation.paired import compare_items
+from grokquant.text.documents import rows_of, token_rows
 
 
 def clusters(count: int, seed: int, spread: float = 0.5) -> np.ndarray:

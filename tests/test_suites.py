@@ -12,18 +12,18 @@ from conftest import ATTENTION, EXPERTS
 
 import grokquant
 from grokquant import evaluation
-from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import open_checkpoint
 from grokquant.cli import main
 from grokquant.errors import GateError, InputError
 from grokquant.evaluation import likelihoods
 from grokquant.evaluation import suite as suites
-from grokquant.evaluation.compare import Windows, compare_texts
-from grokquant.evaluation.html import render_html
+from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.suite import Suite, TextSection, load_suite
 from grokquant.evaluation.windows import read_text
-from grokquant.tokenizer import load_tokenizer
+from grokquant.reporting.html.page import render_html
+from grokquant.text.documents import load_documents, token_rows
+from grokquant.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("fidelity", "grok-1", "smoke", "tasks")

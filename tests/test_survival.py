@@ -20,7 +20,7 @@ from jobs import ENVIRONMENT, KILLED, Job, can_mount, fill_up, tree
 from safetensors.torch import load_file
 
 from grokquant.sources.pickles import read_array, read_headers
-from grokquant.sources.release_writer import write_leaf
+from grokquant.toy.release_writer import write_leaf
 
 FILES = "out.partial/files/model-000"
 JOURNAL = "out.partial/journal/"

@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grokquant.calibration import python_docs
-from grokquant.calibration.text import (
+from grokquant.errors import InputError
+from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection
+from grokquant.text import python_docs
+from grokquant.text.documents import (
     READERS,
     calibration_rows,
     load_documents,
     text_digest,
     token_rows,
 )
-from grokquant.errors import InputError
-from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection
 
 
 class Characters:

@@ -7,11 +7,12 @@ from test_kernels import random_release, random_weights
 
 from grokquant.errors import InputError
 from grokquant.formats import compressed_tensors as packing
+from grokquant.grids import Scheme
+from grokquant.job.fused import round_and_pack
 from grokquant.methods import compiled
 from grokquant.methods.copy import copy_quantized
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.tiles import round_and_pack
-from grokquant.types import QTensor, Scheme
+from grokquant.types import QTensor
 
 NAME = "experts.3.w1.weight"
 
@@ -20,7 +21,7 @@ NAME = "experts.3.w1.weight"
 def small_tiles(monkeypatch):
     """Several tiles, the last one short, of small matrices."""
     monkeypatch.setattr(compiled, "_TILE", 64 * 384)
-    monkeypatch.setattr("grokquant.tiles._COPY_ROWS", 64)
+    monkeypatch.setattr("grokquant.job.fused._COPY_ROWS", 64)
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

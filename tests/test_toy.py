@@ -4,17 +4,18 @@ import re
 
 import pytest
 import torch
+import train_toy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grokquant
-from grokquant.calibration import python_docs
-from grokquant.calibration.text import load_documents, token_rows
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
 from grokquant.runtime.load import build_model
-from grokquant.sources.release_writer import write_release
-from grokquant.tokenizer import Grok1Tokenizer, load_tokenizer
-from grokquant.toy import TOY_PATH, train
+from grokquant.text import python_docs
+from grokquant.text.documents import load_documents, token_rows
+from grokquant.text.tokenizer import Grok1Tokenizer, load_tokenizer
+from grokquant.toy import TOY_PATH
+from grokquant.toy.release_writer import write_release
 
 TEXTS = [
     "The quick brown fox\n\n    returns None",
@@ -63,7 +64,7 @@ def test_perplexity_is_a_tenth_of_a_unigram_model_s(evaluated):
         token_rows(load_documents("python-docs", part), tokenizer, 10**6, 256, None).flatten()
         for part in ("train", "heldout")
     ]
-    unigram = train.unigram_perplexity(*tokens)
+    unigram = train_toy.unigram_perplexity(*tokens)
     assert evaluated["int8"].perplexity.reference.value <= unigram / 10
 
 
@@ -92,7 +93,7 @@ def test_no_document_is_in_two_parts():
 
 
 def test_training_code_has_no_docstrings():
-    tree = train._without_docstrings(
+    tree = train_toy._without_docstrings(
         __import__("ast").parse('"""Doc."""\ndef f():\n    """Doc."""\n    return 1\n')
     )
     assert __import__("ast").unparse(tree) == "def f():\n    return 1"
@@ -100,8 +101,8 @@ def test_training_code_has_no_docstrings():
 
 def test_the_export_is_the_model(tmp_path):
     """What the training script writes reads back as the model, up to its int8 rounding."""
-    model = train.new_model()
-    write_release(tmp_path, train.release_config(), train.release_leaves(model))
+    model = train_toy.new_model()
+    write_release(tmp_path, train_toy.release_config(), train_toy.release_leaves(model))
     read = build_model(open_checkpoint(tmp_path), "cpu", torch.float32)
     for (name, own), (_, back) in zip(
         model.named_parameters(), read.named_parameters(), strict=True

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from grokquant.calibration import gram_kernels
 from grokquant.calibration.hessian import accumulate
+from grokquant.grids import Scheme
 from grokquant.methods.gptq import factorize, round_gptq
-from grokquant.types import Scheme
 
 SCHEME, DAMPING = Scheme(4, 128), 0.01
 TOKENS_AT_ONCE, ROWS_AT_ONCE = 2048, 1024

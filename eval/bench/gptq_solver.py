@@ -24,8 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from grokquant.grids import Scheme
 from grokquant.methods.gptq import factorize, round_gptq
-from grokquant.types import QTensor, Scheme
+from grokquant.types import QTensor
 
 SCHEME = Scheme(4, 128, scale_dtype="float32")
 DAMPING = 0.01

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from grokquant.families.grok_model import Grok1Config
 from grokquant.sources.release import EMBEDDING, LAYER, TOP, leaf_names
-from grokquant.sources.release_writer import Array, Chunked, Leaf, write_release
 from grokquant.toy import TOY_PATH
+from grokquant.toy.release_writer import Array, Chunked, Leaf, write_release
 
 # The release splits the input features of its row-parallel matrices into groups with own scales.
 GROUPS = {"moe/linear_1": 8, "multi_head_attention/linear": 8}

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from grokquant.formats import compressed_tensors as packing
+from grokquant.grids import Scheme
+from grokquant.job.fused import round_and_pack
 from grokquant.methods.rtn import quantize_with_torch
-from grokquant.tiles import round_and_pack
-from grokquant.types import QTensor, Scheme
+from grokquant.types import QTensor
 
 INT4, INT8 = Scheme(4, 128), Scheme(8, 128)
 GROUPS = 8  # in a row of the release

@@ -8,8 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from grokquant.sources.safetensors_header import FileLayout
-from grokquant.types import Scheme, Source
+from grokquant.files.safetensors_header import FileLayout
+from grokquant.grids import Scheme
+from grokquant.types import Source
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ from grokquant.containers.gguf_names import (
 )
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
-from grokquant.sources.gguf_file import DENSE, TYPES, GgufTensor, Short, Signed, Value, gguf_layout
-from grokquant.types import NAMED_GRIDS, Scheme, Source, TensorRef
+from grokquant.files.gguf_header import DENSE, TYPES, GgufTensor, Short, Signed, Value, gguf_layout
+from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.types import Source, TensorRef
 
 _BLOCKS = "_blocks"  # ends the names of packed matrices, see formats/gguf.py
 _TYPE_OF = {dtype: name for name, dtype in DENSE.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 import sentencepiece
 
 from grokquant.errors import InputError
-from grokquant.sources.gguf_file import Value
+from grokquant.files.gguf_header import Value
 from grokquant.types import Source
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6

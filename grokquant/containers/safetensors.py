@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 
 from grokquant.containers.container import Arrangement, Group, Place, PlannedFile, split
+from grokquant.files.safetensors_header import file_layout
+from grokquant.grids import Scheme
 from grokquant.sources.safetensors_directory import INDEX
-from grokquant.sources.safetensors_header import file_layout
-from grokquant.types import Scheme, Source
+from grokquant.types import Source
 
 
 def arrange(

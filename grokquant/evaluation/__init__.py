@@ -7,28 +7,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
-import grokquant
-from grokquant import papers
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
-from grokquant.evaluation.asked import opened_tasks
 from grokquant.evaluation.cache import Cache
-from grokquant.evaluation.compare import LayerDone, compare_texts
 from grokquant.evaluation.estimates import figures_of, noise_floor, routing
-from grokquant.evaluation.html import write_report
 from grokquant.evaluation.items import ItemResults
+from grokquant.evaluation.measure import LayerDone, compare_texts
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.suite import Suite, check_gates, judged, load_suite, suite_of
-from grokquant.evaluation.suite_tables import tasks_markdown
-from grokquant.evaluation.tables import markdown_table
+from grokquant.evaluation.task_requests import opened_tasks
 from grokquant.evaluation.windows import read_text
-from grokquant.output import REPORT_NAME
-from grokquant.recipe import EvalSection, load_recipe, parse_size
-from grokquant.types import Scheme
+from grokquant.grids import Scheme
+from grokquant.job.shards import REPORT_NAME
+from grokquant.recipe import EvalSection, parse_size
+from grokquant.recipe.of_output import settings_of
+from grokquant.version import __version__
 
 # What two models must share, as their configs call it, to be compared token by token.
 _SAME = (
@@ -45,32 +41,9 @@ __all__ = [
     "cache_at",
     "check_gates",
     "evaluate",
-    "publish",
     "run_suite",
-    "settings_of",
     "suite_for",
 ]
-
-
-def settings_of(
-    output: str | Path,
-    data: str | None = None,
-    samples: int | None = None,
-    length: int | None = None,
-) -> EvalSection:
-    """The eval section of the recipe that made `output`, or the defaults, with what is given.
-
-    Raises InputError where that recipe or the name of the text cannot be used.
-    """
-    recipe = Path(output) / "recipe.yaml"
-    settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
-    given = {"data": data, "samples": samples, "length": length}
-    changes = {key: value for key, value in given.items() if value is not None}
-    try:
-        return EvalSection(**(settings.model_dump() | changes))
-    except ValidationError as error:
-        (key, *_), text = error.errors()[0]["loc"], error.errors()[0]["msg"]
-        raise InputError(f"eval.{key}: {text.removeprefix('Value error, ')}") from None
 
 
 def cache_at(
@@ -159,7 +132,7 @@ def run_suite(
         )
         rows, items = tasks.results(*comparison.answers)
     report = Report(
-        grokquant=grokquant.__version__,
+        grokquant=__version__,
         quantized=_describe(candidate, quantized, own),
         reference=_describe(base, reference, theirs),
         protocol=texts[0].protocol,
@@ -182,18 +155,6 @@ def run_suite(
 def _key(suite: str, text: int) -> str:
     """What an error calls a text."""
     return f"suite {suite}: texts[{text}].data" if suite else "eval.data"
-
-
-def publish(report: Report, output: Path, directory: Path | None = None) -> tuple[Path, Path]:
-    """Writes report.json and report.html (default: `output`/evaluation) and fills the card."""
-    paths = write_report(report, directory or output / "evaluation")
-    if (output / REPORT_NAME).is_file():
-        tables = [markdown_table(report), *tasks_markdown(report)]
-        try:
-            papers.fill_evaluation(output, "\n".join(tables))
-        except (OSError, UnicodeError) as error:
-            raise InputError(f"{output / papers.CARD_NAME}: cannot be filled in: {error}") from None
-    return paths
 
 
 def _check_comparable(candidate: Checkpoint, base: Checkpoint) -> None:

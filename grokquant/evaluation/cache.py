@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grokquant import durable
-from grokquant.calibration.blocks import Rows
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.identity import stamp
-from grokquant.readable import size
+from grokquant.files import atomic
+from grokquant.humanize import size
+from grokquant.job.fingerprint import stamp
+from grokquant.streaming.blocks import Rows
 
 _PACKAGES = ("grokquant", "torch", "transformers")
 _NAME = "entry.json"
@@ -89,9 +89,9 @@ class Entry:
         self.writable = True
         try:
             self.path.mkdir(exist_ok=True)
-            durable.remove_abandoned(self.path)
-            if durable.read_record(self.path / _NAME) != key:
-                durable.write_record(self.path / _NAME, key)
+            atomic.remove_abandoned(self.path)
+            if atomic.read_record(self.path / _NAME) != key:
+                atomic.write_record(self.path / _NAME, key)
             os.utime(self.path / _NAME)
         except OSError as error:
             self._give_up(error.strerror or str(error))
@@ -101,10 +101,10 @@ class Entry:
         path = self._file(layer)
         if not path.is_file():
             return None
-        record = durable.read_record(path.with_suffix(".json"))
+        record = atomic.read_record(path.with_suffix(".json"))
         try:
             ours = record and (record.get("entry"), record.get("layer")) == (self.key, layer)
-            if record and ours and durable.holds(path, str(record.get("sha256"))):
+            if record and ours and atomic.holds(path, str(record.get("sha256"))):
                 return load_file(path)
         except (OSError, SafetensorError):
             pass
@@ -128,12 +128,12 @@ class Entry:
             if not self.cache.make_room(needed, self.path):
                 self._give_up(f"there is no room left in {size(self.cache.budget)}")
                 return
-            with durable.temporary(path) as name:
+            with atomic.temporary(path) as name:
                 save_file({k: t.contiguous() for k, t in tensors.items()}, name)
-                checksum = durable.sha256(name)
-                durable.commit(name, path)
+                checksum = atomic.sha256(name)
+                atomic.commit(name, path)
             record = {"entry": self.key, "layer": layer, "sha256": checksum}
-            durable.write_record(path.with_suffix(".json"), record)
+            atomic.write_record(path.with_suffix(".json"), record)
         except (OSError, SafetensorError) as error:
             self._give_up(str(error))
 

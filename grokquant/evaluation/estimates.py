@@ -9,7 +9,7 @@ from torch import Tensor
 from grokquant.evaluation import bootstrap, statistics
 from grokquant.evaluation import report as parts
 from grokquant.evaluation.bootstrap import Array, Bootstrap, Figure
-from grokquant.evaluation.compare import Comparison
+from grokquant.evaluation.measure import Comparison
 from grokquant.evaluation.statistics import TokenFigures
 
 _QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%")

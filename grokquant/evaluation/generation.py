@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from grokquant import readable
-from grokquant.budget.memory import available_bytes
+from grokquant import humanize
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation.lm_tasks import LmTasks, Prompt
+from grokquant.job.budget.memory import available_bytes
 from grokquant.runtime.load import build_model
 
 _DTYPE = torch.bfloat16
@@ -26,8 +26,8 @@ def check_fits(tasks: LmTasks, checkpoints: Sequence[Checkpoint], device: torch.
         if needed > available:
             raise InputError(
                 f"tasks: {names}: generates text, for which the whole model has to be in memory: "
-                f"{checkpoint.source.path} takes {readable.size(needed)} as bf16, "
-                f"{readable.size(available)} are free; tasks that score text are streamed"
+                f"{checkpoint.source.path} takes {humanize.size(needed)} as bf16, "
+                f"{humanize.size(available)} are free; tasks that score text are streamed"
             )
 
 

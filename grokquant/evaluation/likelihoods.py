@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grokquant.calibration.blocks import BlockwiseModel, Rows
+from grokquant.streaming.blocks import BlockwiseModel, Rows
 
 # Positions whose logits are held at once, and how many of them as log-probabilities.
 _POSITIONS_AT_ONCE, _POSITIONS_COMPARED = 512, 64

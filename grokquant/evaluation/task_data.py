@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-from grokquant.calibration import python_docs
-from grokquant.durable import write_text
+from grokquant.files.atomic import write_text
+from grokquant.text import python_docs
 
 Item = dict[str, object]
 

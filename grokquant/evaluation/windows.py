@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grokquant.calibration.text import load_documents, rows_of, text_digest
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import report as parts
-from grokquant.evaluation.compare import Windows
+from grokquant.evaluation.measure import Windows
 from grokquant.evaluation.suite import TextSection
-from grokquant.tokenizer import load_tokenizer
+from grokquant.text.documents import load_documents, rows_of, text_digest
+from grokquant.text.tokenizer import load_tokenizer
 
 _SCORED = {
     "hf": "every token but the first of each window",

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.formats.reading import check_parts, part_of, validated
-from grokquant.types import QTensor, Scheme, Source, TensorRef
+from grokquant.grids import Scheme
+from grokquant.types import QTensor, Source, TensorRef
 
 NAME = "awq"
 

@@ -7,7 +7,8 @@ from pydantic import AfterValidator, BaseModel, Field, field_validator
 
 from grokquant.formats.reading import validated
 from grokquant.formats.targets import check_target, targets_of
-from grokquant.types import Scheme, Source, Unit
+from grokquant.grids import Scheme
+from grokquant.types import Source, Unit
 
 NAME = "compressed-tensors"
 # Words of int32 that several codes share, or an int8 for each.

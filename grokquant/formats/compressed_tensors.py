@@ -18,7 +18,8 @@ from grokquant.formats.parts import Layout, pack_all
 from grokquant.formats.reading import check_parts, part_of
 from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
-from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Source, TensorRef, Unit
+from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = compressed_config.NAME
 # How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from grokquant.formats.targets import OWN
-from grokquant.types import Scheme, Source, Unit
+from grokquant.grids import Scheme
+from grokquant.types import Source, Unit
 
 NAME = "bf16"
 SCALE_DTYPE, HOLDS_DENSE = "bfloat16", True

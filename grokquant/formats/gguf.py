@@ -15,7 +15,8 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats.parts import Layout, pack_all
 from grokquant.formats.targets import first_match, own_config
-from grokquant.types import NAMED_GRIDS, QTensor, Scheme, Source, TensorRef, Unit
+from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "gguf"
 # How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.

@@ -21,7 +21,8 @@ from grokquant.errors import InputError
 from grokquant.formats.parts import Layout, pack_all
 from grokquant.formats.reading import check_parts, part_of, validated
 from grokquant.formats.targets import check_target, targets_of
-from grokquant.types import QTensor, Scheme, Source, TensorRef, Unit
+from grokquant.grids import Scheme
+from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "gptq"
 # How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.

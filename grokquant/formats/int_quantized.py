@@ -11,7 +11,8 @@ from torch import Tensor
 
 from grokquant.formats.compressed_config import config_of, not_integers
 from grokquant.formats.parts import Layout
-from grokquant.types import SCALE_DTYPES, QTensor, Scheme, Unit
+from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.types import QTensor, Unit
 
 NAME = "int-quantized"
 # How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.

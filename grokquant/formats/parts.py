@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from grokquant.types import QTensor, Scheme
+from grokquant.grids import Scheme
+from grokquant.types import QTensor
 
 # Names of parts with their dtypes and shapes.
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]

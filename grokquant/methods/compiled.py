@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.methods.kernels import LANES, STEP, Grid, Rows, round_rows
-from grokquant.types import SCALE_DTYPES, QTensor, Scheme
+from grokquant.types import QTensor
 
 # Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
 SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)

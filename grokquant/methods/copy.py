@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from grokquant.types import SCALE_DTYPES, QTensor, Scheme
+from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.types import QTensor
 
 
 class InexactScale(ValueError):

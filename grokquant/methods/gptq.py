@@ -13,11 +13,12 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from grokquant.grids import CODEBOOKS, Scheme
 from grokquant.methods.gptq_kernels import round_columns
 from grokquant.methods.ldl import factorize_, permute_
 from grokquant.methods.levels import divisors, find_levels, nearest_in_codebook
 from grokquant.methods.scales import ScaleRule, round_to_grid
-from grokquant.types import CODEBOOKS, QTensor, Scheme
+from grokquant.types import QTensor
 
 # Columns rounded one by one; the feedback between any more is a matrix product.
 _LEAF = 64

@@ -11,9 +11,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from grokquant.grids import CODEBOOKS, SCALE_DTYPES, Scheme
 from grokquant.methods.compiled import SHRINKS, in_tiles
 from grokquant.methods.scales import ScaleRule, find_scales, group_columns, round_to_grid
-from grokquant.types import CODEBOOKS, SCALE_DTYPES, QTensor, Scheme
+from grokquant.types import QTensor
 
 # Columns of a block of llama.cpp; weights searched at once, to keep the temporaries in the cache.
 BLOCK = 256

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from grokquant.grids import Scheme
 from grokquant.methods import compiled
 from grokquant.methods.levels import find_levels
 from grokquant.methods.scales import ScaleRule, quantize_nearest, search_scales
-from grokquant.types import QTensor, Scheme
+from grokquant.types import QTensor
 
 
 def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.methods import compiled, kernels
-from grokquant.types import SCALE_DTYPES, QTensor, Scheme
+from grokquant.types import QTensor
 
 ScaleRule = Literal["absmax", "mse"]
 

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from grokquant.types import CODEBOOKS, NAMED_GRIDS
+from grokquant.grids import CODEBOOKS, NAMED_GRIDS
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 

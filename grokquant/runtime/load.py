@@ -10,7 +10,7 @@ from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import device_of
 from grokquant.families.family import set_parameter
 from grokquant.runtime.packed import PackedMatrix, pack_model
-from grokquant.tokenizer import load_tokenizer
+from grokquant.text.tokenizer import load_tokenizer
 
 
 def load(

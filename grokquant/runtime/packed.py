@@ -13,7 +13,8 @@ from grokquant.errors import InputError
 from grokquant.families.family import Family, parameter_parent
 from grokquant.formats import packing_of
 from grokquant.formats.parts import Layout
-from grokquant.types import SCALE_DTYPES, QTensor, TensorRef
+from grokquant.grids import SCALE_DTYPES
+from grokquant.types import QTensor, TensorRef
 
 
 class PackedMatrix(nn.Module):

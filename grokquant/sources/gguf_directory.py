@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.files.gguf_header import DENSE, GgufTensor, read_tensors
+from grokquant.files.json_objects import read_json_object
 from grokquant.sources.finite import all_finite
-from grokquant.sources.gguf_file import DENSE, GgufTensor, read_tensors
-from grokquant.sources.json_objects import read_json_object
 from grokquant.sources.safetensors_directory import TOKENIZER_FILES, licence_of
 from grokquant.types import Source, TensorRef
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from grokquant.errors import InputError
-from grokquant.sources.json_objects import read_json_object
+from grokquant.files.json_objects import read_json_object
 
 # Which field each dimension letter of the release's leaves is.
 CONFIG_OF_DIMENSION = {

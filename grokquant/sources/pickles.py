@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grokquant.direct import LARGE, forget
 from grokquant.errors import InputError
+from grokquant.files.direct_io import LARGE, forget
 from grokquant.sources import pickle_objects as objects
 from grokquant.sources.pickle_objects import ArrayHeader, Blob, Malformed, require
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.grids import Scheme
 from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
 from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
-from grokquant.types import QTensor, Scheme, Source, TensorRef
+from grokquant.types import QTensor, Source, TensorRef
 
 LAYOUT, LOOKS_FOR = "release", "ckpt-0/tensor00000_000"
 FILE_PATTERN = re.compile(r"tensor(\d{5})_(\d{3})")

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.files.json_objects import parse_json_object, read_json_object
+from grokquant.files.safetensors_header import DTYPES
 from grokquant.sources import presharded
 from grokquant.sources.finite import all_finite
-from grokquant.sources.json_objects import parse_json_object, read_json_object
-from grokquant.sources.safetensors_header import DTYPES
 from grokquant.types import Source, TensorRef
 
 LAYOUT, LOOKS_FOR = "safetensors", "model.safetensors.index.json or model.safetensors"

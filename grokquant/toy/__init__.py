@@ -1,4 +1,4 @@
-"""The embedded toy: a small Grok, trained by `train.py`, stored in the release's own layout."""
+"""The embedded toy, a small Grok in the layout of the release. `eval/train_toy.py` trains it."""
 
 from pathlib import Path
 

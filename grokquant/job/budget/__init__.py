@@ -1,0 +1,29 @@
+"""What a run will take of disk, memory and time, told before it begins."""
+
+from dataclasses import dataclass
+
+from grokquant.job.budget.memory import Step, peak_step, resident_bytes
+from grokquant.job.budget.timing import expected_seconds, is_small
+from grokquant.job.plan import Plan
+
+_THREADS = 1 << 26  # what the allocator keeps for the threads of a run
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`peak_bytes` of memory, reached at the step `peak`; `seconds` of time on this machine."""
+
+    peak: Step
+    peak_bytes: int
+    seconds: float
+
+
+def budget_of(plan: Plan) -> Budget:
+    """Probes this machine for some seconds with samples of the source and the calibration text."""
+    before, step = resident_bytes(), peak_step(plan)
+    seconds = expected_seconds(plan)
+    peak = before + step.bytes
+    if plan.needs_calibration and is_small(plan):
+        # Then a whole layer was the probe, which shows what formulas leave out.
+        peak = max(peak, resident_bytes(peak=True))
+    return Budget(step, peak + _THREADS, seconds)

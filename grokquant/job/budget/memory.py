@@ -1,0 +1,111 @@
+"""The memory of a run, step by step: the bytes that the code holds at once."""
+
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from grokquant.job.plan import Plan
+from grokquant.methods.gptq import SLAB_ROWS
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_AT_ONCE
+from grokquant.types import ROW_BLOCK_BYTES, TensorRef, Unit
+
+FLOAT = torch.float32.itemsize
+
+
+@dataclass(frozen=True)
+class Step:
+    """A moment of the run: what it holds then, and the recipe key that would make that less."""
+
+    name: str
+    bytes: int
+    knob: str | None
+
+
+def peak_step(plan: Plan) -> Step:
+    """The step that holds the most."""
+    steps = _calibrated(plan) if plan.needs_calibration else _without_data(plan)
+    return max([*steps, _copying(plan)], key=lambda step: step.bytes)
+
+
+def resident_bytes(peak: bool = False) -> int:
+    """What this process takes now, its libraries included, or took at its peak so far."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can still be taken of the memory of `device` without pushing anything out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _copying(plan: Plan) -> Step:
+    """Tensors that are carried over: one block being read, two waiting, one being written."""
+    kept = [plan.checkpoint.source.tensors[name] for name in plan.carried_over]
+    blocks = [(_block_bytes(ref), ref.name) for ref in kept]
+    largest, name = max(blocks, default=(0, ""))
+    return Step(f"{name}: carried over", 4 * largest, None)
+
+
+def _block_bytes(ref: TensorRef) -> int:
+    dense = prod(ref.shape) * ref.dtype.itemsize
+    return dense if ref.load_rows is None else min(dense, ROW_BLOCK_BYTES)
+
+
+def _without_data(plan: Plan) -> Iterator[Step]:
+    """A matrix as stored and the next one; packed, one in work and one at the disk."""
+    for unit in plan.units.values():
+        stored = plan.checkpoint.source.tensors[unit.tensor].stored_bytes
+        yield Step(f"{unit.name}: rounding", 2 * stored + 2 * plan.packed_bytes(unit), None)
+
+
+def _calibrated(plan: Plan) -> Iterator[Step]:
+    """What calibration holds all the time, then a layer's experts with their Hessians."""
+    settings, config = plan.recipe.calibration, plan.checkpoint.config
+    tokens = settings.samples * min(settings.length, config.max_position_embeddings)
+    size = CALIBRATION_DTYPE.itemsize
+    states = tokens * config.hidden_size * size
+    outside = sum(prod(_shape(plan, name)) * (size + FLOAT) for name in plan.kept_outside_layers)
+    yield Step("embedding", outside + 2 * states, "calibration.samples")
+    # Hidden states, the experts' inputs and the sum of their outputs; the block's attention.
+    attention = sum(prod(unit.shape) * size for unit in plan.units_of(0, experts=False))
+    always = attention + 2 * states + tokens * config.hidden_size * FLOAT
+    for unit in plan.units_of(0):
+        yield _calibrated_unit(plan, unit, always)
+
+
+def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
+    rows, columns = unit.shape
+    size = CALIBRATION_DTYPE.itemsize
+    weights = rows * columns
+    # The matrix as stored, multiplied out and rounded; slabs of it in float32 while rounding.
+    own = weights * (1 + 2 + 1) + 4 * min(rows, SLAB_ROWS) * columns * FLOAT
+    hessian, knob = 0, "calibration.samples"
+    if unit.method == "gptq":
+        block = plan.rule_of(unit.name).hessian_block or columns
+        hessian = columns * min(block, columns) * FLOAT
+    if unit.name.endswith(".down"):
+        # gate and up as rounded; the hidden units of some tokens, several times over.
+        own += 2 * weights * size + 6 * TOKENS_AT_ONCE * columns * FLOAT
+    if hessian > always:
+        knob = "hessian_block"
+    return Step(f"{unit.name}: {unit.method}", always + own + hessian, knob)
+
+
+def _shape(plan: Plan, name: str) -> tuple[int, ...]:
+    return plan.checkpoint.source.tensors[name].shape

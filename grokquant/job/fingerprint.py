@@ -1,0 +1,39 @@
+"""What decides the bytes of a run, none of which may change before it is continued."""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+
+from grokquant.files import atomic
+from grokquant.job.plan import Plan
+
+# Keys of a recipe that change no weight.
+_FREE = {"max_fallbacks", "eval"}
+_PACKAGES = ("grokquant", "numba", "torch", "transformers")
+
+
+def identity_of(plan: Plan, rows: Tensor | None) -> dict:
+    """Recipe, config and files of the source (size and time of change), tokenizer, calibration
+    rows, versions of packages.
+
+    `rows` are the calibration tokens [rows, time], None where none are needed. JSON values only.
+    """
+    source = plan.checkpoint.source
+    recipe = plan.recipe.model_dump(mode="json", exclude_none=True, exclude=_FREE)
+    calibration = None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+    return {
+        "recipe": recipe,
+        "config": source.config,
+        "source": {path.name: stamp(path) for path in source.weight_files},
+        "tokenizer": {path.name: atomic.sha256(path) for path in source.tokenizer_files},
+        "calibration text": calibration,
+        "version": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def stamp(path: Path) -> str:
+    """Size and time of change: reading 300 GB to be sure would cost as much as the run."""
+    status = path.stat()
+    return f"{status.st_size} bytes of {status.st_mtime_ns}"

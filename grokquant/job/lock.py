@@ -1,0 +1,151 @@
+"""Who may write: makes and locks the work directory of an output, or says why it is not ours."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from grokquant.errors import InputError
+from grokquant.files import atomic
+from grokquant.job.plan import work_path
+from grokquant.job.shards import REPORT_NAME
+from grokquant.job.workdir import LOCK, RUN, WorkDirectory
+
+
+@contextmanager
+def work_directory(output: Path, source: Path, identity: dict) -> Iterator[WorkDirectory]:
+    """The work directory of `output`, ours alone; new, or that of an interrupted run.
+
+    Removed at the end if nothing is committed in it. Raises InputError if `output` holds what is
+    not ours or the checkpoint `source`, if another process writes there, or if the run that was
+    interrupted is not described by `identity`.
+    """
+    _refuse_foreign(output, source)
+    output, path = output.resolve(), work_path(output)
+    _refuse_strange(path)
+    work = WorkDirectory(path, output)
+    try:
+        with _locked(path):
+            try:
+                _begin(work, identity)
+                yield work
+            finally:
+                if not work.started or work.published:
+                    work.remove()
+    except OSError as error:
+        why = error.strerror or str(error)
+        names = [str(name) for name in (error.filename, error.filename2) if name]
+        if names and not any(_concerns(work, Path(name).absolute()) for name in names):
+            raise InputError(f"{names[0]}: {why}") from error
+        hint = "; run the same command to continue" if work.sums else ""
+        raise InputError(f"{output}: cannot be written: {why}{hint}") from error
+
+
+def _concerns(work: WorkDirectory, path: Path) -> bool:
+    """Whether `path` is what is written, or a directory above it."""
+    written = (work.path, work.output)
+    return any(path.is_relative_to(place) or place.is_relative_to(path) for place in written)
+
+
+def _begin(work: WorkDirectory, identity: dict) -> None:
+    """Makes what a work directory holds, or checks that what is there belongs to this run."""
+    work.give_back()
+    before = atomic.read_record(work.path / RUN)
+    same = before is not None and {k: before.get(k) for k in identity} == identity
+    if same and work.published:
+        return
+    if work.started and not work.published:
+        _refuse_other(work.path, before, identity)
+    else:
+        work.clear()
+        atomic.write_record(work.path / RUN, identity)
+    work.files.mkdir(exist_ok=True)
+    work.journal.mkdir(exist_ok=True)
+    atomic.sync(work.path)
+    atomic.sync(work.path.parent)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Makes and locks a work directory. Where locks do not work, two runs do the same twice."""
+    descriptor = _open_lock(path)
+    try:
+        holder = f"process {os.getpid()} on {os.uname().nodename} since {time.strftime('%F %T')}"
+        with suppress(OSError):  # a full disk; others are told less then
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{holder}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """The descriptor of the lock that is ours; raises InputError naming who has it."""
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise InputError(f"{path}: another run is writing there: {holder}") from None
+        except OSError:
+            return descriptor  # this filesystem knows no locks
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
+                return descriptor
+        os.close(descriptor)  # of a run that has just removed it
+
+
+def _refuse_other(path: Path, before: dict | None, now: dict) -> None:
+    if before is None:
+        raise InputError(f"{path / RUN}: is damaged; remove {path} to start over")
+    for field in now:
+        if before.get(field) != now[field]:
+            changed = _difference(field, before.get(field), now[field])
+            raise InputError(
+                f"{path}: an interrupted run of something else: {changed}; "
+                "undo that to continue it, or remove that directory to start over"
+            )
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    """The first place at which two values differ: recipe.quantize[0].bits was 4, is 8."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
+        return _difference(f"{name}.{key}", before.get(key), now.get(key))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        index = next(i for i in range(len(now)) if before[i] != now[i])
+        return _difference(f"{name}[{index}]", before[index], now[index])
+    return f"{name} was {before}, is {now}"
+
+
+def _refuse_strange(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path}: is in the way; move it or choose another output")
+    begun = path.exists() and not (path / RUN).is_file()
+    if begun and not all(map(_of_a_beginning, path.iterdir())):
+        raise InputError(f"{path}: is not empty and not a run of grokquant; move it")
+
+
+def _of_a_beginning(path: Path) -> bool:
+    """Whether `path` may be there before run.json is."""
+    if path.is_dir():
+        return path.name in ("files", "journal") and not any(path.iterdir())
+    return path.name == LOCK or (path.name.startswith(f".{RUN}.") and path.suffix == ".tmp")
+
+
+def _refuse_foreign(output: Path, source: Path) -> None:
+    if source.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"{output}: holds the model itself; choose another")
+    if not output.exists():
+        return
+    if output.resolve().is_mount():
+        raise InputError(f"{output}: is a mount point; choose a directory inside it")
+    if not output.is_dir():
+        raise InputError(f"{output}: is a file, the output needs a directory")
+    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
+        raise InputError(f"{output}: is not empty and not a result of grokquant; choose another")

@@ -1,0 +1,280 @@
+"""The story of `grokquant quantize`: from a recipe to a smaller checkpoint that is proved complete.
+
+Plan; take up what an interrupted run has committed; then block by block, on the calibration tokens
+as the quantized blocks before it left them: load, quantize, run, write, free. Then prove that every
+planned unit is there, and publish.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from time import perf_counter
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grokquant.devices import CPU
+from grokquant.errors import GateError, InputError, Stopped
+from grokquant.job import metadata
+from grokquant.job.fingerprint import identity_of
+from grokquant.job.layer import LayerQuantizer
+from grokquant.job.lock import work_directory
+from grokquant.job.plan import Plan, build_plan, check_disk
+from grokquant.job.shards import ShardWriter
+from grokquant.job.signals import StopRequest, stopping
+from grokquant.job.unit import round_without_data
+from grokquant.job.verify import verify_against_plan
+from grokquant.job.workdir import WorkDirectory
+from grokquant.recipe import Recipe
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.text.documents import calibration_rows
+from grokquant.text.tokenizer import load_tokenizer
+from grokquant.types import QTensor, TensorRef, Unit, UnitReport
+
+
+class Progress(Protocol):
+    """What a run tells its spectators."""
+
+    def planned(self, plan: Plan) -> None: ...
+    def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
+    def calibrating(self, rows: int, length: int) -> None: ...
+    def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
+    def stopping(self) -> None: ...
+    def worked(self, busy: dict[str, float]) -> None: ...
+
+
+class Silence:
+    """Progress that nobody watches."""
+
+    def planned(self, plan: Plan) -> None: ...
+    def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
+    def calibrating(self, rows: int, length: int) -> None: ...
+    def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
+    def stopping(self) -> None: ...
+    def worked(self, busy: dict[str, float]) -> None: ...
+
+
+def quantize(recipe: Recipe, progress: Progress | None = None, device: torch.device = CPU) -> Path:
+    """Quantizes as `recipe` says and returns the output directory.
+
+    Arithmetic happens on `device`. The same call continues a run that was interrupted. Raises
+    InputError for input that cannot be used, GateError where a gate is missed and Stopped after a
+    signal; in any of these cases nothing appears under the output's name.
+    """
+    progress = progress or Silence()
+    plan = build_plan(recipe)
+    check_disk(plan)
+    progress.planned(plan)
+    rows = _calibration_rows(plan)
+    output, source = Path(recipe.output.path), plan.checkpoint.source.path
+    with (
+        stopping(progress.stopping) as stop,
+        work_directory(output, source, identity_of(plan, rows)) as work,
+    ):
+        try:
+            if not work.published:
+                _fill(plan, work, rows, progress, stop, device)
+                stop.busy = lambda: True  # nothing is left to stop
+                work.publish()
+        except Stopped:
+            raise Stopped(_where_it_stands(plan, work)) from None
+    return output
+
+
+def _fill(
+    plan: Plan,
+    work: WorkDirectory,
+    rows: Tensor | None,
+    progress: Progress,
+    stop: StopRequest,
+    device: torch.device,
+) -> None:
+    """Brings everything that is to be published into the work directory."""
+    stop.busy = lambda: False
+    stop.check()
+    metadata.write_tokenizer(work.files, plan)
+    work.recover(plan)
+    if work.sums or work.damaged:
+        progress.continuing(len(work.sums), len(plan.files), work.damaged)
+    with ShardWriter(work.files, plan, work.commit) as writer:
+        run = Run(plan, work, writer, progress, stop, device, dict(work.reports))
+        stop.busy = lambda: bool(writer.incomplete)
+        if _first_open_layer(plan, work) is not None:
+            _quantize_blocks(run, rows)
+        writer.drain()
+        if run.busy:
+            progress.worked(run.busy | {"writing": writer.seconds})
+    reports = [work.reports[name] for name in plan.units]
+    shape = () if rows is None else tuple(rows.shape)
+    metadata.write(work.files, plan, metadata.Record(reports, work.tokens_per_expert, shape))
+    verify_against_plan(work.files, plan)
+    work.write_sums()
+
+
+@dataclass
+class Run:
+    """What a run works with. Every finished unit passes through `deliver`.
+
+    `reports` are those of all units so far, `busy` the seconds spent reading and computing where
+    both overlap with writing.
+    """
+
+    plan: Plan
+    work: WorkDirectory
+    writer: ShardWriter
+    progress: Progress
+    stop: StopRequest
+    device: torch.device
+    reports: dict[str, UnitReport]
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def packing(self) -> ModuleType:
+        return self.plan.packing
+
+    def deliver(self, parts: dict[str, Tensor], report: UnitReport) -> None:
+        """Sends the packed parts of a unit to their file."""
+        self.reports[report.name] = report
+        self.check_fallbacks()
+        self.writer.write(parts, report)
+        self.stop.check()
+
+    def deliver_matrix(self, unit: Unit, quantized: QTensor, report: UnitReport) -> None:
+        self.deliver(self.packing.pack(unit.tensor, quantized), report)
+
+    def committed(self, unit: Unit) -> QTensor | None:
+        """The unit as an earlier run has committed it."""
+        if unit.name not in self.work.reports:
+            return None
+        names = self.packing.packed_layout(unit.tensor, unit.shape, unit.scheme)
+        parts = self.work.read(self.plan, list(names))
+        return self.packing.unpack(unit.tensor, parts, unit.scheme).to(self.device)
+
+    def write_kept(self, tensors: list[str]) -> None:
+        """Carries tensors over as they are: router, norms, embedding, matrices that are kept.
+
+        No source hands out values that are not finite.
+        """
+        for name in tensors:
+            if self.work.committed(self.plan.file_of[name]):
+                continue
+            for first, rows in self.plan.checkpoint.source.tensors[name].row_blocks():
+                self.writer.write_rows(name, first, rows)
+
+    def check_fallbacks(self) -> None:
+        """Raises GateError as soon as more units fell back than the recipe allows."""
+        fallen = [report for report in self.reports.values() if report.fallback]
+        limit, units = self.plan.recipe.max_fallbacks, len(self.plan.units)
+        if len(fallen) > limit * units:
+            named = "; ".join(f"{report.name}: {report.fallback}" for report in fallen[:3])
+            raise GateError(
+                f"{len(fallen)} of {units} matrices fell back to rtn, "
+                f"max_fallbacks = {limit:g} allows {int(limit * units)} ({named})"
+            )
+
+    def read_ahead(self, units: list[Unit]) -> Generator[Tensor | QTensor, None, None]:
+        """What is stored of each unit; the next one is read while one is worked on.
+
+        Each takes the memory of the last but one.
+        """
+        refs = [self.plan.checkpoint.source.tensors[unit.tensor] for unit in units]
+        largest = max((ref.stored_bytes for ref in refs), default=0)
+        buffers = [torch.from_numpy(np.empty(largest, np.uint8)) for _ in range(2)]
+        with ThreadPoolExecutor(1, "reader") as reader:
+            reading: deque[Future] = deque()
+            for ref, buffer in zip(refs, cycle(buffers), strict=False):
+                reading.append(reader.submit(self._read, ref, buffer))
+                if len(reading) == 2:
+                    yield reading.popleft().result()
+            yield from (read.result() for read in reading)
+
+    def _read(self, ref: TensorRef, buffer: Tensor) -> Tensor | QTensor:
+        start = perf_counter()
+        stored = ref.load_into(buffer) if ref.load_into else ref.load()
+        self.busy["reading"] += perf_counter() - start
+        return stored
+
+    def round(self, unit: Unit, stored: Tensor | QTensor) -> None:
+        """Rounds and packs a unit that needs no data."""
+        start = perf_counter()
+        rule = self.plan.rule_of(unit.name)
+        parts, report = round_without_data(unit, rule, stored.to(self.device), self.packing)
+        self.busy["computing"] += perf_counter() - start
+        self.deliver(parts, report)
+
+    def layer_done(self, index: int, tokens: list[int]) -> None:
+        reports = [self.reports[unit.name] for unit in self.plan.units_of(index)]
+        self.progress.layer_done(index, reports, tokens)
+
+
+def _quantize_blocks(run: Run, rows: Tensor | None) -> None:
+    run.check_fallbacks()
+    run.write_kept(run.plan.kept_outside_layers)
+    if rows is None:
+        _without_data(run)
+    else:
+        _with_calibration(run, rows)
+
+
+def _with_calibration(run: Run, rows: Tensor) -> None:
+    run.progress.calibrating(*rows.shape)
+    plan, work = run.plan, run.work
+    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device)
+    layers = plan.checkpoint.config.num_hidden_layers
+    first, hidden = 0, model.embed(rows)  # (rows, time, hidden)
+    model.free_embedding()
+    if saved := work.load_hidden(_first_open_layer(plan, work) or 0):
+        first, hidden = saved
+    del work.tokens_per_expert[first:]
+    for index in range(first, layers):
+        run.write_kept(plan.kept_in_layer(index))
+        layer = LayerQuantizer(plan, model, index, run.deliver_matrix, run.committed)
+        hidden = layer.run(hidden)
+        if not torch.isfinite(hidden).all():
+            raise InputError(f"layer {index}: its outputs on the calibration text are not finite")
+        work.tokens_per_expert.append(layer.tokens_per_expert)
+        run.layer_done(index, layer.tokens_per_expert)
+        run.writer.drain()
+        work.save_hidden(index + 1, hidden if index + 1 < layers else None)
+
+
+def _without_data(run: Run) -> None:
+    """Reading, computing and writing overlap: the disk is what this waits for."""
+    left = [unit for unit in run.plan.units.values() if unit.name not in run.work.reports]
+    with closing(run.read_ahead(left)) as stored:
+        for index in range(run.plan.checkpoint.config.num_hidden_layers):
+            run.write_kept(run.plan.kept_in_layer(index))
+            for unit in run.plan.units_of(index):
+                if unit.name not in run.work.reports:
+                    run.round(unit, next(stored))
+            run.layer_done(index, [])
+
+
+def _calibration_rows(plan: Plan) -> Tensor | None:
+    if not plan.needs_calibration:
+        return None
+    tokenizer = load_tokenizer(plan.checkpoint)
+    return calibration_rows(plan.recipe.calibration, tokenizer, plan.checkpoint)
+
+
+def _first_open_layer(plan: Plan, work: WorkDirectory) -> int | None:
+    """The first layer with something left to do, None if there is none; 0 before the layers."""
+    layers = plan.checkpoint.config.num_hidden_layers
+    left = [file.layer or 0 for file in plan.files if not work.committed(file)]
+    if plan.needs_calibration and len(work.tokens_per_expert) < layers:
+        left.append(len(work.tokens_per_expert))
+    return min(left, default=None)
+
+
+def _where_it_stands(plan: Plan, work: WorkDirectory) -> str:
+    if not work.sums:
+        return "interrupted, nothing was published"
+    done = f"{len(work.sums)} of {len(plan.files)} files are committed"
+    return f"stopped, {done}; run the same command to continue"

@@ -1,0 +1,165 @@
+"""The weight files of an output: each grows at its final size and place until it is complete."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from grokquant.containers.container import PlannedFile
+from grokquant.errors import GrokquantError, InputError
+from grokquant.files.atomic import nearest_directory, temporary_name
+from grokquant.files.direct_io import PlacedFile
+from grokquant.files.safetensors_header import file_layout
+from grokquant.job.plan import Plan
+from grokquant.types import UnitReport
+
+CARD_NAME = "README.md"
+REPORT_NAME = "quantization-report.json"
+SUMS_NAME = "SHA256SUMS"
+# So many tensors may wait for the disk: bounds memory, keeps the disk busy.
+_WAITING = 2
+
+# (planned file, its complete temporary file, that file's sha256 if known, the reports of its units)
+Commit = Callable[[PlannedFile, Path, str | None, list[UnitReport]], None]
+
+
+@dataclass
+class _Growing:
+    """A file that still lacks `missing` bytes of its tensors."""
+
+    stored: PlacedFile
+    missing: int
+    reports: list[UnitReport] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Writes parts to their places in any order and commits each file once it is complete.
+
+    Writing and committing happen in a thread of their own, in the order of the calls; what goes
+    wrong there is raised by a later call. `seconds` is how long that thread was busy, `incomplete`
+    names the files that were begun.
+    """
+
+    def __init__(self, directory: Path, plan: Plan, commit: Commit) -> None:
+        self.directory, self.commit, self.plan = directory, commit, plan
+        self.stored = {t.name: t for file in plan.files for t in file.tensors}
+        self.unwritten = {f.name: sum(t.bytes for t in f.tensors) for f in plan.files}
+        self.incomplete: set[str] = set()
+        self.seconds = 0.0
+        self._growing: dict[str, _Growing] = {}
+        self._waiting: deque[Future] = deque()
+        self._failed = False
+        self._thread = ThreadPoolExecutor(1, "writer")
+
+    def write(self, tensors: Mapping[str, Tensor], report: UnitReport | None = None) -> None:
+        """Whole parts by name. `report` is that of the unit they stand for."""
+        for name, tensor in tensors.items():
+            planned = self.plan.parts[name]
+            if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
+                raise GrokquantError(f"{name}: not what was planned; this is a bug")
+            self.write_rows(name, 0, tensor, report)
+            report = None
+
+    def write_rows(
+        self, name: str, first: int, rows: Tensor, report: UnitReport | None = None
+    ) -> None:
+        """Rows of the part `name`, the first of which has the index `first`."""
+        file, place = self.plan.file_of[name], self.plan.places[name]
+        stored, rows = self.stored[place.tensor], place.stored(rows)
+        first += place.first_row
+        count = stored.shape[0] if stored.shape else 1
+        offset = file.layout.offsets[place.tensor] + first * stored.bytes // count
+        self.unwritten[file.name] -= rows.nbytes
+        change = self.incomplete.add if self.unwritten[file.name] else self.incomplete.discard
+        change(file.name)
+        while len(self._waiting) >= _WAITING:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._write, file, offset, rows, report))
+
+    def drain(self) -> None:
+        """Waits until everything is written; all complete files are committed then."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Removes what is incomplete. Where nothing is, what still waits completes a file."""
+        self._thread.shutdown(cancel_futures=bool(self.incomplete))
+        for growing in self._growing.values():
+            growing.stored.close()
+            growing.stored.path.unlink(missing_ok=True)
+
+    def _write(
+        self, file: PlannedFile, offset: int, rows: Tensor, report: UnitReport | None
+    ) -> None:
+        if self._failed:
+            return  # what was raised ends the run; a file with a hole must not become complete
+        start = perf_counter()
+        self._failed = True
+        growing = self._growing.get(file.name) or self._begin(file)
+        growing.stored.write(offset, _bytes_of(rows))
+        growing.missing -= rows.nbytes
+        if report:
+            growing.reports.append(report)
+        if growing.missing == 0:
+            del self._growing[file.name]
+            growing.stored.close()
+            self._finish(file, growing)
+        self._failed = False
+        self.seconds += perf_counter() - start
+
+    def _begin(self, file: PlannedFile) -> _Growing:
+        stored = PlacedFile(temporary_name(self.directory / file.name))
+        growing = _Growing(stored, sum(t.bytes for t in file.tensors))
+        self._growing[file.name] = growing
+        stored.write(0, memoryview(file.layout.header))
+        return growing
+
+    def _finish(self, file: PlannedFile, growing: _Growing) -> None:
+        stored = growing.stored
+        try:
+            self.commit(file, stored.path, stored.checksum(), growing.reports)
+        finally:
+            stored.path.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
+    """A safetensors file, written tensor by tensor without a copy in memory; not synced.
+
+    Returns its sha256 if that is known.
+    """
+    layout = file_layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    stored = PlacedFile(path)
+    try:
+        stored.write(0, memoryview(layout.header))
+        for name, tensor in tensors.items():
+            stored.write(layout.offsets[name], _bytes_of(tensor))
+    finally:
+        stored.close()
+    return stored.checksum()
+
+
+def check_writable(directory: Path) -> None:
+    """Raises InputError where `directory` can neither be written to nor made."""
+    place = nearest_directory(directory)
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise InputError(f"{directory}: cannot be written")
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return flat.numpy().data

@@ -1,0 +1,188 @@
+"""The directory of a run that is not finished, `OUT.partial`: what is committed there stays.
+
+    run.json         what the run is made of; nothing else may continue it
+    lock             who is writing
+    journal/         a record of each committed file: checksum and reports; of the hidden states
+    hidden-N         the calibration tokens' hidden states before layer N
+    files/           what becomes OUT, by rename, when everything is there
+
+A file is committed by rename after its bytes are on disk, then its record is in the same way. So at
+any instant a file without a record is to be made again, and one with a record is whole.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from grokquant.containers.container import PlannedFile
+from grokquant.errors import InputError
+from grokquant.files import atomic
+from grokquant.grids import Scheme
+from grokquant.job.plan import Plan
+from grokquant.job.shards import CARD_NAME, SUMS_NAME, write_tensors
+from grokquant.types import UnitReport
+
+RUN, LOCK, HIDDEN, REPLACED = "run.json", "lock", "hidden", "replaced"
+
+
+class WorkDirectory:
+    """An open work directory. `reports` are those of all committed units, `damaged` names what was
+    no longer as it had been committed and is made again, `tokens_per_expert` is what calibration
+    brought to the experts of the layers so far."""
+
+    def __init__(self, path: Path, output: Path) -> None:
+        self.path, self.output = path, output
+        self.files, self.journal = path / "files", path / "journal"
+        self.sums: dict[str, str] = {}
+        self.reports: dict[str, UnitReport] = {}
+        self.damaged: list[str] = []
+        self.tokens_per_expert: list[list[int]] = []
+        self._hidden: tuple[int, Path] | None = None
+
+    @property
+    def published(self) -> bool:
+        """Whether the output has its name already, so that only this directory is left to go."""
+        run, sums = atomic.read_record(self.path / RUN) or {}, self.output / SUMS_NAME
+        if self.files.exists() or not sums.is_file():
+            return False
+        return run.get("complete") == atomic.sha256(sums)
+
+    @property
+    def started(self) -> bool:
+        """Whether anything is committed."""
+        return self.journal.exists() and any(self.journal.glob("*.json"))
+
+    def commit(
+        self, file: PlannedFile, temporary: Path, checksum: str | None, reports: list[UnitReport]
+    ) -> None:
+        """Puts a complete file in its place for good, with its record."""
+        checksum = checksum or atomic.sha256(temporary)
+        atomic.commit(temporary, self.files / file.name)
+        record = {"sha256": checksum, "units": [asdict(report) for report in reports]}
+        atomic.write_record(self.journal / f"{file.name}.json", record)
+        self._remember(file, record)
+
+    def committed(self, file: PlannedFile) -> bool:
+        return file.name in self.sums
+
+    def read(self, plan: Plan, names: list[str]) -> dict[str, Tensor]:
+        """Parts that are committed."""
+        return {name: self._read(plan, name) for name in names}
+
+    def _read(self, plan: Plan, name: str) -> Tensor:
+        file, place, part = plan.file_of[name], plan.places[name], plan.parts[name]
+        path, dtype = self.files / file.name, place.dtype or part.dtype
+        row, whole = (prod(shape) * dtype.itemsize for shape in (part.shape[1:], part.shape))
+        offset = file.layout.offsets[place.tensor] + place.first_row * row
+        raw = np.fromfile(path, np.uint8, whole, offset=offset)
+        if len(raw) < whole:
+            raise InputError(f"{path}: has changed during the run: it is shorter")
+        return place.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
+
+    def recover(self, plan: Plan) -> None:
+        """Takes up what is committed and intact; what is not will be made again."""
+        for directory in (self.path, self.files, self.journal):
+            atomic.remove_abandoned(directory)
+        for file in plan.files:
+            place = self.journal / f"{file.name}.json"
+            record = atomic.read_record(place)
+            if record and atomic.holds(self.files / file.name, record["sha256"]):
+                self._remember(file, record)
+            elif place.exists():
+                self.damaged.append(file.name)
+        self._recover_hidden()
+
+    def _recover_hidden(self) -> None:
+        place = self.journal / f"{HIDDEN}.json"
+        record = atomic.read_record(place)
+        if record is None:
+            self.damaged += [HIDDEN] if place.exists() else []
+            return
+        self.tokens_per_expert = record["tokens_per_expert"]
+        path = self.path / f"{HIDDEN}-{record['layer']}"
+        if record["sha256"] and atomic.holds(path, record["sha256"]):
+            self._hidden = record["layer"], path
+        elif record["sha256"]:
+            self.damaged.append(path.name)
+
+    def save_hidden(self, layer: int, hidden: Tensor | None) -> None:
+        """The hidden states before `layer`, None after the last; tokens per expert with them."""
+        path, checksum = self.path / f"{HIDDEN}-{layer}", None
+        if hidden is not None:
+            with atomic.temporary(path) as name:
+                checksum = write_tensors(name, {"hidden": hidden}) or atomic.sha256(name)
+                atomic.commit(name, path)
+        record = {"layer": layer, "sha256": checksum, "tokens_per_expert": self.tokens_per_expert}
+        atomic.write_record(self.journal / f"{HIDDEN}.json", record)
+        for old in self.path.glob(f"{HIDDEN}-*"):
+            if old != path:
+                old.unlink(missing_ok=True)
+
+    def load_hidden(self, at_most: int) -> tuple[int, Tensor] | None:
+        """What `save_hidden` saved last, if that is whole and of layer `at_most` or before."""
+        if self._hidden is None or self._hidden[0] > at_most:
+            return None
+        layer, path = self._hidden
+        return layer, load_file(path)["hidden"].clone()
+
+    def write_sums(self) -> None:
+        """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""
+        free = {SUMS_NAME, CARD_NAME, *(path.name for path in self._temporaries())}
+        files = sorted(p for p in self.files.iterdir() if p.name not in free)
+        sums = ((self.sums.get(p.name) or atomic.sha256(p), p.name) for p in files)
+        text = "".join(f"{checksum}  {name}\n" for checksum, name in sums)
+        atomic.write_text(self.files / SUMS_NAME, text)
+
+    def publish(self) -> None:
+        """Gives the output its name; an earlier result makes way only then."""
+        run = atomic.read_record(self.path / RUN) or {}
+        complete = atomic.sha256(self.files / SUMS_NAME)
+        atomic.write_record(self.path / RUN, run | {"complete": complete})
+        try:
+            if self.output.exists() and self.files.exists():
+                self.output.replace(self.path / REPLACED)
+                atomic.sync(self.path)
+            for path in self._temporaries():
+                path.unlink(missing_ok=True)
+            self.files.replace(self.output)
+        except BaseException:  # a signal too
+            self.give_back()
+            raise
+        atomic.sync(self.output.parent)
+
+    def give_back(self) -> None:
+        """Puts an earlier result back in its place if it made way for one that did not come."""
+        replaced = self.path / REPLACED
+        if replaced.exists() and not self.output.exists():
+            replaced.replace(self.output)
+
+    def clear(self) -> None:
+        """Removes everything but what says whose the directory is."""
+        for path in self.path.iterdir():
+            if path.name not in (RUN, LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def remove(self) -> None:
+        """Removes the directory, last of all what says whose it is, should this be cut short."""
+        self.clear()
+        for name in (RUN, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # another run may have come
+            self.path.rmdir()
+
+    def _temporaries(self) -> Iterator[Path]:
+        """Of another run, where a lock does not keep it out."""
+        return self.files.glob(".*.tmp")
+
+    def _remember(self, file: PlannedFile, record: dict) -> None:
+        self.sums[file.name] = record["sha256"]
+        for row in record["units"]:
+            self.reports[row["name"]] = UnitReport(**row | {"scheme": Scheme(**row["scheme"])})

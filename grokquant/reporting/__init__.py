@@ -1,0 +1,1 @@
+"""What people see of runs and evaluations: tables, pages, the terminal."""

@@ -1,0 +1,171 @@
+"""The report as a page: one file, no script, nothing fetched, readable on a phone and on paper.
+
+Every number taken from the report carries its JSON pointer and its full precision in
+`data-path` and `data-value`.
+"""
+
+from html import escape
+from pathlib import Path
+
+from grokquant.errors import InputError
+from grokquant.evaluation.report import JSON_NAME, Checkpoint, Report
+from grokquant.files.atomic import write_json, write_text
+from grokquant.reporting.html.layer_sections import (
+    experts_section,
+    layers_section,
+    routing_section,
+)
+from grokquant.reporting.html.markup import better, datum, document, interval_of, section, value_of
+from grokquant.reporting.html.sections import (
+    distribution_section,
+    metrics_section,
+    weights_section,
+)
+from grokquant.reporting.html.suite_sections import (
+    gate_line,
+    suite_section,
+    tasks_section,
+    texts_section,
+)
+from grokquant.reporting.rows import (
+    LOWER,
+    NBSP,
+    Row,
+    bf16_bytes,
+    count,
+    name_of,
+    noise_rows,
+    percent,
+    rows,
+    size,
+    verdict,
+)
+
+HTML_NAME = "report.html"
+
+
+def render_html(report: Report) -> str:
+    """The whole page."""
+    body = "".join(
+        (
+            _header(report),
+            _tiles(report),
+            suite_section(report),
+            metrics_section(report),
+            tasks_section(report),
+            texts_section(report),
+            distribution_section(report),
+            routing_section(report),
+            layers_section(report),
+            experts_section(report),
+            weights_section(report),
+            _protocol(report),
+        )
+    )
+    title = f"{name_of(report.quantized)}: evaluation"
+    return document(title, body, report.grokquant, JSON_NAME)
+
+
+def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
+    """Writes `report.json` and `report.html` into `directory`, each whole or not at all.
+
+    Returns both paths. Raises InputError where the directory cannot be written.
+    """
+    page = HTML_NAME, render_html(report)
+    return write_page(directory, (JSON_NAME, report.to_json()), page)
+
+
+def write_page(
+    directory: Path, numbers: tuple[str, dict], page: tuple[str, str]
+) -> tuple[Path, Path]:
+    """Writes numbers as JSON and the page that shows them, each given with the name of its file.
+
+    Returns both paths, as `write_report` does.
+    """
+    json_path, html_path = directory / numbers[0], directory / page[0]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_text(html_path, page[1])
+        write_json(json_path, numbers[1])
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
+    return json_path, html_path
+
+
+def _header(report: Report) -> str:
+    return (
+        '<header><p class="eyebrow">What quantization cost</p>'
+        f"<h1>{escape(name_of(report.quantized))}</h1>"
+        f'<p class="against">{_kind(report.quantized)}, compared with '
+        f"<b>{escape(name_of(report.reference))}</b></p>"
+        f'<p class="verdict">{escape(verdict(report))}</p>{gate_line(report)}</header>\n'
+    )
+
+
+def _kind(model: Checkpoint) -> str:
+    experts = f" × {model.experts} experts" if model.experts > 1 else ""
+    return escape(
+        f"{model.family}, {count(model.parameters)} weights, {model.layers} layers{experts}"
+    )
+
+
+def _tiles(report: Report) -> str:
+    by_name = {row.name: row for row in [*rows(report), *noise_rows(report)]}
+    noise = by_name["Mean KLD, no change"].shown
+    model, plain = report.quantized, bf16_bytes(report.quantized)
+    bits, path = model.bits_per_weight, "/quantized/bits_per_weight"
+    share = f"{percent(model.bytes / max(plain, 1), 3)} of {size(plain)} as bf16"
+    tiles = [
+        _tile("Perplexity ratio", by_name["Mean PPL(Q)/PPL(base)"], "quantized over reference"),
+        _tile("Mean KL divergence", by_name["Mean KLD"], f"noise floor {noise}"),
+        _tile("Same top token", by_name["Same top p"], "greedy choice unchanged"),
+    ]
+    if routers := by_name.get("Same experts, least"):
+        mean = by_name["Same experts, mean"]
+        tiles.append(_tile("Same experts", routers, f"in the worst layer; mean {mean.shown}"))
+    tiles.append(
+        _tile_of(
+            "Bits per weight",
+            datum(path, bits, f"{bits:.2f}"),
+            f"{size(model.bytes)}, {better(LOWER)}",
+            share,
+        )
+    )
+    note = f"Ranges are 95{NBSP}% intervals, for another choice of documents."
+    return (
+        f'<dl class="tiles n{len(tiles)}">{"".join(tiles)}</dl>\n<p class="tilenote">{note}</p>\n'
+    )
+
+
+def _tile(name: str, row: Row, words: str) -> str:
+    unit = f'<span class="unit">{NBSP}{row.unit}</span>' if row.unit else ""
+    ends = [interval_of(row)] if row.estimate else []
+    return _tile_of(name, value_of(row) + unit, better(row.better), *ends, words)
+
+
+def _tile_of(name: str, value: str, *notes: str) -> str:
+    return (
+        f'<div class="tile"><dt>{name}</dt><dd class="big">{value}</dd>'
+        f'<dd class="note">{"<br>".join(notes)}</dd></div>'
+    )
+
+
+def _protocol(report: Report) -> str:
+    protocol = report.protocol
+    facts = (
+        ("Text", escape(protocol.text)),
+        ("SHA-256 of the text", f"<code>{escape(protocol.text_sha256)}</code>"),
+        ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
+        ("Scored", f"{protocol.tokens_scored:,} tokens: {escape(protocol.scored)}"),
+        ("Beginning-of-sequence token", "at the start of each window" if protocol.bos else "none"),
+        ("Arithmetic", escape(protocol.arithmetic)),
+        ("Noise floor", escape(report.noise_floor.how)),
+        ("Quantized", f'<span class="path">{escape(report.quantized.path)}</span>'),
+        ("Reference", f'<span class="path">{escape(report.reference.path)}</span>'),
+    )
+    listed = "".join(f"<dt>{name}</dt><dd>{fact}</dd>" for name, fact in facts)
+    return section(
+        "How it was measured",
+        "Numbers of another text, window or arithmetic cannot be compared with these.",
+        f'<div class="card"><dl class="facts">{listed}</dl></div>',
+    )

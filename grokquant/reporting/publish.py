@@ -1,0 +1,25 @@
+"""Writes a report where people and programs look for it."""
+
+from pathlib import Path
+
+from grokquant.errors import InputError
+from grokquant.evaluation.report import Report
+from grokquant.job import metadata
+from grokquant.job.shards import REPORT_NAME
+from grokquant.reporting.html.page import write_report
+from grokquant.reporting.rows import markdown_table
+from grokquant.reporting.suite_tables import tasks_markdown
+
+
+def publish(report: Report, output: Path, directory: Path | None = None) -> tuple[Path, Path]:
+    """Writes report.json and report.html (default: `output`/evaluation) and fills the card."""
+    paths = write_report(report, directory or output / "evaluation")
+    if (output / REPORT_NAME).is_file():
+        tables = [markdown_table(report), *tasks_markdown(report)]
+        try:
+            metadata.fill_evaluation(output, "\n".join(tables))
+        except (OSError, UnicodeError) as error:
+            raise InputError(
+                f"{output / metadata.CARD_NAME}: cannot be filled in: {error}"
+            ) from None
+    return paths

@@ -1,0 +1,266 @@
+"""What a person sees: tables on stdout, progress on stderr, no animation off a terminal."""
+
+import time
+from collections import Counter
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from grokquant.evaluation.measure import LayerFigures
+from grokquant.humanize import duration, size
+from grokquant.job.budget import Budget
+from grokquant.job.plan import Plan
+from grokquant.job.shards import REPORT_NAME
+from grokquant.types import UnitReport
+
+
+def plan_as_dict(plan: Plan, budget: Budget) -> dict:
+    """The plan for machines: totals, files, kept matrices and a row per unit."""
+    return {
+        "model": plan.recipe.model.path,
+        "output": plan.recipe.output.path,
+        "family": plan.checkpoint.family.name,
+        "notice": plan.checkpoint.family.notice,
+        "parameters": plan.checkpoint.parameters,
+        "source_bytes": plan.checkpoint.stored_bytes,
+        "output_bytes": plan.output_bytes,
+        "bits_per_weight": plan.bits_per_weight,
+        "files": {file.name: file.layout.size for file in plan.files},
+        "peak_bytes": budget.peak_bytes,
+        "peak_step": budget.peak.name,
+        "peak_knob": budget.peak.knob,
+        "seconds": budget.seconds,
+        "kept": list(plan.kept),
+        "units": [
+            {
+                "name": unit.name,
+                "method": unit.method,
+                "scheme": str(unit.scheme),
+                "shape": list(unit.shape),
+            }
+            for unit in plan.units.values()
+        ],
+    }
+
+
+def text_console(stderr: bool = False) -> Console:
+    """Shows text as it is: names are no markup, and off a terminal nothing is cut or folded."""
+    console = Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = 1000
+    return console
+
+
+def print_notice(notice: str | None) -> None:
+    """A line that is to be seen, whatever becomes of stdout."""
+    if notice:
+        text_console(stderr=True).print(f"grokquant: {notice}")
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    print_notice(plan.checkpoint.family.notice)
+    console = console or text_console()
+    console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
+    table = Table()
+    for column, justify in (("what", "left"), ("grid (method)", "left"), ("matrices", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("weights", justify="right")
+    for (kind, grid), (count, weights) in _plan_rows(plan).items():
+        table.add_row(kind, grid, str(count), f"{weights:,}")
+    console.print(table)
+    console.print(
+        f"{plan.checkpoint.parameters:,} weights, {size(plan.checkpoint.stored_bytes)} -> "
+        f"{size(plan.output_bytes)} in {len(plan.files)} file(s), "
+        f"{plan.bits_per_weight:.3f} bits per weight"
+    )
+
+
+def print_budget(budget: Budget) -> None:
+    console = text_console()
+    knob = f"; {budget.peak.knob} lowers it" if budget.peak.knob else ""
+    console.print(f"memory: {size(budget.peak_bytes)} at {budget.peak.name}{knob}")
+    console.print(f"time: {duration(budget.seconds)} on this machine")
+
+
+def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
+    """(kind of matrix, grid) -> (matrices, weights)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    weights: Counter[tuple[str, str]] = Counter()
+    for name, ref in plan.checkpoint.units():
+        unit = plan.units.get(name)
+        grid = f"{unit.scheme} ({unit.method})" if unit else "kept as it is"
+        key = (_kind(name), grid)
+        counts[key] += 1
+        weights[key] += prod(ref.shape)
+    rest = plan.checkpoint.parameters - sum(weights.values())
+    rows = {key: (counts[key], weights[key]) for key in counts}
+    return rows | {("router, norms, embedding", "kept as it is"): (0, rest)}
+
+
+def _kind(unit: str) -> str:
+    parts = unit.split(".")
+    return f"{parts[2]}.{parts[-1]}"
+
+
+class _LayerBar:
+    """A bar over layers on a terminal; elsewhere only the lines that are printed above it."""
+
+    def __init__(self) -> None:
+        self.console = text_console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self.start = time.monotonic()
+        self.task: TaskID | None = None
+
+    def begin(self, description: str, total: int) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task(description, total=total)
+        self.total, self.done, self.start = total, 0, time.monotonic()
+
+    def advance(self, line: str) -> None:
+        self.done += 1
+        left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+        self.console.print(f"{line}, {duration(left)} left")
+        if self.task is not None:
+            self.bar.advance(self.task)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+
+
+class RunProgress(_LayerBar):
+    """Prints the plan, then a line per block."""
+
+    def __enter__(self) -> "RunProgress":
+        return self
+
+    def planned(self, plan: Plan) -> None:
+        self.plan, self.fallbacks = plan, 0
+        self.busy: dict[str, float] = {}
+        print_plan(plan, self.console)
+        self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
+
+    def continuing(self, done: int, files: int, damaged: list[str]) -> None:
+        for name in damaged:
+            self.console.print(f"{name}: is no longer what was committed, it is made again")
+        self.console.print(f"continuing: {done} of {files} files are committed")
+
+    def worked(self, busy: dict[str, float]) -> None:
+        self.busy = busy
+
+    def stopping(self) -> None:
+        self.console.print("stopping after the file in progress; once more stops at once")
+
+    def calibrating(self, rows: int, length: int) -> None:
+        asked = self.plan.recipe.calibration
+        line = f"calibration: {rows} rows of {length} tokens"
+        if (rows, length) != (asked.samples, asked.length):
+            line += f", fewer than the {asked.samples} x {asked.length} that the recipe asks for"
+        self.console.print(line)
+
+    def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:
+        self.fallbacks += sum(report.fallback is not None for report in reports)
+        line = f"layer {index}: {_error_of(reports)}, {_bits_of(reports, self.plan):.3f} bits"
+        if tokens:
+            line += f", least-fed expert {min(tokens)} tokens"
+        self.advance(line)
+
+    def as_dict(self, output: Path) -> dict:
+        """The result for machines. `busy_seconds` overlap."""
+        return {
+            "output": str(output),
+            "output_bytes": self.plan.output_bytes,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "seconds": time.monotonic() - self.start,
+            "busy_seconds": self.busy,
+            "fallbacks": self.fallbacks,
+        }
+
+    def summary(self, output: Path) -> str:
+        plan = self.plan
+        lines = [
+            f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
+            f"{plan.bits_per_weight:.3f} bits per weight, "
+            f"{duration(time.monotonic() - self.start)}",
+            f"report: {output / REPORT_NAME}",
+        ]
+        if self.busy:
+            took = time.monotonic() - self.start
+            shares = (f"{what} {seconds / took:.0%}" for what, seconds in self.busy.items())
+            lines.append(f"of that time, at once: {', '.join(shares)}")
+        if self.fallbacks:
+            lines.append(f"{self.fallbacks} matrices fell back to rtn, the report says why")
+        return "\n".join(lines)
+
+
+class LayerProgress(_LayerBar):
+    """A line per evaluated layer."""
+
+    def __enter__(self) -> "LayerProgress":
+        return self
+
+    def layer_done(self, figures: LayerFigures, total: int) -> None:
+        if self.task is None:
+            self.begin("evaluating", total)
+        line = f"layer {figures.layer}: error {figures.relative_error:.4f}"
+        if figures.router_set is not None:
+            line += f", same experts for {figures.router_set:.1%} of tokens"
+        self.advance(line)
+
+    def note(self, line: str) -> None:
+        self.console.print(line)
+
+
+def _error_of(reports: list[UnitReport]) -> str:
+    measured = [r.output_error for r in reports if r.output_error is not None]
+    if measured:
+        return f"output error {sum(measured) / len(measured):.4f}"
+    errors = [r.relative_error for r in reports]
+    return f"weight error {sum(errors) / max(len(errors), 1):.4f}"
+
+
+def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
+    weights = {r.name: prod(plan.units[r.name].shape) for r in reports}
+    total = sum(weights.values())
+    return sum(r.bits_per_weight * weights[r.name] for r in reports) / total if total else 16.0
+
+
+def print_description(description: dict) -> None:
+    """`grokquant inspect` for people: the totals, then a row per tensor."""
+    print_notice(description["notice"])
+    console = text_console()
+    for key in ("path", "layout", "family", "layers", "experts", "experts_per_token"):
+        console.print(f"{key.replace('_', ' '):>18}  {description[key]}")
+    console.print(f"{'parameters':>18}  {description['parameters']:,}")
+    console.print(f"{'size':>18}  {size(description['bytes'])}")
+    console.print(f"{'bits per weight':>18}  {description['bits_per_weight']:.3f}")
+    for grid, count in description["matrices"].items():
+        console.print(f"{'matrices':>18}  {count} x {grid}")
+    table = Table("tensor", "shape", "stored as", "bytes")
+    for tensor in description["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        table.add_row(tensor["name"], shape, tensor["stored_as"], f"{tensor['bytes']:,}")
+    console.print(table)

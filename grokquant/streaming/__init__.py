@@ -1,0 +1,1 @@
+"""Models run layer by layer, each layer read once."""

@@ -1,0 +1,1 @@
+"""Texts and tokenizers: what goes into a model."""

@@ -1,0 +1,223 @@
+"""From the name of a text to rows of tokens, for calibration and for evaluation alike."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grokquant.errors import InputError
+from grokquant.recipe import CalibrationSection, check_data
+
+if TYPE_CHECKING:
+    from grokquant.checkpoint import Checkpoint
+
+_INSTALL = 'it needs the eval extra: pip install "grokquant[eval]"'
+
+
+def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) -> list[str]:
+    """The texts that `data` names, empty ones left out.
+
+    `python-docs` is the text of this Python installation, of which `part` is taken. A .txt file is
+    one document; a .jsonl file holds one per line and a .parquet file one per row, both in `text`.
+    Everything else is `hub/name[:config[:split]]` for the datasets library (a directory will do for
+    the name), split `train` by default, column `text`. Raises InputError naming file and line.
+    """
+    try:
+        check_data(data)
+    except ValueError as error:
+        raise InputError(f"text: {error}") from None
+    if data == "python-docs":
+        from grokquant.text import python_docs
+
+        return python_docs.documents(part)
+    read = READERS.get(Path(data).suffix.lower(), _read_dataset)
+    documents = [text for text in read(data) if text.strip()]
+    if not documents:
+        raise InputError(f"{data}: holds no text")
+    return documents
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Windows of a text: its `tokens` and the number of the document that each is from, from 0.
+
+    Both int64 [rows, length].
+    """
+
+    tokens: Tensor
+    documents: Tensor
+
+
+def rows_of(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int | None,
+) -> TextRows:
+    """`samples` windows of `length` tokens; fewer where the text has no more.
+
+    The documents' tokens are joined as they are, nothing between them, and cut into windows that
+    do not overlap. `seed` draws windows at random, in the order of the text; None takes the first
+    ones and reads no further than these. Raises InputError if there is not one whole window.
+    """
+    limit = samples * length if seed is None else None
+    tokens, ends = _tokens(documents, tokenizer, limit)
+    windows = len(tokens) // length
+    if windows == 0:
+        raise InputError(f"the text has {len(tokens)} tokens, one row takes {length}")
+    whole = windows * length
+    rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(windows, length)
+    numbers = torch.bucketize(torch.arange(whole), torch.tensor(ends), right=True).view_as(rows)
+    if seed is None:
+        return TextRows(rows[:samples], numbers[:samples])
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+    drawn = order[:samples].sort().values
+    return TextRows(rows[drawn], numbers[drawn])
+
+
+def token_rows(
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int | None,
+) -> Tensor:
+    """The tokens of `rows_of`, int64 [samples, length]."""
+    return rows_of(documents, tokenizer, samples, length, seed).tokens
+
+
+def calibration_rows(
+    settings: CalibrationSection, tokenizer: PreTrainedTokenizerBase, checkpoint: "Checkpoint"
+) -> Tensor:
+    """The rows that a recipe calibrates with, int64 [samples, length]. Raises InputError.
+
+    Rows are no longer than the model has positions.
+    """
+    length = min(settings.length, checkpoint.config.max_position_embeddings)
+    documents = load_documents(settings.data, "calibration")
+    try:
+        return token_rows(documents, tokenizer, settings.samples, length, settings.seed)
+    except InputError as error:
+        raise InputError(f"calibration.data: {settings.data}: {error}") from None
+
+
+def text_digest(documents: Sequence[str]) -> str:
+    """SHA-256 of the documents and of where each of them ends, in hex."""
+    digest = hashlib.sha256()
+    for text in documents:
+        encoded = text.encode()
+        digest.update(f"{len(encoded)}\n".encode())
+        digest.update(encoded)
+    return digest.hexdigest()
+
+
+def _tokens(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> "tuple[array[int], list[int]]":
+    """The tokens of all documents, and how many there are after each of them."""
+    tokens, ends = array("q"), []
+    for text in documents:
+        tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
+        ends.append(len(tokens))
+        if limit is not None and len(tokens) >= limit:
+            break
+    return tokens, ends
+
+
+def _read_txt(path: str) -> Iterator[str]:
+    yield _decoded(_read_bytes(path), path)
+
+
+def _read_jsonl(path: str) -> Iterator[str]:
+    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        text = _decoded(line, where)
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: not a JSON object") from None
+        if not isinstance(record, dict) or "text" not in record:
+            raise InputError(f'{where}: expected a JSON object with the field "text"')
+        yield _checked(record["text"], where)
+
+
+def _read_parquet(path: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(f"{path}: {_INSTALL}") from None
+    try:
+        file = parquet.ParquetFile(path)
+        _check_columns(file.schema_arrow.names, path)
+        column = file.read(columns=["text"]).column("text").to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
+    for number, text in enumerate(column, start=1):
+        yield _checked(text, f"{path}: row {number}")
+
+
+def _read_dataset(data: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{data}: {_INSTALL}") from None
+    name, config, split = [*data.split(":", maxsplit=2), "", ""][:3]
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # of a dozen unrelated classes: network, cache, names, file formats
+        raise InputError(f"{data}: cannot be loaded: {_first_line(error)}") from None
+    _check_columns(rows.column_names, data)
+    for number, text in enumerate(rows["text"], start=1):
+        yield _checked(text, f"{data}: row {number}")
+
+
+READERS: dict[str, Callable[[str], Iterator[str]]] = {
+    ".txt": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _read_bytes(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _decoded(raw: bytes, where: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
+
+
+def _checked(text: object, where: str) -> str:
+    """`text` if a tokenizer can take it: JSON may hold anything, even half a character."""
+    if not isinstance(text, str):
+        raise InputError(f'{where}: "text" should be a string, not {type(text).__name__}')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f'{where}: "text" holds half of a surrogate pair') from None
+    return text
+
+
+def _check_columns(columns: Sequence[str], where: str) -> None:
+    if "text" not in columns:
+        raise InputError(f'{where}: no column "text", only {", ".join(columns)}')
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
