@@ -16,7 +16,7 @@ from grokquant.families import Family, family_of
 from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.sources import open_source
 from grokquant.toy import TOY_PATH
-from grokquant.types import Source, TensorRef
+from grokquant.types import Matrix, Source, TensorRef
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What older versions of transformers have stored although it follows from the config.
@@ -33,8 +33,12 @@ class Checkpoint:
 
     def units(self) -> Iterator[tuple[str, TensorRef]]:
         """(unit name, reference) of every matrix that may be quantized, in layer order."""
-        for name, tensor in self.family.units(self.config):
-            yield name, self.source.tensors[tensor]
+        for matrix in self.matrices():
+            yield matrix.name, self.source.tensors[matrix.tensor]
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Every matrix that may be quantized, in layer order."""
+        return self.family.units(self.config)
 
     @property
     def num_experts(self) -> int:
@@ -76,7 +80,7 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with what its model needs, and nothing else. Raises InputError."""
     source, path = checkpoint.source, checkpoint.source.path
     # Before a model is built: it could have any number of layers.
-    needed = (tensor for _, tensor in checkpoint.family.units(checkpoint.config))
+    needed = (matrix.tensor for matrix in checkpoint.matrices())
     if missing := next((name for name in needed if name not in source.tensors), None):
         raise InputError(f"{path}: tensor {missing} is missing")
     shapes = _expected_shapes(checkpoint)

@@ -3,9 +3,10 @@
 Matrices are always [out, in] here, whatever a checkpoint stores.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,23 @@ class QTensor:
         if self.offsets is not None:
             values = values + self.offsets.unsqueeze(-1)
         return values.flatten(1)
+
+    @staticmethod
+    def cat(tiles: "Sequence[QTensor]") -> "QTensor":
+        """Tiles of rows, one below the other."""
+
+        def below(name: str) -> Tensor | None:
+            tensors = [tensor for tile in tiles if (tensor := getattr(tile, name)) is not None]
+            return torch.cat(tensors) if tensors else None
+
+        return replace(
+            tiles[0],
+            codes=torch.cat([tile.codes for tile in tiles]),
+            scales=torch.cat([tile.scales for tile in tiles]),
+            zero_points=below("zero_points"),
+            offsets=below("offsets"),
+            headers=below("headers"),
+        )
 
     def rows(self, part: slice) -> "QTensor":
         """A view of some rows."""
@@ -136,14 +154,39 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One matrix that is quantized on its own: `layers.3.experts.5.down`."""
+class Matrix:
+    """A matrix of a model that may be quantized, and where it is.
+
+    `name` is what rules match (`layers.3.experts.5.down`), `tensor` its name in the checkpoint.
+    `part` is `gate`, `up` or `down` in expert number `expert`, `attention.q` and the like outside
+    the experts. Matrices of a layer and expert that have the same `reads` read the same input.
+    """
 
     name: str
     tensor: str
+    layer: int
+    part: str
+    reads: str
+    expert: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """What it is in every layer and expert: `experts.down`, `attention.q`."""
+        return self.part if self.expert is None else f"experts.{self.part}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit(Matrix):
+    """A matrix to quantize: its grid, the name of its method and the settings of that method.
+
+    `shape` is [out, in]; `rule` is the index of the recipe's rule that decided all this.
+    """
+
     shape: tuple[int, int]
-    method: str
     scheme: Scheme
+    method: str
+    settings: Any
+    rule: int
 
 
 @dataclass(frozen=True)

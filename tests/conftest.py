@@ -11,8 +11,10 @@ from make_release import write_random_release
 
 from grokquant.files.atomic import sha256
 from grokquant.grids import Scheme
+from grokquant.methods import METHODS
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.toy import TOY_PATH
+from grokquant.types import Matrix, Unit
 
 EXPERTS = {"match": "layers.*.experts.*.*", "method": "gptq", "bits": 4, "group": 32}
 # Every integer grid that a recipe can ask for.
@@ -24,6 +26,19 @@ GRIDS = [
     for dtype in ("bfloat16", "float16")
 ]
 ATTENTION = {"match": "layers.*.attention.*", "method": "copy"}
+
+
+def unit_of(
+    tensor: str,
+    scheme: Scheme,
+    shape: tuple[int, int] = (64, 256),
+    method: str = "rtn",
+    settings: object = None,
+) -> Unit:
+    """A unit of layer 0 outside the experts, named after its tensor."""
+    place = Matrix(tensor, tensor, layer=0, part=tensor, reads=tensor)
+    settings = METHODS[method].settings() if settings is None else settings
+    return Unit(**vars(place), shape=shape, scheme=scheme, method=method, settings=settings, rule=0)
 
 
 def seal(output: Path) -> None:

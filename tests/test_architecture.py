@@ -12,8 +12,9 @@ ROOT = Path(grokquant.__file__).parent
 ROOMS = [
     {"errors", "version", "humanize", "grids"},
     {"types", "devices", "files"},
+    {"methods"},
     {"recipe", "sources"},
-    {"families", "methods", "formats", "containers", "toy"},
+    {"families", "formats", "containers", "toy"},
     {"checkpoint", "calibration"},
     {"text", "streaming"},
     {"job", "runtime"},

@@ -202,16 +202,16 @@ def test_a_run_that_was_stopped_goes_on(grid, tiny_recipe, tmp_path, monkeypatch
     output = {"path": str(tmp_path / "whole"), "format": "bitsandbytes", "shard": "100KB"}
     whole = stored_in(pipeline.quantize(tiny_recipe(*rules, output=output, max_fallbacks=1)))
     recipe = tiny_recipe(*rules, output=output | {"path": str(tmp_path / "x")}, max_fallbacks=1)
-    deliver, done = pipeline.Run.deliver, []
+    emit, done = pipeline.Run.emit, []
 
     def stop_at_last(run, parts, report):
         done.append(report.name)
         if len(done) == 14:
             raise KeyboardInterrupt
-        deliver(run, parts, report)
+        emit(run, parts, report)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.Run, "deliver", stop_at_last)
+        patch.setattr(pipeline.Run, "emit", stop_at_last)
         pipeline.quantize(recipe)
     again = stored_in(pipeline.quantize(recipe))
     assert again.keys() == whole.keys()

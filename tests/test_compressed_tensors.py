@@ -7,7 +7,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
-from conftest import GRIDS
+from conftest import GRIDS, unit_of
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
@@ -33,7 +33,7 @@ def theirs(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def their_scheme(scheme: Scheme, packing=compressed_tensors):
-    unit = Unit("layers.0.experts.3.down", NAME, (64, 256), "rtn", scheme)
+    unit = unit_of(NAME, scheme)
     config = packing.quantization_config([unit], ["lm_head"])
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
@@ -126,7 +126,7 @@ def test_first_code_lies_in_the_lowest_bits():
 def test_targets_separate_schemes_and_spare_the_router():
     def unit(layer: int, expert: int, part: str, scheme: Scheme) -> Unit:
         tensor = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
-        return Unit(f"layers.{layer}.experts.{expert}.{part}", tensor, (64, 256), "rtn", scheme)
+        return unit_of(tensor, scheme)
 
     int4, int8 = Scheme(4, 128), Scheme(8, None)
     units = [
@@ -149,7 +149,7 @@ def test_targets_separate_schemes_and_spare_the_router():
 
 def test_uniform_schemes_need_few_targets():
     units = [
-        Unit("u", f"model.layers.{i}.experts.{e}.w1.weight", (64, 256), "rtn", Scheme(4, 128))
+        unit_of(f"model.layers.{i}.experts.{e}.w1.weight", Scheme(4, 128))
         for i in range(64)
         for e in range(8)
     ]

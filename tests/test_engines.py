@@ -11,10 +11,10 @@ SGLang: fused experts take the scheme of the target `Linear`, whatever their nam
 import re
 
 import pytest
+from conftest import unit_of
 
 from grokquant.formats import compressed_tensors
 from grokquant.grids import Scheme
-from grokquant.types import Unit
 
 INT4, INT8 = Scheme(4, 128), Scheme(8, 128)
 # A family's own names in files: attention, experts' (gate, up, down), router; and vLLM's modules.
@@ -48,11 +48,11 @@ def config_of(family: str, layers: int = 2, experts_of_layer: dict | None = None
         scheme = (experts_of_layer or {}).get(layer, INT4)
         for part in "qkvo":
             name = f"{prefix}.{attention}.{part}_proj.weight"
-            units.append(Unit(name, name, (256, 256), "copy", INT8))
+            units.append(unit_of(name, INT8, (256, 256), "copy"))
         for expert in range(8):
             for part in parts:
                 name = f"{prefix}.{moe}.experts.{expert}.{part}.weight"
-                units.append(Unit(name, name, (256, 256), "rtn", scheme))
+                units.append(unit_of(name, scheme, (256, 256)))
         routers.append(f"{prefix}.{moe}.gate")
     return compressed_tensors.quantization_config(units, [*routers, "lm_head"])
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from conftest import unit_of
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from grokquant.job import pipeline
 from grokquant.job.fused import round_and_pack
 from grokquant.job.unit import stored_bits
 from grokquant.methods.gptq import factorize, round_gptq
-from grokquant.methods.rtn import quantize_rtn
+from grokquant.methods.rtn import ScaleSettings, quantize_rtn
 from grokquant.toy.release_writer import write_release
 from grokquant.types import QTensor
 
@@ -118,8 +119,9 @@ def test_weights_too_large_for_float16_scales_are_refused_by_name(name, rule):
     W = torch.ones(4, 512) * torch.tensor([1.0, 1.0, 3e8, 1.0]).unsqueeze(1)
     W[:, ::2] *= -1
     held = "float16" if GRIDS[name].grid == "integer" else name
+    scale = ScaleSettings(rule)
     with pytest.raises(InputError, match=rf"w\.weight: {held} cannot hold .* as large as 3e\+08"):
-        round_and_pack("w.weight", W, "rtn", GRIDS[name], rule, gguf)
+        round_and_pack(unit_of("w.weight", GRIDS[name], (4, 512), settings=scale), W, gguf)
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1"])

@@ -19,6 +19,7 @@ from grokquant.job.layer import LayerQuantizer
 from grokquant.job.plan import build_plan
 from grokquant.job.shards import ShardWriter
 from grokquant.job.verify import verify
+from grokquant.job.workdir import States
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -87,18 +88,18 @@ def test_later_blocks_see_the_errors_of_earlier_ones(tiny_recipe):
     plan = build_plan(recipe)
     rows = calibration_rows(recipe.calibration, load_tokenizer(plan.checkpoint), plan.checkpoint)
     running = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE)
-    hidden = running.embed(rows)
+    states = States(running.embed(rows))
 
-    def deliver(*_: object) -> None: ...
+    def emit(*_: object) -> None: ...
 
     for index in range(2):
-        hidden = LayerQuantizer(plan, running, index, deliver, lambda _: None).run(hidden)
+        states = LayerQuantizer(plan, running, index, emit, lambda _: None).run(states)
     written = BlockwiseModel(open_checkpoint(pipeline.quantize(recipe)), CALIBRATION_DTYPE)
     after = written.embed(rows)
     for index in range(2):
         written.load_layer(index)
         after = written.run_layer(index, after, written.stored_experts(index))
-    assert torch.equal(hidden, after)
+    assert torch.equal(states.hidden, after)
 
 
 def test_attention_can_be_quantized_by_gptq(tiny_recipe):

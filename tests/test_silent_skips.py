@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.utils.match import match_name
-from conftest import seal
+from conftest import seal, unit_of
 from safetensors.torch import load_file, save_file
 from test_families import MODELS, SIZES, SPARSE, saved  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,7 +24,6 @@ from grokquant.job.verify import verify
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
 from grokquant.sources import safetensors_directory
-from grokquant.types import Unit
 
 EVERYTHING = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32}
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"
@@ -187,7 +186,7 @@ def test_gate_is_no_router(family):
     """No pattern of an output's config means the router and an expert's gate at once."""
     config = AutoConfig.for_model(family, **SIZES | MODELS[family])
     (known,) = (f for f in FAMILIES.values() if f.config_class is type(config))
-    units = [Unit(u, t, (64, 64), "rtn", Scheme(4, 32)) for u, t in known.units(config)]
+    units = [unit_of(m.tensor, Scheme(4, 32), (64, 64)) for m in known.units(config)]
     unit_of = {unit.tensor.removesuffix(".weight"): unit for unit in units}
     routers = [name.removesuffix(".weight") for name in known.routers(config)]
     assert bool(routers) == (family in SPARSE) and not unit_of.keys() & set(routers)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GRIDS
+from conftest import GRIDS, unit_of
 from test_kernels import random_release, random_weights
 
 from grokquant.errors import InputError
@@ -11,7 +11,9 @@ from grokquant.grids import Scheme
 from grokquant.job.fused import round_and_pack
 from grokquant.methods import compiled
 from grokquant.methods.copy import copy_quantized
-from grokquant.methods.rtn import quantize_rtn
+from grokquant.methods.method import Errors
+from grokquant.methods.rtn import ScaleSettings, quantize_rtn
+from grokquant.methods.scales import ScaleRule
 from grokquant.types import QTensor
 
 NAME = "experts.3.w1.weight"
@@ -21,7 +23,22 @@ NAME = "experts.3.w1.weight"
 def small_tiles(monkeypatch):
     """Several tiles, the last one short, of small matrices."""
     monkeypatch.setattr(compiled, "_TILE", 64 * 384)
-    monkeypatch.setattr("grokquant.job.fused._COPY_ROWS", 64)
+    monkeypatch.setattr("grokquant.methods.copy._COPY_ROWS", 64)
+
+
+def packed(
+    stored: torch.Tensor | QTensor,
+    scheme: Scheme,
+    scale: ScaleRule = "mse",
+    method: str = "rtn",
+    parts: dict[str, torch.Tensor] | None = None,
+) -> tuple[dict[str, torch.Tensor], Errors]:
+    """A matrix of 384 columns, rounded and packed in one pass."""
+    rows = len(stored.codes if isinstance(stored, QTensor) else stored)
+    settings = ScaleSettings(scale) if method == "rtn" else None
+    return round_and_pack(
+        unit_of(NAME, scheme, (rows, 384), method, settings), stored, packing, parts
+    )
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -35,7 +52,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_rtn_packs_what_quantize_rtn_makes(scheme):
     for stored in (random_release(200, 384, 128), random_weights(200, 384)):
         quantized = quantize_rtn(stored, scheme, "absmax")
-        parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "absmax", packing)
+        parts, errors = packed(stored, scheme, "absmax")
         assert_same(parts, packing.pack(NAME, quantized))
         W = (stored.dequantize() if isinstance(stored, QTensor) else stored).float()
         relative = (W - quantized.dequantize().float()).norm() / W.norm()
@@ -45,7 +62,7 @@ def test_rtn_packs_what_quantize_rtn_makes(scheme):
 
 def test_odd_groups_take_the_way_through_torch():
     stored, scheme = random_weights(200, 384), Scheme(4, 12)
-    parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", packing)
+    parts, errors = packed(stored, scheme)
     quantized = quantize_rtn(stored, scheme, "mse")
     assert_same(parts, packing.pack(NAME, quantized))
     relative = (stored - quantized.dequantize().float()).norm() / stored.norm()
@@ -56,7 +73,7 @@ def test_odd_groups_take_the_way_through_torch():
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_copy_packs_the_stored_integers(group):
     stored, scheme = random_release(200, 384, 128), Scheme(8, group)
-    parts, errors = round_and_pack(NAME, stored, "copy", scheme, "mse", packing)
+    parts, errors = packed(stored, scheme, method="copy")
     assert_same(parts, packing.pack(NAME, copy_quantized(stored, scheme)))
     back = packing.unpack(NAME, parts, scheme)
     assert torch.equal(back.codes, stored.codes)
@@ -66,12 +83,12 @@ def test_copy_packs_the_stored_integers(group):
 
 def test_threads_and_given_parts_change_nothing():
     stored, scheme = random_release(200, 384, 128), Scheme(4, 128, symmetric=False)
-    parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", packing)
+    parts, errors = packed(stored, scheme)
     given = {name: torch.full_like(part, 3) for name, part in parts.items()}
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 2)
-        again, again_errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", packing, given)
+        again, again_errors = packed(stored, scheme, parts=given)
     finally:
         torch.set_num_threads(threads)
     assert all(again[name] is given[name] for name in given)
@@ -86,7 +103,7 @@ def test_weights_that_are_not_finite_are_counted(bad, group):
     W[70, 5] = W[170, 383] = bad
     message = rf"{NAME}: 2 non-finite weights, the first at \[70, 5\]"
     with pytest.raises(InputError, match=message):
-        round_and_pack(NAME, W, "rtn", Scheme(4, group), "mse", packing)
+        packed(W, Scheme(4, group))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -95,7 +112,7 @@ def test_scales_that_are_not_finite_are_found(bad, method):
     stored = random_release(200, 384, 128)
     stored.scales[70, 1] = bad
     with pytest.raises(InputError, match=r"128 non-finite weights, the first at \[70, 128\]"):
-        round_and_pack(NAME, stored, method, Scheme(8, 128), "absmax", packing)
+        packed(stored, Scheme(8, 128), "absmax", method)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -104,10 +121,10 @@ def test_weights_too_large_for_float16(symmetric, group):
     scheme = Scheme(4, group, symmetric, "float16")
     W = random_weights(64, 384)
     W[7, 0] = 60000.0
-    round_and_pack(NAME, W, "rtn", scheme, "absmax", packing)
+    packed(W, scheme, "absmax")
     W[7, 0] = 70000.0
     with pytest.raises(InputError, match="float16 cannot hold weights as large as 70000"):
-        round_and_pack(NAME, W, "rtn", scheme, "absmax", packing)
+        packed(W, scheme, "absmax")
     W[7, 0] = 1e6
     with pytest.raises(InputError, match=r"as large as 1e\+06"):
-        round_and_pack(NAME, W, "rtn", scheme, "absmax", packing)
+        packed(W, scheme, "absmax")

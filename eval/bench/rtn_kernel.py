@@ -29,8 +29,10 @@ from torch import Tensor
 from grokquant.formats import compressed_tensors as packing
 from grokquant.grids import Scheme
 from grokquant.job.fused import round_and_pack
-from grokquant.methods.rtn import quantize_with_torch
-from grokquant.types import QTensor
+from grokquant.methods.method import NoSettings
+from grokquant.methods.rtn import ScaleSettings, quantize_with_torch
+from grokquant.methods.scales import ScaleRule
+from grokquant.types import Matrix, QTensor, Unit
 
 INT4, INT8 = Scheme(4, 128), Scheme(8, 128)
 GROUPS = 8  # in a row of the release
@@ -49,14 +51,22 @@ def release_matrix(rows: int, columns: int) -> QTensor:
     return QTensor(codes.T, scales.T, Scheme(8, columns // GROUPS))
 
 
-def ours(stored: QTensor, method: str, scheme: Scheme, rule: str) -> Run:
-    parts, _ = round_and_pack("w", stored, method, scheme, rule, packing)
-    return lambda: round_and_pack("w", stored, method, scheme, rule, packing, parts)
+def unit_of(stored: QTensor, method: str, scheme: Scheme, rule: ScaleRule) -> Unit:
+    settings = ScaleSettings(rule) if method == "rtn" else NoSettings()
+    place = Matrix("w", "w", layer=0, part="w", reads="w")
+    shape = (stored.codes.shape[0], stored.codes.shape[1])
+    return Unit(**vars(place), shape=shape, scheme=scheme, method=method, settings=settings, rule=0)
+
+
+def ours(stored: QTensor, method: str, scheme: Scheme, rule: ScaleRule) -> Run:
+    unit = unit_of(stored, method, scheme, rule)
+    parts, _ = round_and_pack(unit, stored, packing)
+    return lambda: round_and_pack(unit, stored, packing, parts)
 
 
 def torch_eager(stored: QTensor) -> Run:
     """The reference in tiles; torch threads each operation."""
-    parts, _ = round_and_pack("w", stored, "rtn", INT4, "absmax", packing)
+    parts, _ = round_and_pack(unit_of(stored, "rtn", INT4, "absmax"), stored, packing)
 
     def run() -> None:
         for start in range(0, len(stored.codes), TORCH_ROWS):

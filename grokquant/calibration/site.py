@@ -1,37 +1,69 @@
-"""The input that several matrices share, and what rounding needs of it."""
+"""The input that some matrices share, and its Hessian: made when first needed, and once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
-from grokquant.calibration.hessian import Hessian
-from grokquant.methods.gptq import Feedback, UnusableHessian, factorize
-from grokquant.recipe import Rule
+from torch import Tensor
+
+from grokquant.calibration.hessian import Hessian, accumulate, blend
+from grokquant.methods.method import UnusableHessian
+
+T = TypeVar("T")
+# Makes an iterator over inputs [some tokens, features], each time it is called.
+Inputs = Callable[[], Iterator[Tensor]]
+# Makes a Hessian, in diagonal blocks of this many columns; None makes a full one.
+BuildHessian = Callable[[int | None], Hessian]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The Hessian of all tokens, for an expert that saw too few: it counts as `tokens` tokens."""
+
+    everyone: BuildHessian
+    tokens: float
 
 
 @dataclass
 class Site:
-    """The input that units share. Its Hessian and factors are made once, when first needed.
+    """`tokens` inputs of `features` features, which the matrices of one site read.
 
-    `build` makes the Hessian, in blocks of so many columns if it is given a number. `refusal` says
-    why it is not to be used, `note` what was done to it.
+    `refusal` says why the Hessian must not be used; `prior` is blended with it.
     """
 
     tokens: int
-    build: Callable[[int | None], Hessian]
+    features: int
+    inputs: Inputs
     refusal: str | None = None
-    note: str | None = None
-    _made: tuple[tuple, Feedback] | None = None
+    prior: Prior | None = None
+    _made: tuple[object, object] | None = None
 
-    def feedback(self, rule: Rule) -> Feedback:
-        """Raises UnusableHessian with the reason.
+    @property
+    def note(self) -> str | None:
+        """What a reader of the report should know of the Hessian."""
+        if self.prior is None:
+            return None
+        prior = f"{self.prior.tokens:.0f}"
+        return f"{self.tokens} tokens, blended with all tokens as a prior of {prior}"
 
-        The factors take the memory of the Hessian; for a rule unlike the last it is built again.
+    def hessian(self, block: int | None) -> list[Tensor]:
+        """The diagonal blocks of the Hessian, of `block` columns each; None makes one of all.
+
+        Raises UnusableHessian with the reason.
         """
         if self.refusal:
             raise UnusableHessian(self.refusal)
-        key = (rule.damping, rule.act_order, rule.hessian_block)
+        own = accumulate(self.inputs(), self.features, block)
+        if self.prior is not None:
+            own = blend(own, self.prior.everyone(block), self.prior.tokens)
+        return own.blocks
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returns; made again only if `key` is not that of the last call.
+
+        Factors take the memory of a Hessian, so the old ones go before new ones are made.
+        """
         if self._made is None or self._made[0] != key:
             self._made = None
-            blocks = self.build(rule.hessian_block).blocks
-            self._made = key, factorize(blocks, rule.damping, rule.act_order)
-        return self._made[1]
+            self._made = key, make()
+        return cast(T, self._made[1])

@@ -12,10 +12,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from grokquant.errors import InputError
 from grokquant.families.config import usual_fields
+from grokquant.types import Matrix
 
-# (config, layer) -> names of its quantizable matrices, unit's end -> tensor's end
+# (config, layer) -> names of its quantizable matrices, part -> end of the tensor's name
 Matrices = Callable[[PreTrainedConfig, int], Mapping[str, str]]
-PARTS = ("gate", "up", "down")
+# Parts that read the same input, whatever the family: the first of each names it.
+_SAME_INPUT = (
+    ("attention.q", "attention.k", "attention.v", "attention.q_a", "attention.kv_a"),
+    ("mlp.gate", "mlp.up"),
+    ("shared.gate", "shared.up"),
+    ("gate", "up"),
+)
+_READS = {part: parts[0] for parts in _SAME_INPUT for part in parts}
 
 
 def everywhere(table: Mapping[str, str]) -> Matrices:
@@ -85,15 +93,15 @@ class Family:
         """Routed experts of a layer, 0 where it is dense."""
         return config.num_experts if self.experts and self.routed(config, layer) else 0
 
-    def units(self, config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
-        """(unit name, checkpoint tensor name) of every quantizable matrix, layer by layer."""
+    def units(self, config: PreTrainedConfig) -> Iterator[Matrix]:
+        """Every quantizable matrix, layer by layer."""
         for layer in range(config.num_hidden_layers):
             prefix = self.layer_prefix.format(layer=layer)
-            for unit, tensor in self.matrices(config, layer).items():
-                yield f"layers.{layer}.{unit}", prefix + tensor
+            for part, end in self.matrices(config, layer).items():
+                yield _matrix(f"layers.{layer}", prefix + end, layer, part)
             for expert in range(self.num_experts(config, layer)):
                 for part, tensor in self.expert_tensors(layer, expert).items():
-                    yield f"layers.{layer}.experts.{expert}.{part}", tensor
+                    yield _matrix(f"layers.{layer}.experts.{expert}", tensor, layer, part, expert)
 
     def expert_tensors(self, layer: int, expert: int) -> dict[str, str]:
         """Checkpoint names of an expert's matrices by part: gate, up, down."""
@@ -169,6 +177,10 @@ class Family:
             if buffers:
                 model._init_weights(module)
         return model
+
+
+def _matrix(place: str, tensor: str, layer: int, part: str, expert: int | None = None) -> Matrix:
+    return Matrix(f"{place}.{part}", tensor, layer, part, _READS.get(part, part), expert)
 
 
 def _line(error: Exception) -> str:

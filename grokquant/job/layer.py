@@ -1,15 +1,19 @@
-"""Quantizing one block while the calibration tokens pass through it."""
+"""Quantizing one layer while the calibration tokens pass through it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
+from time import perf_counter
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from grokquant.calibration.hessian import Hessian, accumulate, blend
-from grokquant.calibration.site import Site
+from grokquant.calibration.hessian import Hessian, accumulate
+from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
 from grokquant.job.plan import Plan
-from grokquant.job.unit import round_unit
+from grokquant.job.unit import report_of, round_unit
+from grokquant.job.workdir import States
+from grokquant.methods import METHODS
+from grokquant.methods.method import Needs, errors_of
 from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Expert
 from grokquant.types import QTensor, Unit, UnitReport
@@ -19,11 +23,7 @@ _PRIOR_TOKENS_PER_FEATURE = 0.1
 # Below this many routed tokens per input feature an expert's own Hessian counts as starved.
 _BLEND_TOKENS_PER_FEATURE = 4
 
-# Makes an iterator over inputs [some tokens, features] of a site, each time it is called.
-Inputs = Callable[[], Iterator[Tensor]]
-# Makes the Hessian of a site, of blocks of so many columns if it is given a number.
-BuildHessian = Callable[[int | None], Hessian]
-Deliver = Callable[[Unit, QTensor, UnitReport], None]
+Emit = Callable[[Unit, QTensor, UnitReport], None]
 Committed = Callable[[Unit], QTensor | None]
 
 
@@ -34,62 +34,114 @@ def is_starved(limits: ExpertsSection, tokens: int, features: int) -> bool:
 
 
 class LayerQuantizer:
-    """Layer `index` of a plan. Every quantized unit goes to `deliver` as soon as it is done, but
-    those that `committed` knows are taken as they are.
+    """Layer `index` of a plan. Every unit goes to `emit` when it is final; units that `committed`
+    knows are taken as they are.
 
-    `tokens_per_expert` is filled by `run`.
+    `run` fills `tokens_per_expert`, and `revised` with the tensors that a method changed although
+    they are carried over. It is what methods see as their `Layer`.
     """
+
+    inputs: Tensor
+    outputs: Tensor
+    reference_inputs: Tensor
+    reference_outputs: Tensor
 
     def __init__(
         self,
         plan: Plan,
         model: BlockwiseModel,
         index: int,
-        deliver: Deliver,
+        emit: Emit,
         committed: Committed,
     ) -> None:
-        self.plan, self.model, self.index = plan, model, index
-        self.deliver, self.committed = deliver, committed
+        self.plan = plan
+        self.model = model
+        self.index = index
+        self.emit = emit
+        self.committed = committed
         self.tokens_per_expert: list[int] = []
+        self.revised: dict[str, Tensor] = {}
+        self.units: Sequence[Unit] = plan.units_of(index)
+        methods = {unit.method for unit in self.units}
+        self._rounding = {name: METHODS[name].begin_layer(self) for name in methods}
+        self._hold = any(METHODS[name].revises for name in methods)
+        self._held: dict[str, tuple[QTensor, UnitReport]] = {}
         self._everyone: dict[int | None, Hessian] = {}
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """Quantizes the block and returns the hidden states after it, its errors included."""
+    def run(self, states: States) -> States:
+        """Quantizes the layer and returns the states after it, its errors included."""
+        self.inputs = states.hidden
         self.model.load_layer(self.index)
-        self._quantize_attention(hidden)
-        mix = self.model.mix_experts(self.index, self._make_expert)
-        hidden = self.model.run_layer(self.index, hidden, mix)
+        reference = self._run_reference(states.reference)
+        self.outputs = self._run_quantized(states.hidden)
+        if self._hold:
+            self._revise()
+            self.outputs = self._run_quantized(states.hidden)
         self.model.free_layer(self.index)
-        return hidden
+        self._emit_held()
+        return States(self.outputs, reference)
 
-    def _quantize_attention(self, hidden: Tensor) -> None:
-        """Quantizes what is planned outside the experts, in the order of the computation."""
-        for unit in self.plan.units_of(self.index, experts=False):
+    def original(self, tensor: str) -> Tensor:
+        """A tensor of the layer as the source has it, on the model's device."""
+        return self.plan.checkpoint.source.tensors[tensor].load_on(self.model.device)
+
+    def _run_reference(self, hidden: Tensor | None) -> Tensor | None:
+        """The states after this layer of the original model, before anything is quantized."""
+        if hidden is None:
+            return None
+        self.reference_inputs = hidden
+        mix = self.model.stored_experts(self.index)
+        self.reference_outputs = self.model.run_layer(self.index, hidden, mix)
+        return self.reference_outputs
+
+    def _run_quantized(self, hidden: Tensor) -> Tensor:
+        self.tokens_per_expert = []
+        self._quantize_outside_experts(hidden)
+        mix = self.model.mix_experts(self.index, self._make_expert)
+        return self.model.run_layer(self.index, hidden, mix)
+
+    def _quantize_outside_experts(self, hidden: Tensor) -> None:
+        """Attention and dense MLPs, site by site in the order of the computation."""
+        for units in self.plan.sites_outside_experts(self.index):
             site = None
-            if unit.method == "gptq" and self.committed(unit) is None:
-                X = self.model.inputs_of(self.index, unit.tensor, hidden)
-                site = Site(len(X), self._hessian(self._inputs(X), X.shape[1]))
-            self.model.replace(self.index, unit.tensor, self._quantize(unit, site).dequantize())
+            if any(self._needs_site(unit) for unit in units):
+                X = self.model.inputs_of(self.index, units[0].tensor, hidden)  # [tokens, in]
+                site = Site(len(X), X.shape[1], self._inputs(X))
+            for unit in units:
+                quantized = self._quantize(unit, site if self._needs_site(unit) else None)
+                self.model.replace(self.index, unit.tensor, quantized.dequantize())
+
+    def _needs_site(self, unit: Unit) -> bool:
+        if METHODS[unit.method].needs is Needs.NOTHING:
+            return False
+        return unit.name not in self._held and self._committed(unit) is None
 
     def _make_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
-        """Quantizes gate and up on one site, then down on what they make of it.
+        """Quantizes gate and up on one site, then down on the hidden units that they make.
 
         `x` [tokens, hidden] are the inputs of all experts, `token` [routed] those of this one.
         """
         self.tokens_per_expert.append(len(token))
-        features = x.shape[1]
         routed = self._inputs(x, token)
-        span = self._span(expert, "gate", features)
-        site = self._site(routed, len(token), features, span, partial(self._all_inputs, x))
-        W_gate, W_up = (self._expert_weight(expert, part, site) for part in ("gate", "up"))
+        everyone = partial(self._everyones_hessian, x)
+        site = self._site(expert, "gate", routed, len(token), x.shape[1], everyone)
+        W_gate = self._expert_weight(expert, "gate", site)
+        W_up = self._expert_weight(expert, "up", site)
         hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
 
         def inner(inputs: Inputs) -> Inputs:
             return lambda: map(hidden_units, inputs())
 
-        everyone = self._hessian(inner(self._inputs(x)), len(W_up))
-        span = self._span(expert, "down", len(W_up))
-        site = self._site(inner(routed), len(token), len(W_up), span, everyone)
+        features = len(W_up)
+        all_hidden_units = inner(self._inputs(x))
+        site = self._site(
+            expert,
+            "down",
+            inner(routed),
+            len(token),
+            features,
+            lambda block: accumulate(all_hidden_units(), features, block),
+        )
         W_down = self._expert_weight(expert, "down", site)
         bias = self.model.expert_bias(self.index, expert, "down")
         return lambda x: F.linear(hidden_units(x), W_down, bias)
@@ -101,54 +153,90 @@ class LayerQuantizer:
             return lambda: (part.to(device) for (part,) in self.model.parts(x))
         return lambda: (x[part].to(device) for (part,) in self.model.parts(token))
 
-    def _hessian(self, inputs: Inputs, features: int) -> BuildHessian:
-        return lambda block: accumulate(inputs(), features, block)
-
-    def _all_inputs(self, x: Tensor, block: int | None) -> Hessian:
+    def _everyones_hessian(self, x: Tensor, block: int | None) -> Hessian:
         """The Hessian of all tokens, made for the first starved expert of the layer."""
         if block not in self._everyone:
             self._everyone[block] = accumulate(self._inputs(x)(), x.shape[1], block)
         return self._everyone[block]
 
-    def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
-        """The matrix that the block goes on with: quantized where planned, else as it is."""
-        tensor = self._tensor(expert, part)
-        unit = self.plan.unit_of_tensor.get(tensor)
-        if unit is None:
-            return self.model.expert_weight(tensor)
-        return self._quantize(unit, site).dequantize().to(self.model.dtype)
-
-    def _quantize(self, unit: Unit, site: Site | None) -> QTensor:
-        if (done := self.committed(unit)) is not None:
-            return done
-        rule = self.plan.rule_of(unit.name)
-        ref = self.plan.checkpoint.source.tensors[unit.tensor]
-        quantized, report = round_unit(unit, rule, ref, site, self.model.device)
-        self.deliver(unit, quantized, report)
-        return quantized
+    def _site(
+        self,
+        expert: int,
+        part: str,
+        inputs: Inputs,
+        tokens: int,
+        features: int,
+        everyone: BuildHessian,
+    ) -> Site:
+        """The site that `part` of an expert reads, and what stands in for tokens it lacks."""
+        limits = self.plan.recipe.experts
+        if tokens < limits.min_tokens:
+            reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
+            return Site(tokens, features, inputs, refusal=reason)
+        span = self._span(expert, part, features)
+        if not is_starved(limits, tokens, span):
+            return Site(tokens, features, inputs)
+        return Site(
+            tokens, features, inputs, prior=Prior(everyone, _PRIOR_TOKENS_PER_FEATURE * span)
+        )
 
     def _span(self, expert: int, part: str, features: int) -> int:
         """How many of a matrix's input features the feedback of one of them can reach."""
-        unit = self.plan.unit_of_tensor.get(self._tensor(expert, part))
-        block = self.plan.rule_of(unit.name).hessian_block if unit else None
+        unit = self._unit(expert, part)
+        block = METHODS[unit.method].hessian_block(unit.settings) if unit else None
         return min(block or features, features)
+
+    def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
+        """The matrix that the layer goes on with: quantized where planned, else as it is."""
+        unit = self._unit(expert, part)
+        if unit is None:
+            return self.model.expert_weight(self._tensor(expert, part))
+        return self._quantize(unit, site).dequantize().to(self.model.dtype)
+
+    def _unit(self, expert: int, part: str) -> Unit | None:
+        return self.plan.unit_of_tensor.get(self._tensor(expert, part))
 
     def _tensor(self, expert: int, part: str) -> str:
         return self.model.family.expert_tensors(self.index, expert)[part]
 
-    def _site(
-        self, inputs: Inputs, tokens: int, features: int, span: int, everyone: BuildHessian
-    ) -> Site:
-        """The site of `tokens` inputs [tokens, features]; `everyone` makes all tokens' Hessian."""
-        own, limits = self._hessian(inputs, features), self.plan.recipe.experts
-        if tokens < limits.min_tokens:
-            reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
-            return Site(tokens, own, refusal=reason)
-        if not is_starved(limits, tokens, span):
-            return Site(tokens, own)
-        prior = _PRIOR_TOKENS_PER_FEATURE * span
-        return Site(
-            tokens,
-            lambda block: blend(own(block), everyone(block), prior),
-            note=f"{tokens} tokens, blended with all tokens as a prior of {prior:.0f}",
-        )
+    def _quantize(self, unit: Unit, site: Site | None) -> QTensor:
+        if unit.name in self._held:
+            return self._held[unit.name][0]
+        if (done := self._committed(unit)) is not None:
+            return done
+        ref = self.plan.checkpoint.source.tensors[unit.tensor]
+        rounding = self._rounding[unit.method]
+        quantized, report = round_unit(unit, ref, rounding, site, self.model.device)
+        if self._hold:
+            self._held[unit.name] = quantized, report
+        else:
+            self.emit(unit, quantized, report)
+        return quantized
+
+    def _committed(self, unit: Unit) -> QTensor | None:
+        """The unit as an earlier run committed it; a layer that is held is made again whole."""
+        return None if self._hold else self.committed(unit)
+
+    def _revise(self) -> None:
+        """Takes what methods change now that the whole layer has run."""
+        for rounding in self._rounding.values():
+            revision = rounding.revise()
+            for name, quantized in revision.codes.items():
+                self._held[name] = quantized, self._revised_report(name, quantized)
+            for tensor, value in revision.tensors.items():
+                self.revised[tensor] = value
+                self.model.replace(self.index, tensor, value)
+
+    def _revised_report(self, name: str, quantized: QTensor) -> UnitReport:
+        """The report of a unit that was revised; the error of its outputs is no longer known."""
+        start = perf_counter()
+        unit = self.plan.units[name]
+        errors = errors_of(self.original(unit.tensor), quantized)
+        before = self._held[name][1]
+        return report_of(unit, errors, start, before.tokens, None, before.fallback, before.note)
+
+    def _emit_held(self) -> None:
+        for unit in self.units:
+            if unit.name in self._held and self.committed(unit) is None:
+                self.emit(unit, *self._held[unit.name])
+        self._held.clear()

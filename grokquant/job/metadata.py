@@ -49,9 +49,8 @@ def write(directory: Path, plan: Plan, record: Record) -> None:
 
 def output_config(plan: Plan) -> dict:
     """The source's config with what was quantized how."""
-    units = plan.checkpoint.family.units(plan.checkpoint.config)
-    planned = plan.unit_of_tensor
-    kept = [tensor for _, tensor in units if tensor not in planned]
+    matrices = plan.checkpoint.matrices()
+    kept = [m.tensor for m in matrices if m.tensor not in plan.unit_of_tensor]
     routers = plan.checkpoint.family.routers(plan.checkpoint.config)
     unquantized = [name.removesuffix(".weight") for name in [*kept, *routers]] + ["lm_head"]
     source = plan.checkpoint.source.config

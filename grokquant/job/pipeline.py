@@ -6,7 +6,7 @@ planned unit is there, and publish.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from grokquant.job.shards import ShardWriter
 from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
 from grokquant.job.verify import verify_against_plan
-from grokquant.job.workdir import WorkDirectory
+from grokquant.job.workdir import States, WorkDirectory
 from grokquant.recipe import Recipe
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
@@ -120,7 +120,7 @@ def _fill(
 
 @dataclass
 class Run:
-    """What a run works with. Every finished unit passes through `deliver`.
+    """What a run works with. Every finished unit passes through `emit`.
 
     `reports` are those of all units so far, `busy` the seconds spent reading and computing where
     both overlap with writing.
@@ -139,15 +139,15 @@ class Run:
     def packing(self) -> ModuleType:
         return self.plan.packing
 
-    def deliver(self, parts: dict[str, Tensor], report: UnitReport) -> None:
+    def emit(self, parts: dict[str, Tensor], report: UnitReport) -> None:
         """Sends the packed parts of a unit to their file."""
         self.reports[report.name] = report
         self.check_fallbacks()
         self.writer.write(parts, report)
         self.stop.check()
 
-    def deliver_matrix(self, unit: Unit, quantized: QTensor, report: UnitReport) -> None:
-        self.deliver(self.packing.pack(unit.tensor, quantized), report)
+    def emit_matrix(self, unit: Unit, quantized: QTensor, report: UnitReport) -> None:
+        self.emit(self.packing.pack(unit.tensor, quantized), report)
 
     def committed(self, unit: Unit) -> QTensor | None:
         """The unit as an earlier run has committed it."""
@@ -157,13 +157,18 @@ class Run:
         parts = self.work.read(self.plan, list(names))
         return self.packing.unpack(unit.tensor, parts, unit.scheme).to(self.device)
 
-    def write_kept(self, tensors: list[str]) -> None:
-        """Carries tensors over as they are: router, norms, embedding, matrices that are kept.
+    def write_kept(self, tensors: list[str], revised: Mapping[str, Tensor]) -> None:
+        """Carries tensors over: router, norms, embedding, matrices that are kept.
 
-        No source hands out values that are not finite.
+        They stay as they are but for those that a method has `revised`. No source hands out values
+        that are not finite.
         """
         for name in tensors:
             if self.work.committed(self.plan.file_of[name]):
+                continue
+            if name in revised:
+                dtype = self.plan.parts[name].dtype
+                self.writer.write_rows(name, 0, revised[name].to(dtype).cpu())
                 continue
             for first, rows in self.plan.checkpoint.source.tensors[name].row_blocks():
                 self.writer.write_rows(name, first, rows)
@@ -204,10 +209,9 @@ class Run:
     def round(self, unit: Unit, stored: Tensor | QTensor) -> None:
         """Rounds and packs a unit that needs no data."""
         start = perf_counter()
-        rule = self.plan.rule_of(unit.name)
-        parts, report = round_without_data(unit, rule, stored.to(self.device), self.packing)
+        parts, report = round_without_data(unit, stored.to(self.device), self.packing)
         self.busy["computing"] += perf_counter() - start
-        self.deliver(parts, report)
+        self.emit(parts, report)
 
     def layer_done(self, index: int, tokens: list[int]) -> None:
         reports = [self.reports[unit.name] for unit in self.plan.units_of(index)]
@@ -216,7 +220,7 @@ class Run:
 
 def _quantize_blocks(run: Run, rows: Tensor | None) -> None:
     run.check_fallbacks()
-    run.write_kept(run.plan.kept_outside_layers)
+    run.write_kept(run.plan.kept_outside_layers, {})
     if rows is None:
         _without_data(run)
     else:
@@ -228,21 +232,23 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
     plan, work = run.plan, run.work
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device)
     layers = plan.checkpoint.config.num_hidden_layers
-    first, hidden = 0, model.embed(rows)  # (rows, time, hidden)
+    hidden = model.embed(rows)  # (rows, time, hidden)
+    states = States(hidden, hidden if plan.needs_reference else None)
     model.free_embedding()
-    if saved := work.load_hidden(_first_open_layer(plan, work) or 0):
-        first, hidden = saved
+    first = 0
+    if saved := work.load_states(_first_open_layer(plan, work) or 0):
+        first, states = saved
     del work.tokens_per_expert[first:]
     for index in range(first, layers):
-        run.write_kept(plan.kept_in_layer(index))
-        layer = LayerQuantizer(plan, model, index, run.deliver_matrix, run.committed)
-        hidden = layer.run(hidden)
-        if not torch.isfinite(hidden).all():
+        layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed)
+        states = layer.run(states)
+        if not torch.isfinite(states.hidden).all():
             raise InputError(f"layer {index}: its outputs on the calibration text are not finite")
+        run.write_kept(plan.kept_in_layer(index), layer.revised)
         work.tokens_per_expert.append(layer.tokens_per_expert)
         run.layer_done(index, layer.tokens_per_expert)
         run.writer.drain()
-        work.save_hidden(index + 1, hidden if index + 1 < layers else None)
+        work.save_states(index + 1, states if index + 1 < layers else None)
 
 
 def _without_data(run: Run) -> None:
@@ -250,7 +256,7 @@ def _without_data(run: Run) -> None:
     left = [unit for unit in run.plan.units.values() if unit.name not in run.work.reports]
     with closing(run.read_ahead(left)) as stored:
         for index in range(run.plan.checkpoint.config.num_hidden_layers):
-            run.write_kept(run.plan.kept_in_layer(index))
+            run.write_kept(run.plan.kept_in_layer(index), {})
             for unit in run.plan.units_of(index):
                 if unit.name not in run.work.reports:
                     run.round(unit, next(stored))

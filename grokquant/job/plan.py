@@ -17,9 +17,11 @@ from grokquant.files.atomic import nearest_directory
 from grokquant.formats import FORMATS
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.humanize import size
+from grokquant.methods import METHODS
 from grokquant.methods.copy import can_copy
+from grokquant.methods.method import Needs
 from grokquant.recipe import Recipe, Rule
-from grokquant.types import TensorRef, Unit
+from grokquant.types import Matrix, TensorRef, Unit
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,37 @@ class Plan:
     def bits_per_weight(self) -> float:
         return 8 * self.tensor_bytes / self.checkpoint.parameters
 
+    @cached_property
+    def needs(self) -> set[Needs]:
+        """What the methods of the units must see."""
+        return {METHODS[unit.method].needs for unit in self.units.values()}
+
     @property
     def needs_calibration(self) -> bool:
-        return any(unit.method == "gptq" for unit in self.units.values())
+        return bool(self.needs - {Needs.NOTHING})
 
-    def rule_of(self, unit: str) -> Rule:
-        return next(rule for rule in self.recipe.quantize if rule.matches(unit))
+    @property
+    def needs_reference(self) -> bool:
+        return Needs.REFERENCE in self.needs
 
-    def units_of(self, layer: int, experts: bool = True) -> list[Unit]:
-        """The units of a layer in the order of the computation; without its experts if so asked."""
-        units = [u for u in self.units.values() if u.name.startswith(f"layers.{layer}.")]
-        return [u for u in units if experts or ".experts." not in u.name]
+    def units_of(self, layer: int) -> list[Unit]:
+        """The units of a layer in the order of the computation."""
+        return self._units_by_layer.get(layer, [])
+
+    def sites_outside_experts(self, layer: int) -> list[list[Unit]]:
+        """Units of a layer outside its experts, those together that read the same input."""
+        sites: dict[str, list[Unit]] = {}
+        for unit in self.units_of(layer):
+            if unit.expert is None:
+                sites.setdefault(unit.reads, []).append(unit)
+        return list(sites.values())
+
+    @cached_property
+    def _units_by_layer(self) -> dict[int, list[Unit]]:
+        units: dict[int, list[Unit]] = {}
+        for unit in self.units.values():
+            units.setdefault(unit.layer, []).append(unit)
+        return units
 
     @cached_property
     def unit_of_tensor(self) -> dict[str, Unit]:
@@ -119,16 +141,17 @@ def build_plan(recipe: Recipe) -> Plan:
     matrix. Whether the output has room is left to `check_disk`.
     """
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
-    names = [name for name, _ in checkpoint.units()]
-    _check_rules_match(recipe, names)
     packing = FORMATS[recipe.output.format]
-    units, kept = {}, []
-    for name, ref in checkpoint.units():
-        rule = recipe.rule_for(name)
-        if rule is None or rule.method == "keep":
-            kept.append(name)
+    units: dict[str, Unit] = {}
+    kept: list[str] = []
+    decided = _rules_of(recipe, checkpoint)
+    for matrix in checkpoint.matrices():
+        index = decided[matrix.name]
+        if index is None or not METHODS[recipe.quantize[index].method].quantizes:
+            kept.append(matrix.name)
         else:
-            units[name] = _plan_unit(name, ref, rule, packing)
+            ref = checkpoint.source.tensors[matrix.tensor]
+            units[matrix.name] = _plan_unit(matrix, ref, index, recipe.quantize[index], packing)
     if not units and not packing.HOLDS_DENSE:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
     planned = {unit.tensor: unit for unit in units.values()}
@@ -140,9 +163,14 @@ def build_plan(recipe: Recipe) -> Plan:
     return Plan(recipe, checkpoint, units, tuple(kept), parts, arrangement)
 
 
-def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
-    """Raises InputError for a rule that no matrix takes: it would be left out in silence."""
-    taken = {id(recipe.rule_for(name)) for name in names}
+def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
+    """The index of the rule that decides each matrix, by name; None where no rule matches.
+
+    Raises InputError for a rule that decides nothing: it would be left out in silence.
+    """
+    names = [matrix.name for matrix in checkpoint.matrices()]
+    decided = {name: recipe.rule_index(name) for name in names}
+    taken = set(decided.values())
     for index, rule in enumerate(recipe.quantize):
         key = f"recipe: quantize[{index}].match: {rule.match!r}"
         if not any(rule.matches(name) for name in names):
@@ -150,24 +178,34 @@ def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
                 f"{key} matches no matrix of {recipe.model.path} "
                 f"(they are called like {names[0]} or {names[-1]})"
             )
-        if id(rule) not in taken:
-            raise InputError(f"{key} decides nothing, rules before it take all that it matches")
+        if index not in taken:
+            raise InputError(f"{key} never applies: earlier rules cover every matrix it matches")
+    return decided
 
 
-def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Unit:
+def _plan_unit(matrix: Matrix, ref: TensorRef, index: int, rule: Rule, packing: ModuleType) -> Unit:
+    name = matrix.name
     rows, columns = ref.shape
-    scheme = _copied(name, ref, rule, packing) if rule.method == "copy" else _chosen(rule, packing)
+    lossless = METHODS[rule.method].lossless
+    scheme = _copied(name, ref, rule, packing) if lossless else _chosen(rule, packing)
     if scheme.group_size == columns and rule.grid == scheme.grid == "integer":
         scheme = replace(scheme, group_size=None)
     if columns % (scheme.group_size or 1):
         raise InputError(
             f"{name}: {columns} input features are not divisible by group {scheme.group_size}"
         )
-    if rule.method == "copy" and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
+    if lossless and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
         raise InputError(f"{name}: copy to {scheme} is not lossless, the source has {ref.scheme}")
     if reason := packing.refusal(scheme, (rows, columns)):
         raise InputError(f"{name}: {packing.NAME} cannot hold it: {reason}")
-    return Unit(name, ref.name, (rows, columns), rule.method, scheme)
+    return Unit(
+        **vars(matrix),
+        shape=(rows, columns),
+        scheme=scheme,
+        method=rule.method,
+        settings=rule.settings,
+        rule=index,
+    )
 
 
 def _chosen(rule: Rule, packing: ModuleType) -> Scheme:

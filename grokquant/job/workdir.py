@@ -13,7 +13,7 @@ any instant a file without a record is to be made again, and one with a record i
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
@@ -31,6 +31,15 @@ from grokquant.job.shards import CARD_NAME, SUMS_NAME, write_tensors
 from grokquant.types import UnitReport
 
 RUN, LOCK, HIDDEN, REPLACED = "run.json", "lock", "hidden", "replaced"
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states [rows, time, hidden] of the calibration tokens between two layers: in the model
+    as it is quantized, and in the original where a method asks for that."""
+
+    hidden: Tensor
+    reference: Tensor | None = None
 
 
 class WorkDirectory:
@@ -113,12 +122,14 @@ class WorkDirectory:
         elif record["sha256"]:
             self.damaged.append(path.name)
 
-    def save_hidden(self, layer: int, hidden: Tensor | None) -> None:
-        """The hidden states before `layer`, None after the last; tokens per expert with them."""
-        path, checksum = self.path / f"{HIDDEN}-{layer}", None
-        if hidden is not None:
+    def save_states(self, layer: int, states: States | None) -> None:
+        """The states before `layer`, None after the last; tokens per expert with them."""
+        path = self.path / f"{HIDDEN}-{layer}"
+        checksum = None
+        if states is not None:
+            saved = {name: tensor for name, tensor in vars(states).items() if tensor is not None}
             with atomic.temporary(path) as name:
-                checksum = write_tensors(name, {"hidden": hidden}) or atomic.sha256(name)
+                checksum = write_tensors(name, saved) or atomic.sha256(name)
                 atomic.commit(name, path)
         record = {"layer": layer, "sha256": checksum, "tokens_per_expert": self.tokens_per_expert}
         atomic.write_record(self.journal / f"{HIDDEN}.json", record)
@@ -126,12 +137,13 @@ class WorkDirectory:
             if old != path:
                 old.unlink(missing_ok=True)
 
-    def load_hidden(self, at_most: int) -> tuple[int, Tensor] | None:
-        """What `save_hidden` saved last, if that is whole and of layer `at_most` or before."""
+    def load_states(self, at_most: int) -> tuple[int, States] | None:
+        """What `save_states` saved last, if that is whole and of layer `at_most` or before."""
         if self._hidden is None or self._hidden[0] > at_most:
             return None
         layer, path = self._hidden
-        return layer, load_file(path)["hidden"].clone()
+        saved = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        return layer, States(**saved)
 
     def write_sums(self) -> None:
         """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""

@@ -1,1 +1,9 @@
-"""Rounding a matrix onto a grid: pure functions of matrices and statistics."""
+"""How a matrix is rounded onto a grid. A new method is a file here and a row in `METHODS`."""
+
+from grokquant.methods.copy import COPY
+from grokquant.methods.gptq import GPTQ
+from grokquant.methods.keep import KEEP
+from grokquant.methods.method import Method
+from grokquant.methods.rtn import RTN
+
+METHODS: dict[str, Method] = {method.name: method for method in (KEEP, COPY, RTN, GPTQ)}

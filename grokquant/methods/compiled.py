@@ -72,13 +72,7 @@ def quantize(
         return round_tile(tile, scheme, search, importance)[0]
 
     tiles = in_tiles(rows, tile_rows(columns), work)
-    zero_points = [tile.zero_points for tile in tiles if tile.zero_points is not None]
-    return QTensor(
-        torch.cat([tile.codes for tile in tiles]),
-        torch.cat([tile.scales for tile in tiles]),
-        scheme,
-        torch.cat(zero_points) if zero_points else None,
-    )
+    return QTensor.cat(tiles)
 
 
 def in_tiles(rows: int, size: int, work: Callable[[slice], _T]) -> list[_T]:

@@ -5,7 +5,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.methods.method import TILE_ROWS, Errors, Method, Rounded, Site
 from grokquant.types import QTensor
+
+# Rows copied at once from where they lie in memory, few enough for the cache.
+_COPY_ROWS = 512
 
 
 class InexactScale(ValueError):
@@ -43,3 +47,28 @@ def _in_dtype(scales: Tensor, name: str) -> Tensor:
         if lost.any():
             raise InexactScale(f"{name} cannot hold the scale {scales[lost][0].item():g}")
     return changed
+
+
+class Copy(Method):
+    name = "copy"
+    text = "takes the source's integers as they are"
+    grid_keys = {"group": "release", "scale_dtype": None}
+    lossless = True
+
+    def round(
+        self, W: Tensor | QTensor, scheme: Scheme, settings: object, site: Site | None
+    ) -> Rounded:
+        """Raises InexactScale."""
+        assert isinstance(W, QTensor), "plan admits only matrices that are stored quantized"
+        return Rounded(copy_quantized(W, scheme))
+
+    def round_tile(
+        self, tile: Tensor | QTensor, scheme: Scheme, settings: object
+    ) -> tuple[QTensor, Errors]:
+        return self.round(tile, scheme, settings, None).quantized, Errors()
+
+    def tile_rows(self, columns: int, on_cpu: bool) -> int:
+        return _COPY_ROWS if on_cpu else TILE_ROWS
+
+
+COPY = Copy()

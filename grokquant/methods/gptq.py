@@ -8,18 +8,23 @@ it comes as a list of squares, a full one as a list of one.
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from grokquant.grids import CODEBOOKS, Scheme
 from grokquant.methods.gptq_kernels import round_columns
 from grokquant.methods.ldl import factorize_, permute_
 from grokquant.methods.levels import divisors, find_levels, nearest_in_codebook
+from grokquant.methods.method import Cost, Method, Needs, Rounded, Site, UnusableHessian
+from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
 from grokquant.methods.scales import ScaleRule, round_to_grid
 from grokquant.types import QTensor
 
+_FLOAT = torch.float32.itemsize
 # Columns rounded one by one; the feedback between any more is a matrix product.
 _LEAF = 64
 # Rows rounded at once: bounds the working memory, and the products stay large.
@@ -30,8 +35,33 @@ _PROBES = 128
 _RETRIES = 3
 
 
-class UnusableHessian(ValueError):
-    """No damping that was tried made the Hessian positive definite, or it is zero or not finite."""
+@dataclass(frozen=True)
+class GptqSettings(ScaleSettings):
+    """The keys of `gptq`."""
+
+    act_order: Annotated[
+        bool,
+        Field(
+            description="Round the columns with the strongest inputs first. Groups stay where they "
+            "are, so it costs nothing at run time."
+        ),
+    ] = True
+    damping: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Share of the Hessian's mean diagonal that is added to it, so that it can "
+            "be inverted.",
+        ),
+    ] = 0.01
+    hessian_block: Annotated[
+        Annotated[int, Field(ge=32)] | None,
+        Field(
+            description="Limits the feedback to blocks of this many input features (unset: all of "
+            "them), which takes less memory and time in proportion."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -61,18 +91,6 @@ class Feedback:
     damping: float
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """A matrix rounded by GPTQ and its `output_error` ||(W - Q) X|| / ||W X||.
-
-    The numerator is exact, the denominator up to 128 rows; above, that many random combinations of
-    the rows estimate it, to about a hundredth.
-    """
-
-    quantized: QTensor
-    output_error: float
-
-
 def factorize(H: Tensor | list[Tensor], damping: float, act_order: bool) -> Feedback:
     """Factors of a Hessian's diagonal blocks + damping * mean(diag H) * I. Raises UnusableHessian.
 
@@ -100,7 +118,8 @@ def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = 
 
     Scales are found before, in natural column order (static groups), so that the result needs no
     group index whatever the order of the columns. Besides W and the result it takes the memory of
-    four float32 slabs of 4096 rows.
+    four float32 slabs of 4096 rows. The numerator of the output error is exact, the denominator up
+    to 128 rows; above, that many random combinations of the rows estimate it, to about a hundredth.
     """
     importance = feedback.importance if rule == "mse" else None
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
@@ -240,3 +259,44 @@ class _Slab:
             self.errors[k] -= value
             self.targets[k + 1 : part.stop].addr_(F[k, k + 1 : part.stop], self.errors[k])
         return loss.item()
+
+
+class Gptq(Method):
+    name = "gptq"
+    text = "rounds with error feedback"
+    settings = GptqSettings
+    grid_keys = GRID_KEYS
+    needs = Needs.HESSIAN
+    fallback = RTN
+
+    def round(
+        self, W: Tensor | QTensor, scheme: Scheme, settings: GptqSettings, site: Site | None
+    ) -> Rounded:
+        assert site is not None, "a method that needs a Hessian is given a site"
+
+        def feedback() -> Feedback:
+            blocks = site.hessian(settings.hessian_block)
+            return factorize(blocks, settings.damping, settings.act_order)
+
+        key = (settings.damping, settings.act_order, settings.hessian_block)
+        weights = W.dequantize() if isinstance(W, QTensor) else W
+        rounded = round_gptq(weights, site.once(key, feedback), scheme, settings.scale)
+        if rounded.output_error is not None and not isfinite(rounded.output_error):
+            raise UnusableHessian("its outputs are too large to be compared")
+        return rounded
+
+    def hessian_block(self, settings: GptqSettings) -> int | None:
+        return settings.hessian_block
+
+    def cost(self, rows: int, columns: int, settings: GptqSettings) -> Cost:
+        """Four float32 slabs; a Cholesky factorisation of each block, n^3 / 6; half of a product of
+        W with the block for the feedback."""
+        block = min(settings.hessian_block or columns, columns)
+        return Cost(
+            working_bytes=4 * min(rows, SLAB_ROWS) * columns * _FLOAT,
+            shared_products=columns * block**2 / 6,
+            products=rows * columns * block / 2,
+        )
+
+
+GPTQ = Gptq()

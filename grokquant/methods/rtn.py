@@ -1,12 +1,40 @@
 """Round to nearest: no data needed."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 from torch import Tensor
 
 from grokquant.grids import Scheme
 from grokquant.methods import compiled
 from grokquant.methods.levels import find_levels
+from grokquant.methods.method import TILE_ROWS, Errors, Method, Rounded, Site
 from grokquant.methods.scales import ScaleRule, quantize_nearest, search_scales
 from grokquant.types import QTensor
+
+# Keys about the grid that every method takes which rounds, and their defaults.
+GRID_KEYS: Mapping[str, object] = {
+    "grid": "integer",
+    "bits": None,
+    "group": 128,
+    "symmetric": True,
+    "scale_dtype": None,
+}
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    """The keys of methods that find scales themselves."""
+
+    scale: Annotated[
+        ScaleRule,
+        Field(
+            description="`absmax` spans the largest weight of a group, `mse` searches the scale "
+            "of the least squared error."
+        ),
+    ] = "mse"
 
 
 def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
@@ -22,3 +50,30 @@ def quantize_with_torch(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "
     if scheme.grid == "integer":
         return quantize_nearest(dense, *search_scales(dense, scheme, rule), scheme)
     return find_levels(dense, scheme, rule).nearest(dense)
+
+
+class Rtn(Method):
+    name = "rtn"
+    text = "rounds to nearest"
+    settings = ScaleSettings
+    grid_keys = GRID_KEYS
+
+    def round(
+        self, W: Tensor | QTensor, scheme: Scheme, settings: ScaleSettings, site: Site | None
+    ) -> Rounded:
+        return Rounded(quantize_rtn(W, scheme, settings.scale))
+
+    def round_tile(
+        self, tile: Tensor | QTensor, scheme: Scheme, settings: ScaleSettings
+    ) -> tuple[QTensor, Errors]:
+        if not compiled.can_round(tile, scheme):
+            return super().round_tile(tile, scheme, settings)
+        quantized, sums = compiled.round_tile(tile, scheme, settings.scale == "mse")
+        error, norm, zero_rows = sums
+        return quantized, Errors(float(error), float(norm), int(zero_rows))
+
+    def tile_rows(self, columns: int, on_cpu: bool) -> int:
+        return compiled.tile_rows(columns) if on_cpu else TILE_ROWS
+
+
+RTN = Rtn()

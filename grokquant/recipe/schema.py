@@ -6,9 +6,10 @@ No device, rank or work folder is named here: the same recipe gives the same byt
 import io
 import os
 import re
+from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    create_model,
     model_serializer,
     model_validator,
 )
@@ -23,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
 from grokquant.grids import CODEBOOKS, NAMED_GRIDS
+from grokquant.methods import METHODS
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -30,21 +33,8 @@ _SIZE_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20
 
 # The keys of a rule that each method takes besides match and method, with what it takes if unset.
 _METHOD_KEYS: dict[str, dict[str, Any]] = {
-    "keep": {},
-    "copy": {"group": "release", "scale_dtype": None},
-    "rtn": {
-        "grid": "integer",
-        "bits": None,
-        "group": 128,
-        "symmetric": True,
-        "scale_dtype": None,
-        "scale": "mse",
-    },
-}
-_METHOD_KEYS["gptq"] = _METHOD_KEYS["rtn"] | {
-    "act_order": True,
-    "damping": 0.01,
-    "hessian_block": None,
+    name: {**method.grid_keys, **{key.name: key.default for key in fields(method.settings)}}
+    for name, method in METHODS.items()
 }
 # What a grid with a name decides by itself; the group of a codebook is free.
 _FIXED = ("bits", "symmetric", "scale_dtype")
@@ -138,7 +128,7 @@ class CalibrationSection(Section):
     """Draws the rows: the same seed gives the same rows and the same bytes."""
 
 
-class Rule(Section):
+class _Rule(Section):
     """How the units that `match` names are stored; of several rules the first that matches counts.
 
     Keys that a method does not take must be unset.
@@ -147,9 +137,7 @@ class Rule(Section):
     match: Annotated[str, Field(min_length=1, max_length=200)]
     """A glob over unit names such as `layers.3.experts.5.down`: `*` stands for anything, dots
     included, `?` for one character, `[0-3]` for one of a set."""
-    method: Literal["keep", "copy", "rtn", "gptq"]
-    """`keep` leaves units in bfloat16, `copy` takes the source's integers as they are, `rtn` rounds
-    to nearest, `gptq` rounds with error feedback."""
+    method: str
     grid: Literal[
         "integer", "nf4", "fp4", "llm_int8", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"
     ] = "integer"
@@ -165,17 +153,12 @@ class Rule(Section):
     """Integers around zero; `false` adds a zero point to each group."""
     scale_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """How scales are stored; unset, as the format of the output stores them."""
-    scale: Literal["absmax", "mse"] = "mse"
-    """`absmax` spans the largest weight of a group, `mse` searches the scale of the least squared
-    error."""
-    act_order: bool = True
-    """Round the columns with the strongest inputs first. Groups stay where they are, so it costs
-    nothing at run time."""
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Share of the Hessian's mean diagonal that is added to it, so that it can be inverted."""
-    hessian_block: Annotated[int, Field(ge=32)] | None = None
-    """Feedback reaches only inside blocks of so many input features (unset: all of them), which
-    takes so much less memory and time."""
+
+    @property
+    def settings(self) -> Any:
+        """The keys of the method itself, as the dataclass that it declares."""
+        declared = METHODS[self.method].settings
+        return declared(**{key.name: getattr(self, key.name) for key in fields(declared)})
 
     def matches(self, unit_name: str) -> bool:
         return fnmatchcase(unit_name, self.match)
@@ -201,8 +184,8 @@ class Rule(Section):
         return defaults | given
 
     @model_validator(mode="after")
-    def _check_grid(self) -> "Rule":
-        if self.method in ("rtn", "gptq"):
+    def _check_grid(self) -> "_Rule":
+        if "grid" in METHODS[self.method].grid_keys:
             if self.bits is None and self.grid == "integer":
                 raise _rule_error("bits", f"method {self.method} needs it: 2, 3, 4 or 8")
             if self.group == "release":
@@ -213,6 +196,27 @@ class Rule(Section):
     def _taken_keys(self) -> dict[str, Any]:
         keys = ("match", "method", *_METHOD_KEYS[self.method])
         return {key: getattr(self, key) for key in keys if key not in _fixed_keys(self.grid)}
+
+
+def _fields_of_methods() -> dict[str, Any]:
+    """The fields of a rule that follow from the table of methods."""
+    texts = ", ".join(f"`{name}` {method.text}" for name, method in METHODS.items())
+    names = Literal[tuple(METHODS)]  # type: ignore[valid-type]
+    described: dict[str, Any] = {"method": (names, Field(description=f"{texts}."))}
+    for method in METHODS.values():
+        types = get_type_hints(method.settings, include_extras=True)
+        for key in fields(method.settings):
+            described[key.name] = (types[key.name], key.default)
+    return described
+
+
+if TYPE_CHECKING:
+
+    class Rule(_Rule): ...
+else:
+    Rule = create_model(
+        "Rule", __base__=_Rule, __doc__=_Rule.__doc__, __module__=__name__, **_fields_of_methods()
+    )
 
 
 class ExpertsSection(Section):
@@ -263,9 +267,10 @@ class Recipe(Section):
     output: OutputSection
     eval: EvalSection = EvalSection()
 
-    def rule_for(self, unit_name: str) -> Rule | None:
-        """The first rule that matches `unit_name`, None if none does."""
-        return next((rule for rule in self.quantize if rule.matches(unit_name)), None)
+    def rule_index(self, unit_name: str) -> int | None:
+        """The index of the first rule that matches `unit_name`, None if none does."""
+        matching = (i for i, rule in enumerate(self.quantize) if rule.matches(unit_name))
+        return next(matching, None)
 
     def to_yaml(self) -> str:
         """The recipe with all defaults written out; `load_recipe` reads an equal one from it."""

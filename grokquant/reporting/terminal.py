@@ -97,20 +97,15 @@ def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
     """(kind of matrix, grid) -> (matrices, weights)."""
     counts: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
-    for name, ref in plan.checkpoint.units():
-        unit = plan.units.get(name)
+    for matrix in plan.checkpoint.matrices():
+        unit = plan.units.get(matrix.name)
         grid = f"{unit.scheme} ({unit.method})" if unit else "kept as it is"
-        key = (_kind(name), grid)
+        key = (matrix.kind, grid)
         counts[key] += 1
-        weights[key] += prod(ref.shape)
+        weights[key] += prod(plan.checkpoint.source.tensors[matrix.tensor].shape)
     rest = plan.checkpoint.parameters - sum(weights.values())
     rows = {key: (counts[key], weights[key]) for key in counts}
     return rows | {("router, norms, embedding", "kept as it is"): (0, rest)}
-
-
-def _kind(unit: str) -> str:
-    parts = unit.split(".")
-    return f"{parts[2]}.{parts[-1]}"
 
 
 class _LayerBar:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from grokquant.job.plan import Plan
-from grokquant.methods.gptq import SLAB_ROWS
+from grokquant.methods import METHODS
+from grokquant.methods.method import Needs
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_AT_ONCE
 from grokquant.types import ROW_BLOCK_BYTES, TensorRef, Unit
 
@@ -83,27 +84,30 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
     outside = sum(prod(_shape(plan, name)) * (size + FLOAT) for name in plan.kept_outside_layers)
     yield Step("embedding", outside + 2 * states, "calibration.samples")
     # Hidden states, the experts' inputs and the sum of their outputs; the block's attention.
-    attention = sum(prod(unit.shape) * size for unit in plan.units_of(0, experts=False))
+    outside_experts = [unit for unit in plan.units_of(0) if unit.expert is None]
+    attention = sum(prod(unit.shape) * size for unit in outside_experts)
     always = attention + 2 * states + tokens * config.hidden_size * FLOAT
+    if plan.needs_reference:
+        always += 2 * states
     for unit in plan.units_of(0):
         yield _calibrated_unit(plan, unit, always)
 
 
 def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     rows, columns = unit.shape
+    method = METHODS[unit.method]
     size = CALIBRATION_DTYPE.itemsize
     weights = rows * columns
-    # The matrix as stored, multiplied out and rounded; slabs of it in float32 while rounding.
-    own = weights * (1 + 2 + 1) + 4 * min(rows, SLAB_ROWS) * columns * FLOAT
-    hessian, knob = 0, "calibration.samples"
-    if unit.method == "gptq":
-        block = plan.rule_of(unit.name).hessian_block or columns
+    # The matrix as stored (int8), multiplied out (bfloat16) and rounded (int8).
+    own = weights * (1 + 2 + 1) + method.cost(rows, columns, unit.settings).working_bytes
+    hessian = 0
+    if method.needs is not Needs.NOTHING:
+        block = method.hessian_block(unit.settings) or columns
         hessian = columns * min(block, columns) * FLOAT
-    if unit.name.endswith(".down"):
+    if unit.expert is not None and unit.part == "down":
         # gate and up as rounded; the hidden units of some tokens, several times over.
         own += 2 * weights * size + 6 * TOKENS_AT_ONCE * columns * FLOAT
-    if hessian > always:
-        knob = "hessian_block"
+    knob = "hessian_block" if hessian > always else "calibration.samples"
     return Step(f"{unit.name}: {unit.method}", always + own + hessian, knob)
 
 

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -13,17 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grokquant.calibration.hessian import accumulate
+from grokquant.calibration.site import Site
 from grokquant.files import atomic
 from grokquant.files.direct_io import PlacedFile
-from grokquant.formats import FORMATS
 from grokquant.job.layer import LayerQuantizer, is_starved
 from grokquant.job.plan import Plan
 from grokquant.job.unit import round_without_data
-from grokquant.methods.gptq import factorize, round_gptq
+from grokquant.job.workdir import States
+from grokquant.methods import METHODS
+from grokquant.methods.method import Cost, Needs
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
-from grokquant.types import QTensor, TensorRef, Unit
+from grokquant.types import Matrix, QTensor, TensorRef, Unit
 
 _PIECE = 2048  # rows, columns or tokens of a probe at most
 _SAMPLES, _SAMPLE_BYTES = 8, 1 << 26  # places where the source is read
@@ -67,7 +69,8 @@ def _one_layer(plan: Plan, rows: Tensor) -> float:
     start = perf_counter()
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE)
     hidden = model.embed(rows)
-    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None).run(hidden)
+    states = States(hidden, hidden if plan.needs_reference else None)
+    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None).run(states)
     return perf_counter() - start
 
 
@@ -76,8 +79,10 @@ def _rounding(plan: Plan) -> float:
     kinds: dict[tuple, Unit] = {}
     weights: Counter[tuple] = Counter()
     for unit in plan.units.values():
+        if _needs_data(unit):
+            continue
         stored = plan.checkpoint.source.tensors[unit.tensor].scheme
-        kind = (unit.method, unit.scheme, plan.rule_of(unit.name).scale, stored)
+        kind = (unit.method, unit.scheme, unit.settings, stored)
         kinds.setdefault(kind, unit)
         weights[kind] += prod(unit.shape)
     return sum(_rounding_of(plan, unit) * weights[kind] for kind, unit in kinds.items())
@@ -87,8 +92,8 @@ def _rounding_of(plan: Plan, unit: Unit) -> float:
     """Seconds per weight of a unit that needs no data."""
     rows, columns = min(unit.shape[0], _PIECE), unit.shape[1]
     stored = _piece(plan.checkpoint.source.tensors[unit.tensor], rows, columns)
-    packing, rule = FORMATS[plan.recipe.output.format], plan.rule_of(unit.name)
-    return _time(lambda: round_without_data(unit, rule, stored, packing)) / (rows * columns)
+    piece = replace(unit, shape=(rows, columns))
+    return _time(lambda: round_without_data(piece, stored, plan.packing)) / (rows * columns)
 
 
 def _piece(ref: TensorRef, rows: int, columns: int) -> torch.Tensor | QTensor:
@@ -103,14 +108,38 @@ def _piece(ref: TensorRef, rows: int, columns: int) -> torch.Tensor | QTensor:
 
 @dataclass(frozen=True)
 class _Rates:
-    """What this machine does in a second: multiply-adds of the model's products, of Hessians and of
-    their factorisation; weights of rounding where a matrix has `columns` columns."""
+    """What this machine does in a second: multiply-adds of the model's products and of Hessians."""
 
     products: float
     hessians: float
-    factors: float
-    weights: float
-    columns: int
+
+
+@dataclass(frozen=True)
+class _Rounding:
+    """Seconds that a method takes for a piece of a matrix: `shared` by the matrices of a site, and
+    its `own`. They grow with `weights` and with `cost`."""
+
+    shared: float
+    own: float
+    weights: int
+    cost: Cost
+
+
+@dataclass(kw_only=True)
+class _ProbeSite(Site):
+    """A site whose Hessian `H` is made beforehand, so that its time is not taken for rounding's."""
+
+    H: Tensor
+
+    @classmethod
+    def of(cls, X: Tensor) -> "_ProbeSite":
+        tokens, features = X.shape
+        H = accumulate([X], features).H
+        H.diagonal().add_(1.0)  # positive definite, however few the inputs
+        return cls(tokens=tokens, features=features, inputs=lambda: iter([X]), H=H)
+
+    def hessian(self, block: int | None) -> list[Tensor]:
+        return [self.H.clone()]
 
 
 def _by_pieces(plan: Plan, tokens: int) -> float:
@@ -118,58 +147,108 @@ def _by_pieces(plan: Plan, tokens: int) -> float:
     config = plan.checkpoint.config
     experts = max(plan.checkpoint.num_experts, 1)
     routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1) // experts
-    rates = _probe(plan, min(routed, _PIECE))
-    seconds = 0.0
-    for name, ref in plan.checkpoint.units():
-        unit, weights = plan.units.get(name), prod(ref.shape)
-        expert = ".experts." in name
-        gptq = unit is not None and unit.method == "gptq"
-        # Attention runs twice and once more for each Hessian; gate and up also for that of down.
-        passes = 1 if name.endswith(".down") else 2 + (gptq and not expert)
-        seconds += passes * weights * (routed if expert else tokens) / rates.products
-        if unit and gptq:
-            seconds += _gptq(plan, unit, routed if expert else tokens, tokens, rates)
-        elif unit:
-            seconds += weights / rates.weights
+    rates = _rates(plan, min(routed, _PIECE))
+    sites: set[tuple] = set()
+    pieces: dict[tuple, _Rounding] = {}
+    seconds = _rounding(plan)
+    for matrix in plan.checkpoint.matrices():
+        unit = plan.units.get(matrix.name)
+        seen = tokens if matrix.expert is None else routed
+        rows, columns = plan.checkpoint.source.tensors[matrix.tensor].shape
+        seconds += _passes(matrix, unit) * seen * rows * columns / rates.products
+        if unit is None or not _needs_data(unit):
+            continue
+        site = (matrix.layer, matrix.expert, matrix.reads)
+        kind = (unit.method, unit.settings, unit.scheme)
+        if kind not in pieces:
+            pieces[kind] = _round_piece(unit, min(routed, _PIECE))
+        seconds += _solving(unit, pieces[kind], rates, shared=site not in sites)
+        if site not in sites:
+            seconds += _hessian(plan, unit, seen, tokens, rates)
+        sites.add(site)
     return seconds
 
 
-def _gptq(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> float:
-    """Seconds of one matrix that sees `seen` of all `tokens`. gate and up share a Hessian."""
+def _passes(matrix: Matrix, unit: Unit | None) -> int:
+    """How often inputs go through a matrix.
+
+    A layer runs twice. The inputs of a site outside the experts are captured in another pass. gate
+    and up of an expert run for the Hessian of down and for the outputs, down for the outputs alone.
+    """
+    if matrix.expert is not None:
+        return 1 if matrix.part == "down" else 2
+    captured = unit is not None and _needs_data(unit)
+    return 3 if captured else 2
+
+
+def _solving(unit: Unit, piece: _Rounding, rates: _Rates, shared: bool) -> float:
+    """Seconds of rounding a unit, with what its site shares if that is still to be made."""
     rows, columns = unit.shape
-    block = min(plan.rule_of(unit.name).hessian_block or columns, columns)
-    rounding = rows * columns / rates.weights
-    rounding += rows * columns * max(block - rates.columns, 0) / 2 / rates.hessians
-    if unit.name.endswith(".up"):
-        return rounding
-    own = seen * columns * block / rates.hessians + columns * block**2 / 6 / rates.factors
-    if not is_starved(plan.recipe.experts, seen, block):
-        return own + rounding
+    cost = METHODS[unit.method].cost(rows, columns, unit.settings)
+    scale = rows * columns / piece.weights
+    seconds = scale * piece.own
+    # A wider matrix has longer feedback than the piece; those products run at the Hessians' rate.
+    seconds += max(cost.products - scale * piece.cost.products, 0) / rates.hessians
+    if shared and piece.cost.shared_products:
+        seconds += piece.shared * cost.shared_products / piece.cost.shared_products
+    return seconds
+
+
+def _hessian(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> float:
+    """Seconds of the Hessian of a site that sees `seen` of all `tokens`."""
+    rows, columns = unit.shape
+    block = min(METHODS[unit.method].hessian_block(unit.settings) or columns, columns)
+    own = seen * columns * block / rates.hessians
+    if unit.expert is None or not is_starved(plan.recipe.experts, seen, block):
+        return own
     everyone = tokens * columns * block / rates.hessians
-    if unit.name.endswith(".down"):
-        everyone += 2 * tokens * rows * columns / rates.products
-    elif not unit.name.endswith("experts.0.gate"):
-        everyone = 0.0  # made once for all experts
-    return own + everyone + rounding
+    if unit.part == "down":  # its inputs come from gate and up
+        return own + everyone + 2 * tokens * rows * columns / rates.products
+    # Those of gate and up are the layer's: their Hessian is made once, for expert 0.
+    return own + everyone if unit.expert == 0 else own
 
 
-def _probe(plan: Plan, tokens: int) -> _Rates:
-    """The functions that a run calls, on `tokens` inputs of a piece of a matrix."""
-    unit = next(unit for unit in plan.units.values() if unit.method == "gptq")
-    rule, rows, columns = plan.rule_of(unit.name), *(min(n, _PIECE) for n in unit.shape)
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(tokens, columns, generator=generator).to(CALIBRATION_DTYPE)
-    W = torch.randn(rows, columns, generator=generator).to(CALIBRATION_DTYPE)
-    H = accumulate([X], columns).H
-    H.diagonal().add_(1.0)
-    feedback = factorize(H, rule.damping, rule.act_order)
+def _rates(plan: Plan, tokens: int) -> _Rates:
+    """The products of a run, on `tokens` inputs of a piece of a matrix."""
+    unit = next(unit for unit in plan.units.values() if _needs_data(unit))
+    rows, columns = (min(size, _PIECE) for size in unit.shape)
+    W, X = _random_piece(rows, columns, tokens)
     return _Rates(
         products=tokens * rows * columns / _time(lambda: F.linear(X, W)),
         hessians=tokens * columns**2 / _time(lambda: accumulate([X], columns)),
-        factors=columns**3 / 6 / _time(lambda: factorize(H, rule.damping, rule.act_order)),
-        weights=rows * columns / _time(lambda: round_gptq(W, feedback, unit.scheme, rule.scale)),
-        columns=columns,
     )
+
+
+def _round_piece(unit: Unit, tokens: int) -> _Rounding:
+    """A piece of a unit, rounded by its method on random inputs."""
+    rows, columns = (min(size, _PIECE) for size in unit.shape)
+    W, X = _random_piece(rows, columns, tokens)
+    method = METHODS[unit.method]
+    scheme = unit.scheme
+
+    def once(site: Site) -> float:
+        start = perf_counter()
+        method.round(W, scheme, unit.settings, site)
+        return perf_counter() - start
+
+    once(_ProbeSite.of(X))  # compiles and warms up
+    site = _ProbeSite.of(X)
+    first = once(site)
+    again = once(site)
+    cost = method.cost(rows, columns, unit.settings)
+    return _Rounding(max(first - again, 0.0), again, rows * columns, cost)
+
+
+def _random_piece(rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """W [rows, columns] and its inputs X [tokens, columns]."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(tokens, columns, generator=generator).to(CALIBRATION_DTYPE)
+    W = torch.randn(rows, columns, generator=generator).to(CALIBRATION_DTYPE)
+    return W, X
+
+
+def _needs_data(unit: Unit) -> bool:
+    return METHODS[unit.method].needs is not Needs.NOTHING
 
 
 def _read_rate(files: tuple[Path, ...]) -> float:

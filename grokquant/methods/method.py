@@ -1,0 +1,221 @@
+"""What a method of rounding is: an object that recipe, plan, run and documentation read.
+
+A method works layer by layer (`LayerRounding`); one that looks at a matrix at a time, as most do,
+only says how it rounds it. It is pure: no files, no model, no progress.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from math import sqrt
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from grokquant.grids import Scheme
+from grokquant.types import QTensor, Unit
+
+T = TypeVar("T")
+# Rows rounded at once where no kernel says better: bounds the float32 copies.
+TILE_ROWS = 2048
+
+
+class Needs(Enum):
+    """What a method must see besides the weights."""
+
+    NOTHING = "no calibration"
+    HESSIAN = "the inputs of each matrix"
+    REFERENCE = "the inputs of each matrix, and every layer's states in the original model"
+
+
+class UnusableHessian(ValueError):
+    """The statistics of a site cannot be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a method that has none."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Sums of squares of W - Q and of W, and the number of rows of W that are all zeros.
+
+    All are 0 for a method that changes no weight.
+    """
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    zero_rows: int = 0
+
+    @property
+    def relative(self) -> float:
+        """||W - Q|| / ||W||"""
+        return sqrt(self.squared_error / max(self.squared_norm, 1e-60))
+
+    def __add__(self, other: "Errors") -> "Errors":
+        return Errors(
+            self.squared_error + other.squared_error,
+            self.squared_norm + other.squared_norm,
+            self.zero_rows + other.zero_rows,
+        )
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A rounded matrix; `output_error` is ||(W - Q) X|| / ||W X|| where it is known."""
+
+    quantized: QTensor
+    output_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What rounding one matrix takes besides the matrix, its codes and the Hessian.
+
+    `working_bytes` of memory. Multiply-adds of large products: `shared_products` once for all
+    matrices of a site, `products` for each.
+    """
+
+    working_bytes: int = 0
+    shared_products: float = 0.0
+    products: float = 0.0
+
+
+class Site(Protocol):
+    """The input that some matrices share, as calibration saw it."""
+
+    tokens: int
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The inputs [some tokens, in], part by part; another pass for each call."""
+        ...
+
+    def hessian(self, block: int | None) -> list[Tensor]:
+        """The float32 squares along the diagonal of X^T X, of `block` columns each; None makes one.
+
+        They belong to the caller. Raises UnusableHessian with the reason.
+        """
+        ...
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returns; made again only if `key` is not that of the last call."""
+        ...
+
+
+class Layer(Protocol):
+    """A layer while it is quantized, as a method sees it.
+
+    States are [rows, time, hidden]: `inputs` and `outputs` of the layer as it is quantized,
+    `reference_inputs` and `reference_outputs` of the original model (for Needs.REFERENCE alone).
+    Outputs are there when the whole layer has run.
+    """
+
+    index: int
+    units: Sequence[Unit]
+    inputs: Tensor
+    outputs: Tensor
+    reference_inputs: Tensor
+    reference_outputs: Tensor
+
+    def original(self, tensor: str) -> Tensor:
+        """A tensor of the layer as the source has it, by its checkpoint name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What a method changes when the whole layer has run: codes by unit name, and values of tensors
+    that are carried over (router, norms) by checkpoint name."""
+
+    codes: Mapping[str, QTensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Method:
+    """A row of `METHODS`; a new one is a subclass that overrides what differs.
+
+    `settings` is a frozen dataclass; its fields are the keys that a rule may give for this method,
+    with their types, bounds, defaults and texts (pydantic's `Field`). `grid_keys` are the keys
+    about the grid that it takes, with their defaults.
+    """
+
+    name: str
+    text: str
+    settings: type = NoSettings
+    grid_keys: Mapping[str, object] = {}
+    needs: Needs = Needs.NOTHING
+    # False: the matrix is carried over as it is.
+    quantizes: bool = True
+    # True: the grid is the source's own, and no weight changes.
+    lossless: bool = False
+    # True: `revise` may change what was rounded, so the layer is held until it has run.
+    revises: bool = False
+    # What takes the place of this method where a site cannot be used.
+    fallback: "Method | None" = None
+
+    def round(
+        self, W: Tensor | QTensor, scheme: Scheme, settings: Any, site: Site | None
+    ) -> Rounded:
+        """Rounds W [out, in] onto `scheme`. Raises UnusableHessian."""
+        raise NotImplementedError
+
+    def round_tile(
+        self, tile: Tensor | QTensor, scheme: Scheme, settings: Any
+    ) -> tuple[QTensor, Errors]:
+        """Rounds some rows of a matrix without a site; for methods that need nothing."""
+        quantized = self.round(tile, scheme, settings, None).quantized
+        return quantized, errors_of(dense(tile), quantized, torch.float64)
+
+    def tile_rows(self, columns: int, on_cpu: bool) -> int:
+        """How many rows to give to `round_tile` at once."""
+        return TILE_ROWS
+
+    def hessian_block(self, settings: Any) -> int | None:
+        """Columns in a diagonal block of the Hessian that it asks for; None for all."""
+        return None
+
+    def cost(self, rows: int, columns: int, settings: Any) -> Cost:
+        """What rounding W [rows, columns] takes; by default float32 copies of some tiles."""
+        return Cost(working_bytes=8 * min(rows, TILE_ROWS) * columns * torch.float32.itemsize)
+
+    def begin_layer(self, layer: Layer) -> "LayerRounding":
+        """What rounds the units of one layer."""
+        return LayerRounding(self, layer)
+
+
+class LayerRounding:
+    """A method at work on one layer. Units come in the order of the computation."""
+
+    def __init__(self, method: Method, layer: Layer) -> None:
+        self.method = method
+        self.layer = layer
+
+    def round(self, unit: Unit, W: Tensor, site: Site | None) -> Rounded:
+        """Rounds one matrix, with which the layer goes on. Raises UnusableHessian."""
+        return self.method.round(W, unit.scheme, unit.settings, site)
+
+    def revise(self) -> Revision:
+        """Changes what was rounded, when the layer has run; for methods that say `revises`."""
+        return Revision()
+
+
+def dense(W: Tensor | QTensor) -> Tensor:
+    """W as float32 weights."""
+    return (W.dequantize() if isinstance(W, QTensor) else W).float()
+
+
+def errors_of(W: Tensor, quantized: QTensor, dtype: torch.dtype = torch.float32) -> Errors:
+    """What rounding did to W [out, in]; tile by tile of rows, whose sums are taken in `dtype`."""
+    errors = Errors()
+    for start in range(0, len(W), TILE_ROWS):
+        part = slice(start, start + TILE_ROWS)
+        rows = W[part].float()
+        lost = rows - quantized.rows(part).dequantize().float()
+        errors += Errors(
+            lost.square().sum(dtype=dtype).item(),
+            rows.square().sum(dtype=dtype).item(),
+            int((rows == 0).all(1).sum()),
+        )
+    return errors
