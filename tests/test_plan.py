@@ -105,7 +105,7 @@ def test_rules_that_cannot_be_are_named(tiny_recipe, rule, words):
 
 def test_a_rule_in_the_shadow_of_others_is_named(tiny_recipe):
     everything = EXPERTS | {"match": "layers.*"}
-    with pytest.raises(InputError, match=r"quantize\[1\].match: .* never applies, rules before"):
+    with pytest.raises(InputError, match=r"quantize\[1\].match: .* never applies: earlier rules"):
         build_plan(tiny_recipe(everything, EXPERTS | {"bits": 8}))
     with pytest.raises(InputError, match=r"quantize\[2\].match: .* never applies"):
         build_plan(tiny_recipe(EXPERTS, ATTENTION, EXPERTS))
