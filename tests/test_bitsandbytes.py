@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import bitsandbytes
+from grokquant.formats.bitsandbytes import FORMAT as bitsandbytes
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.job import pipeline
 from grokquant.job.convert import conversion_recipe

@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from grokquant.formats import compressed_tensors
+from grokquant.formats.compressed_tensors import FORMAT as compressed_tensors
 from grokquant.grids import Scheme
 from grokquant.types import Unit
 

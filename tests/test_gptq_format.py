@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import gptq
+from grokquant.formats.gptq import FORMAT as gptq
 from grokquant.grids import Scheme
 from grokquant.job import pipeline
 from grokquant.runtime.packed import PackedMatrix

@@ -6,7 +6,7 @@ from conftest import GRIDS
 from test_kernels import random_release, random_weights
 
 from grokquant.errors import InputError
-from grokquant.formats import compressed_tensors as packing
+from grokquant.formats.compressed_tensors import FORMAT
 from grokquant.grids import Scheme
 from grokquant.job.fused import round_and_pack
 from grokquant.methods import compiled
@@ -35,8 +35,8 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_rtn_packs_what_quantize_rtn_makes(scheme):
     for stored in (random_release(200, 384, 128), random_weights(200, 384)):
         quantized = quantize_rtn(stored, scheme, "absmax")
-        parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "absmax", packing)
-        assert_same(parts, packing.pack(NAME, quantized))
+        parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "absmax", FORMAT)
+        assert_same(parts, FORMAT.pack(NAME, quantized))
         W = (stored.dequantize() if isinstance(stored, QTensor) else stored).float()
         relative = (W - quantized.dequantize().float()).norm() / W.norm()
         assert errors.relative == pytest.approx(relative.item(), rel=1e-5)
@@ -45,9 +45,9 @@ def test_rtn_packs_what_quantize_rtn_makes(scheme):
 
 def test_odd_groups_take_the_way_through_torch():
     stored, scheme = random_weights(200, 384), Scheme(4, 12)
-    parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", packing)
+    parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", FORMAT)
     quantized = quantize_rtn(stored, scheme, "mse")
-    assert_same(parts, packing.pack(NAME, quantized))
+    assert_same(parts, FORMAT.pack(NAME, quantized))
     relative = (stored - quantized.dequantize().float()).norm() / stored.norm()
     assert errors.relative == pytest.approx(relative.item(), rel=1e-5)
     assert errors.zero_rows == 1
@@ -56,9 +56,9 @@ def test_odd_groups_take_the_way_through_torch():
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_copy_packs_the_stored_integers(group):
     stored, scheme = random_release(200, 384, 128), Scheme(8, group)
-    parts, errors = round_and_pack(NAME, stored, "copy", scheme, "mse", packing)
-    assert_same(parts, packing.pack(NAME, copy_quantized(stored, scheme)))
-    back = packing.unpack(NAME, parts, scheme)
+    parts, errors = round_and_pack(NAME, stored, "copy", scheme, "mse", FORMAT)
+    assert_same(parts, FORMAT.pack(NAME, copy_quantized(stored, scheme)))
+    back = FORMAT.unpack(NAME, parts, scheme)
     assert torch.equal(back.codes, stored.codes)
     assert torch.equal(back.dequantize(), stored.dequantize())
     assert errors.relative == 0
@@ -66,12 +66,12 @@ def test_copy_packs_the_stored_integers(group):
 
 def test_threads_and_given_parts_change_nothing():
     stored, scheme = random_release(200, 384, 128), Scheme(4, 128, symmetric=False)
-    parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", packing)
+    parts, errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", FORMAT)
     given = {name: torch.full_like(part, 3) for name, part in parts.items()}
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 2)
-        again, again_errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", packing, given)
+        again, again_errors = round_and_pack(NAME, stored, "rtn", scheme, "mse", FORMAT, given)
     finally:
         torch.set_num_threads(threads)
     assert all(again[name] is given[name] for name in given)
@@ -86,7 +86,7 @@ def test_weights_that_are_not_finite_are_counted(bad, group):
     W[70, 5] = W[170, 383] = bad
     message = rf"{NAME}: 2 non-finite weights, the first at \[70, 5\]"
     with pytest.raises(InputError, match=message):
-        round_and_pack(NAME, W, "rtn", Scheme(4, group), "mse", packing)
+        round_and_pack(NAME, W, "rtn", Scheme(4, group), "mse", FORMAT)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -95,7 +95,7 @@ def test_scales_that_are_not_finite_are_found(bad, method):
     stored = random_release(200, 384, 128)
     stored.scales[70, 1] = bad
     with pytest.raises(InputError, match=r"128 non-finite weights, the first at \[70, 128\]"):
-        round_and_pack(NAME, stored, method, Scheme(8, 128), "absmax", packing)
+        round_and_pack(NAME, stored, method, Scheme(8, 128), "absmax", FORMAT)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -104,10 +104,10 @@ def test_weights_too_large_for_float16(symmetric, group):
     scheme = Scheme(4, group, symmetric, "float16")
     W = random_weights(64, 384)
     W[7, 0] = 60000.0
-    round_and_pack(NAME, W, "rtn", scheme, "absmax", packing)
+    round_and_pack(NAME, W, "rtn", scheme, "absmax", FORMAT)
     W[7, 0] = 70000.0
     with pytest.raises(InputError, match="float16 cannot hold weights as large as 70000"):
-        round_and_pack(NAME, W, "rtn", scheme, "absmax", packing)
+        round_and_pack(NAME, W, "rtn", scheme, "absmax", FORMAT)
     W[7, 0] = 1e6
     with pytest.raises(InputError, match=r"as large as 1e\+06"):
-        round_and_pack(NAME, W, "rtn", scheme, "absmax", packing)
+        round_and_pack(NAME, W, "rtn", scheme, "absmax", FORMAT)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grokquant.formats import compressed_tensors as packing
+from grokquant.formats.compressed_tensors import FORMAT
 from grokquant.grids import Scheme
 from grokquant.job.fused import round_and_pack
 from grokquant.methods.rtn import quantize_with_torch
@@ -50,19 +50,19 @@ def release_matrix(rows: int, columns: int) -> QTensor:
 
 
 def ours(stored: QTensor, method: str, scheme: Scheme, rule: str) -> Run:
-    parts, _ = round_and_pack("w", stored, method, scheme, rule, packing)
-    return lambda: round_and_pack("w", stored, method, scheme, rule, packing, parts)
+    parts, _ = round_and_pack("w", stored, method, scheme, rule, FORMAT)
+    return lambda: round_and_pack("w", stored, method, scheme, rule, FORMAT, parts)
 
 
 def torch_eager(stored: QTensor) -> Run:
     """The reference in tiles; torch threads each operation."""
-    parts, _ = round_and_pack("w", stored, "rtn", INT4, "absmax", packing)
+    parts, _ = round_and_pack("w", stored, "rtn", INT4, "absmax", FORMAT)
 
     def run() -> None:
         for start in range(0, len(stored.codes), TORCH_ROWS):
             rows = slice(start, start + TORCH_ROWS)
             tile = quantize_with_torch(stored.rows(rows), INT4, "absmax")
-            packing.pack_into(parts, "w", rows, tile)
+            FORMAT.pack_into(parts, "w", rows, tile)
 
     return run
 

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.format import ReadableFormat
 from grokquant.formats.reading import check_parts, part_of, validated
 from grokquant.grids import Scheme
 from grokquant.types import QTensor, Source, TensorRef
@@ -75,3 +76,6 @@ def _codes(words: Tensor) -> Tensor:
     """int32 [in or groups, out / 8] to signed int8 codes [out, in or groups]."""
     codes = torch.stack([(words >> 4 * place) & 15 for place in _PLACES], dim=-1)
     return (codes.flatten(1) - 8).T.to(torch.int8).contiguous()
+
+
+FORMAT = ReadableFormat(name=NAME, unpacked=unpacked)

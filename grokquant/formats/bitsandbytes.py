@@ -20,18 +20,17 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.parts import Layout, pack_all
+from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.targets import own_config
 from grokquant.grids import CODEBOOKS, NAMED_GRIDS, Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "bitsandbytes"
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "float32", False
 
 _INT8 = NAMED_GRIDS["llm_int8"]
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = "quant_state.bitsandbytes__"
+_SCALE_DTYPE = "float32"
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -47,7 +46,7 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     if scheme == _INT8:
         stem = _stem(tensor)
@@ -62,11 +61,6 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
         f"{tensor}.quant_map": (torch.float32, (16,)),
         f"{tensor}.{_STATE}{scheme.grid}": (torch.uint8, (len(_state(shape, scheme)),)),
     }
-
-
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensors that stand for `tensor` in a checkpoint."""
-    return pack_all(tensor, quantized, packed_layout, pack_into)
 
 
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
@@ -128,11 +122,6 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     }
 
 
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}
-
-
 def unpacked(source: Source) -> Source:
     """`source` with each packed matrix presented as one `X.weight` that reads as a QTensor."""
     tensors = dict(source.tensors)
@@ -154,7 +143,7 @@ def unpacked(source: Source) -> Source:
 def _four_bit_ref(source: Source, tensor: str, name: str) -> tuple[TensorRef, Iterable[str]]:
     """The matrix whose state is called `name`, and the names of its parts."""
     state = _read_state(source, name)
-    scheme = Scheme(4, state.blocksize, True, SCALE_DTYPE, state.quant_type)
+    scheme = Scheme(4, state.blocksize, True, _SCALE_DTYPE, state.quant_type)
     if reason := refusal(scheme, state.shape):
         raise InputError(f"{source.path}: {name}: {reason}")
     layout = packed_layout(tensor, state.shape, scheme)
@@ -170,7 +159,7 @@ def _int8_ref(source: Source, tensor: str) -> tuple[TensorRef, Iterable[str]]:
 
 
 def _unpacked_ref(
-    source: Source, tensor: str, layout: Layout, scheme: Scheme, shape: tuple[int, int]
+    source: Source, tensor: str, layout: PackedLayout, scheme: Scheme, shape: tuple[int, int]
 ) -> TensorRef:
     for name, (dtype, wanted) in layout.items():
         if name not in source.tensors:
@@ -219,3 +208,15 @@ def _read_state(source: Source, name: str) -> _State:
 
 def _stem(tensor: str) -> str:
     return tensor.removesuffix(".weight")
+
+
+FORMAT = Format(
+    name=NAME,
+    scale_dtype=_SCALE_DTYPE,
+    refusal=refusal,
+    packed_layout=packed_layout,
+    pack_into=pack_into,
+    unpack=unpack,
+    unpacked=unpacked,
+    quantization_config=quantization_config,
+)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.format import ReadableFormat
 from grokquant.formats.reading import part_of, validated
 from grokquant.types import Source, TensorRef
 
@@ -65,3 +66,6 @@ def _dense_ref(source: Source, ref: TensorRef, block: tuple[int, int]) -> Tensor
     stored = ref.stored_bytes + scale.stored_bytes
     load = lambda: load_rows(0, rows)  # noqa: E731
     return TensorRef(ref.name, ref.shape, torch.bfloat16, stored, load, load_rows=load_rows)
+
+
+FORMAT = ReadableFormat(name=NAME, unpacked=unpacked)

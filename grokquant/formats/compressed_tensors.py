@@ -14,7 +14,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats import compressed_config, int_quantized
 from grokquant.formats.compressed_config import Storage, config_of, not_integers, schemes_of
-from grokquant.formats.parts import Layout, pack_all
+from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.reading import check_parts, part_of
 from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
@@ -22,8 +22,6 @@ from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = compressed_config.NAME
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "bfloat16", False
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
@@ -41,11 +39,11 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     stem, (rows, columns) = _stem(tensor), shape
     groups, per_word = scheme.groups(columns), 32 // scheme.bits
-    layout: Layout = {
+    layout: PackedLayout = {
         f"{stem}.weight_packed": (torch.int32, (rows, columns // per_word)),
         f"{stem}.weight_scale": (SCALE_DTYPES[scheme.scale_dtype], (rows, groups)),
         f"{stem}.weight_shape": (torch.int64, (2,)),
@@ -53,11 +51,6 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
     if not scheme.symmetric:
         layout[f"{stem}.weight_zero_point"] = (torch.int32, (rows // per_word, groups))
     return layout
-
-
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensors that stand for `tensor` in a checkpoint."""
-    return pack_all(tensor, quantized, packed_layout, pack_into)
 
 
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
@@ -95,11 +88,6 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
     """The `quantization_config` of config.json; `unquantized` modules hold a matrix as it is."""
     return config_of("pack-quantized", units, unquantized)
-
-
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}
 
 
 def unpacked(source: Source) -> Source:
@@ -156,3 +144,26 @@ def _unpacked_ref(source: Source, tensor: str, scheme: Scheme, storage: Storage)
 
 def _stem(tensor: str) -> str:
     return tensor.removesuffix(".weight")
+
+
+FORMAT = Format(
+    name=NAME,
+    scale_dtype="bfloat16",
+    refusal=refusal,
+    packed_layout=packed_layout,
+    pack_into=pack_into,
+    unpack=unpack,
+    unpacked=unpacked,
+    quantization_config=quantization_config,
+)
+# The config and the reader are the same, only codes lie otherwise.
+INT_QUANTIZED = Format(
+    name=int_quantized.NAME,
+    scale_dtype="bfloat16",
+    refusal=int_quantized.refusal,
+    packed_layout=int_quantized.packed_layout,
+    pack_into=int_quantized.pack_into,
+    unpack=int_quantized.unpack,
+    unpacked=unpacked,
+    quantization_config=int_quantized.quantization_config,
+)

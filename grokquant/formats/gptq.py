@@ -18,17 +18,16 @@ from pydantic import BaseModel, Field, field_validator
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.parts import Layout, pack_all
+from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.reading import check_parts, part_of, validated
 from grokquant.formats.targets import check_target, targets_of
 from grokquant.grids import Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "gptq"
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "float16", False
-CONFIG_NAME = "quantize_config.json"
 
+_CONFIG_NAME = "quantize_config.json"
+_SCALE_DTYPE = "float16"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -38,14 +37,14 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
         return f"it holds integers, not {scheme.grid}"
     if not scheme.symmetric:
         return "it holds no zero point of 0, which symmetric: false may give"
-    if scheme.scale_dtype != SCALE_DTYPE:
-        return f"its scales are {SCALE_DTYPE}, not {scheme.scale_dtype}"
+    if scheme.scale_dtype != _SCALE_DTYPE:
+        return f"its scales are {_SCALE_DTYPE}, not {scheme.scale_dtype}"
     if shape[0] % 32 or shape[1] % 32:
         return f"{shape[0]} x {shape[1]} features do not fill words of 32 codes"
     return None
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     stem, (rows, columns) = _stem(tensor), shape
     groups, words = scheme.groups(columns), scheme.bits
@@ -55,11 +54,6 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
         f"{stem}.scales": (torch.float16, (groups, rows)),
         f"{stem}.g_idx": (torch.int32, (columns,)),
     }
-
-
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensors that stand for `tensor` in a checkpoint."""
-    return pack_all(tensor, quantized, packed_layout, pack_into)
 
 
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
@@ -122,9 +116,9 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     }
 
 
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name."""
-    return {CONFIG_NAME: config.get("quantization_config", {})}
+def sidecar_files(config: dict) -> dict[str, dict]:
+    """Where readers older than `quantization_config` look for it."""
+    return {_CONFIG_NAME: config.get("quantization_config", {})}
 
 
 def unpacked(source: Source) -> Source:
@@ -268,4 +262,17 @@ class _Config(BaseModel):
                 found |= {key: value for key, value in given.items() if value is not None}
                 break
         group = None if found["group_size"] in (-1, 0) else found["group_size"]
-        return Scheme(found["bits"], group, found["sym"], SCALE_DTYPE), found["desc_act"]
+        return Scheme(found["bits"], group, found["sym"], _SCALE_DTYPE), found["desc_act"]
+
+
+FORMAT = Format(
+    name=NAME,
+    scale_dtype=_SCALE_DTYPE,
+    refusal=refusal,
+    packed_layout=packed_layout,
+    pack_into=pack_into,
+    unpack=unpack,
+    unpacked=unpacked,
+    quantization_config=quantization_config,
+    sidecar_files=sidecar_files,
+)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from grokquant.formats.compressed_config import config_of, not_integers
-from grokquant.formats.parts import Layout
+from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.types import QTensor, Unit
 
 NAME = "int-quantized"
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "bfloat16", False
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -24,10 +22,10 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return not_integers(scheme, (8,))
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     spans = (shape[0], scheme.groups(shape[1]))
-    layout: Layout = {
+    layout: PackedLayout = {
         tensor: (torch.int8, shape),
         f"{tensor}_scale": (SCALE_DTYPES[scheme.scale_dtype], spans),
     }
@@ -36,18 +34,13 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
     return layout
 
 
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensors that stand for `tensor` in a checkpoint."""
-    parts = {tensor: quantized.codes.contiguous(), f"{tensor}_scale": quantized.scales}
-    if quantized.zero_points is not None:
-        parts[f"{tensor}_zero_point"] = quantized.zero_points
-    return parts
-
-
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
     """Writes some rows of a matrix to their place; tiles may be written concurrently."""
-    for name, part in pack(tensor, quantized).items():
-        parts[name][rows] = part.to(parts[name].device)
+    device = parts[tensor].device
+    parts[tensor][rows] = quantized.codes.to(device)
+    parts[f"{tensor}_scale"][rows] = quantized.scales.to(device)
+    if quantized.zero_points is not None:
+        parts[f"{tensor}_zero_point"][rows] = quantized.zero_points.to(device)
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -62,8 +55,3 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     It says compressed-tensors, whose module reads this form too.
     """
     return config_of("int-quantized", units, unquantized)
-
-
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats.format import ReadableFormat
 from grokquant.formats.reading import part_of
 from grokquant.types import Source, TensorRef
 
@@ -71,3 +72,6 @@ def _dense(blocks: Tensor, scales: Tensor) -> Tensor:
     values = torch.ldexp(_VALUES[codes.int()], exponents)
     values[scales == _NAN] = torch.nan
     return values.flatten(-2).to(torch.bfloat16)
+
+
+FORMAT = ReadableFormat(name=NAME, unpacked=unpacked)

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats import Format
 from grokquant.grids import Scheme
 from grokquant.methods import compiled
 from grokquant.methods.copy import InexactScale, copy_quantized
@@ -50,7 +50,7 @@ def round_and_pack(
     method: str,
     scheme: Scheme,
     rule: ScaleRule,
-    packing: ModuleType,
+    packing: Format,
     parts: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Errors]:
     """Packs `stored` [out, in] by `method` ("rtn" or "copy"), row tile by row tile on all cores.

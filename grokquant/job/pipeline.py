@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
+from grokquant.formats import Format
 from grokquant.job import metadata
 from grokquant.job.fingerprint import identity_of
 from grokquant.job.layer import LayerQuantizer
@@ -136,7 +136,7 @@ class Run:
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
-    def packing(self) -> ModuleType:
+    def packing(self) -> Format:
         return self.plan.packing
 
     def deliver(self, parts: dict[str, Tensor], report: UnitReport) -> None:

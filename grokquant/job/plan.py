@@ -7,14 +7,13 @@ from functools import cached_property
 from itertools import chain
 from math import gcd, prod
 from pathlib import Path
-from types import ModuleType
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.containers import container_of
-from grokquant.containers.container import Arrangement, Group, Place, PlannedFile, PlannedTensor
+from grokquant.containers.container import Group, OutputLayout, PlannedFile, PlannedTensor, Slot
 from grokquant.errors import InputError
 from grokquant.files.atomic import nearest_directory
-from grokquant.formats import FORMATS
+from grokquant.formats import FORMATS, Format
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.humanize import size
 from grokquant.methods.copy import can_copy
@@ -36,10 +35,10 @@ class Plan:
     units: dict[str, Unit]
     kept: tuple[str, ...]
     parts: dict[str, PlannedTensor]
-    arrangement: Arrangement
+    arrangement: OutputLayout
 
     @property
-    def packing(self) -> ModuleType:
+    def packing(self) -> Format:
         return FORMATS[self.recipe.output.format]
 
     @property
@@ -48,8 +47,8 @@ class Plan:
         return self.arrangement.files
 
     @property
-    def places(self) -> dict[str, Place]:
-        return self.arrangement.places
+    def places(self) -> dict[str, Slot]:
+        return self.arrangement.slots
 
     @property
     def output_bytes(self) -> int:
@@ -129,13 +128,13 @@ def build_plan(recipe: Recipe) -> Plan:
             kept.append(name)
         else:
             units[name] = _plan_unit(name, ref, rule, packing)
-    if not units and not packing.HOLDS_DENSE:
+    if not units and not packing.holds_dense:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
     planned = {unit.tensor: unit for unit in units.values()}
     groups = _part_groups(checkpoint, planned, packing)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
     container = container_of(recipe.output.format)
-    arrangement = container.arrange(checkpoint.source, groups, schemes, recipe.output.shard)
+    arrangement = container.lay_out(checkpoint.source, groups, schemes, recipe.output.shard)
     parts = {part.name: part for _, group in groups for part in group}
     return Plan(recipe, checkpoint, units, tuple(kept), parts, arrangement)
 
@@ -154,7 +153,7 @@ def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
             raise InputError(f"{key} decides nothing, rules before it take all that it matches")
 
 
-def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Unit:
+def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: Format) -> Unit:
     rows, columns = ref.shape
     scheme = _copied(name, ref, rule, packing) if rule.method == "copy" else _chosen(rule, packing)
     if scheme.group_size == columns and rule.grid == scheme.grid == "integer":
@@ -166,23 +165,23 @@ def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Un
     if rule.method == "copy" and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
         raise InputError(f"{name}: copy to {scheme} is not lossless, the source has {ref.scheme}")
     if reason := packing.refusal(scheme, (rows, columns)):
-        raise InputError(f"{name}: {packing.NAME} cannot hold it: {reason}")
+        raise InputError(f"{name}: {packing.name} cannot hold it: {reason}")
     return Unit(name, ref.name, (rows, columns), rule.method, scheme)
 
 
-def _chosen(rule: Rule, packing: ModuleType) -> Scheme:
+def _chosen(rule: Rule, packing: Format) -> Scheme:
     """The grid that a rule asks for."""
     group = rule.group if isinstance(rule.group, int) else None
     if named := NAMED_GRIDS.get(rule.grid):
         return replace(named, group_size=group) if rule.group else named
-    scale_dtype = rule.scale_dtype or packing.SCALE_DTYPE
+    scale_dtype = rule.scale_dtype or packing.scale_dtype
     return Scheme(rule.bits or 8, group, rule.symmetric, scale_dtype)
 
 
-def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Scheme:
+def _copied(name: str, ref: TensorRef, rule: Rule, packing: Format) -> Scheme:
     """The stored grid in groups as large as rule, source and format allow; scales are repeated,
     and keep their dtype where the format has it."""
-    columns = ref.shape[1]
+    rows, columns = ref.shape
     if ref.scheme is None:
         raise InputError(f"{name}: method copy needs a source that stores integers")
     if ref.scheme.grid != "integer":
@@ -192,19 +191,17 @@ def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Schem
     groups = [most, *(smaller for smaller in (128, 64, 32) if most % smaller == 0)]
     groups = [columns] if group == "channel" else groups
     dtypes = (
-        [rule.scale_dtype] if rule.scale_dtype else [ref.scheme.scale_dtype, packing.SCALE_DTYPE]
+        [rule.scale_dtype] if rule.scale_dtype else [ref.scheme.scale_dtype, packing.scale_dtype]
     )
     schemes = [
         replace(ref.scheme, group_size=None if size == columns else size, scale_dtype=dtype)
         for size in groups
         for dtype in dtypes
     ]
-    return next((s for s in schemes if not packing.refusal(s, ref.shape)), schemes[0])
+    return next((s for s in schemes if not packing.refusal(s, (rows, columns))), schemes[0])
 
 
-def _part_groups(
-    checkpoint: Checkpoint, planned: dict[str, Unit], packing: ModuleType
-) -> list[Group]:
+def _part_groups(checkpoint: Checkpoint, planned: dict[str, Unit], packing: Format) -> list[Group]:
     """(layer, parts) of what must not be split, in the order in which they will come."""
     order = {tensor: number for number, tensor in enumerate(planned)}
     groups = []
@@ -233,7 +230,7 @@ def _groups(checkpoint: Checkpoint) -> Iterator[tuple[int | None, list[str]]]:
 
 
 def _stored_as(
-    checkpoint: Checkpoint, name: str, planned: dict[str, Unit], packing: ModuleType
+    checkpoint: Checkpoint, name: str, planned: dict[str, Unit], packing: Format
 ) -> Iterator[PlannedTensor]:
     """What the output holds of the checkpoint's tensor `name`."""
     unit, ref = planned.get(name), checkpoint.source.tensors[name]

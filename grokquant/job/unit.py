@@ -2,7 +2,6 @@
 
 import time
 from math import isfinite, prod, sqrt
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from grokquant.calibration.site import Site
 from grokquant.devices import CPU
 from grokquant.errors import InputError
+from grokquant.formats import Format
 from grokquant.grids import GROUP_BITS, SCALE_DTYPES, Scheme
 from grokquant.job.fused import round_and_pack, too_large
 from grokquant.methods.copy import InexactScale, copy_quantized
@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 2048
 
 
 def round_without_data(
-    unit: Unit, rule: Rule, stored: Tensor | QTensor, packing: ModuleType
+    unit: Unit, rule: Rule, stored: Tensor | QTensor, packing: Format
 ) -> tuple[dict[str, Tensor], UnitReport]:
     """rtn or copy of one matrix, packed for the disk, and its report. Raises InputError."""
     start = time.perf_counter()
