@@ -20,6 +20,7 @@ from grokquant.errors import InputError
 from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
+from grokquant.runtime.packed import PackedMatrix
 from grokquant.toy import TOY_PATH
 
 Tensors = dict[str, Tensor]
@@ -344,6 +345,15 @@ def test_awq_as_autoawq_left_it(quantized):
     older = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     edit_json(path / "quant_config.json", **older)
     check_read(path, expected)
+
+
+@torch.no_grad()
+def test_awq_stays_in_codes_where_packed_is_asked_for(quantized):
+    path, _ = quantized("mixtral", awq, AWQ)
+    packed, dense = load(path, packed=True)[0], load(path)[0]
+    assert any(isinstance(module, PackedMatrix) for module in packed.modules())
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(packed(tokens).logits, dense(tokens).logits)
 
 
 @pytest.mark.parametrize(
