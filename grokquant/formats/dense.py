@@ -1,4 +1,4 @@
-"""No packing at all: every matrix as 16-bit floats, the release in a form that anything loads."""
+"""No quantization: every matrix as 16-bit floats, the release in a form that anything loads."""
 
 from collections.abc import Iterable
 from typing import NoReturn
@@ -12,8 +12,8 @@ NAME = "bf16"
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    """Why this format cannot hold a quantized matrix: it holds none."""
-    return "it holds nothing quantized, every rule must be method: keep"
+    """The same reason for every scheme."""
+    return "it holds no quantized matrices, every rule must be method: keep"
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:

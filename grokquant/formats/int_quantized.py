@@ -1,7 +1,7 @@
 """compressed-tensors `int-quantized`: an int8 for every code, nothing to unpack.
 
-A matrix `X.weight` stays int8 [out, in]; beside it lie `X.weight_scale` [out, groups] and, if
-asymmetric, `X.weight_zero_point` int8 [out, groups].
+A matrix `X.weight` is int8 [out, in]; beside it lie `X.weight_scale` [out, groups] and, if
+asymmetric, `X.weight_zero_point` int8 [out, groups]. `compressed_tensors` reads it and lists it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
 
 
 def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
-    """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
+    """Names, dtypes and shapes of the packed tensors of a matrix."""
     spans = (shape[0], scheme.groups(shape[1]))
     layout: PackedLayout = {
         tensor: (torch.int8, shape),
@@ -34,13 +34,13 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Packed
     return layout
 
 
-def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
-    """Writes some rows of a matrix to their place; tiles may be written concurrently."""
-    device = parts[tensor].device
-    parts[tensor][rows] = quantized.codes.to(device)
-    parts[f"{tensor}_scale"][rows] = quantized.scales.to(device)
+def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
+    """Writes some rows of a matrix into its packed tensors."""
+    device = packed[tensor].device
+    packed[tensor][rows] = quantized.codes.to(device)
+    packed[f"{tensor}_scale"][rows] = quantized.scales.to(device)
     if quantized.zero_points is not None:
-        parts[f"{tensor}_zero_point"][rows] = quantized.zero_points.to(device)
+        packed[f"{tensor}_zero_point"][rows] = quantized.zero_points.to(device)
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -50,8 +50,5 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
-    """The `quantization_config` of config.json; `unquantized` modules hold a matrix as it is.
-
-    It says compressed-tensors, whose module reads this form too.
-    """
+    """One group of targets per scheme; the quant_method is that of `compressed_tensors`."""
     return config_of("int-quantized", units, unquantized)
