@@ -19,7 +19,7 @@ from sphinx.errors import ExtensionError
 from grokquant.cli import main
 from grokquant.evaluation.report import Report
 from grokquant.families import FAMILIES
-from grokquant.formats import FORMATS
+from grokquant.formats import FORMATS, Format
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.recipe import Recipe, Rule
 
@@ -163,22 +163,24 @@ def grids_by_format() -> str:
         for symmetric in (True, False):
             sign = "symmetric" if symmetric else "with zero points"
             cells = [
-                _held(module, [Scheme(bits, group, symmetric) for group in groups])
-                for module in FORMATS.values()
+                _held(output_format, [Scheme(bits, group, symmetric) for group in groups])
+                for output_format in FORMATS.values()
             ]
             rows.append([f"{bits} bits, {sign}", *cells])
     for name, scheme in NAMED_GRIDS.items():
-        rows.append([f"`{name}`", *(_held(module, [scheme]) for module in FORMATS.values())])
+        rows.append(
+            [f"`{name}`", *(_held(output_format, [scheme]) for output_format in FORMATS.values())]
+        )
     return _table(["grid", *(f"`{name}`" for name in FORMATS)], rows)
 
 
-def _held(module: object, schemes: list[Scheme]) -> str:
+def _held(output_format: Format, schemes: list[Scheme]) -> str:
     """Groups of `schemes` that a format holds with scales as it stores them."""
     held = []
     for scheme in schemes:
-        dtype = scheme.scale_dtype if len(schemes) == 1 else module.SCALE_DTYPE  # type: ignore
+        dtype = scheme.scale_dtype if len(schemes) == 1 else output_format.scale_dtype
         fitting = Scheme(scheme.bits, scheme.group_size, scheme.symmetric, dtype, scheme.grid)
-        if module.refusal(fitting, DOWN) is None:  # type: ignore
+        if output_format.refusal(fitting, DOWN) is None:
             held.append(str(scheme.group_size or "channel"))
     if len(schemes) == 1:
         return "yes" if held else "–"

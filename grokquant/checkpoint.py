@@ -61,7 +61,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Checkpoint:
-    """Opens any layout and format that is known; `toy` names the embedded toy.
+    """Opens a checkpoint of any known kind and format; `toy` names the embedded toy.
 
     Reads headers only. Raises InputError where something is missing or has the wrong shape.
     """

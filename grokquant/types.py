@@ -140,12 +140,12 @@ class TensorRef:
 class Source:
     """An opened checkpoint: what is in it and how to read each tensor, nothing loaded yet.
 
-    `layout` names the on-disk form ("release", "safetensors"), `config` is a transformers-style
+    `kind` is the form on disk ("release", "safetensors", "gguf"), `config` is a transformers-style
     config dict, `tensors` maps Hugging Face tensor names (experts one by one) to references.
     """
 
     path: Path
-    layout: str
+    kind: str
     config: dict
     tensors: dict[str, TensorRef]
     tokenizer_files: tuple[Path, ...] = ()

@@ -1,11 +1,19 @@
 """Imports point one way, and the pure rooms know only the nouns."""
 
 import ast
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import grokquant
+from grokquant.containers import CONTAINERS, container_of
+from grokquant.containers.container import Container
+from grokquant.formats import FORMATS, READ_ONLY
+from grokquant.formats.format import ReadableFormat
+from grokquant.sources import SOURCE_KINDS
+from grokquant.sources.kind import SourceKind
 
 ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
@@ -64,3 +72,18 @@ def test_every_room_is_in_the_picture():
     assert rooms == named
     picture = (ROOT.parent / "ARCHITECTURE.md").read_text()
     assert [room for room in named - {"__init__", "__main__"} if room not in picture] == []
+
+
+@pytest.mark.parametrize(
+    ("room", "row", "table"),
+    [
+        ("formats", ReadableFormat, [*FORMATS.values(), *READ_ONLY.values()]),
+        ("containers", Container, [*CONTAINERS.values(), container_of("bf16")]),
+        ("sources", SourceKind, SOURCE_KINDS),
+    ],
+)
+def test_what_a_module_offers_is_in_the_table_of_its_room(room: str, row: type, table: Iterable):
+    stems = [path.stem for path in (ROOT / room).glob("[!_]*.py")]
+    modules = [import_module(f"grokquant.{room}.{stem}") for stem in stems]
+    offered = [value for module in modules for value in vars(module).values()]
+    assert {id(value) for value in offered if isinstance(value, row)} == {id(row) for row in table}

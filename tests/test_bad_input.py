@@ -349,7 +349,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shapes disagree": (
         lambda s: edit_tensors(s, lambda t: set_to(t, EXPERT + ".weight_shape", 7)),
-        f"{EXPERT}.weight_shape disagrees",
+        f"{EXPERT}.weight_shape contradicts",
     ),
     "NaN in scales": (
         lambda s: edit_tensors(s, lambda t: set_to(t, EXPERT + ".weight_scale", torch.nan)),
@@ -398,7 +398,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "group does not divide": (
         lambda s: edit_json(s / "config.json", **{INT4 + "weights__group_size": 30}),
-        "experts.0.w1.weight: int4 g30 sym does not divide 128 columns",
+        "experts.0.w1.weight: 128 input features are not divisible by group 30",
     ),
     "other groups": (
         lambda s: edit_json(s / "config.json", **{INT4 + "weights__group_size": 64}),

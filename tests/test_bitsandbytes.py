@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import BitsAndBytesConfig
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import bitsandbytes
+from grokquant.formats.bitsandbytes import FORMAT as bitsandbytes
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.job import pipeline
 from grokquant.job.convert import conversion_recipe
@@ -142,9 +142,9 @@ def test_absmax_gives_the_codes_of_linear8bitlt(W):
     ("scheme", "columns", "reason"),
     [
         (Scheme(8, None), 256, "holds the grids nf4, fp4 and llm_int8, not int8 channel sym"),
-        (Scheme(4, None, True, "float32", "nf4"), 256, "its blocks have 32, 64"),
-        (Scheme(4, 48, True, "float32", "nf4"), 96, "its blocks have 32, 64"),
-        (NAMED_GRIDS["nf4"], 96, "blocks of 64 weights would go over rows of 96"),
+        (Scheme(4, None, True, "float32", "nf4"), 256, "its blocks hold 32, 64"),
+        (Scheme(4, 48, True, "float32", "nf4"), 96, "its blocks hold 32, 64"),
+        (NAMED_GRIDS["nf4"], 96, "blocks of 64 weights do not divide rows of 96"),
     ],
 )
 def test_what_it_cannot_hold_is_refused(scheme, columns, reason):
@@ -307,9 +307,9 @@ def as_state(**keys: object) -> Tensor:
     ("name", "value", "complaint"),
     [
         (STATE, torch.tensor([123], dtype=torch.uint8), "bitsandbytes__nf4: Expecting property"),
-        (STATE, as_state(nested_blocksize=256), "nested absmax cannot be read"),
-        (STATE, as_state(blocksize=48), "its blocks have 32, 64"),
-        (STATE, as_state(shape=[128, 32]), "blocks of 64 weights would go over rows of 32"),
+        (STATE, as_state(nested_blocksize=256), "nested absmax is not supported"),
+        (STATE, as_state(blocksize=48), "its blocks hold 32, 64"),
+        (STATE, as_state(shape=[128, 32]), "blocks of 64 weights do not divide rows of 32"),
         (STATE, as_state(shape=[64, 128]), "q_proj.weight is torch.uint8"),
         (STATE, as_state(shape=[64]), "bitsandbytes__nf4: 1 validation error"),
         (STATE.replace("quant_state.bitsandbytes__nf4", "absmax"), None, "absmax is missing"),
@@ -329,7 +329,7 @@ def test_damaged_parts_are_named(one_file, name, value, complaint):
 def test_a_foreign_table_is_refused(one_file):
     name = STATE.replace("quant_state.bitsandbytes__nf4", "quant_map")
     output = damaged(one_file, lambda tensors: tensors[name].mul_(0.5))
-    with pytest.raises(InputError, match="q_proj.weight.quant_map is not that of nf4"):
+    with pytest.raises(InputError, match="q_proj.weight.quant_map does not hold the values of nf4"):
         dict(open_checkpoint(output).units())["layers.0.attention.q"].read()
 
 

@@ -11,7 +11,8 @@ from conftest import GRIDS, unit_of
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import compressed_tensors, int_quantized
+from grokquant.formats.compressed_tensors import FORMAT as compressed_tensors
+from grokquant.formats.compressed_tensors import INT_QUANTIZED as int_quantized
 from grokquant.formats.words import pack_with_torch, pack_words, unpack_words
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.job import pipeline
@@ -32,9 +33,9 @@ def theirs(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(NAME.removesuffix("weight")): t for name, t in packed.items()}
 
 
-def their_scheme(scheme: Scheme, packing=compressed_tensors):
+def their_scheme(scheme: Scheme, output_format=compressed_tensors):
     unit = unit_of(NAME, scheme)
-    config = packing.quantization_config([unit], ["lm_head"])
+    config = output_format.quantization_config([unit], ["lm_head"])
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
 

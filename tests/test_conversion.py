@@ -91,7 +91,7 @@ def test_codes_and_scales_are_repacked(results, tmp_path, rule, first, second, s
 
 
 REFUSALS = [
-    (INT4 | {"symmetric": False}, "compressed-tensors", "gptq", "no zero point of 0"),
+    (INT4 | {"symmetric": False}, "compressed-tensors", "gptq", "cannot store a zero point of 0"),
     (INT4 | {"symmetric": False}, "compressed-tensors", "gguf", "none of int4 g32 asym"),
     (EXPERTS | {"bits": 3, "group": 32}, "gptq", "compressed-tensors", "4 or 8 bits, not int3"),
     (EXPERTS | {"bits": 2, "group": 32}, "gptq", "gguf", "none of int2 g32 sym"),

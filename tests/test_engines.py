@@ -13,7 +13,7 @@ import re
 import pytest
 from conftest import unit_of
 
-from grokquant.formats import compressed_tensors
+from grokquant.formats.compressed_tensors import FORMAT as compressed_tensors
 from grokquant.grids import Scheme
 
 INT4, INT8 = Scheme(4, 128), Scheme(8, 128)

@@ -14,7 +14,7 @@ from make_release import random_leaves, write_random_release
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import gguf
+from grokquant.formats.gguf import FORMAT as gguf
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.job import pipeline
 from grokquant.job.fused import round_and_pack

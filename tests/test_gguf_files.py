@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFReader
 
 from grokquant.checkpoint import open_checkpoint
-from grokquant.containers.container import Place
+from grokquant.containers.container import Slot
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
 from grokquant.files.gguf_header import GgufTensor, Short, Signed, gguf_layout, read_tensors
@@ -90,9 +90,9 @@ def test_damaged_files_are_named(written, tmp_path, damage, complaint):
 
 def test_heads_are_interleaved_and_back():
     rows = torch.arange(16.0).view(16, 1)
-    stored = Place("q", heads=2).stored(rows)
+    stored = Slot("q", heads=2).stored(rows)
     assert stored.flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
-    assert torch.equal(Place("q", heads=2).restored(stored, torch.float32), rows)
+    assert torch.equal(Slot("q", heads=2).restored(stored, torch.float32), rows)
 
 
 @pytest.fixture(params=["500MB", "100KB"])

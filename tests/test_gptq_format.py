@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import gptq
+from grokquant.formats.gptq import FORMAT as gptq
 from grokquant.grids import Scheme
 from grokquant.job import pipeline
 from grokquant.runtime.packed import PackedMatrix
@@ -134,7 +134,9 @@ def test_asymmetric_matrices_stay_themselves_in_packed_modules(released):
 def test_symmetric_codes_with_other_zero_points_are_refused(released):
     codes, zeros, scales = random_codes(4, 128, 256, 8)
     rewrite(released, naive_pack(codes, zeros, scales, np.arange(256) // 32, 4), {})
-    with pytest.raises(InputError, match=rf"{STEM}.qzeros: sym is true, but not all are 7"):
+    with pytest.raises(
+        InputError, match=rf"{STEM}.qzeros: sym is true, but not all zero points are 7"
+    ):
         open_checkpoint(released).source.tensors[NAME].read()
 
 

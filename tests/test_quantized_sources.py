@@ -20,6 +20,7 @@ from grokquant.errors import InputError
 from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
+from grokquant.runtime.packed import PackedMatrix
 from grokquant.toy import TOY_PATH
 
 Tensors = dict[str, Tensor]
@@ -276,8 +277,8 @@ def test_gptq_rules_for_some_modules(quantized):
         ({"bits": 5}, "quantization_config.bits: Input should be 2, 3, 4 or 8, not 5"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format: Input should be 'gptq' or 'gptq_v2'"),
         ({"is_marlin_format": True}, "quantization_config.is_marlin_format"),
-        ({"group_size": 64}, "scales has 2 groups, not those of int4 g64 sym"),
-        ({"group_size": 0}, "scales has 2 groups, not those of int4 channel sym"),
+        ({"group_size": 64}, "scales has 2 groups, which does not match int4 g64 sym"),
+        ({"group_size": 0}, "scales has 2 groups, which does not match int4 channel sym"),
         ({"dynamic": {"+:(": {}}}, "dynamic: not a regular expression"),
         ({"dynamic": {"+:.*": {"bits": "x"}}}, "quantization_config.dynamic"),
         ({"dynamic": {"+:.*": {"bits": 8}}}, "int8 g32 sym needs torch.int32"),
@@ -296,7 +297,7 @@ def test_configs_that_gptq_cannot_have(quantized, changes, complaint):
     [
         (lambda t: t.pop(QUERY + ".g_idx"), f"{QUERY}.g_idx is missing"),
         (lambda t: t.update({QUERY + ".g_idx": torch.tensor(1)}), f"{QUERY}.scales has 0 groups"),
-        (lambda t: t[QUERY + ".g_idx"].add_(1), "names groups that are not there"),
+        (lambda t: t[QUERY + ".g_idx"].add_(1), "refers to groups that do not exist"),
         (lambda t: t[QUERY + ".g_idx"].view(-1)[:1].fill_(1), "reorders columns, but desc_act"),
         (lambda t: t.pop(QUERY + ".qweight"), f"tensor {QUERY}.weight is missing"),
         (
@@ -344,6 +345,15 @@ def test_awq_as_autoawq_left_it(quantized):
     older = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     edit_json(path / "quant_config.json", **older)
     check_read(path, expected)
+
+
+@torch.no_grad()
+def test_awq_stays_in_codes_where_packed_is_asked_for(quantized):
+    path, _ = quantized("mixtral", awq, AWQ)
+    packed, dense = load(path, packed=True)[0], load(path)[0]
+    assert any(isinstance(module, PackedMatrix) for module in packed.modules())
+    tokens = torch.tensor([[5, 6, 7]])
+    assert torch.equal(packed(tokens).logits, dense(tokens).logits)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +504,7 @@ SCALES = "model.layers.0.mlp.experts.down_proj_scales"
         (lambda t: t.pop(BLOCKS), "down_proj.weight is missing"),
         (lambda t: t.update({BLOCKS: t[BLOCKS][:, :, :1].contiguous()}), f"{BLOCKS} has shape"),
         (lambda t: t.update({SCALES: t[SCALES].int()}), "and its scales must be uint8"),
-        (lambda t: t[SCALES].view(-1)[-1:].fill_(255), f"{SCALES} holds values that are not"),
+        (lambda t: t[SCALES].view(-1)[-1:].fill_(255), f"{SCALES} holds non-finite values"),
         (lambda t: t.update({"model.x_scales": torch.ones(1)}), "model.x_scales has no place"),
     ],
 )

@@ -16,7 +16,8 @@ from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import GateError, InputError
 from grokquant.families import FAMILIES
-from grokquant.formats import compressed_tensors, gptq
+from grokquant.formats.compressed_tensors import FORMAT as compressed_tensors
+from grokquant.formats.gptq import FORMAT as gptq
 from grokquant.grids import Scheme
 from grokquant.job import pipeline
 from grokquant.job.plan import build_plan

@@ -237,7 +237,7 @@ def test_opened_from_ckpt_0_itself(copy, monkeypatch):
     monkeypatch.chdir(copy / "ckpt-0")
     for path in (copy, copy / "ckpt-0", Path(".")):
         source = open_source(path)
-        assert source.layout == "release" and source.licence is None
+        assert source.kind == "release" and source.licence is None
         names = [file.name for file in source.tokenizer_files]
         assert names == ["tokenizer.model", "tokenizer_config.json"]
     shutil.move(copy / "ckpt-0", copy.parent / "weights")

@@ -74,7 +74,7 @@ def test_sharded(sharded):
     (sharded / "tokenizer.json").write_text("{}")
     (sharded / "README.md").write_text("---\nbase_model: x\nlicense: 'apache-2.0'\n---\n# Model\n")
     source = open_source(sharded)
-    assert source.layout == "safetensors" and source.config == {"model_type": "mixtral"}
+    assert source.kind == "safetensors" and source.config == {"model_type": "mixtral"}
     assert source.licence == "apache-2.0"
     assert source.tokenizer_files == (sharded / "tokenizer.json",)
     assert source.weight_files == tuple(sharded / shard for shard in SHARDS)

@@ -6,7 +6,7 @@ from conftest import GRIDS, unit_of
 from test_kernels import random_release, random_weights
 
 from grokquant.errors import InputError
-from grokquant.formats import compressed_tensors as packing
+from grokquant.formats.compressed_tensors import FORMAT
 from grokquant.grids import Scheme
 from grokquant.job.fused import round_and_pack
 from grokquant.methods import compiled
@@ -37,7 +37,7 @@ def packed(
     rows = len(stored.codes if isinstance(stored, QTensor) else stored)
     settings = ScaleSettings(scale) if method == "rtn" else None
     return round_and_pack(
-        unit_of(NAME, scheme, (rows, 384), method, settings), stored, packing, parts
+        unit_of(NAME, scheme, (rows, 384), method, settings), stored, FORMAT, parts
     )
 
 
@@ -53,7 +53,7 @@ def test_rtn_packs_what_quantize_rtn_makes(scheme):
     for stored in (random_release(200, 384, 128), random_weights(200, 384)):
         quantized = quantize_rtn(stored, scheme, "absmax")
         parts, errors = packed(stored, scheme, "absmax")
-        assert_same(parts, packing.pack(NAME, quantized))
+        assert_same(parts, FORMAT.pack(NAME, quantized))
         W = (stored.dequantize() if isinstance(stored, QTensor) else stored).float()
         relative = (W - quantized.dequantize().float()).norm() / W.norm()
         assert errors.relative == pytest.approx(relative.item(), rel=1e-5)
@@ -64,7 +64,7 @@ def test_odd_groups_take_the_way_through_torch():
     stored, scheme = random_weights(200, 384), Scheme(4, 12)
     parts, errors = packed(stored, scheme)
     quantized = quantize_rtn(stored, scheme, "mse")
-    assert_same(parts, packing.pack(NAME, quantized))
+    assert_same(parts, FORMAT.pack(NAME, quantized))
     relative = (stored - quantized.dequantize().float()).norm() / stored.norm()
     assert errors.relative == pytest.approx(relative.item(), rel=1e-5)
     assert errors.zero_rows == 1
@@ -74,8 +74,8 @@ def test_odd_groups_take_the_way_through_torch():
 def test_copy_packs_the_stored_integers(group):
     stored, scheme = random_release(200, 384, 128), Scheme(8, group)
     parts, errors = packed(stored, scheme, method="copy")
-    assert_same(parts, packing.pack(NAME, copy_quantized(stored, scheme)))
-    back = packing.unpack(NAME, parts, scheme)
+    assert_same(parts, FORMAT.pack(NAME, copy_quantized(stored, scheme)))
+    back = FORMAT.unpack(NAME, parts, scheme)
     assert torch.equal(back.codes, stored.codes)
     assert torch.equal(back.dequantize(), stored.dequantize())
     assert errors.relative == 0

@@ -52,7 +52,7 @@ def evaluated(tmp_path_factory):
 
 def test_it_is_a_small_grok_in_the_release_layout():
     toy = open_checkpoint("toy")
-    assert toy.source.layout == "release"
+    assert toy.source.kind == "release"
     assert (toy.config.num_local_experts, toy.config.num_experts_per_tok) == (8, 2)
     assert toy.config.num_hidden_layers >= 4
     assert sum(f.stat().st_size for f in TOY_PATH.rglob("*") if f.is_file()) <= 10_000_000

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grokquant.formats import compressed_tensors as packing
+from grokquant.formats.compressed_tensors import FORMAT
 from grokquant.grids import Scheme
 from grokquant.job.fused import round_and_pack
 from grokquant.methods.method import NoSettings
@@ -60,19 +60,19 @@ def unit_of(stored: QTensor, method: str, scheme: Scheme, rule: ScaleRule) -> Un
 
 def ours(stored: QTensor, method: str, scheme: Scheme, rule: ScaleRule) -> Run:
     unit = unit_of(stored, method, scheme, rule)
-    parts, _ = round_and_pack(unit, stored, packing)
-    return lambda: round_and_pack(unit, stored, packing, parts)
+    parts, _ = round_and_pack(unit, stored, FORMAT)
+    return lambda: round_and_pack(unit, stored, FORMAT, parts)
 
 
 def torch_eager(stored: QTensor) -> Run:
     """The reference in tiles; torch threads each operation."""
-    parts, _ = round_and_pack(unit_of(stored, "rtn", INT4, "absmax"), stored, packing)
+    parts, _ = round_and_pack(unit_of(stored, "rtn", INT4, "absmax"), stored, FORMAT)
 
     def run() -> None:
         for start in range(0, len(stored.codes), TORCH_ROWS):
             rows = slice(start, start + TORCH_ROWS)
             tile = quantize_with_torch(stored.rows(rows), INT4, "absmax")
-            packing.pack_into(parts, "w", rows, tile)
+            FORMAT.pack_into(parts, "w", rows, tile)
 
     return run
 

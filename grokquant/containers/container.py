@@ -1,9 +1,8 @@
 """The nouns of files: what a file of an output holds, and where the parts of a matrix go in it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,11 +36,11 @@ class PlannedFile:
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """Where a part goes: to rows of `tensor` from `first_row` on.
 
-    `dtype` is what its values are converted to, None for none. `heads` says that the rows of so
-    many heads are stored with the two halves of each head interleaved, as ggml rotates them.
+    Values are converted to `dtype` unless it is None. With `heads`, the rows of that number of
+    heads are stored with the two halves of each head interleaved, as ggml rotates them.
     """
 
     tensor: str
@@ -61,30 +60,41 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Arrangement:
-    """The files of an output in the order in which they are written, and each part's place."""
+class OutputLayout:
+    """The files of an output in the order in which they are written, and the slot of each part."""
 
     files: tuple[PlannedFile, ...]
-    places: dict[str, Place]
+    slots: dict[str, Slot]
 
 
 # (layer, parts that must not be split over files)
 Group = tuple[int | None, list[PlannedTensor]]
 
 
-class Container(Protocol):
-    """What a module of this room offers."""
+def _no_sidecar_files(layout: OutputLayout) -> dict[str, dict]:
+    """The `sidecar_files` of containers whose files need nothing beside them."""
+    return {}
 
-    def arrange(
-        self, source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
-    ) -> Arrangement:
-        """Files of at most `shard` bytes, or of one group, none over two layers. `schemes` are the
-        grids of the matrices by tensor name. Raises InputError for what it cannot hold."""
-        ...
 
-    def papers(self, arrangement: Arrangement) -> dict[str, dict]:
-        """JSON files that lie beside the weights, by name."""
-        ...
+def _as_it_is(source: Source) -> Source:
+    """The `opened` of containers that call tensors by their usual names."""
+    return source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """One kind of weight files.
+
+    `lay_out(source, groups, schemes, shard)` plans files of at most `shard` bytes, or of one group,
+    none of which spans two layers; `schemes` are the grids of the matrices by tensor name. It
+    raises InputError for what such files cannot hold.
+    `sidecar_files(layout)` are the JSON files that lie beside the weights, by name.
+    `opened(source)` presents the tensors of such files under their usual names.
+    """
+
+    lay_out: Callable[[Source, list[Group], Mapping[str, Scheme], int], OutputLayout]
+    sidecar_files: Callable[[OutputLayout], dict[str, dict]] = _no_sidecar_files
+    opened: Callable[[Source], Source] = _as_it_is
 
 
 def split(groups: Iterable[Group], shard: int, over_layers: bool = False) -> list[Group]:

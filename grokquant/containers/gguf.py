@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from grokquant.containers.container import (
-    Arrangement,
+    Container,
     Group,
-    Place,
+    OutputLayout,
     PlannedFile,
     PlannedTensor,
+    Slot,
     split,
 )
 from grokquant.containers.gguf_names import (
@@ -36,7 +37,7 @@ _TYPE_OF = {dtype: name for name, dtype in DENSE.items()}
 
 
 @dataclass(frozen=True)
-class _Slot:
+class _Stored:
     """Where llama.cpp has a tensor: `expert` of `experts` in `name`; None where it is alone."""
 
     name: str
@@ -45,21 +46,21 @@ class _Slot:
     heads: int | None = None
 
 
-def arrange(
+def lay_out(
     source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
-) -> Arrangement:
+) -> OutputLayout:
     """One file, or a split of several where `shard` is less.
 
     Raises InputError where llama.cpp does not know the family, or the experts of a layer differ in
     their grid.
     """
-    slots = _slots(architecture_of(source), source.config)
-    places: dict[str, Place] = {}
+    known_tensors = _stored_tensors(architecture_of(source), source.config)
+    slots: dict[str, Slot] = {}
     tensors: dict[str, GgufTensor] = {}
     stacks: list[Group] = []
     for layer, parts in groups:
         for part in parts:
-            slot, tensor = _placed(part, slots, schemes)
+            where, tensor = _placed(part, known_tensors, schemes)
             known = tensors.setdefault(tensor.name, tensor)
             if known.type != tensor.type:
                 raise InputError(
@@ -70,41 +71,36 @@ def arrange(
             if known is tensor:
                 stacks.append((layer, [stored]))
             dtype = None if part.name.endswith(_BLOCKS) else stored.dtype
-            first = (slot.expert or 0) * (stored.shape[0] // slot.experts)
-            places[part.name] = Place(tensor.name, first, dtype, slot.heads)
-    return Arrangement(_files(source, split(stacks, shard, over_layers=True), tensors), places)
-
-
-def papers(arrangement: Arrangement) -> dict[str, dict]:
-    """JSON files beside the weights: none."""
-    return {}
+            first = (where.expert or 0) * (stored.shape[0] // where.experts)
+            slots[part.name] = Slot(tensor.name, first, dtype, where.heads)
+    return OutputLayout(_files(source, split(stacks, shard, over_layers=True), tensors), slots)
 
 
 def opened(source: Source) -> Source:
     """`source` with llama.cpp's names and stacks turned back into the usual names and matrices."""
     refs = {}
-    for name, slot in _slots(architecture_of(source), source.config).items():
-        if slot.name in source.tensors:
-            ref = _ref(name, slot, source.tensors[slot.name])
+    for name, where in _stored_tensors(architecture_of(source), source.config).items():
+        if where.name in source.tensors:
+            ref = _ref(name, where, source.tensors[where.name])
             refs[ref.name] = ref
     return replace(source, tensors=refs)
 
 
-def _slots(architecture: Architecture, config: dict) -> dict[str, _Slot]:
+def _stored_tensors(architecture: Architecture, config: dict) -> dict[str, _Stored]:
     """llama.cpp's place of every tensor that a model with this config may have."""
-    slots = {name: _Slot(stored) for name, stored in OUTSIDE.items()}
+    found = {name: _Stored(stored) for name, stored in OUTSIDE.items()}
     experts = _experts(architecture, config)
     for layer in range(config["num_hidden_layers"]):
         for end, stored in architecture.within.items():
             name, stored = LAYER.format(layer=layer) + end, f"blk.{layer}.{stored}"
             if "{expert}" in end:
                 for expert in range(experts):
-                    slots[name.format(expert=expert)] = _Slot(stored, expert, experts)
+                    found[name.format(expert=expert)] = _Stored(stored, expert, experts)
             else:
                 heads = architecture.rotated.get(end)
                 count = setting(config, heads) if heads else None
-                slots[name] = _Slot(stored, heads=None if count is None else int(count))
-    return slots
+                found[name] = _Stored(stored, heads=None if count is None else int(count))
+    return found
 
 
 def _experts(architecture: Architecture, config: dict) -> int:
@@ -113,22 +109,23 @@ def _experts(architecture: Architecture, config: dict) -> int:
 
 
 def _placed(
-    part: PlannedTensor, slots: Mapping[str, _Slot], schemes: Mapping[str, Scheme]
-) -> tuple[_Slot, GgufTensor]:
+    part: PlannedTensor, stored: Mapping[str, _Stored], schemes: Mapping[str, Scheme]
+) -> tuple[_Stored, GgufTensor]:
     """Where a part goes and the whole tensor there, stacked if it is an expert's."""
     name = part.name.removesuffix(_BLOCKS)
-    if name not in slots:
+    if name not in stored:
         raise InputError(f"{name}: llama.cpp has no such tensor, gguf cannot hold it")
-    slot, shape = slots[name], part.shape
+    where = stored[name]
+    shape = part.shape
     if part.name.endswith(_BLOCKS):
         kind = _type_of(schemes[name])
         _, values, size = TYPES[kind]
         shape = (shape[0], shape[1] // size * values)
     else:
-        single = len(shape) == 1 or "ffn_gate_inp" in slot.name
+        single = len(shape) == 1 or "ffn_gate_inp" in where.name
         kind = "F32" if single else _TYPE_OF[part.dtype]
-    stacked = shape if slot.expert is None else (slot.experts, *shape)
-    return slot, GgufTensor(slot.name, kind, stacked)
+    stacked = shape if where.expert is None else (where.experts, *shape)
+    return where, GgufTensor(where.name, kind, stacked)
 
 
 def _type_of(scheme: Scheme) -> str:
@@ -175,20 +172,23 @@ def _metadata(source: Source) -> Iterator[tuple[str, Value]]:
     yield from vocabulary(source).items()
 
 
-def _ref(name: str, slot: _Slot, stored: TensorRef) -> TensorRef:
+def _ref(name: str, where: _Stored, stored: TensorRef) -> TensorRef:
     """The tensor `name` as a part of what is stored."""
     dense, shape = stored.dtype != torch.uint8, stored.shape
     name = name if dense else name + _BLOCKS
-    place = Place(slot.name, heads=slot.heads)
-    if slot.expert is None:
-        load = partial(_restored, place, stored.load, stored.dtype)
+    slot = Slot(where.name, heads=where.heads)
+    if where.expert is None:
+        load = partial(_restored, slot, stored.load, stored.dtype)
         return replace(stored, name=name, load=load, load_rows=None)
-    rows = shape[0] // slot.experts
+    rows = shape[0] // where.experts
     assert stored.load_rows is not None
-    load = partial(stored.load_rows, slot.expert * rows, (slot.expert + 1) * rows)
-    size = stored.stored_bytes // slot.experts
+    load = partial(stored.load_rows, where.expert * rows, (where.expert + 1) * rows)
+    size = stored.stored_bytes // where.experts
     return TensorRef(name, (rows, shape[1]), stored.dtype, size, load)
 
 
-def _restored(place: Place, load: Callable, dtype: torch.dtype) -> Tensor:
-    return place.restored(load(), dtype)
+def _restored(slot: Slot, load: Callable, dtype: torch.dtype) -> Tensor:
+    return slot.restored(load(), dtype)
+
+
+CONTAINER = Container(lay_out=lay_out, opened=opened)

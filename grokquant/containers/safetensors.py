@@ -2,16 +2,23 @@
 
 from collections.abc import Mapping
 
-from grokquant.containers.container import Arrangement, Group, Place, PlannedFile, split
+from grokquant.containers.container import (
+    Container,
+    Group,
+    OutputLayout,
+    PlannedFile,
+    Slot,
+    split,
+)
 from grokquant.files.safetensors_header import file_layout
 from grokquant.grids import Scheme
 from grokquant.sources.safetensors_directory import INDEX
 from grokquant.types import Source
 
 
-def arrange(
+def lay_out(
     source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
-) -> Arrangement:
+) -> OutputLayout:
     """Groups in order, as many to a file as `shard` allows; none goes over two layers."""
     parts = split(groups, shard)
     files = tuple(
@@ -23,11 +30,15 @@ def arrange(
         )
         for number, (layer, tensors) in enumerate(parts, 1)
     )
-    return Arrangement(files, {t.name: Place(t.name) for file in files for t in file.tensors})
+    slots = {tensor.name: Slot(tensor.name) for _, tensors in parts for tensor in tensors}
+    return OutputLayout(files, slots)
 
 
-def papers(arrangement: Arrangement) -> dict[str, dict]:
+def sidecar_files(layout: OutputLayout) -> dict[str, dict]:
     """The index: which file holds which tensor."""
-    files = {tensor.name: file.name for file in arrangement.files for tensor in file.tensors}
-    total = sum(tensor.bytes for file in arrangement.files for tensor in file.tensors)
+    files = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
+    total = sum(tensor.bytes for file in layout.files for tensor in file.tensors)
     return {INDEX: {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}}
+
+
+CONTAINER = Container(lay_out=lay_out, sidecar_files=sidecar_files)

@@ -1,10 +1,10 @@
 """On-disk forms of quantized matrices. Each module packs and unpacks; both are pure.
 
-A new format is one module with the functions of `compressed_tensors` and one line in `FORMATS`; one
-that is only read, a module with `NAME` and `unpacked` and one line in `READ_ONLY`.
+A new format is one module with a `Format` and a line in `FORMATS`; one that is only read, a
+module with a `ReadableFormat` and a line in `READ_ONLY`.
 """
 
-from types import ModuleType
+from collections.abc import Mapping
 
 from grokquant.errors import InputError
 from grokquant.formats import (
@@ -15,30 +15,31 @@ from grokquant.formats import (
     dense,
     gguf,
     gptq,
-    int_quantized,
     mxfp4,
 )
+from grokquant.formats.format import Format, ReadableFormat
 from grokquant.formats.targets import MARK, OWN
 from grokquant.types import Source
 
-__all__ = ["FORMATS", "MARK", "OWN", "packing_of", "unpacked"]
-FORMATS: dict[str, ModuleType] = {
-    compressed_tensors.NAME: compressed_tensors,
-    int_quantized.NAME: int_quantized,
-    gptq.NAME: gptq,
-    bitsandbytes.NAME: bitsandbytes,
-    gguf.NAME: gguf,
-    dense.NAME: dense,
+__all__ = ["FORMATS", "MARK", "OWN", "Format", "format_of", "unpacked"]
+FORMATS: dict[str, Format] = {
+    format.name: format
+    for format in (
+        compressed_tensors.FORMAT,
+        compressed_tensors.INT_QUANTIZED,
+        gptq.FORMAT,
+        bitsandbytes.FORMAT,
+        gguf.FORMAT,
+        dense.FORMAT,
+    )
 }
 
-READ_ONLY: dict[str, ModuleType] = {
-    awq.NAME: awq,
-    block_fp8.NAME: block_fp8,
-    mxfp4.NAME: mxfp4,
+READ_ONLY: dict[str, ReadableFormat] = {
+    format.name: format for format in (awq.FORMAT, block_fp8.FORMAT, mxfp4.FORMAT)
 }
 
 
-def packing_of(source: Source) -> ModuleType | None:
+def format_of(source: Source) -> ReadableFormat | None:
     """The format that the quantized matrices of `source` have, None if there is none.
 
     Raises InputError for one that is not known.
@@ -48,9 +49,9 @@ def packing_of(source: Source) -> ModuleType | None:
         return None
     method = config.get("quant_method") if isinstance(config, dict) else None
     name = config.get("format") if method == OWN else method
-    known = FORMATS | READ_ONLY
-    if (packing := known.get(str(name))) is not None:
-        return packing
+    known: Mapping[str, ReadableFormat] = {**FORMATS, **READ_ONLY}
+    if (found := known.get(str(name))) is not None:
+        return found
     raise InputError(
         f"{source.path / 'config.json'}: quantization_config.quant_method: {name!r} cannot be read "
         f"({', '.join(known)} can); take the checkpoint that this one was made from"
@@ -59,5 +60,5 @@ def packing_of(source: Source) -> ModuleType | None:
 
 def unpacked(source: Source) -> Source:
     """`source` as it is, or with its packed matrices presented as QTensors. Raises InputError."""
-    packing = packing_of(source)
-    return source if packing is None else packing.unpacked(source)
+    found = format_of(source)
+    return source if found is None else found.unpacked(source)

@@ -1,11 +1,17 @@
 """bitsandbytes: nf4 and fp4 codes in blocks, or int8 codes with an absmax per row (LLM.int8).
 
 Names and layouts are those of the state of its Linear4bit and Linear8bitLt.
-nf4, fp4: `X.weight` uint8 [out * in / 2, 1], the first of two codes in the high bits;
-`X.weight.absmax` float32 [out * in / block]; `X.weight.quant_map` float32 [16], what the codes
-stand for; `X.weight.quant_state.bitsandbytes__nf4`, JSON as uint8. Blocks run over the flattened
-matrix; where they divide its rows, as here they must, they are groups.
-int8: `X.weight` int8 [out, in], `X.SCB` float32 [out], `X.weight_format` uint8 [], which is 0.
+
+nf4 and fp4: `X.weight` uint8 [out * in / 2, 1] holds the codes of the flattened matrix;
+`X.weight.absmax` float32 [out * in / block] the scales; `X.weight.quant_map` float32 [16] the value
+of each code; `X.weight.quant_state.bitsandbytes__nf4` uint8 a JSON text. Blocks that divide the
+rows, as this module requires, are groups.
+
+    byte       0         1     ..        absmax of codes 0 .. block - 1, of the next block, ..
+    code  |0   1|   |2   3|    ..        first code in the high bits
+
+int8: `X.weight` int8 [out, in], `X.SCB` float32 [out] the absmax of each row, `X.weight_format`
+uint8 [], which is 0: row by row.
 """
 
 import json
@@ -20,18 +26,18 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.parts import Layout, pack_all
+from grokquant.formats.format import Format, PackedLayout
+from grokquant.formats.reading import check_packed
 from grokquant.formats.targets import own_config
 from grokquant.grids import CODEBOOKS, NAMED_GRIDS, Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "bitsandbytes"
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "float32", False
 
 _INT8 = NAMED_GRIDS["llm_int8"]
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that its kernels know
 _STATE = "quant_state.bitsandbytes__"
+_SCALE_DTYPE = "float32"
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -41,14 +47,14 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if scheme.grid not in CODEBOOKS:
         return f"it holds the grids nf4, fp4 and llm_int8, not {scheme}"
     if scheme.group_size not in _BLOCKS:
-        return f"its blocks have {', '.join(map(str, _BLOCKS))} weights, not those of {scheme}"
+        return f"its blocks hold {', '.join(map(str, _BLOCKS))} weights, unlike {scheme}"
     if shape[1] % scheme.group_size:
-        return f"blocks of {scheme.group_size} weights would go over rows of {shape[1]}"
+        return f"blocks of {scheme.group_size} weights do not divide rows of {shape[1]}"
     return None
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
-    """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
+    """Names, dtypes and shapes of the packed tensors of a matrix."""
     if scheme == _INT8:
         stem = _stem(tensor)
         return {
@@ -64,31 +70,36 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
     }
 
 
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensors that stand for `tensor` in a checkpoint."""
-    return pack_all(tensor, quantized, packed_layout, pack_into)
+def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
+    """Writes some rows of a matrix into its packed tensors."""
+    if quantized.scheme == _INT8:
+        _pack_int8(packed, tensor, rows, quantized)
+    else:
+        _pack_four_bits(packed, tensor, rows, quantized)
 
 
-def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
-    """Writes some rows of a matrix to where `packed_layout` puts them in the whole one's parts.
+def _pack_int8(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
+    stem = _stem(tensor)
+    weight = packed[tensor]
+    weight[rows] = quantized.codes.to(weight.device)
+    packed[f"{stem}.SCB"][rows] = quantized.scales.squeeze(1).to(weight.device)
+    packed[f"{stem}.weight_format"].zero_()
 
-    Tiles may be written concurrently: what does not depend on rows is the same in each.
-    """
-    weight, scheme, columns = parts[tensor], quantized.scheme, quantized.codes.shape[1]
-    if scheme == _INT8:
-        stem = _stem(tensor)
-        weight[rows] = quantized.codes.to(weight.device)
-        parts[f"{stem}.SCB"][rows] = quantized.scales.squeeze(1).to(weight.device)
-        parts[f"{stem}.weight_format"].zero_()
-        return
+
+def _pack_four_bits(
+    packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor
+) -> None:
+    weight = packed[tensor]
+    scheme = quantized.scheme
+    columns = quantized.codes.shape[1]
     codes = quantized.codes.view(torch.uint8)
-    pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
+    pairs = (codes[:, ::2] << 4) | codes[:, 1::2]  # (rows, in / 2)
     weight.view(-1, columns // 2)[rows] = pairs.to(weight.device)
-    absmax = parts[f"{tensor}.absmax"].view(-1, scheme.groups(columns))
+    absmax = packed[f"{tensor}.absmax"].view(-1, scheme.groups(columns))
     absmax[rows] = quantized.scales.to(weight.device)
-    parts[f"{tensor}.quant_map"].copy_(torch.tensor(CODEBOOKS[scheme.grid]))
+    packed[f"{tensor}.quant_map"].copy_(torch.tensor(CODEBOOKS[scheme.grid]))
     state = _state((len(absmax), columns), scheme)
-    parts[f"{tensor}.{_STATE}{scheme.grid}"].copy_(torch.tensor(list(state), dtype=torch.uint8))
+    packed[f"{tensor}.{_STATE}{scheme.grid}"].copy_(torch.tensor(list(state), dtype=torch.uint8))
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -103,11 +114,8 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
-    """The `quantization_config` of config.json.
-
-    That of bitsandbytes itself where the loader of transformers reads all: one kind of layer in a
-    model without experts, which it would leave as they are. Else one that only we read.
-    """
+    """The config of bitsandbytes itself where the loader of transformers reads everything: a single
+    grid, and no experts, which that loader would leave unquantized. Otherwise our own config."""
     by_grid: dict[str, list[str]] = {}
     for unit in units:
         by_grid.setdefault(str(unit.scheme), []).append(_stem(unit.tensor))
@@ -128,37 +136,33 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     }
 
 
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}
-
-
 def unpacked(source: Source) -> Source:
     """`source` with each packed matrix presented as one `X.weight` that reads as a QTensor."""
     tensors = dict(source.tensors)
     for name in source.tensors:
         tensor, _, kind = name.partition(f".{_STATE}")
         if kind:
-            ref, parts = _four_bit_ref(source, tensor, name)
+            ref, names = _four_bit_ref(source, tensor, name)
         elif name.endswith(".SCB"):
             tensor = name.removesuffix("SCB") + "weight"
-            ref, parts = _int8_ref(source, tensor)
+            ref, names = _int8_ref(source, tensor)
         else:
             continue
-        for part in parts:
-            tensors.pop(part, None)
+        for packed in names:
+            tensors.pop(packed, None)
         tensors[tensor] = ref
     return replace(source, tensors=tensors)
 
 
 def _four_bit_ref(source: Source, tensor: str, name: str) -> tuple[TensorRef, Iterable[str]]:
-    """The matrix whose state is called `name`, and the names of its parts."""
+    """The matrix whose state is called `name`, and the names of its packed tensors."""
     state = _read_state(source, name)
-    scheme = Scheme(4, state.blocksize, True, SCALE_DTYPE, state.quant_type)
+    scheme = Scheme(4, state.blocksize, True, _SCALE_DTYPE, state.quant_type)
     if reason := refusal(scheme, state.shape):
         raise InputError(f"{source.path}: {name}: {reason}")
     layout = packed_layout(tensor, state.shape, scheme)
-    layout[name] = torch.uint8, source.tensors[name].shape  # others may write other spaces
+    # The JSON of other writers may have other spaces, and so another length.
+    layout[name] = (torch.uint8, source.tensors[name].shape)
     return _unpacked_ref(source, tensor, layout, scheme, state.shape), layout.keys()
 
 
@@ -170,30 +174,25 @@ def _int8_ref(source: Source, tensor: str) -> tuple[TensorRef, Iterable[str]]:
 
 
 def _unpacked_ref(
-    source: Source, tensor: str, layout: Layout, scheme: Scheme, shape: tuple[int, int]
+    source: Source, tensor: str, layout: PackedLayout, scheme: Scheme, shape: tuple[int, int]
 ) -> TensorRef:
-    for name, (dtype, wanted) in layout.items():
-        if name not in source.tensors:
-            raise InputError(f"{source.path}: {name} is missing")
-        ref = source.tensors[name]
-        if (ref.dtype, ref.shape) != (dtype, wanted):
-            found = f"{ref.dtype} {list(ref.shape)}"
-            raise InputError(f"{source.path}: {name} is {found}, not {dtype} {list(wanted)}")
-    parts = [source.tensors[name] for name in layout]
+    refs = check_packed(source, layout, scheme)
 
     def load() -> QTensor:
-        packed = {ref.name: ref.read() for ref in parts}
+        packed = {ref.name: ref.read() for ref in refs}
         values = packed.get(f"{tensor}.quant_map")
         if values is not None and not values.equal(torch.tensor(CODEBOOKS[scheme.grid])):
-            raise InputError(f"{source.path}: {tensor}.quant_map is not that of {scheme.grid}")
+            raise InputError(
+                f"{source.path}: {tensor}.quant_map does not hold the values of {scheme.grid}"
+            )
         return unpack(tensor, packed, scheme)
 
-    stored = sum(ref.stored_bytes for ref in parts)
+    stored = sum(ref.stored_bytes for ref in refs)
     return TensorRef(tensor, shape, torch.float32, stored, load, scheme)
 
 
 class _State(BaseModel):
-    """What the JSON of a 4-bit matrix says."""
+    """What reading takes from the JSON of a 4-bit matrix."""
 
     quant_type: Literal["nf4", "fp4"]
     blocksize: int
@@ -201,7 +200,7 @@ class _State(BaseModel):
 
 
 def _state(shape: tuple[int, int], scheme: Scheme) -> bytes:
-    """The JSON of a 4-bit matrix; `dtype` is what bitsandbytes multiplies it out to."""
+    """The JSON of a 4-bit matrix; `dtype` is that of the matrix as bitsandbytes dequantizes it."""
     state = {"quant_type": scheme.grid, "blocksize": scheme.group_size, "dtype": "bfloat16"}
     return json.dumps(state | {"shape": list(shape)}).encode()
 
@@ -211,7 +210,7 @@ def _read_state(source: Source, name: str) -> _State:
     try:
         found = json.loads(content)
         if "nested_blocksize" in found:
-            raise InputError(f"{source.path}: {name}: nested absmax cannot be read")
+            raise InputError(f"{source.path}: {name}: nested absmax is not supported")
         return _State.model_validate(found)
     except (ValueError, TypeError, ValidationError, RecursionError) as error:
         raise InputError(f"{source.path}: {name}: {' '.join(str(error).split())[:200]}") from None
@@ -219,3 +218,15 @@ def _read_state(source: Source, name: str) -> _State:
 
 def _stem(tensor: str) -> str:
     return tensor.removesuffix(".weight")
+
+
+FORMAT = Format(
+    name=NAME,
+    scale_dtype=_SCALE_DTYPE,
+    refusal=refusal,
+    packed_layout=packed_layout,
+    pack_into=pack_into,
+    unpack=unpack,
+    unpacked=unpacked,
+    quantization_config=quantization_config,
+)

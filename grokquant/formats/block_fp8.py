@@ -1,10 +1,17 @@
 """8-bit floats with a scale per block, as DeepSeek and Qwen publish them, which are only read.
 
-A matrix `X.weight` is float8_e4m3fn [out, in]; `X.weight_scale_inv` [out / block, in / block],
-rounded up, holds what its blocks are multiplied by, whatever the name says. It reads as bfloat16.
+A matrix `X.weight` is float8_e4m3fn [out, in]. `X.weight_scale_inv` [ceil(out / 128),
+ceil(in / 128)], for blocks of 128 x 128, holds the factor of each block; despite its name it
+multiplies. Blocks at the right and lower edges may be cut off:
+
+    weight  | block 0,0 | block 0,1 | 0,2      scale_inv  s00  s01  s02
+            | block 1,0 | block 1,1 | 1,2                 s10  s11  s12
+
+It reads as bfloat16.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -12,7 +19,8 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.reading import part_of, validated
+from grokquant.formats.format import ReadableFormat
+from grokquant.formats.reading import packed_tensor, validated
 from grokquant.types import Source, TensorRef
 
 NAME = "fp8"
@@ -44,7 +52,7 @@ def unpacked(source: Source) -> Source:
 
 
 def _dense_ref(source: Source, ref: TensorRef, block: tuple[int, int]) -> TensorRef:
-    scale = part_of(source, ref.name + _SCALE)
+    scale = packed_tensor(source, ref.name + _SCALE)
     blocks = tuple(-(-size // part) for size, part in zip(ref.shape, block, strict=False))
     if len(ref.shape) != 2 or scale.shape != blocks or scale.dtype not in _SCALE_DTYPES:
         raise InputError(
@@ -56,12 +64,15 @@ def _dense_ref(source: Source, ref: TensorRef, block: tuple[int, int]) -> Tensor
     def load_rows(first: int, stop: int) -> Tensor:
         values = ref.load_rows(first, stop) if ref.load_rows else ref.read()[first:stop]
         scales = scale.read().float()[torch.arange(first, stop) // block[0]]  # (rows, blocks)
-        scales = scales.repeat_interleave(block[1], dim=1)[:, :columns]
+        scales = scales.repeat_interleave(block[1], dim=1)[:, :columns]  # (rows, columns)
         dense = (values.float() * scales).to(torch.bfloat16)
         if not dense.isfinite().all():
             raise InputError(f"{source.path}: {ref.name} times {scale.name} is not finite")
         return dense
 
     stored = ref.stored_bytes + scale.stored_bytes
-    load = lambda: load_rows(0, rows)  # noqa: E731
+    load = partial(load_rows, 0, rows)
     return TensorRef(ref.name, ref.shape, torch.bfloat16, stored, load, load_rows=load_rows)
+
+
+FORMAT = ReadableFormat(name=NAME, unpacked=unpacked)

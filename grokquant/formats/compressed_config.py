@@ -11,22 +11,20 @@ from grokquant.grids import Scheme
 from grokquant.types import Source, Unit
 
 NAME = "compressed-tensors"
-# Words of int32 that several codes share, or an int8 for each.
+# How codes are stored: several in an int32 word, or each as an int8.
 Storage = Literal["pack-quantized", "int-quantized"]
 
 
 def not_integers(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
-    """Why a grid is none that engines read in this format, None if it is one."""
+    """Why engines do not read this grid in this format, None if they do."""
     if scheme.grid == "integer" and scheme.bits in bits:
         return None
     return f"it holds integers of {' or '.join(map(str, bits))} bits, not {scheme}"
 
 
 def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
-    """A group of targets per scheme.
-
-    `unquantized` names the modules that hold a matrix but stay as they are.
-    """
+    """The `quantization_config`, with a group of targets per scheme; `unquantized` names the
+    modules that hold a matrix but stay as they are."""
     by_scheme: dict[Scheme, list[str]] = {}
     for unit in units:
         by_scheme.setdefault(unit.scheme, []).append(unit.tensor.removesuffix(".weight"))
@@ -34,7 +32,7 @@ def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str
     largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]), default=None)
     groups = {
         f"group_{index}": {
-            # Linear comes after all names; SGLang looks up fused experts by it and nothing else.
+            # Names come before Linear; SGLang looks up fused experts by Linear and nothing else.
             "targets": targets_of(stems, everything - set(stems)) + ["Linear"] * (s == largest),
             "weights": _weight_arguments(s),
             "input_activations": None,
@@ -54,7 +52,7 @@ def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str
 
 
 def schemes_of(source: Source) -> list[tuple[str, tuple[Scheme, Storage]]]:
-    """Targets with their grids and storage in the order of the config; the first that matches
+    """Targets with their grids and storage in the order of the config, of which the first match
     counts. Raises InputError naming the key that cannot be read."""
     config = validated(source, _Config)
     return [
@@ -79,14 +77,14 @@ def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
 
 
 class _Weights(BaseModel):
-    """The grids that can be read."""
+    """The `weights` of a config group, as far as grids can be read."""
 
     num_bits: Literal[4, 8]
     type: Literal["int"] = "int"
     strategy: Literal["group", "channel"]
     group_size: Annotated[int, Field(ge=-1)] | None = None
     symmetric: bool = True
-    # Columns in another order than that of their groups (`group`) are no longer written by others.
+    # `group` would reorder columns; no writer makes it any more.
     actorder: Literal["weight", "static", False] | None = None
 
     @property
@@ -111,8 +109,8 @@ class _Config(BaseModel):
 
     config_groups: dict[str, _Group]
     format: Storage | Literal["mixed-precision"] = "pack-quantized"
-    # Rotations that a model needs at run time, and weights without their zeros.
-    transform_config: None = None
+    transform_config: None = None  # rotations at run time
+    # Only "dense": otherwise weights are stored without their zeros.
     sparsity_config: _Sparsity | None = None
 
     @field_validator("transform_config", "sparsity_config", mode="before")

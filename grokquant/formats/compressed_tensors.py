@@ -2,7 +2,11 @@
 
 A matrix `X.weight` becomes `X.weight_packed` int32 [out, in * bits / 32], `X.weight_scale`
 [out, groups], `X.weight_shape` int64 [2] and, if asymmetric, `X.weight_zero_point` int32
-[out * bits / 32, groups]. Codes are offset to unsigned, the first one in the lowest bits.
+[out * bits / 32, groups]. Codes are offset to unsigned and run along a row, zero points down a
+column (see `words` for the bits):
+
+    weight_packed    row 0    | codes 0..7 | codes 8..15 | ..         of 4 bits
+    zero_point       word 0   of rows 0..7, one column per group
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,18 +18,16 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats import compressed_config, int_quantized
 from grokquant.formats.compressed_config import Storage, config_of, not_integers, schemes_of
-from grokquant.formats.parts import Layout, pack_all
-from grokquant.formats.reading import check_parts, part_of
+from grokquant.formats.format import Format, PackedLayout
+from grokquant.formats.reading import check_group_size, check_packed, packed_tensor
 from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = compressed_config.NAME
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "bfloat16", False
 
-_PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_ENDINGS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -35,17 +37,19 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
         return reason
     per_word = 32 // scheme.bits
     if shape[1] % per_word:
-        return f"{shape[1]} input features do not fill int32 words of {per_word} codes"
+        return f"{shape[1]} input features do not fill whole int32 words of {per_word} codes"
     if not scheme.symmetric and shape[0] % per_word:
-        return f"{shape[0]} output features do not fill int32 words of {per_word} zero points"
+        return f"{shape[0]} output features do not fill whole int32 words of {per_word} zero points"
     return None
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
-    """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
-    stem, (rows, columns) = _stem(tensor), shape
-    groups, per_word = scheme.groups(columns), 32 // scheme.bits
-    layout: Layout = {
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
+    """Names, dtypes and shapes of the packed tensors of a matrix."""
+    stem = _stem(tensor)
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    per_word = 32 // scheme.bits
+    layout: PackedLayout = {
         f"{stem}.weight_packed": (torch.int32, (rows, columns // per_word)),
         f"{stem}.weight_scale": (SCALE_DTYPES[scheme.scale_dtype], (rows, groups)),
         f"{stem}.weight_shape": (torch.int64, (2,)),
@@ -55,28 +59,23 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
     return layout
 
 
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensors that stand for `tensor` in a checkpoint."""
-    return pack_all(tensor, quantized, packed_layout, pack_into)
-
-
-def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
-    """Writes some rows of a matrix to where `packed_layout` puts them in the whole one's parts.
-
-    Begins and, but for the last rows, ends at a multiple of 8. Tiles may be written concurrently.
-    """
-    stem, bits = _stem(tensor), quantized.scheme.bits
-    words = parts[f"{stem}.weight_packed"]
+def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
+    """Writes some rows of a matrix, from a multiple of 8 to another or the last, into its packed
+    tensors."""
+    stem = _stem(tensor)
+    bits = quantized.scheme.bits
+    words = packed[f"{stem}.weight_packed"]
     shape = torch.tensor([len(words), quantized.codes.shape[1]])
-    parts[f"{stem}.weight_shape"].copy_(shape)
-    parts[f"{stem}.weight_scale"][rows] = quantized.scales.to(words.device)
+    packed[f"{stem}.weight_shape"].copy_(shape)
+    packed[f"{stem}.weight_scale"][rows] = quantized.scales.to(words.device)
     pack_words(quantized.codes, bits, words[rows])
     if quantized.zero_points is not None:
-        per_word, (count, groups) = 32 // bits, quantized.zero_points.shape
-        packed = words.new_empty(groups, count // per_word)
-        pack_words(quantized.zero_points.T, bits, packed)
+        per_word = 32 // bits
+        count, groups = quantized.zero_points.shape
+        zeros = words.new_empty(groups, count // per_word)
+        pack_words(quantized.zero_points.T, bits, zeros)
         first = rows.start // per_word
-        parts[f"{stem}.weight_zero_point"][first : first + count // per_word] = packed.T
+        packed[f"{stem}.weight_zero_point"][first : first + count // per_word] = zeros.T
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -93,66 +92,83 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
-    """The `quantization_config` of config.json; `unquantized` modules hold a matrix as it is."""
+    """One group of targets per scheme."""
     return config_of("pack-quantized", units, unquantized)
-
-
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}
 
 
 def unpacked(source: Source) -> Source:
     """`source` with each quantized matrix presented as one `X.weight` that reads as a QTensor.
 
-    Both forms are read: words, and an int8 for every code.
+    Both storages are read: words, and an int8 per code.
     """
     schemes = schemes_of(source)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
-        stem, _, part = name.rpartition(".")
-        if part == "weight_packed" or (part == "weight" and ref.dtype == torch.int8):
+        stem, _, ending = name.rpartition(".")
+        if ending == "weight_packed" or (ending == "weight" and ref.dtype == torch.int8):
             found = first_match(stem, schemes)
             if found is None:
                 raise InputError(f"{source.path / 'config.json'}: no config group targets {stem}")
             tensors[f"{stem}.weight"] = _unpacked_ref(source, f"{stem}.weight", *found)
-        elif part not in _PARTS or not _owned(source, stem):
+        elif ending not in _ENDINGS or not _is_packed(source, stem):
             tensors[name] = ref
     return replace(source, tensors=tensors)
 
 
-def _owned(source: Source, stem: str) -> bool:
-    """Whether scales and the like of a module belong to codes."""
+def _is_packed(source: Source, stem: str) -> bool:
+    """Whether a module has codes, to which its scales, shape and zero points then belong."""
     weight = source.tensors.get(f"{stem}.weight")
-    return f"{stem}.weight_packed" in source.tensors or (
-        weight is not None and weight.dtype == torch.int8
-    )
+    int8 = weight is not None and weight.dtype == torch.int8
+    return int8 or f"{stem}.weight_packed" in source.tensors
 
 
 def _unpacked_ref(source: Source, tensor: str, scheme: Scheme, storage: Storage) -> TensorRef:
-    of_words = storage == "pack-quantized"
-    codes, scale = (part_of(source, tensor + end) for end in ("_packed" * of_words, "_scale"))
+    in_words = storage == "pack-quantized"
+    codes = packed_tensor(source, f"{tensor}_packed" if in_words else tensor)
+    scale = packed_tensor(source, f"{tensor}_scale")
     if scale.dtype not in _DTYPE_NAMES:
-        raise InputError(f"{source.path}: {scale.name} has the unknown scale dtype {scale.dtype}")
+        raise InputError(f"{source.path}: {scale.name} has the unsupported dtype {scale.dtype}")
     scheme = replace(scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
     rows, last = codes.shape if len(codes.shape) == 2 else (0, 0)
-    shape = (rows, last * 32 // scheme.bits if of_words else last)
-    layout = (packed_layout if of_words else int_quantized.packed_layout)(tensor, shape, scheme)
-    parts = check_parts(source, layout, scheme)
-    if shape[1] % (scheme.group_size or 1):
-        raise InputError(f"{source.path}: {tensor}: {scheme} does not divide {shape[1]} columns")
+    shape = (rows, last * 32 // scheme.bits if in_words else last)
+    layout = (packed_layout if in_words else int_quantized.packed_layout)(tensor, shape, scheme)
+    refs = check_packed(source, layout, scheme)
+    check_group_size(source, tensor, scheme, shape[1])
 
     def load() -> QTensor:
-        tensors = {ref.name: ref.read() for ref in parts}
-        if not of_words:
-            return int_quantized.unpack(tensor, tensors, scheme)
-        if tensors[f"{tensor}_shape"].tolist() != list(shape):
-            raise InputError(f"{source.path}: {tensor}_shape disagrees with {tensor}_packed")
-        return unpack(tensor, tensors, scheme)
+        packed = {ref.name: ref.read() for ref in refs}
+        if not in_words:
+            return int_quantized.unpack(tensor, packed, scheme)
+        if packed[f"{tensor}_shape"].tolist() != list(shape):
+            raise InputError(f"{source.path}: {tensor}_shape contradicts {tensor}_packed")
+        return unpack(tensor, packed, scheme)
 
-    stored = sum(ref.stored_bytes for ref in parts)
+    stored = sum(ref.stored_bytes for ref in refs)
     return TensorRef(tensor, shape, scale.dtype, stored, load, scheme)
 
 
 def _stem(tensor: str) -> str:
     return tensor.removesuffix(".weight")
+
+
+FORMAT = Format(
+    name=NAME,
+    scale_dtype="bfloat16",
+    refusal=refusal,
+    packed_layout=packed_layout,
+    pack_into=pack_into,
+    unpack=unpack,
+    unpacked=unpacked,
+    quantization_config=quantization_config,
+)
+# The same config and reader; each code is an int8.
+INT_QUANTIZED = Format(
+    name=int_quantized.NAME,
+    scale_dtype="bfloat16",
+    refusal=int_quantized.refusal,
+    packed_layout=int_quantized.packed_layout,
+    pack_into=int_quantized.pack_into,
+    unpack=int_quantized.unpack,
+    unpacked=unpacked,
+    quantization_config=int_quantized.quantization_config,
+)

@@ -1,18 +1,19 @@
-"""No packing at all: every matrix as 16-bit floats, the release in a form that anything loads."""
+"""No quantization: every matrix as 16-bit floats, the release in a form that anything loads."""
 
 from collections.abc import Iterable
+from typing import NoReturn
 
+from grokquant.formats.format import Format
 from grokquant.formats.targets import OWN
 from grokquant.grids import Scheme
 from grokquant.types import Source, Unit
 
 NAME = "bf16"
-SCALE_DTYPE, HOLDS_DENSE = "bfloat16", True
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    """Why this format cannot hold a quantized matrix: it holds none."""
-    return "it holds nothing quantized, every rule must be method: keep"
+    """The same reason for every scheme."""
+    return "it holds no quantized matrices, every rule must be method: keep"
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
@@ -25,6 +26,18 @@ def unpacked(source: Source) -> Source:
     return source
 
 
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}
+def _refused(*arguments: object) -> NoReturn:
+    raise AssertionError(f"{NAME} refuses every quantized matrix, so none is ever packed")
+
+
+FORMAT = Format(
+    name=NAME,
+    scale_dtype="bfloat16",
+    refusal=refusal,
+    packed_layout=_refused,
+    pack_into=_refused,
+    unpack=_refused,
+    unpacked=unpacked,
+    quantization_config=quantization_config,
+    holds_dense=True,
+)

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.parts import Layout, pack_all
+from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.targets import first_match, own_config
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "gguf"
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "float16", True
 
 # Grids with the columns and bytes of a block.
 _BLOCKS = {
@@ -44,15 +42,10 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return None
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     columns, size = _BLOCKS[_NAMES[scheme]]
     return {f"{tensor}_blocks": (torch.uint8, (shape[0], shape[1] // columns * size))}
-
-
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensor that stands for `tensor` in a checkpoint."""
-    return pack_all(tensor, quantized, packed_layout, pack_into)
 
 
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
@@ -78,11 +71,6 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     for unit in units:
         by_type.setdefault(_NAMES[unit.scheme], []).append(unit.tensor.removesuffix(".weight"))
     return own_config(NAME, by_type, unquantized)
-
-
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}
 
 
 def unpacked(source: Source) -> Source:
@@ -245,3 +233,17 @@ def _bytes(values: Tensor) -> Tensor:
 def _floats(blocks: Tensor, at: int) -> Tensor:
     """The float16 at a place of each block [rows, blocks]."""
     return blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1)
+
+
+FORMAT = Format(
+    name=NAME,
+    scale_dtype="float16",
+    refusal=refusal,
+    packed_layout=packed_layout,
+    pack_into=pack_into,
+    unpack=unpack,
+    unpacked=unpacked,
+    quantization_config=quantization_config,
+    holds_dense=True,
+    needs_own_loader=True,
+)

@@ -1,7 +1,7 @@
 """compressed-tensors `int-quantized`: an int8 for every code, nothing to unpack.
 
-A matrix `X.weight` stays int8 [out, in]; beside it lie `X.weight_scale` [out, groups] and, if
-asymmetric, `X.weight_zero_point` int8 [out, groups].
+A matrix `X.weight` is int8 [out, in]; beside it lie `X.weight_scale` [out, groups] and, if
+asymmetric, `X.weight_zero_point` int8 [out, groups]. `compressed_tensors` reads it and lists it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from grokquant.formats.compressed_config import config_of, not_integers
-from grokquant.formats.parts import Layout
+from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.types import QTensor, Unit
 
 NAME = "int-quantized"
-# How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
-SCALE_DTYPE, HOLDS_DENSE = "bfloat16", False
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -24,10 +22,10 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     return not_integers(scheme, (8,))
 
 
-def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout:
-    """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
+def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
+    """Names, dtypes and shapes of the packed tensors of a matrix."""
     spans = (shape[0], scheme.groups(shape[1]))
-    layout: Layout = {
+    layout: PackedLayout = {
         tensor: (torch.int8, shape),
         f"{tensor}_scale": (SCALE_DTYPES[scheme.scale_dtype], spans),
     }
@@ -36,18 +34,13 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Layout
     return layout
 
 
-def pack(tensor: str, quantized: QTensor) -> dict[str, Tensor]:
-    """The named tensors that stand for `tensor` in a checkpoint."""
-    parts = {tensor: quantized.codes.contiguous(), f"{tensor}_scale": quantized.scales}
+def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
+    """Writes some rows of a matrix into its packed tensors."""
+    device = packed[tensor].device
+    packed[tensor][rows] = quantized.codes.to(device)
+    packed[f"{tensor}_scale"][rows] = quantized.scales.to(device)
     if quantized.zero_points is not None:
-        parts[f"{tensor}_zero_point"] = quantized.zero_points
-    return parts
-
-
-def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
-    """Writes some rows of a matrix to their place; tiles may be written concurrently."""
-    for name, part in pack(tensor, quantized).items():
-        parts[name][rows] = part.to(parts[name].device)
+        packed[f"{tensor}_zero_point"][rows] = quantized.zero_points.to(device)
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -57,13 +50,5 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
-    """The `quantization_config` of config.json; `unquantized` modules hold a matrix as it is.
-
-    It says compressed-tensors, whose module reads this form too.
-    """
+    """One group of targets per scheme; the quant_method is that of `compressed_tensors`."""
     return config_of("int-quantized", units, unquantized)
-
-
-def papers(config: dict) -> dict[str, dict]:
-    """JSON files that readers of this format want beside config.json, by name: none."""
-    return {}

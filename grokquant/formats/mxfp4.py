@@ -1,9 +1,13 @@
 """MXFP4 as gpt-oss is released in it, which is only read.
 
-A fused parameter `X` [experts, in, out] is there as `X_blocks` uint8 [experts, out, in / 32, 16]
-and `X_scales` uint8 [experts, out, in / 32]: 32 floats of 4 bits, two to a byte, the first in the
-low half, times a power of two. It reads as bfloat16, which holds every product.
-Format: Open Compute Project, Microscaling Formats (MX) Specification 1.0.
+A fused parameter `X` [experts, in, out] is stored as `X_blocks` uint8 [experts, out, in / 32, 16]
+and `X_scales` uint8 [experts, out, in / 32]. A block is 32 floats of 4 bits, two to a byte:
+
+    byte     0      1     ..    15        scale
+    code  |1   0|3   2|  ..  |31  30|       s         weight = value(code) * 2^(s - 127)
+
+A code is a sign, two bits of exponent and one of mantissa (e2m1). It reads as bfloat16, which
+holds every product. Format: Open Compute Project, Microscaling Formats (MX) Specification 1.0.
 """
 
 from dataclasses import replace
@@ -13,13 +17,17 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats.reading import part_of
+from grokquant.formats.format import ReadableFormat
+from grokquant.formats.reading import packed_tensor
 from grokquant.types import Source, TensorRef
 
 NAME = "mxfp4"
 
-_BLOCK, _BIAS, _NAN = 32, 127, 255
-_BLOCKS, _SCALES = "_blocks", "_scales"
+_BLOCKS = "_blocks"
+_SCALES = "_scales"
+_BLOCK = 32  # weights that share a scale
+_BIAS = 127  # of a scale's exponent (e8m0)
+_NAN = 255  # the scale that stands for NaN
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _VALUES = torch.tensor([*_POSITIVE, *(-value for value in _POSITIVE)])
 
@@ -37,31 +45,41 @@ def unpacked(source: Source) -> Source:
 
 
 def _dense_ref(source: Source, name: str) -> TensorRef:
-    blocks, scales = (part_of(source, name + end) for end in (_BLOCKS, _SCALES))
-    if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, _BLOCK // 2):
-        raise InputError(
-            f"{source.path}: {blocks.name} has shape {list(blocks.shape)} and {scales.name} "
-            f"{list(scales.shape)}, expected [experts, out, in / {_BLOCK}, 16] and the same less 16"
-        )
-    if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
-        raise InputError(f"{source.path}: {blocks.name} and its scales must be uint8")
+    blocks = packed_tensor(source, name + _BLOCKS)
+    scales = packed_tensor(source, name + _SCALES)
+    _check(source, blocks, scales)
     experts, rows, count, _ = blocks.shape
     shape = (experts, count * _BLOCK, rows)
 
     def load_part(index: tuple[slice, ...]) -> Tensor:
-        """Of [experts, in, out]; whole rows are read, which is what one expert needs."""
-        expert, within, row = (*index, *[slice(None)] * 3)[:3]
-        part = (expert, row)
-        read = (ref.load_part(part) if ref.load_part else ref.read()[part] for ref in packed)
-        dense = _dense(*read)
+        """A part of [experts, in, out]; whole rows are read, as one expert needs them."""
+        expert, column, row = (*index, *[slice(None)] * 3)[:3]
+        dense = _dense(_read(blocks, (expert, row)), _read(scales, (expert, row)))
         if not dense.isfinite().all():
-            raise InputError(f"{source.path}: {scales.name} holds values that are not finite")
-        return dense.transpose(1, 2)[:, within]
+            raise InputError(f"{source.path}: {scales.name} holds non-finite values")
+        return dense.transpose(1, 2)[:, column]
 
-    packed = (blocks, scales)
+    def load() -> Tensor:
+        return load_part(()).contiguous()
+
     stored = prod(blocks.shape) + prod(scales.shape)
-    load = lambda: load_part(()).contiguous()  # noqa: E731
     return TensorRef(name, shape, torch.bfloat16, stored, load, load_part=load_part)
+
+
+def _check(source: Source, blocks: TensorRef, scales: TensorRef) -> None:
+    """Raises InputError where blocks and scales do not fit together."""
+    if len(blocks.shape) != 4 or blocks.shape != (*scales.shape, _BLOCK // 2):
+        raise InputError(
+            f"{source.path}: {blocks.name} has shape {list(blocks.shape)} and {scales.name} "
+            f"{list(scales.shape)}, expected [experts, out, in / {_BLOCK}, {_BLOCK // 2}] and "
+            f"[experts, out, in / {_BLOCK}]"
+        )
+    if (blocks.dtype, scales.dtype) != (torch.uint8, torch.uint8):
+        raise InputError(f"{source.path}: {blocks.name} and its scales must be uint8")
+
+
+def _read(ref: TensorRef, part: tuple[slice, ...]) -> Tensor:
+    return ref.load_part(part) if ref.load_part else ref.read()[part]
 
 
 def _dense(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -71,3 +89,6 @@ def _dense(blocks: Tensor, scales: Tensor) -> Tensor:
     values = torch.ldexp(_VALUES[codes.int()], exponents)
     values[scales == _NAN] = torch.nan
     return values.flatten(-2).to(torch.bfloat16)
+
+
+FORMAT = ReadableFormat(name=NAME, unpacked=unpacked)

@@ -1,12 +1,12 @@
-"""What modules share that read quantized matrices of others."""
+"""Checks that formats share when they read quantized matrices made by others."""
 
-from collections.abc import Mapping
 from typing import TypeVar
 
-import torch
 from pydantic import BaseModel, ValidationError
 
 from grokquant.errors import InputError
+from grokquant.formats.format import PackedLayout
+from grokquant.grids import Scheme
 from grokquant.types import Source, TensorRef
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -22,30 +22,38 @@ def validated(source: Source, model: type[Config]) -> Config:
         text = first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.40}"
         raise InputError(
-            f"{source.path / 'config.json'}: {key}: {text}{found}; nothing else is read, take the "
-            "checkpoint that this one was made from"
+            f"{source.path / 'config.json'}: {key}: {text}{found}; other variants are not "
+            "supported, use the original checkpoint"
         ) from None
 
 
-def part_of(source: Source, name: str) -> TensorRef:
+def packed_tensor(source: Source, name: str) -> TensorRef:
     """The tensor `name` of a source. Raises InputError where it is missing."""
     if name not in source.tensors:
         raise InputError(f"{source.path}: {name} is missing")
     return source.tensors[name]
 
 
-def check_parts(
-    source: Source,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    what: object,
-) -> list[TensorRef]:
-    """The tensors of `layout`. Raises InputError where one is missing or not as it says."""
-    parts = [part_of(source, name) for name in layout]
-    for ref in parts:
+def check_packed(source: Source, layout: PackedLayout, scheme: Scheme) -> list[TensorRef]:
+    """The tensors of `layout`, in its order.
+
+    Raises InputError where one is missing or has not the dtype and shape that `scheme` needs.
+    """
+    packed = [packed_tensor(source, name) for name in layout]
+    for ref in packed:
         dtype, shape = layout[ref.name]
         if (ref.dtype, ref.shape) != (dtype, shape):
             raise InputError(
                 f"{source.path}: {ref.name} is {ref.dtype} {list(ref.shape)}, "
-                f"{what} needs {dtype} {list(shape)}"
+                f"{scheme} needs {dtype} {list(shape)}"
             )
-    return parts
+    return packed
+
+
+def check_group_size(source: Source, name: str, scheme: Scheme, columns: int) -> None:
+    """Raises InputError where the groups of `scheme` do not divide the columns of a matrix."""
+    if columns == 0 or columns % (scheme.group_size or columns):
+        raise InputError(
+            f"{source.path}: {name}: {columns} input features are not divisible by group "
+            f"{scheme.group_size}"
+        )

@@ -9,21 +9,21 @@ from typing import TypeVar
 
 Value = TypeVar("Value")
 
-# The quant_method of outputs that no other loader is to touch; their `format` says how they are.
+# The quant_method of outputs that only our loader reads; `format` says how they are packed.
 OWN = "grokquant"
-# The key by which every `quantization_config` of ours says that it is, whatever its quant_method.
+# The key with the value OWN in every `quantization_config` of ours, whatever its quant_method.
 MARK = "quantized_by"
 
-# Engines that fuse experts ask for these names, whatever the files call them; and they have their
-# own names for some modules on the way.
+# Engines that fuse experts ask for these names, whatever the files call them, and have their own
+# names for some modules above.
 _EXPERT_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _MODULES = {"block_sparse_moe": "mlp|moe_block", "self_attn": "attn"}
 
 
 def targets_of(stems: list[str], others: set[str]) -> list[str]:
-    """Few patterns that match all of `stems` and none of `others`.
+    """A few patterns that match all of `stems` and none of `others`.
 
-    Layer and expert numbers are generalised where no other module would match by accident.
+    Layer and expert numbers become \\d+ where that matches no other module.
     """
     targets: dict[str, None] = {}
     for stem in stems:
@@ -38,7 +38,7 @@ def targets_of(stems: list[str], others: set[str]) -> list[str]:
 def own_config(
     output_format: str, by_grid: Mapping[str, list[str]], unquantized: Iterable[str]
 ) -> dict:
-    """The `quantization_config` of an output that is loaded by us: targets by their grid."""
+    """The `quantization_config` of an output that only our loader reads: targets by grid."""
     everything = {stem for stems in by_grid.values() for stem in stems}
     groups = {
         grid: {"targets": targets_of(stems, everything - set(stems))}
@@ -50,20 +50,20 @@ def own_config(
 
 
 def matches(stem: str, target: str) -> bool:
-    """Whether `target` means the module `stem`."""
+    """Whether `target` matches the module `stem`."""
     if target.startswith("re:"):
         return re.match(target[3:], stem) is not None
     return target in (stem, "Linear") or stem.endswith("." + target)
 
 
 def first_match(stem: str, targets: Iterable[tuple[str, Value]]) -> Value | None:
-    """What stands beside the target that means `stem`: by name if one does, else by class."""
+    """The value of the target that matches `stem`: of the first by name, else of `Linear`."""
     found = [(target == "Linear", value) for target, value in targets if matches(stem, target)]
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def check_target(target: str) -> str:
-    """Raises ValueError where `target` is no regular expression although it says so."""
+    """Returns `target`. Raises ValueError where it claims to be a regular expression but is not."""
     try:
         matches("", target)
     except re.error as error:

@@ -1,6 +1,10 @@
 """Integer codes of 4 or 8 bits in int32 words along their rows, the first in the lowest bits.
 
-Codes are offset to unsigned. On CPUs they are packed in one pass, also where they lie by columns.
+    bits     31 .. 28   27 .. 24   23 .. 20   19 .. 16   15 .. 12   11 .. 8   7 .. 4   3 .. 0
+    4 bits   code 7     code 6     code 5     code 4     code 3     code 2    code 1   code 0
+    8 bits   code 3 ------------   code 2 ------------   code 1 -----------   code 0 --------
+
+Codes are offset to unsigned. On CPUs they are packed in one pass, even where they lie by columns.
 """
 
 import numpy as np
@@ -8,7 +12,11 @@ import torch
 from numba import njit
 from torch import Tensor
 
-_ROWS, _COLUMNS = 512, 64  # of the blocks in which columns become rows
+# The blocks in which columns become rows: 32 KB of words each, which stay in the cache.
+_ROWS = 512
+_COLUMNS = 64
+# The highest bits of eight codes: flipping it adds 128 to an int8.
+_HIGH_BITS = np.uint64(0x8080808080808080)
 _u64 = np.uint64
 _compiled = njit(nogil=True, cache=True)
 
@@ -23,7 +31,7 @@ def pack_words(codes: Tensor, bits: int, words: Tensor) -> None:
         flat = codes.T.as_strided(((columns - 1) * stride + len(codes),), (1,))
         _pack_columns(flat.numpy().view(np.uint8), stride, columns, words.numpy().view(np.uint64))
     elif bits == 8:
-        _flip_signs(codes.contiguous().numpy().view(np.uint32).ravel(), words.view(-1).numpy())
+        _offset_int8(codes.contiguous().numpy().view(np.uint32).ravel(), words.view(-1).numpy())
     else:
         pairs = codes.contiguous().view(-1).numpy().view(np.uint16)
         _pack_nibbles(pairs, words.view(-1).numpy().view(np.uint8))
@@ -46,20 +54,20 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return (unsigned - (1 << (bits - 1))).view(torch.int8).view(len(words), -1)
 
 
-def _flip_signs(codes: np.ndarray, words: np.ndarray) -> None:
+def _offset_int8(codes: np.ndarray, words: np.ndarray) -> None:
     np.bitwise_xor(codes, np.uint32(0x80808080), out=words.view(np.uint32))
 
 
 @_compiled
 def _pack_nibbles(pairs, packed):
-    """uint16 pairs of codes to uint8."""
+    """uint16 pairs of codes to uint8; flipping the highest bit adds 8 to a code."""
     for i in range(len(pairs)):
         packed[i] = np.uint8((pairs[i] & 15) | ((pairs[i] >> 4) & 0xF0)) ^ np.uint8(0x88)
 
 
 @_compiled
 def _four(codes, at, stride, count):
-    """Four columns that begin at `at`."""
+    """Four columns of `count` rows, the first of which begins at `at`."""
     return (
         codes[at : at + count],
         codes[at + stride : at + stride + count],
@@ -72,25 +80,27 @@ def _four(codes, at, stride, count):
 def _joined(columns, n):
     """The four codes of row n in the low half of a word."""
     a, b, c, d = columns
-    low, high = _u64(a[n]) | (_u64(b[n]) << _u64(8)), _u64(c[n]) | (_u64(d[n]) << _u64(8))
+    low = _u64(a[n]) | (_u64(b[n]) << _u64(8))
+    high = _u64(c[n]) | (_u64(d[n]) << _u64(8))
     return low | (high << _u64(16))
 
 
 @_compiled
 def _pack_columns(codes, stride, columns, words):
-    """Columns that begin `stride` apart in uint8 `codes` to rows of uint64 words of eight codes."""
+    """uint8 `codes` whose columns begin `stride` apart, to rows of uint64 words of eight codes."""
     block = np.empty((_COLUMNS // 8, _ROWS), _u64)
     for first in range(0, len(words), _ROWS):
         rows = min(_ROWS, len(words) - first)
         for column in range(0, columns, _COLUMNS):
             count = min(_COLUMNS, columns - column) // 8
             for word in range(count):
-                line, at = block[word], (column + 8 * word) * stride + first
+                line = block[word]
+                at = (column + 8 * word) * stride + first
                 low = _four(codes, at, stride, rows)
                 high = _four(codes, at + 4 * stride, stride, rows)
                 for n in range(rows):
                     joined = _joined(low, n) | (_joined(high, n) << _u64(32))
-                    line[n] = joined ^ _u64(0x8080808080808080)
+                    line[n] = joined ^ _HIGH_BITS
             for n in range(rows):
                 row = words[first + n, column // 8 : column // 8 + count]
                 for word in range(count):

@@ -3,12 +3,12 @@ over memory."""
 
 from collections.abc import Callable, Mapping
 from math import isfinite
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.formats import Format
 from grokquant.grids import Scheme
 from grokquant.methods import METHODS, compiled
 from grokquant.methods.copy import InexactScale
@@ -19,20 +19,20 @@ from grokquant.types import QTensor, Unit
 def round_and_pack(
     unit: Unit,
     stored: Tensor | QTensor,
-    packing: ModuleType,
+    output_format: Format,
     parts: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], Errors]:
     """Rounds `stored` [out, in] by the unit's method and packs it, tile by tile on all cores.
 
-    Returns the tensors of `packing.packed_layout(tensor, ...)`, which are `parts` if given (then
-    their contents are lost). Raises InputError for weights that are not finite and for scales that
-    the grid cannot hold.
+    Returns the tensors of the format's `packed_layout`, which are `parts` if given (then their
+    contents are lost). Raises InputError for weights that are not finite and for scales that the
+    grid cannot hold.
     """
-    layout = packing.packed_layout(unit.tensor, unit.shape, unit.scheme)
+    layout = output_format.packed_layout(unit.tensor, unit.shape, unit.scheme)
     filled = dict(parts or {name: torch.empty(s, dtype=d) for name, (d, s) in layout.items()})
 
     def pack(part: slice, quantized: QTensor) -> None:
-        packing.pack_into(filled, unit.tensor, part, quantized)
+        output_format.pack_into(filled, unit.tensor, part, quantized)
 
     return filled, _round_tiles(unit, stored, pack)
 

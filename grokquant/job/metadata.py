@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grokquant.containers import container_of
 from grokquant.files.atomic import write_json, write_text
-from grokquant.formats import MARK, OWN, gguf
+from grokquant.formats import MARK, OWN
 from grokquant.humanize import size
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
@@ -37,7 +37,7 @@ def write(directory: Path, plan: Plan, record: Record) -> None:
     """Writes the papers of a finished run into `directory`; config.json, which makes a directory
     loadable, last."""
     container, config = container_of(plan.recipe.output.format), output_config(plan)
-    others = container.papers(plan.arrangement) | plan.packing.papers(config)
+    others = container.sidecar_files(plan.arrangement) | plan.format.sidecar_files(config)
     for name, content in others.items():
         write_json(directory / name, content)
     write_text(directory / "recipe.yaml", plan.recipe.to_yaml())
@@ -57,9 +57,9 @@ def output_config(plan: Plan) -> dict:
     fields = {key: value for key, value in source.items() if key not in _NOT_COPIED}
     fields["torch_dtype"] = "bfloat16"
     # transformers would look for other files than gguf's, and for other names of biased experts.
-    loaded_by_us = plan.packing is gguf or plan.checkpoint.family.biased
+    loaded_by_us = plan.format.needs_own_loader or plan.checkpoint.family.biased
     if plan.units or loaded_by_us:
-        described = plan.packing.quantization_config(plan.units.values(), unquantized)
+        described = plan.format.quantization_config(plan.units.values(), unquantized)
         fields["quantization_config"] = described | {MARK: OWN}
     return fields
 

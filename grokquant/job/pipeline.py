@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
-from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
+from grokquant.formats import Format
 from grokquant.job import metadata
 from grokquant.job.fingerprint import identity_of
 from grokquant.job.layer import LayerQuantizer
@@ -136,8 +136,8 @@ class Run:
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     @property
-    def packing(self) -> ModuleType:
-        return self.plan.packing
+    def format(self) -> Format:
+        return self.plan.format
 
     def emit(self, parts: dict[str, Tensor], report: UnitReport) -> None:
         """Sends the packed parts of a unit to their file."""
@@ -147,15 +147,15 @@ class Run:
         self.stop.check()
 
     def emit_matrix(self, unit: Unit, quantized: QTensor, report: UnitReport) -> None:
-        self.emit(self.packing.pack(unit.tensor, quantized), report)
+        self.emit(self.format.pack(unit.tensor, quantized), report)
 
     def committed(self, unit: Unit) -> QTensor | None:
         """The unit as an earlier run has committed it."""
         if unit.name not in self.work.reports:
             return None
-        names = self.packing.packed_layout(unit.tensor, unit.shape, unit.scheme)
+        names = self.format.packed_layout(unit.tensor, unit.shape, unit.scheme)
         parts = self.work.read(self.plan, list(names))
-        return self.packing.unpack(unit.tensor, parts, unit.scheme).to(self.device)
+        return self.format.unpack(unit.tensor, parts, unit.scheme).to(self.device)
 
     def write_kept(self, tensors: list[str], revised: Mapping[str, Tensor]) -> None:
         """Carries tensors over: router, norms, embedding, matrices that are kept.
@@ -209,7 +209,7 @@ class Run:
     def round(self, unit: Unit, stored: Tensor | QTensor) -> None:
         """Rounds and packs a unit that needs no data."""
         start = perf_counter()
-        parts, report = round_without_data(unit, stored.to(self.device), self.packing)
+        parts, report = round_without_data(unit, stored.to(self.device), self.format)
         self.busy["computing"] += perf_counter() - start
         self.emit(parts, report)
 

@@ -7,14 +7,13 @@ from functools import cached_property
 from itertools import chain
 from math import gcd, prod
 from pathlib import Path
-from types import ModuleType
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.containers import container_of
-from grokquant.containers.container import Arrangement, Group, Place, PlannedFile, PlannedTensor
+from grokquant.containers.container import Group, OutputLayout, PlannedFile, PlannedTensor, Slot
 from grokquant.errors import InputError
 from grokquant.files.atomic import nearest_directory
-from grokquant.formats import FORMATS
+from grokquant.formats import FORMATS, Format
 from grokquant.grids import NAMED_GRIDS, Scheme
 from grokquant.humanize import size
 from grokquant.methods import METHODS
@@ -38,10 +37,10 @@ class Plan:
     units: dict[str, Unit]
     kept: tuple[str, ...]
     parts: dict[str, PlannedTensor]
-    arrangement: Arrangement
+    arrangement: OutputLayout
 
     @property
-    def packing(self) -> ModuleType:
+    def format(self) -> Format:
         return FORMATS[self.recipe.output.format]
 
     @property
@@ -50,8 +49,8 @@ class Plan:
         return self.arrangement.files
 
     @property
-    def places(self) -> dict[str, Place]:
-        return self.arrangement.places
+    def places(self) -> dict[str, Slot]:
+        return self.arrangement.slots
 
     @property
     def output_bytes(self) -> int:
@@ -103,7 +102,7 @@ class Plan:
         return {unit.tensor: unit for unit in self.units.values()}
 
     def packed_bytes(self, unit: Unit) -> int:
-        layout = self.packing.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
+        layout = self.format.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
         return sum(prod(shape) * dtype.itemsize for dtype, shape in layout)
 
     @property
@@ -141,7 +140,7 @@ def build_plan(recipe: Recipe) -> Plan:
     matrix. Whether the output has room is left to `check_disk`.
     """
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
-    packing = FORMATS[recipe.output.format]
+    output_format = FORMATS[recipe.output.format]
     units: dict[str, Unit] = {}
     kept: list[str] = []
     decided = _rules_of(recipe, checkpoint)
@@ -151,14 +150,16 @@ def build_plan(recipe: Recipe) -> Plan:
             kept.append(matrix.name)
         else:
             ref = checkpoint.source.tensors[matrix.tensor]
-            units[matrix.name] = _plan_unit(matrix, ref, index, recipe.quantize[index], packing)
-    if not units and not packing.HOLDS_DENSE:
+            units[matrix.name] = _plan_unit(
+                matrix, ref, index, recipe.quantize[index], output_format
+            )
+    if not units and not output_format.holds_dense:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
     planned = {unit.tensor: unit for unit in units.values()}
-    groups = _part_groups(checkpoint, planned, packing)
+    groups = _part_groups(checkpoint, planned, output_format)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
     container = container_of(recipe.output.format)
-    arrangement = container.arrange(checkpoint.source, groups, schemes, recipe.output.shard)
+    arrangement = container.lay_out(checkpoint.source, groups, schemes, recipe.output.shard)
     parts = {part.name: part for _, group in groups for part in group}
     return Plan(recipe, checkpoint, units, tuple(kept), parts, arrangement)
 
@@ -183,11 +184,13 @@ def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
     return decided
 
 
-def _plan_unit(matrix: Matrix, ref: TensorRef, index: int, rule: Rule, packing: ModuleType) -> Unit:
+def _plan_unit(
+    matrix: Matrix, ref: TensorRef, index: int, rule: Rule, output_format: Format
+) -> Unit:
     name = matrix.name
     rows, columns = ref.shape
     lossless = METHODS[rule.method].lossless
-    scheme = _copied(name, ref, rule, packing) if lossless else _chosen(rule, packing)
+    scheme = _copied(name, ref, rule, output_format) if lossless else _chosen(rule, output_format)
     if scheme.group_size == columns and rule.grid == scheme.grid == "integer":
         scheme = replace(scheme, group_size=None)
     if columns % (scheme.group_size or 1):
@@ -196,8 +199,8 @@ def _plan_unit(matrix: Matrix, ref: TensorRef, index: int, rule: Rule, packing: 
         )
     if lossless and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
         raise InputError(f"{name}: copy to {scheme} is not lossless, the source has {ref.scheme}")
-    if reason := packing.refusal(scheme, (rows, columns)):
-        raise InputError(f"{name}: {packing.NAME} cannot hold it: {reason}")
+    if reason := output_format.refusal(scheme, (rows, columns)):
+        raise InputError(f"{name}: {output_format.name} cannot hold it: {reason}")
     return Unit(
         **vars(matrix),
         shape=(rows, columns),
@@ -208,19 +211,19 @@ def _plan_unit(matrix: Matrix, ref: TensorRef, index: int, rule: Rule, packing: 
     )
 
 
-def _chosen(rule: Rule, packing: ModuleType) -> Scheme:
+def _chosen(rule: Rule, output_format: Format) -> Scheme:
     """The grid that a rule asks for."""
     group = rule.group if isinstance(rule.group, int) else None
     if named := NAMED_GRIDS.get(rule.grid):
         return replace(named, group_size=group) if rule.group else named
-    scale_dtype = rule.scale_dtype or packing.SCALE_DTYPE
+    scale_dtype = rule.scale_dtype or output_format.scale_dtype
     return Scheme(rule.bits or 8, group, rule.symmetric, scale_dtype)
 
 
-def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Scheme:
+def _copied(name: str, ref: TensorRef, rule: Rule, output_format: Format) -> Scheme:
     """The stored grid in groups as large as rule, source and format allow; scales are repeated,
     and keep their dtype where the format has it."""
-    columns = ref.shape[1]
+    rows, columns = ref.shape
     if ref.scheme is None:
         raise InputError(f"{name}: method copy needs a source that stores integers")
     if ref.scheme.grid != "integer":
@@ -230,25 +233,29 @@ def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Schem
     groups = [most, *(smaller for smaller in (128, 64, 32) if most % smaller == 0)]
     groups = [columns] if group == "channel" else groups
     dtypes = (
-        [rule.scale_dtype] if rule.scale_dtype else [ref.scheme.scale_dtype, packing.SCALE_DTYPE]
+        [rule.scale_dtype]
+        if rule.scale_dtype
+        else [ref.scheme.scale_dtype, output_format.scale_dtype]
     )
     schemes = [
         replace(ref.scheme, group_size=None if size == columns else size, scale_dtype=dtype)
         for size in groups
         for dtype in dtypes
     ]
-    return next((s for s in schemes if not packing.refusal(s, ref.shape)), schemes[0])
+    return next((s for s in schemes if not output_format.refusal(s, (rows, columns))), schemes[0])
 
 
 def _part_groups(
-    checkpoint: Checkpoint, planned: dict[str, Unit], packing: ModuleType
+    checkpoint: Checkpoint, planned: dict[str, Unit], output_format: Format
 ) -> list[Group]:
     """(layer, parts) of what must not be split, in the order in which they will come."""
     order = {tensor: number for number, tensor in enumerate(planned)}
     groups = []
     for layer, names in _groups(checkpoint):
         names.sort(key=lambda name: order.get(name, -1))
-        parts = [part for name in names for part in _stored_as(checkpoint, name, planned, packing)]
+        parts = [
+            part for name in names for part in _stored_as(checkpoint, name, planned, output_format)
+        ]
         groups.append((layer, parts))
     return groups
 
@@ -271,13 +278,13 @@ def _groups(checkpoint: Checkpoint) -> Iterator[tuple[int | None, list[str]]]:
 
 
 def _stored_as(
-    checkpoint: Checkpoint, name: str, planned: dict[str, Unit], packing: ModuleType
+    checkpoint: Checkpoint, name: str, planned: dict[str, Unit], output_format: Format
 ) -> Iterator[PlannedTensor]:
     """What the output holds of the checkpoint's tensor `name`."""
     unit, ref = planned.get(name), checkpoint.source.tensors[name]
     layout = {name: (ref.dtype, ref.shape)}
     if unit:
-        layout = packing.packed_layout(name, unit.shape, unit.scheme)
+        layout = output_format.packed_layout(name, unit.shape, unit.scheme)
     for stored, (dtype, shape) in layout.items():
         yield PlannedTensor(stored, dtype, shape)
 

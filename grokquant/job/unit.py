@@ -2,13 +2,13 @@
 
 from math import isfinite, prod
 from time import perf_counter
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from grokquant.calibration.site import Site
 from grokquant.devices import CPU
+from grokquant.formats import Format
 from grokquant.grids import GROUP_BITS, SCALE_DTYPES, Scheme
 from grokquant.job.fused import not_finite, round_and_pack, round_whole
 from grokquant.methods import METHODS
@@ -24,14 +24,14 @@ from grokquant.types import QTensor, TensorRef, Unit, UnitReport
 
 
 def round_without_data(
-    unit: Unit, stored: Tensor | QTensor, packing: ModuleType
+    unit: Unit, stored: Tensor | QTensor, output_format: Format
 ) -> tuple[dict[str, Tensor], UnitReport]:
     """One matrix by a method that needs nothing, packed for the disk, and its report.
 
     Raises InputError for weights that cannot be rounded.
     """
     start = perf_counter()
-    parts, errors = round_and_pack(unit, stored, packing)
+    parts, errors = round_and_pack(unit, stored, output_format)
     return parts, report_of(unit, errors, start)
 
 

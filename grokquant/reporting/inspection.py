@@ -14,7 +14,7 @@ def describe(path: str | Path) -> dict:
     grids = Counter(ref.stored_as for ref in units.values())
     return {
         "path": str(checkpoint.source.path),
-        "layout": checkpoint.source.layout,
+        "layout": checkpoint.source.kind,
         "family": checkpoint.family.name,
         "notice": checkpoint.family.notice,
         "layers": checkpoint.config.num_hidden_layers,

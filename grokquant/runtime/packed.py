@@ -1,7 +1,6 @@
 """Quantized matrices that stay packed in memory and are multiplied out whenever they are used."""
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor, nn
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.families.family import Family, parameter_parent
-from grokquant.formats import packing_of
-from grokquant.formats.parts import Layout
+from grokquant.formats import Format, format_of
+from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES
 from grokquant.types import QTensor, TensorRef
 
 
 class PackedMatrix(nn.Module):
-    """A matrix as `packing` stores it, as codes with scales where that cannot, dense in `dtype`
+    """A matrix as `format` stores it, as codes with scales where that cannot, dense in `dtype`
     where the checkpoint has no codes of it.
 
     Its parts are buffers without memory until `read`, so that they count where sizes are planned.
@@ -26,13 +25,13 @@ class PackedMatrix(nn.Module):
 
     _is_hf_initialized = True  # transformers is to leave it alone
 
-    def __init__(self, ref: TensorRef, packing: ModuleType | None, dtype: torch.dtype) -> None:
+    def __init__(self, ref: TensorRef, format: Format | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ref, self.packing, self.dtype = ref, packing, dtype
-        shape: tuple[int, int] = (ref.shape[0], ref.shape[1])
-        if packing and (ref.scheme is None or packing.refusal(ref.scheme, shape)):
-            self.packing = None
-        for number, (kind, size) in enumerate(self._layout(shape).values()):
+        self.ref, self.format, self.dtype = ref, format, dtype
+        self.shape: tuple[int, int] = (ref.shape[0], ref.shape[1])
+        if format and (ref.scheme is None or format.refusal(ref.scheme, self.shape)):
+            self.format = None
+        for number, (kind, size) in enumerate(self._layout().values()):
             part = torch.empty(size, dtype=kind, device="meta")
             self.register_buffer(f"part{number}", part, persistent=False)
 
@@ -50,28 +49,29 @@ class PackedMatrix(nn.Module):
         scheme, parts = self.ref.scheme, list(self.buffers())
         if scheme is None:
             return parts[0].to(dtype)
-        if self.packing is None:
+        if self.format is None:
             return QTensor(parts[0], parts[1], scheme, *parts[2:]).dequantize().to(dtype)
-        found = dict(zip(self._layout(self.ref.shape), parts, strict=True))
-        return self.packing.unpack(self.ref.name, found, scheme).dequantize().to(dtype)
+        found = dict(zip(self._layout(), parts, strict=True))
+        return self.format.unpack(self.ref.name, found, scheme).dequantize().to(dtype)
 
-    def _layout(self, shape: tuple[int, ...]) -> Layout:
+    def _layout(self) -> PackedLayout:
         """The parts, their dtypes and shapes."""
         scheme = self.ref.scheme
         if scheme is None:
-            return {"weight": (self.dtype, shape)}
-        if self.packing is not None:
-            return self.packing.packed_layout(self.ref.name, shape, scheme)
-        spans = shape[0], scheme.groups(shape[1])
-        scales = SCALE_DTYPES[scheme.scale_dtype], spans
-        parts: Layout = {"codes": (torch.int8, shape), "scales": scales}
+            return {"weight": (self.dtype, self.shape)}
+        if self.format is not None:
+            return self.format.packed_layout(self.ref.name, self.shape, scheme)
+        rows, columns = self.shape
+        spans = (rows, scheme.groups(columns))
+        scales = (SCALE_DTYPES[scheme.scale_dtype], spans)
+        parts: PackedLayout = {"codes": (torch.int8, self.shape), "scales": scales}
         return parts if scheme.symmetric else parts | {"zero_points": (torch.int8, spans)}
 
     def _parts(self, stored: Tensor | QTensor) -> dict[str, Tensor]:
         if isinstance(stored, Tensor):
             return {"weight": stored}
-        if self.packing is not None:
-            return self.packing.pack(self.ref.name, stored)
+        if self.format is not None:
+            return self.format.pack(self.ref.name, stored)
         parts = {"codes": stored.codes, "scales": stored.scales}
         return parts if stored.zero_points is None else parts | {"zero_points": stored.zero_points}
 
@@ -108,11 +108,12 @@ def pack_model(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
     Such a model refuses `save_pretrained`, which would leave them out.
     """
-    packing = packing_of(checkpoint.source)
+    stored_in = format_of(checkpoint.source)
+    format = stored_in if isinstance(stored_in, Format) else None
     model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
-    _pack_linears(model, checkpoint, packing, dtype)
+    _pack_linears(model, checkpoint, format, dtype)
     for index, layer in enumerate(checkpoint.family.layers(model)):  # type: ignore[arg-type]
-        _pack_experts(layer, index, checkpoint, packing, dtype)
+        _pack_experts(layer, index, checkpoint, format, dtype)
 
 
 def _refuse_to_save(*arguments: object, **options: object) -> None:
@@ -120,14 +121,14 @@ def _refuse_to_save(*arguments: object, **options: object) -> None:
 
 
 def _pack_linears(
-    model: nn.Module, checkpoint: Checkpoint, packing: ModuleType | None, dtype: torch.dtype
+    model: nn.Module, checkpoint: Checkpoint, format: Format | None, dtype: torch.dtype
 ) -> None:
     for name in [name for name, _ in model.named_parameters()]:
         ref = checkpoint.source.tensors.get(checkpoint.family.tensor_name(name))
         if ref is not None and ref.scheme is not None:
             path, _, last = name.removesuffix(".weight").rpartition(".")
             linear: Any = parameter_parent(model, name)[0]
-            packed = PackedLinear(PackedMatrix(ref, packing, dtype), linear.bias)
+            packed = PackedLinear(PackedMatrix(ref, format, dtype), linear.bias)
             setattr(model.get_submodule(path), last, packed)
 
 
@@ -135,7 +136,7 @@ def _pack_experts(
     layer: nn.Module,
     index: int,
     checkpoint: Checkpoint,
-    packing: ModuleType | None,
+    format: Format | None,
     dtype: torch.dtype,
 ) -> None:
     family, tensors = checkpoint.family, checkpoint.source.tensors
@@ -147,7 +148,7 @@ def _pack_experts(
     experts = family.experts_of(layer)
     for fused, parts, join in _fused(family):
         matrices = [
-            [PackedMatrix(of_one[part], packing, dtype) for part in parts] for of_one in refs
+            [PackedMatrix(of_one[part], format, dtype) for part in parts] for of_one in refs
         ]
         delattr(experts, fused)
         setattr(experts, fused, PackedStack(matrices, join))

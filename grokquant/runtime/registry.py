@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
-from grokquant.formats import MARK, OWN, gguf
+from grokquant.formats import FORMATS, MARK, OWN
 from grokquant.runtime.load import fill_model
 from grokquant.runtime.packed import pack_model
 
@@ -56,7 +56,8 @@ class PackedQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The one hook before files are looked for, which must be safetensors. With a name in the
         config they are not looked for."""
-        if self.quantization_config.content.get("format") == gguf.NAME:
+        output_format = FORMATS.get(str(self.quantization_config.content.get("format")))
+        if output_format is not None and output_format.needs_own_loader:
             config.transformers_weights = "model.safetensors"
         return config
 

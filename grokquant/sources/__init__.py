@@ -1,21 +1,21 @@
 """Checkpoints as they lie on disk, opened without reading their weights.
 
-A layout is a module with `LOOKS_FOR`, `recognizes(path)` and `open_source(path, config_path)`;
-a new one is one file here and one line in LAYOUTS.
+A new kind of source is one module with a `SourceKind` and a line in `SOURCE_KINDS`.
 """
 
 from pathlib import Path
-from types import ModuleType
 
 from grokquant.errors import InputError
 from grokquant.sources import gguf_directory, release, safetensors_directory
+from grokquant.sources.kind import SourceKind
 from grokquant.types import Source
 
-LAYOUTS: dict[str, ModuleType] = {
-    release.LAYOUT: release,
-    safetensors_directory.LAYOUT: safetensors_directory,
-    gguf_directory.LAYOUT: gguf_directory,
-}
+# In the order in which they are tried.
+SOURCE_KINDS: tuple[SourceKind, ...] = (
+    release.KIND,
+    safetensors_directory.KIND,
+    gguf_directory.KIND,
+)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -23,7 +23,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens the checkpoint in directory `path`; `config_path` replaces its config.json.
 
-    Raises InputError where `path` is not a checkpoint of a known layout or is a broken one.
+    Raises InputError where `path` is not a checkpoint of a known kind or is a broken one.
     """
     try:
         if not path.exists():
@@ -32,13 +32,13 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
             raise InputError(f"{path}: a file, expected the directory of a checkpoint")
         if not any(path.iterdir()):
             raise InputError(f"{path}: the directory is empty")
-        for layout in LAYOUTS.values():
-            if layout.recognizes(path):
-                return layout.open_source(path, config_path)
+        for kind in SOURCE_KINDS:
+            if kind.recognizes(path):
+                return kind.open_source(path, config_path)
         _refuse_pickles(path)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
-    wanted = "; ".join(layout.LOOKS_FOR for layout in LAYOUTS.values())
+    wanted = "; ".join(kind.looks_for for kind in SOURCE_KINDS)
     raise InputError(f"{path}: not a checkpoint, looked for {wanted}")
 
 

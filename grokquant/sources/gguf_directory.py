@@ -15,10 +15,11 @@ from grokquant.errors import InputError
 from grokquant.files.gguf_header import DENSE, GgufTensor, read_tensors
 from grokquant.files.json_objects import read_json_object
 from grokquant.sources.finite import all_finite
+from grokquant.sources.kind import SourceKind
 from grokquant.sources.safetensors_directory import TOKENIZER_FILES, licence_of
 from grokquant.types import Source, TensorRef
 
-LAYOUT, LOOKS_FOR = "gguf", "a .gguf file with config.json"
+NAME = "gguf"
 
 
 def recognizes(path: Path) -> bool:
@@ -39,7 +40,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     beside = (path / name for name in TOKENIZER_FILES)
     return Source(
         path=path,
-        layout=LAYOUT,
+        kind=NAME,
         config=config,
         tensors=refs,
         tokenizer_files=tuple(file for file in beside if file.is_file()),
@@ -74,3 +75,11 @@ def _read(
     if not all_finite(rows):
         raise InputError(f"{path}: tensor {tensor.name!r} holds non-finite values")
     return rows
+
+
+KIND = SourceKind(
+    name=NAME,
+    looks_for="a .gguf file with config.json",
+    recognizes=recognizes,
+    open_source=open_source,
+)

@@ -16,10 +16,11 @@ from grokquant.errors import InputError
 from grokquant.grids import Scheme
 from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
+from grokquant.sources.kind import SourceKind
 from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
 from grokquant.types import QTensor, Source, TensorRef
 
-LAYOUT, LOOKS_FOR = "release", "ckpt-0/tensor00000_000"
+NAME = "release"
 FILE_PATTERN = re.compile(r"tensor(\d{5})_(\d{3})")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 CHUNK_ROWS = 4096
@@ -109,7 +110,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     tokenizer = [_first_file(places, name) for name in TOKENIZER_FILES]
     return Source(
         path=path,
-        layout=LAYOUT,
+        kind=NAME,
         config=config,
         tensors={ref.name: ref for leaf in stored for ref in _refs(leaf)},
         tokenizer_files=tuple(file for file in tokenizer if file),
@@ -278,3 +279,11 @@ def _refuse_nonfinite(item: _Stored, values: Tensor, what: str, first_row: int =
         raise InputError(
             f"{item.path}: {item.name}{what}: {count} values are NaN or infinite, first at {first}"
         )
+
+
+KIND = SourceKind(
+    name=NAME,
+    looks_for="ckpt-0/tensor00000_000",
+    recognizes=recognizes,
+    open_source=open_source,
+)

@@ -17,9 +17,10 @@ from grokquant.files.json_objects import parse_json_object, read_json_object
 from grokquant.files.safetensors_header import DTYPES
 from grokquant.sources import presharded
 from grokquant.sources.finite import all_finite
+from grokquant.sources.kind import SourceKind
 from grokquant.types import Source, TensorRef
 
-LAYOUT, LOOKS_FOR = "safetensors", "model.safetensors.index.json or model.safetensors"
+NAME = "safetensors"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 MAX_HEADER_BYTES, MAX_TENSORS = 25_000_000, 100_000
@@ -57,7 +58,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     files = (path / name for name in TOKENIZER_FILES)
     return Source(
         path=path,
-        layout=LAYOUT,
+        kind=NAME,
         config=config,
         tensors={ref.name: ref for ref in refs},
         tokenizer_files=tuple(file for file in files if file.is_file()),
@@ -193,3 +194,11 @@ def licence_of(card: Path) -> str | None:
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     found = front and re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", front[1], re.MULTILINE)
     return found[1] if found else None
+
+
+KIND = SourceKind(
+    name=NAME,
+    looks_for="model.safetensors.index.json or model.safetensors",
+    recognizes=recognizes,
+    open_source=open_source,
+)

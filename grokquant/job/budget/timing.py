@@ -93,7 +93,7 @@ def _rounding_of(plan: Plan, unit: Unit) -> float:
     rows, columns = min(unit.shape[0], _PIECE), unit.shape[1]
     stored = _piece(plan.checkpoint.source.tensors[unit.tensor], rows, columns)
     piece = replace(unit, shape=(rows, columns))
-    return _time(lambda: round_without_data(piece, stored, plan.packing)) / (rows * columns)
+    return _time(lambda: round_without_data(piece, stored, plan.format)) / (rows * columns)
 
 
 def _piece(ref: TensorRef, rows: int, columns: int) -> torch.Tensor | QTensor:

@@ -1,0 +1,76 @@
+"""What a format is: a table of pure functions, one row per module of this room.
+
+A row that lacks a function, or a function of another signature, does not pass mypy.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grokquant.grids import Scheme
+from grokquant.types import QTensor, Source, Unit
+
+# Dtype and shape of each packed tensor by its name in the checkpoint.
+PackedLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def _no_sidecar_files(config: dict) -> dict[str, dict]:
+    """The `sidecar_files` of formats whose readers want config.json alone."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadableFormat:
+    """A format that can be read.
+
+    `unpacked(source)` presents each packed matrix of a source as one tensor `X.weight`, which reads
+    as a QTensor, or as floats where the format stores floats. It raises InputError for a
+    `quantization_config` that it does not support and for packed tensors that contradict it.
+    """
+
+    name: str
+    unpacked: Callable[[Source], Source]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(ReadableFormat):
+    """A format that can be read and written.
+
+    `refusal(scheme, shape)` is the reason why it cannot hold a matrix [out, in], None if it can.
+    `packed_layout(tensor, shape, scheme)` gives names, dtypes and shapes of the tensors that stand
+    for the matrix `tensor`, before anything is read.
+    `pack_into(packed, tensor, rows, quantized)` writes some rows into those tensors. Slices begin,
+    and but for the last end, at a multiple of 32; they may be written concurrently, since whatever
+    does not depend on rows is the same in each.
+    `unpack(tensor, packed, scheme)` is the inverse of `pack`, bit by bit.
+    `quantization_config(units, unquantized)` is that of config.json; `unquantized` names the
+    modules that hold a matrix but stay as they are.
+    `sidecar_files(config)` are the JSON files that readers want beside config.json, by name.
+
+    `scale_dtype` is the dtype of scales if the recipe names none. `holds_dense` says that an output
+    without a single quantized matrix is one of this format; `needs_own_loader`, that transformers
+    by itself does not find the files of this format, so that config.json must name our loader.
+    """
+
+    scale_dtype: str
+    refusal: Callable[[Scheme, tuple[int, int]], str | None]
+    packed_layout: Callable[[str, tuple[int, int], Scheme], PackedLayout]
+    pack_into: Callable[[Mapping[str, Tensor], str, slice, QTensor], None]
+    unpack: Callable[[str, Mapping[str, Tensor], Scheme], QTensor]
+    quantization_config: Callable[[Iterable[Unit], Iterable[str]], dict]
+    sidecar_files: Callable[[dict], dict[str, dict]] = _no_sidecar_files
+    holds_dense: bool = False
+    needs_own_loader: bool = False
+
+    def pack(self, tensor: str, quantized: QTensor) -> dict[str, Tensor]:
+        """The tensors that stand for a whole matrix, in new memory on the device of its codes."""
+        rows, columns = quantized.codes.shape
+        layout = self.packed_layout(tensor, (rows, columns), quantized.scheme)
+        packed = {
+            name: torch.empty(shape, dtype=dtype, device=quantized.codes.device)
+            for name, (dtype, shape) in layout.items()
+        }
+        self.pack_into(packed, tensor, slice(0, rows), quantized)
+        return packed
