@@ -22,15 +22,14 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats.parts import Layout, pack_all
 from grokquant.formats.targets import own_config
-from grokquant.grids import CODEBOOKS, NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "bitsandbytes"
 # How a scale is stored if the recipe does not say; whether an output of no quantized matrix is one.
 SCALE_DTYPE, HOLDS_DENSE = "float32", False
 
-_INT8 = NAMED_GRIDS["llm_int8"]
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_INT8 = GRIDS["llm_int8"].scheme
 _STATE = "quant_state.bitsandbytes__"
 
 
@@ -38,12 +37,13 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
     if scheme == _INT8:
         return None
-    if scheme.grid not in CODEBOOKS:
+    if NAME not in scheme.row.formats:
         return f"it holds the grids nf4, fp4 and llm_int8, not {scheme}"
-    if scheme.group_size not in _BLOCKS:
-        return f"its blocks have {', '.join(map(str, _BLOCKS))} weights, not those of {scheme}"
-    if shape[1] % scheme.group_size:
-        return f"blocks of {scheme.group_size} weights would go over rows of {shape[1]}"
+    size = scheme.group_size
+    if size is None or size not in scheme.row.groups:
+        return f"its blocks have {scheme.row.group_names} weights, not those of {scheme}"
+    if shape[1] % size:
+        return f"blocks of {size} weights would go over rows of {shape[1]}"
     return None
 
 
@@ -86,7 +86,7 @@ def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: 
     weight.view(-1, columns // 2)[rows] = pairs.to(weight.device)
     absmax = parts[f"{tensor}.absmax"].view(-1, scheme.groups(columns))
     absmax[rows] = quantized.scales.to(weight.device)
-    parts[f"{tensor}.quant_map"].copy_(torch.tensor(CODEBOOKS[scheme.grid]))
+    parts[f"{tensor}.quant_map"].copy_(torch.tensor(scheme.row.table))
     state = _state((len(absmax), columns), scheme)
     parts[f"{tensor}.{_STATE}{scheme.grid}"].copy_(torch.tensor(list(state), dtype=torch.uint8))
 
@@ -184,7 +184,7 @@ def _unpacked_ref(
     def load() -> QTensor:
         packed = {ref.name: ref.read() for ref in parts}
         values = packed.get(f"{tensor}.quant_map")
-        if values is not None and not values.equal(torch.tensor(CODEBOOKS[scheme.grid])):
+        if values is not None and not values.equal(torch.tensor(scheme.row.table)):
             raise InputError(f"{source.path}: {tensor}.quant_map is not that of {scheme.grid}")
         return unpack(tensor, packed, scheme)
 

@@ -128,5 +128,5 @@ def _not_finite(tensor: str, stored: Tensor | QTensor, scheme: Scheme) -> InputE
 
 def too_large(tensor: str, scheme: Scheme, peak: float) -> InputError:
     """That the scales of `scheme` overflow where weights are as large as `peak`."""
-    held = scheme.scale_dtype if scheme.grid == "integer" else scheme.grid
+    held = scheme.scale_dtype if scheme.is_integer else scheme.grid
     return InputError(f"{tensor}: {held} cannot hold weights as large as {peak:g}")

@@ -15,7 +15,7 @@ from grokquant.containers.container import Arrangement, Group, Place, PlannedFil
 from grokquant.errors import InputError
 from grokquant.files.atomic import nearest_directory
 from grokquant.formats import FORMATS
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.humanize import size
 from grokquant.methods.copy import can_copy
 from grokquant.recipe import Recipe, Rule
@@ -157,7 +157,7 @@ def _check_rules_match(recipe: Recipe, names: list[str]) -> None:
 def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Unit:
     rows, columns = ref.shape
     scheme = _copied(name, ref, rule, packing) if rule.method == "copy" else _chosen(rule, packing)
-    if scheme.group_size == columns and rule.grid == scheme.grid == "integer":
+    if scheme.group_size == columns and rule.grid == "integer" and scheme.is_integer:
         scheme = replace(scheme, group_size=None)
     if columns % (scheme.group_size or 1):
         raise InputError(
@@ -173,7 +173,8 @@ def _plan_unit(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Un
 def _chosen(rule: Rule, packing: ModuleType) -> Scheme:
     """The grid that a rule asks for."""
     group = rule.group if isinstance(rule.group, int) else None
-    if named := NAMED_GRIDS.get(rule.grid):
+    if rule.grid != "integer":
+        named = GRIDS[rule.grid].scheme
         return replace(named, group_size=group) if rule.group else named
     scale_dtype = rule.scale_dtype or packing.SCALE_DTYPE
     return Scheme(rule.bits or 8, group, rule.symmetric, scale_dtype)
@@ -185,7 +186,7 @@ def _copied(name: str, ref: TensorRef, rule: Rule, packing: ModuleType) -> Schem
     columns = ref.shape[1]
     if ref.scheme is None:
         raise InputError(f"{name}: method copy needs a source that stores integers")
-    if ref.scheme.grid != "integer":
+    if not ref.scheme.is_integer:
         return ref.scheme
     stored, group = ref.scheme.group_size or columns, rule.group
     most = gcd(stored, group) if isinstance(group, int) else stored

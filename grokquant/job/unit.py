@@ -10,7 +10,7 @@ from torch import Tensor
 from grokquant.calibration.site import Site
 from grokquant.devices import CPU
 from grokquant.errors import InputError
-from grokquant.grids import GROUP_BITS, SCALE_DTYPES, Scheme
+from grokquant.grids import Scheme
 from grokquant.job.fused import round_and_pack, too_large
 from grokquant.methods.copy import InexactScale, copy_quantized
 from grokquant.methods.gptq import UnusableHessian, round_gptq
@@ -79,9 +79,7 @@ def round_unit(
 
 def stored_bits(scheme: Scheme, shape: tuple[int, int]) -> int:
     """Bits of codes, scales and zero points or offsets of a matrix [out, in]."""
-    of_scale = SCALE_DTYPES[scheme.scale_dtype].itemsize * 8
-    of_group = GROUP_BITS.get(scheme.grid, of_scale + scheme.bits * (not scheme.symmetric))
-    return prod(shape) * scheme.bits + shape[0] * scheme.groups(shape[1]) * of_group
+    return prod(shape) * scheme.bits + shape[0] * scheme.groups(shape[1]) * scheme.group_bits
 
 
 def _copy(ref: TensorRef, scheme: Scheme, device: torch.device) -> QTensor:

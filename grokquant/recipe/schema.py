@@ -8,7 +8,7 @@ import os
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from grokquant.grids import CODEBOOKS, NAMED_GRIDS
+from grokquant.grids import GRIDS
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
@@ -46,9 +46,11 @@ _METHOD_KEYS["gptq"] = _METHOD_KEYS["rtn"] | {
     "damping": 0.01,
     "hessian_block": None,
 }
-# What a grid with a name decides by itself; the group of a codebook is free.
-_FIXED = ("bits", "symmetric", "scale_dtype")
-_OF_GRID = {g: _FIXED if g in CODEBOOKS else (*_FIXED, "group") for g in NAMED_GRIDS}
+
+if TYPE_CHECKING:
+    GridName: TypeAlias = str
+else:  # names that pydantic lists in errors and in the schema
+    GridName = Literal[tuple(GRIDS)]
 
 
 def check_data(data: str) -> str:
@@ -150,9 +152,7 @@ class Rule(Section):
     method: Literal["keep", "copy", "rtn", "gptq"]
     """`keep` leaves units in bfloat16, `copy` takes the source's integers as they are, `rtn` rounds
     to nearest, `gptq` rounds with error feedback."""
-    grid: Literal[
-        "integer", "nf4", "fp4", "llm_int8", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"
-    ] = "integer"
+    grid: GridName = "integer"
     """`integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name: `nf4`,
     `fp4` and `llm_int8` of bitsandbytes, the others of llama.cpp."""
     bits: Literal[2, 3, 4, 8] | None = None
@@ -207,6 +207,10 @@ class Rule(Section):
                 raise _rule_error("bits", f"method {self.method} needs it: 2, 3, 4 or 8")
             if self.group == "release":
                 raise _rule_error("group", "only method copy keeps the release's own groups")
+            row = GRIDS[self.grid]
+            if self.group and (None if self.group == "channel" else self.group) not in row.groups:
+                text = f"grid {self.grid} has groups of {row.group_names}, not {self.group}"
+                raise _rule_error("group", text)
         return self
 
     @model_serializer
@@ -277,7 +281,11 @@ class Recipe(Section):
 
 
 def _fixed_keys(grid: object) -> tuple[str, ...]:
-    return _OF_GRID.get(grid, ()) if isinstance(grid, str) else ()
+    """The keys that a grid with a name decides by itself; some leave the group to the recipe."""
+    if not isinstance(grid, str) or grid == "integer" or grid not in GRIDS:
+        return ()
+    fixed = ("bits", "symmetric", "scale_dtype")
+    return fixed if GRIDS[grid].other_groups else (*fixed, "group")
 
 
 def _rule_error(key: str, text: str) -> PydanticCustomError:
