@@ -13,6 +13,9 @@ from grokquant.methods.fits import fit_range, fit_symmetric, fit_table, squared_
 from grokquant.methods.scales import ScaleRule
 from grokquant.methods.spans import Spans
 
+# Steps by which the largest scale of a block may miss the limit. More of them gain nothing.
+_STEP_STRETCHES = (-4, -2, 0, 2, 4)
+
 
 def find_block_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
     """Scales and offsets that are unsigned integers times two float16; offsets are subtracted."""
@@ -26,7 +29,9 @@ def find_block_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: Sca
 
     whole: tuple[Tensor, ...] = (_whole(scales, d, 0, most), _whole(-offsets, dmin, 0, most))
     if rule == "mse":
-        whole = _refine(groups, weights, scheme, spans, whole, (0, most))
+        # Scales of 4 bits are coarse: what is best often is two away from the nearest.
+        for _ in range(2 if scheme.row.scale_bits == 4 else 1):
+            whole = _refine(groups, weights, scheme, spans, whole, (0, most))
     scales, offsets = spans(*whole)
     headers = MINIMA_HEADERS[scheme.grid](d, dmin, *whole)
     return Spans(scales, offsets=offsets, headers=headers)
@@ -37,16 +42,44 @@ def find_block_scales(groups: Tensor, weights: Tensor, scheme: Scheme, rule: Sca
     fit = fit_table if scheme.row.table else fit_symmetric
     scales = fit(groups, weights, scheme, rule)
     most = (1 << (scheme.row.scale_bits - 1)) - 1
+    limits = (-most - 1, most)
     d = _step(scales, scheme, most)
+    if rule == "mse" and scheme.row.scale_bits < 8:  # 8 bits are fine enough with any step
+        d = _search_step(groups, weights, scheme, scales, d, limits)
 
     def spans(parts: Tensor) -> tuple[Tensor, Tensor]:
         return (d * parts).flatten(1), torch.zeros_like(scales)
 
-    whole: tuple[Tensor, ...] = (_whole(scales, d, -most - 1, most),)
+    whole: tuple[Tensor, ...] = (_whole(scales, d, *limits),)
     if rule == "mse":
-        whole = _refine(groups, weights, scheme, spans, whole, (-most - 1, most))
+        whole = _refine(groups, weights, scheme, spans, whole, limits)
     headers = SCALE_HEADERS[scheme.grid](d, *whole)
     return Spans(spans(*whole)[0], headers=headers)
+
+
+def _search_step(
+    groups: Tensor,
+    weights: Tensor,
+    scheme: Scheme,
+    scales: Tensor,
+    d: Tensor,
+    limits: tuple[int, int],
+) -> Tensor:
+    """The step [rows, blocks, 1] with the least error of a block: `d`, or one with which the
+    largest of its scales [rows, groups] comes near one limit or the other."""
+    blocks = scales.unflatten(1, (d.shape[1], -1))
+    peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # (rows, blocks, 1)
+    zeros = torch.zeros_like(scales)
+    best = d
+    least = torch.full_like(d, torch.inf)
+    near = [limit + stretch for limit, stretch in product(limits, _STEP_STRETCHES)]
+    for step in (d, *((peak / reached).to(torch.float16).float() for reached in near)):
+        rounded = (step * _whole(scales, step, *limits)).flatten(1)
+        errors = squared_error(groups, weights, rounded, zeros, scheme)
+        error = errors.view_as(blocks).sum(-1, keepdim=True)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    return best
 
 
 def _step(values: Tensor, scheme: Scheme, most: int) -> Tensor:
