@@ -18,8 +18,19 @@ from pathlib import Path
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 
-# llama.cpp's numbers of files that are of one type throughout.
-GRIDS = {"q8_0": 7, "q6_k": 18, "q5_k": 16, "q4_1": 3, "q4_k": 14, "q4_0": 2}
+# llama.cpp's numbers of files (llama_ftype) that are of one type throughout.
+FILE_TYPES = {
+    "q8_0": 7,
+    "q6_k": 18,
+    "q5_k": 16,
+    "q4_1": 3,
+    "q4_k": 14,
+    "q4_0": 2,
+    "iq4_nl": 25,
+    "iq4_xs": 30,
+    "q3_k": 11,
+    "q2_k": 10,
+}
 BF16 = 30  # the type of embeddings and head
 PROGRAM = """
 import sys, llama_cpp
@@ -48,7 +59,7 @@ def by_llama_cpp(python: Path, dense: Path, ours: Path, grid: str, output: Path)
     shutil.copytree(ours, output)
     (output / "model.gguf").unlink()
     files = [str(directory / "model.gguf") for directory in (dense, output)]
-    command = [python, "-c", PROGRAM, *files, str(GRIDS[grid]), str(BF16)]
+    command = [python, "-c", PROGRAM, *files, str(FILE_TYPES[grid]), str(BF16)]
     subprocess.run(command, check=True, capture_output=True)
     return output
 
@@ -76,7 +87,7 @@ def outputs(python: Path | None, grid: str, directory: Path) -> Iterator[tuple[s
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("grids", nargs="*", default=list(GRIDS))
+    parser.add_argument("grids", nargs="*", default=list(FILE_TYPES))
     parser.add_argument("--llama-cpp", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
