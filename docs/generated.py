@@ -20,7 +20,7 @@ from grokquant.cli import main
 from grokquant.evaluation.report import Report
 from grokquant.families import FAMILIES
 from grokquant.formats import FORMATS, Format
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.recipe import Recipe, Rule
 
 ROOT = Path(__file__).parents[1]
@@ -167,10 +167,10 @@ def grids_by_format() -> str:
                 for output_format in FORMATS.values()
             ]
             rows.append([f"{bits} bits, {sign}", *cells])
-    for name, scheme in NAMED_GRIDS.items():
-        rows.append(
-            [f"`{name}`", *(_held(output_format, [scheme]) for output_format in FORMATS.values())]
-        )
+    for name, grid in GRIDS.items():
+        if name != "integer":
+            cells = [_held(output_format, [grid.scheme]) for output_format in FORMATS.values()]
+            rows.append([f"`{name}`", *cells])
     return _table(["grid", *(f"`{name}`" for name in FORMATS)], rows)
 
 

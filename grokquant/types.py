@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grokquant.grids import CODEBOOKS, Scheme
+from grokquant.grids import Scheme
 
 # Of a tensor that is carried over as it is, at once.
 ROW_BLOCK_BYTES = 1 << 26
@@ -21,10 +21,10 @@ ROW_BLOCK_BYTES = 1 << 26
 class QTensor:
     """Integer codes with their scales: a quantized [out, in] matrix.
 
-    `codes` int8 [out, in]; `scales` [out, groups] in the scheme's scale dtype;
-    `zero_points` int8 [out, groups] for asymmetric integers; `offsets` [out, groups] in the scale
-    dtype are the value of code 0 where a grid has one; `headers` uint8 [out, in / 256, bytes] is
-    what a block of 256 columns holds of scales and offsets, which then follow from it.
+    `codes` int8 [out, in], places in the table of a grid that has one; `scales` [out, groups] in
+    the scheme's scale dtype; `zero_points` int8 [out, groups] for asymmetric integers; `offsets`
+    [out, groups] in the scale dtype, the value of code 0 where a grid has offsets; `headers` uint8
+    [out, in / 256, bytes], from which llama.cpp's blocks of 256 columns take scales and offsets.
     """
 
     codes: Tensor
@@ -36,8 +36,11 @@ class QTensor:
 
     def dequantize(self) -> Tensor:
         """(codes - zero_points) * scales + offsets, in the scale dtype as engines do. [out, in]"""
-        dtype, groups = self.scales.dtype, (self.scales.shape[1], -1)
-        if table := CODEBOOKS.get(self.scheme.grid):
+        dtype = self.scales.dtype
+        groups = (self.scales.shape[1], -1)
+        table = self.scheme.row.table
+        unit = self.scheme.row.unit
+        if table:
             values = torch.tensor(table, dtype=dtype, device=self.codes.device)
             values = values[self.codes.long()].unflatten(1, groups)
         else:
@@ -45,8 +48,8 @@ class QTensor:
         if self.zero_points is not None:
             values = values - self.zero_points.to(dtype).unsqueeze(-1)
         values = values * self.scales.unsqueeze(-1)
-        if self.scheme.unit != 1:
-            values = values * self.scheme.unit  # at last, as bitsandbytes does
+        if unit != 1:
+            values = values * unit  # at last, as bitsandbytes does
         if self.offsets is not None:
             values = values + self.offsets.unsqueeze(-1)
         return values.flatten(1)

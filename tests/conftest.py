@@ -18,7 +18,7 @@ from grokquant.types import Matrix, Unit
 
 EXPERTS = {"match": "layers.*.experts.*.*", "method": "gptq", "bits": 4, "group": 32}
 # Every integer grid that a recipe can ask for.
-GRIDS = [
+SCHEMES = [
     Scheme(bits, group, symmetric, dtype)
     for bits in (4, 8)
     for group in (32, 64, 128, None)

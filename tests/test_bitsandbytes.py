@@ -17,7 +17,7 @@ import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.formats.bitsandbytes import FORMAT as bitsandbytes
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.job import pipeline
 from grokquant.job.convert import conversion_recipe
 from grokquant.job.fused import round_and_pack
@@ -27,11 +27,11 @@ from grokquant.recipe import parse_recipe
 from grokquant.types import QTensor
 
 ROWS, COLUMNS = 96, 256
-BLOCKS = [NAMED_GRIDS[grid] for grid in ("nf4", "fp4")]
+BLOCKS = [GRIDS[grid].scheme for grid in ("nf4", "fp4")]
 BLOCKS += [
     Scheme(4, block, True, "float32", grid) for grid in ("nf4", "fp4") for block in (32, 128)
 ]
-GRIDS = [*BLOCKS, NAMED_GRIDS["llm_int8"]]
+SCHEMES = [*BLOCKS, GRIDS["llm_int8"].scheme]
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -62,7 +62,7 @@ def of_module(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(stem): part for name, part in parts.items()}
 
 
-@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 @pytest.mark.parametrize("method", ["absmax", "mse", "gptq"])
 def test_bitsandbytes_reads_the_same_values(W, scheme, method):
     if method == "gptq":
@@ -79,7 +79,7 @@ def test_bitsandbytes_reads_the_same_values(W, scheme, method):
     assert error < (0.01 if scheme.bits == 8 else 0.2)
 
 
-@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_round_trip_bit_by_bit(W, scheme):
     quantized = quantize_rtn(W, scheme)
     parts = bitsandbytes.pack(NAME, quantized)
@@ -90,7 +90,7 @@ def test_round_trip_bit_by_bit(W, scheme):
     assert torch.equal(again.scales, quantized.scales)
 
 
-@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_tiles_make_the_same_parts(W, scheme, monkeypatch):
     monkeypatch.setattr("grokquant.methods.compiled.tile_rows", lambda columns: 20)
     tiled, errors = round_and_pack(NAME, W, "rtn", scheme, "mse", bitsandbytes)
@@ -128,7 +128,7 @@ def test_absmax_gives_the_codes_of_linear8bitlt(W):
     if theirs["weight"].dtype != torch.int8:  # older ones only round on GPUs
         codes, absmax, _ = bnb.functional.int8_vectorwise_quant(W.half())
         theirs = {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0).byte()}
-    scheme = NAMED_GRIDS["llm_int8"]
+    scheme = GRIDS["llm_int8"].scheme
     ours = of_module(bitsandbytes.pack(NAME, quantize_rtn(W.half(), scheme, "absmax")))
     assert theirs.keys() == ours.keys()
     for name, part in theirs.items():
@@ -144,7 +144,7 @@ def test_absmax_gives_the_codes_of_linear8bitlt(W):
         (Scheme(8, None), 256, "holds the grids nf4, fp4 and llm_int8, not int8 channel sym"),
         (Scheme(4, None, True, "float32", "nf4"), 256, "its blocks hold 32, 64"),
         (Scheme(4, 48, True, "float32", "nf4"), 96, "its blocks hold 32, 64"),
-        (NAMED_GRIDS["nf4"], 96, "blocks of 64 weights do not divide rows of 96"),
+        (GRIDS["nf4"].scheme, 96, "blocks of 64 weights do not divide rows of 96"),
     ],
 )
 def test_what_it_cannot_hold_is_refused(scheme, columns, reason):
@@ -336,5 +336,5 @@ def test_a_foreign_table_is_refused(one_file):
 def test_quantized_tensor_of_int8_is_multiplied_out_as_bitsandbytes_does():
     codes = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).repeat(50, 1)
     scales = torch.rand(50, 1, generator=torch.Generator().manual_seed(2)) + 0.1
-    found = QTensor(codes, scales, NAMED_GRIDS["llm_int8"]).dequantize()
+    found = QTensor(codes, scales, GRIDS["llm_int8"].scheme).dequantize()
     assert torch.equal(found, int8_vectorwise_dequant(codes, scales.squeeze(1)))

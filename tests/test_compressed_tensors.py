@@ -7,14 +7,14 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
-from conftest import GRIDS, unit_of
+from conftest import SCHEMES, unit_of
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.formats.compressed_tensors import FORMAT as compressed_tensors
 from grokquant.formats.compressed_tensors import INT_QUANTIZED as int_quantized
 from grokquant.formats.words import pack_with_torch, pack_words, unpack_words
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.job import pipeline
 from grokquant.job.plan import build_plan
 from grokquant.methods.rtn import quantize_rtn
@@ -23,7 +23,7 @@ from grokquant.types import QTensor, Unit
 NAME = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
 
 
-@pytest.fixture(params=GRIDS, ids=str)
+@pytest.fixture(params=SCHEMES, ids=str)
 def quantized(request) -> QTensor:
     W = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     return quantize_rtn(W, request.param)
@@ -163,11 +163,11 @@ def test_shapes_that_do_not_fill_words_are_refused():
     assert compressed_tensors.refusal(Scheme(4, 32, symmetric=False), (60, 256))
     assert compressed_tensors.refusal(Scheme(4, 128), (60, 256)) is None
     assert "not int3" in compressed_tensors.refusal(Scheme(3, 32), (64, 256))
-    assert "not nf4" in compressed_tensors.refusal(NAMED_GRIDS["nf4"], (64, 256))
+    assert "not nf4" in compressed_tensors.refusal(GRIDS["nf4"].scheme, (64, 256))
     assert "not int4" in int_quantized.refusal(Scheme(4, 32), (64, 256))
 
 
-INT8 = [scheme for scheme in GRIDS if scheme.bits == 8]
+INT8 = [scheme for scheme in SCHEMES if scheme.bits == 8]
 
 
 @pytest.mark.parametrize("scheme", INT8, ids=str)

@@ -8,7 +8,7 @@ import torch
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.job import pipeline
 from grokquant.job.convert import conversion_recipe
 from grokquant.recipe import parse_recipe
@@ -52,17 +52,17 @@ def values(quantized: QTensor) -> torch.Tensor:
 PAIRS = [
     (INT4, "compressed-tensors", "compressed-tensors", Scheme(4, 32, True, "float16")),
     (INT4, "compressed-tensors", "gptq", Scheme(4, 32, True, "float16")),
-    (INT4, "compressed-tensors", "gguf", NAMED_GRIDS["q4_0"]),
+    (INT4, "compressed-tensors", "gguf", GRIDS["q4_0"].scheme),
     (INT4, "gptq", "compressed-tensors", Scheme(4, 32, True, "float16")),
-    (INT4, "gptq", "gguf", NAMED_GRIDS["q4_0"]),
-    (INT4 | {"group": 128}, "gptq", "gguf", NAMED_GRIDS["q4_0"]),
-    (INT8, "gptq", "gguf", NAMED_GRIDS["q8_0"]),
-    (INT8, "compressed-tensors", "gguf", NAMED_GRIDS["q8_0"]),
+    (INT4, "gptq", "gguf", GRIDS["q4_0"].scheme),
+    (INT4 | {"group": 128}, "gptq", "gguf", GRIDS["q4_0"].scheme),
+    (INT8, "gptq", "gguf", GRIDS["q8_0"].scheme),
+    (INT8, "compressed-tensors", "gguf", GRIDS["q8_0"].scheme),
     (BFLOAT16, "compressed-tensors", "gptq", Scheme(4, 64, True, "float16")),
-    (BFLOAT16, "compressed-tensors", "gguf", NAMED_GRIDS["q4_0"]),
+    (BFLOAT16, "compressed-tensors", "gguf", GRIDS["q4_0"].scheme),
     (EXPERTS | {"grid": "q4_0"}, "gguf", "gptq", Scheme(4, 32, True, "float16")),
     (EXPERTS | {"grid": "q8_0"}, "gguf", "compressed-tensors", Scheme(8, 32, True, "float16")),
-    (EXPERTS | {"grid": "q4_1"}, "gguf", "gguf", NAMED_GRIDS["q4_1"]),
+    (EXPERTS | {"grid": "q4_1"}, "gguf", "gguf", GRIDS["q4_1"].scheme),
     (INT4 | {"symmetric": False}, "compressed-tensors", "compressed-tensors", None),
     (EXPERTS | {"bits": 3, "group": 64}, "gptq", "gptq", Scheme(3, 64, True, "float16")),
 ]

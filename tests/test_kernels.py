@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GRIDS
+from conftest import SCHEMES
 
 from grokquant.grids import Scheme
 from grokquant.methods import compiled
@@ -42,7 +42,7 @@ def check(W: torch.Tensor | QTensor, scheme: Scheme, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("scheme", [*GRIDS, Scheme(4, 128, scale_dtype="float32")], ids=str)
+@pytest.mark.parametrize("scheme", [*SCHEMES, Scheme(4, 128, scale_dtype="float32")], ids=str)
 def test_equal_to_torch_on_every_grid(scheme, rule):
     check(random_weights(70, 384), scheme, rule)
     check(random_weights(70, 384).bfloat16(), scheme, rule)
@@ -129,7 +129,7 @@ def test_other_group_sizes_go_to_torch():
     assert quantize_rtn(random_weights(8, 96), scheme).scales.shape == (8, 8)
 
 
-@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_sums_of_squares(scheme):
     W = random_weights(70, 384)
     W[3] = 0

@@ -94,8 +94,12 @@ def quantized(model: str, rules: list[dict], shard: str, path: Path) -> Path:
         ({"method": "rtn", "grid": "q4_1"}, "500MB"),
         ({"method": "rtn", "grid": "q5_k"}, "500MB"),
         ({"method": "rtn", "grid": "q6_k"}, "500MB"),
+        ({"method": "rtn", "grid": "iq4_nl"}, "500MB"),
+        ({"method": "rtn", "grid": "q3_k"}, "500MB"),
         ({"method": "gptq", "grid": "q4_0"}, "500MB"),
         ({"method": "gptq", "grid": "q4_k"}, "3MB"),
+        ({"method": "gptq", "grid": "iq4_xs"}, "2MB"),
+        ({"method": "gptq", "grid": "q2_k"}, "500MB"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
 )
@@ -144,6 +148,7 @@ MIXED = [
     {"match": "*.v", "method": "rtn", "grid": "q6_k"},
     {"match": "layers.0.*", "method": "rtn", "grid": "q4_k"},
     {"match": "layers.1.*.down", "method": "rtn", "grid": "q5_k"},
+    {"match": "layers.1.*.up", "method": "rtn", "grid": "iq4_xs"},
     {"match": "*", "method": "rtn", "grid": "q8_0"},
 ]
 

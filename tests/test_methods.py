@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GRIDS
+from conftest import SCHEMES
 
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.methods.copy import InexactScale, can_copy, copy_quantized
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.methods.scales import find_scales
@@ -40,7 +40,7 @@ def naive_rtn(W: np.ndarray, scheme: Scheme) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_rtn_absmax_equals_the_naive_reference(W, scheme):
     quantized = quantize_rtn(W, scheme, "absmax")
     wide = QTensor(
@@ -49,7 +49,7 @@ def test_rtn_absmax_equals_the_naive_reference(W, scheme):
     assert np.allclose(wide.numpy(), naive_rtn(W.numpy(), scheme), atol=1e-7)
 
 
-@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_searched_scales_are_never_worse_than_absmax(W, scheme):
     errors = [
         (W - quantize_rtn(W, scheme, rule).dequantize().float()).square().sum().item()
@@ -90,7 +90,7 @@ def test_copy_is_refused_where_it_would_lose():
     assert can_copy(Scheme(8, None), Scheme(8, 128), 256)
     assert not can_copy(Scheme(8, 32), Scheme(8, 128), 256)
     assert not can_copy(Scheme(8, 128), Scheme(4, 128), 256)
-    assert not can_copy(Scheme(4, 32, False, "float16"), NAMED_GRIDS["q4_1"], 256)
+    assert not can_copy(Scheme(4, 32, False, "float16"), GRIDS["q4_1"].scheme, 256)
 
 
 @pytest.mark.parametrize("scale", [2.0**-17 * 1.9921875, 65280.0, 0.0078125])
@@ -116,7 +116,7 @@ def test_a_scale_that_the_dtype_has_not_is_refused(scale):
 
 @pytest.mark.parametrize("name", ["q4_1", "q4_k", "q6_k", "asymmetric"])
 def test_copy_takes_offsets_and_headers_along(W, name):
-    stored = quantize_rtn(W, NAMED_GRIDS.get(name, Scheme(4, 64, False)))
+    stored = quantize_rtn(W, GRIDS[name].scheme if name in GRIDS else Scheme(4, 64, False))
     copied = copy_quantized(stored, stored.scheme)
     assert torch.equal(copied.dequantize(), stored.dequantize())
     assert (copied.headers is None) == (stored.headers is None)

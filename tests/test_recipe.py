@@ -140,7 +140,7 @@ MISTAKES = [
         "grid: q4_k\n    group: 64",
         "7:12: quantize[0].group: grid q4_k decides it (null unsets it)",
     ),
-    ("bits: 4", "grid: q3_k", "6:11: quantize[0].grid: Input should be 'integer', 'nf4', "),
+    ("bits: 4", "grid: q3_x", "6:11: quantize[0].grid: Input should be 'integer', 'nf4', "),
     (
         "bits: 4",
         "bits: 8\n    group: release",

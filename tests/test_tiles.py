@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GRIDS, unit_of
+from conftest import SCHEMES, unit_of
 from test_kernels import random_release, random_weights
 
 from grokquant.errors import InputError
@@ -48,7 +48,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("scheme", GRIDS, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_rtn_packs_what_quantize_rtn_makes(scheme):
     for stored in (random_release(200, 384, 128), random_weights(200, 384)):
         quantized = quantize_rtn(stored, scheme, "absmax")

@@ -1,34 +1,30 @@
-"""Mean KLD of the toy in llama.cpp's grids: our rtn and gptq against llama.cpp's own quantizer.
+"""Mean KLD of the toy in llama.cpp's grids: our rtn and gptq against ggml's own quantizer.
 
-    python eval/bench/gguf_quality.py --llama-cpp PYTHON [GRID ...]
+    python eval/bench/gguf_quality.py [GRID ...]
 
-Experts and attention are quantized by all three, embeddings and head by none. PYTHON has
-llama-cpp-python; without it there is no peer. All are read and evaluated by the same code. Prints a
+Experts and attention are quantized by all three, embeddings and head by none, as llama-quantize
+does with --pure. ggml is taken from the file that GGML_LIBRARY names or from an installed llama_cpp
+package; without it there is no peer. All results are read and evaluated by the same code. Prints a
 JSON line per grid and quantizer.
 """
 
 import argparse
 import json
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
+from ggml import ggml_library, quantizer
+
 import grokquant
 from grokquant.checkpoint import open_checkpoint
+from grokquant.files.gguf_header import GgufTensor, read_tensors
+from grokquant.grids import GRIDS
 
-# llama.cpp's numbers of files that are of one type throughout.
-GRIDS = {"q8_0": 7, "q6_k": 18, "q5_k": 16, "q4_1": 3, "q4_k": 14, "q4_0": 2}
-BF16 = 30  # the type of embeddings and head
-PROGRAM = """
-import sys, llama_cpp
-source, target, kind, kept = sys.argv[1:]
-params = llama_cpp.llama_model_quantize_default_params()
-params.ftype, params.pure = int(kind), True
-params.token_embedding_type = params.output_tensor_type = int(kept)
-sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params))
-"""
+NAMES = [name for name, grid in GRIDS.items() if grid.ggml_type is not None]
 
 
 def quantize(rule: dict, output: Path) -> Path:
@@ -43,14 +39,30 @@ def quantize(rule: dict, output: Path) -> Path:
     )
 
 
-def by_llama_cpp(python: Path, dense: Path, ours: Path, grid: str, output: Path) -> Path:
-    """`ours`, its file replaced by what llama.cpp makes of the dense one."""
+def by_ggml(library: Path, dense: Path, ours: Path, grid: str, output: Path) -> Path:
+    """`ours`, its blocks replaced by those that ggml makes of the same tensors of `dense`."""
     shutil.copytree(ours, output)
-    (output / "model.gguf").unlink()
-    files = [str(directory / "model.gguf") for directory in (dense, output)]
-    command = [python, "-c", PROGRAM, *files, str(GRIDS[grid]), str(BF16)]
-    subprocess.run(command, check=True, capture_output=True)
+    stored = {tensor.name: tensor for tensor in read_tensors(dense / "model.gguf")}
+    quantize = quantizer(library)
+    with (output / "model.gguf").open("r+b") as file:
+        for tensor in read_tensors(output / "model.gguf"):
+            if tensor.type != grid.upper():
+                continue
+            W = weights(dense / "model.gguf", stored[tensor.name])
+            blocks = np.empty(tensor.bytes, np.uint8)
+            columns = tensor.shape[-1]
+            rows = W.numel() // columns
+            addresses = (W.data_ptr(), blocks.ctypes.data)
+            quantize(GRIDS[grid].ggml_type, *addresses, 0, rows, columns, None)
+            file.seek(tensor.offset)
+            file.write(blocks.tobytes())
     return output
+
+
+def weights(path: Path, tensor: GgufTensor) -> torch.Tensor:
+    """A bfloat16 tensor of a file in float32."""
+    raw = np.fromfile(path, np.int16, tensor.bytes // 2, offset=tensor.offset)
+    return torch.from_numpy(raw).view(torch.bfloat16).float()
 
 
 def weight_error(output: Path) -> float:
@@ -64,25 +76,26 @@ def weight_error(output: Path) -> float:
     return (lost / total) ** 0.5
 
 
-def outputs(python: Path | None, grid: str, directory: Path) -> Iterator[tuple[str, Path]]:
+def outputs(library: Path | None, grid: str, directory: Path) -> Iterator[tuple[str, Path]]:
     rtn = quantize({"method": "rtn", "grid": grid}, directory / f"{grid}-rtn")
-    if python:
+    if library:
         dense = directory / "dense"
         dense = dense if dense.exists() else quantize({"method": "keep"}, dense)
-        yield "llama.cpp", by_llama_cpp(python, dense, rtn, grid, directory / f"{grid}-peer")
+        yield "llama.cpp", by_ggml(library, dense, rtn, grid, directory / f"{grid}-peer")
     yield "rtn", rtn
     yield "gptq", quantize({"method": "gptq", "grid": grid}, directory / f"{grid}-gptq")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("grids", nargs="*", default=list(GRIDS))
-    parser.add_argument("--llama-cpp", type=Path)
+    parser.add_argument("grids", nargs="*", default=NAMES)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         for grid in given.grids:
-            for quantizer, output in outputs(given.llama_cpp, grid, Path(directory)):
-                report = grokquant.evaluate(output, "toy", samples=128, length=256)
+            for quantizer, output in outputs(ggml_library(), grid, Path(directory)):
+                report = grokquant.evaluate(
+                    output, "toy", samples=128, length=256, quick=True, cache=f"{directory}/cache"
+                )
                 figures = {
                     "bench": "gguf_quality",
                     "grid": grid,

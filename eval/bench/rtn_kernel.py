@@ -10,10 +10,7 @@ Figures are GB/s where a weight counts 2 bytes, medians of runs in turn. Prints 
 """
 
 import argparse
-import ctypes
-import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +21,7 @@ from statistics import median
 import measure
 import numpy as np
 import torch
+from ggml import ggml_library, quantizer
 from torch import Tensor
 
 from grokquant.formats.compressed_tensors import FORMAT
@@ -99,21 +97,8 @@ def torch_compiled(stored: QTensor) -> Run:
     return run
 
 
-def ggml_library() -> Path | None:
-    """The shared library that has ggml_quantize_chunk."""
-    if "GGML_LIBRARY" in os.environ:
-        return Path(os.environ["GGML_LIBRARY"])
-    package = importlib.util.find_spec("llama_cpp")
-    if package is None or package.origin is None:
-        return None
-    return next(Path(package.origin).parent.glob("lib/*ggml-base.*"), None)
-
-
 def ggml_q4_0(library: Path, stored: QTensor) -> Run:
-    quantize = ctypes.CDLL(str(library)).ggml_quantize_chunk
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-    quantize.restype = ctypes.c_size_t
+    quantize = quantizer(library)
     rows, columns = stored.codes.shape
     W, threads = np.empty((rows, columns), np.float32), torch.get_num_threads()
     for start in range(0, rows, TORCH_ROWS):

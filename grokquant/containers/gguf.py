@@ -29,7 +29,7 @@ from grokquant.containers.gguf_names import (
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
 from grokquant.files.gguf_header import DENSE, TYPES, GgufTensor, Short, Signed, Value, gguf_layout
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import Scheme, block_grid
 from grokquant.types import Source, TensorRef
 
 _BLOCKS = "_blocks"  # ends the names of packed matrices, see formats/gguf.py
@@ -129,7 +129,9 @@ def _placed(
 
 
 def _type_of(scheme: Scheme) -> str:
-    return next(name for name, grid in NAMED_GRIDS.items() if grid == scheme).upper()
+    grid = block_grid(scheme)
+    assert grid is not None, f"llama.cpp has no type for {scheme}"
+    return grid.name.upper()
 
 
 def _planned(tensor: GgufTensor) -> PlannedTensor:

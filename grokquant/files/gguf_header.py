@@ -14,19 +14,14 @@ import torch
 
 from grokquant.errors import InputError
 from grokquant.files.safetensors_header import FileLayout
+from grokquant.grids import GRIDS
 
 ALIGNMENT = 32
 # Names of ggml types with their numbers, values per block and bytes per block.
-TYPES = {
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "Q4_0": (2, 32, 18),
-    "Q4_1": (3, 32, 20),
-    "Q8_0": (8, 32, 34),
-    "Q4_K": (12, 256, 144),
-    "Q5_K": (13, 256, 176),
-    "Q6_K": (14, 256, 210),
-    "BF16": (30, 1, 2),
+TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)} | {
+    grid.name.upper(): (grid.ggml_type, grid.block_columns, grid.block_bytes)
+    for grid in GRIDS.values()
+    if grid.ggml_type is not None
 }
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BY_NUMBER = {number: name for name, (number, _, _) in TYPES.items()}

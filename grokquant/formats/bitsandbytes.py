@@ -29,13 +29,12 @@ from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.reading import check_packed
 from grokquant.formats.targets import own_config
-from grokquant.grids import CODEBOOKS, NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "bitsandbytes"
 
-_INT8 = NAMED_GRIDS["llm_int8"]
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that its kernels know
+_INT8 = GRIDS["llm_int8"].scheme
 _STATE = "quant_state.bitsandbytes__"
 _SCALE_DTYPE = "float32"
 
@@ -44,12 +43,13 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
     if scheme == _INT8:
         return None
-    if scheme.grid not in CODEBOOKS:
+    if NAME not in scheme.row.formats:
         return f"it holds the grids nf4, fp4 and llm_int8, not {scheme}"
-    if scheme.group_size not in _BLOCKS:
-        return f"its blocks hold {', '.join(map(str, _BLOCKS))} weights, unlike {scheme}"
-    if shape[1] % scheme.group_size:
-        return f"blocks of {scheme.group_size} weights do not divide rows of {shape[1]}"
+    size = scheme.group_size
+    if size is None or size not in scheme.row.groups:
+        return f"its blocks hold {scheme.row.group_names} weights, unlike {scheme}"
+    if shape[1] % size:
+        return f"blocks of {size} weights do not divide rows of {shape[1]}"
     return None
 
 
@@ -97,7 +97,7 @@ def _pack_four_bits(
     weight.view(-1, columns // 2)[rows] = pairs.to(weight.device)
     absmax = packed[f"{tensor}.absmax"].view(-1, scheme.groups(columns))
     absmax[rows] = quantized.scales.to(weight.device)
-    packed[f"{tensor}.quant_map"].copy_(torch.tensor(CODEBOOKS[scheme.grid]))
+    packed[f"{tensor}.quant_map"].copy_(torch.tensor(scheme.row.table))
     state = _state((len(absmax), columns), scheme)
     packed[f"{tensor}.{_STATE}{scheme.grid}"].copy_(torch.tensor(list(state), dtype=torch.uint8))
 
@@ -181,7 +181,7 @@ def _unpacked_ref(
     def load() -> QTensor:
         packed = {ref.name: ref.read() for ref in refs}
         values = packed.get(f"{tensor}.quant_map")
-        if values is not None and not values.equal(torch.tensor(CODEBOOKS[scheme.grid])):
+        if values is not None and not values.equal(torch.tensor(scheme.row.table)):
             raise InputError(
                 f"{source.path}: {tensor}.quant_map does not hold the values of {scheme.grid}"
             )

@@ -17,7 +17,7 @@ Storage = Literal["pack-quantized", "int-quantized"]
 
 def not_integers(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
     """Why engines do not read this grid in this format, None if they do."""
-    if scheme.grid == "integer" and scheme.bits in bits:
+    if NAME in scheme.row.formats and scheme.bits in bits:
         return None
     return f"it holds integers of {' or '.join(map(str, bits))} bits, not {scheme}"
 

@@ -41,7 +41,7 @@ _ENDINGS = ("qweight", "qzeros", "scales", "g_idx")
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
-    if scheme.grid != "integer":
+    if NAME not in scheme.row.formats:
         return f"it holds integers, not {scheme.grid}"
     if not scheme.symmetric:
         return "it cannot store a zero point of 0, which symmetric: false may need"

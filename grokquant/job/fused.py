@@ -82,7 +82,7 @@ def not_finite(tensor: str, stored: Tensor | QTensor, scheme: Scheme) -> InputEr
         peak = max(peak, W.abs().max().item())
     if count:
         return InputError(f"{tensor}: {count} non-finite weights, the first at {first}")
-    held = scheme.scale_dtype if scheme.grid == "integer" else scheme.grid
+    held = scheme.scale_dtype if scheme.is_integer else scheme.grid
     return InputError(f"{tensor}: {held} cannot hold weights as large as {peak:g}")
 
 

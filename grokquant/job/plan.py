@@ -14,7 +14,7 @@ from grokquant.containers.container import Group, OutputLayout, PlannedFile, Pla
 from grokquant.errors import InputError
 from grokquant.files.atomic import nearest_directory
 from grokquant.formats import FORMATS, Format
-from grokquant.grids import NAMED_GRIDS, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.humanize import size
 from grokquant.methods import METHODS
 from grokquant.methods.copy import can_copy
@@ -150,9 +150,7 @@ def build_plan(recipe: Recipe) -> Plan:
             kept.append(matrix.name)
         else:
             ref = checkpoint.source.tensors[matrix.tensor]
-            units[matrix.name] = _plan_unit(
-                matrix, ref, index, recipe.quantize[index], output_format
-            )
+            units[matrix.name] = _plan_unit(matrix, ref, recipe, index, output_format)
     if not units and not output_format.holds_dense:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
     planned = {unit.tensor: unit for unit in units.values()}
@@ -185,13 +183,15 @@ def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
 
 
 def _plan_unit(
-    matrix: Matrix, ref: TensorRef, index: int, rule: Rule, output_format: Format
+    matrix: Matrix, ref: TensorRef, recipe: Recipe, index: int, output_format: Format
 ) -> Unit:
+    """A matrix as rule number `index` stores it. Raises InputError where that cannot be."""
     name = matrix.name
+    rule = recipe.quantize[index]
     rows, columns = ref.shape
     lossless = METHODS[rule.method].lossless
     scheme = _copied(name, ref, rule, output_format) if lossless else _chosen(rule, output_format)
-    if scheme.group_size == columns and rule.grid == scheme.grid == "integer":
+    if scheme.group_size == columns and rule.grid == "integer" and scheme.is_integer:
         scheme = replace(scheme, group_size=None)
     if columns % (scheme.group_size or 1):
         raise InputError(
@@ -214,7 +214,8 @@ def _plan_unit(
 def _chosen(rule: Rule, output_format: Format) -> Scheme:
     """The grid that a rule asks for."""
     group = rule.group if isinstance(rule.group, int) else None
-    if named := NAMED_GRIDS.get(rule.grid):
+    if rule.grid != "integer":
+        named = GRIDS[rule.grid].scheme
         return replace(named, group_size=group) if rule.group else named
     scale_dtype = rule.scale_dtype or output_format.scale_dtype
     return Scheme(rule.bits or 8, group, rule.symmetric, scale_dtype)
@@ -226,7 +227,7 @@ def _copied(name: str, ref: TensorRef, rule: Rule, output_format: Format) -> Sch
     rows, columns = ref.shape
     if ref.scheme is None:
         raise InputError(f"{name}: method copy needs a source that stores integers")
-    if ref.scheme.grid != "integer":
+    if not ref.scheme.is_integer:
         return ref.scheme
     stored, group = ref.scheme.group_size or columns, rule.group
     most = gcd(stored, group) if isinstance(group, int) else stored

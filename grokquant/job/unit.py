@@ -9,7 +9,7 @@ from torch import Tensor
 from grokquant.calibration.site import Site
 from grokquant.devices import CPU
 from grokquant.formats import Format
-from grokquant.grids import GROUP_BITS, SCALE_DTYPES, Scheme
+from grokquant.grids import Scheme
 from grokquant.job.fused import not_finite, round_and_pack, round_whole
 from grokquant.methods import METHODS
 from grokquant.methods.method import (
@@ -105,9 +105,7 @@ def report_of(
 
 def stored_bits(scheme: Scheme, shape: tuple[int, int]) -> int:
     """Bits of codes, scales and zero points or offsets of a matrix [out, in]."""
-    of_scale = SCALE_DTYPES[scheme.scale_dtype].itemsize * 8
-    of_group = GROUP_BITS.get(scheme.grid, of_scale + scheme.bits * (not scheme.symmetric))
-    return prod(shape) * scheme.bits + shape[0] * scheme.groups(shape[1]) * of_group
+    return prod(shape) * scheme.bits + shape[0] * scheme.groups(shape[1]) * scheme.group_bits
 
 
 def _fall_back(unit: Unit, W: Tensor) -> Rounded:

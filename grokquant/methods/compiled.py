@@ -31,8 +31,7 @@ def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
     """Whether `round_tile` is made for rounding W, or tiles of it, to `scheme`."""
     matrix = W.codes if isinstance(W, QTensor) else W
     group_size = scheme.group_size or matrix.shape[1]
-    integers = scheme.grid == "integer"
-    return integers and matrix.device.type == "cpu" and group_size % STEP == 0
+    return scheme.is_integer and matrix.device.type == "cpu" and group_size % STEP == 0
 
 
 def round_tile(
@@ -84,7 +83,8 @@ def in_tiles(rows: int, size: int, work: Callable[[slice], _T]) -> list[_T]:
 
 def _rows(tile: Tensor | QTensor) -> Rows:
     if isinstance(tile, QTensor):
-        if tile.zero_points is None and tile.scales.dtype == torch.bfloat16:
+        plain = tile.scheme.is_integer and tile.zero_points is None
+        if plain and tile.scales.dtype == torch.bfloat16:
             codes = tile.codes.T if tile.codes.stride(0) == 1 else tile.codes.T.contiguous()
             columns, rows = codes.shape
             stride = codes.stride(0)

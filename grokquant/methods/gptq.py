@@ -15,13 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from grokquant.grids import CODEBOOKS, Scheme
+from grokquant.grids import Scheme
 from grokquant.methods.gptq_kernels import round_columns
 from grokquant.methods.ldl import factorize_, permute_
-from grokquant.methods.levels import divisors, find_levels, nearest_in_codebook
+from grokquant.methods.levels import find_levels
 from grokquant.methods.method import Cost, Method, Needs, Rounded, Site, UnusableHessian
 from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
 from grokquant.methods.scales import ScaleRule, round_to_grid
+from grokquant.methods.spans import divisors, nearest_in_codebook
 from grokquant.types import QTensor
 
 _FLOAT = torch.float32.itemsize
@@ -201,9 +202,9 @@ class _Slab:
         self.groups = factor.columns // (W.shape[1] // scales.shape[1])
         offsets = quantized.offsets
         offsets = torch.zeros_like(scales) if offsets is None else offsets[rows]
-        levels = (divisors(scales, self.scheme.unit), zeros, offsets)
+        levels = (divisors(scales, self.scheme.row.unit), zeros, offsets)
         self.scales, self.zeros, self.offsets = (M.T.float().contiguous() for M in levels)
-        self.table = torch.tensor(CODEBOOKS.get(self.scheme.grid, ()), device=W.device)
+        self.table = torch.tensor(self.scheme.row.table, device=W.device)
 
     def round(self, threads: ThreadPoolExecutor | None) -> float:
         """Rounds all; returns tr(E H E^T) of the errors E. Compiled where there are `threads`."""

@@ -47,7 +47,7 @@ def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -
 def quantize_with_torch(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
     """`quantize_rtn` on any device and for any group size; the kernels' reference."""
     dense = W.dequantize() if isinstance(W, QTensor) else W
-    if scheme.grid == "integer":
+    if scheme.is_integer:
         return quantize_nearest(dense, *search_scales(dense, scheme, rule), scheme)
     return find_levels(dense, scheme, rule).nearest(dense)
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from grokquant.grids import CODEBOOKS, NAMED_GRIDS
+from grokquant.grids import GRIDS
 from grokquant.methods import METHODS
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -36,9 +36,11 @@ _METHOD_KEYS: dict[str, dict[str, Any]] = {
     name: {**method.grid_keys, **{key.name: key.default for key in fields(method.settings)}}
     for name, method in METHODS.items()
 }
-# What a grid with a name decides by itself; the group of a codebook is free.
-_FIXED = ("bits", "symmetric", "scale_dtype")
-_OF_GRID = {g: _FIXED if g in CODEBOOKS else (*_FIXED, "group") for g in NAMED_GRIDS}
+
+if TYPE_CHECKING:
+    GridName: TypeAlias = str
+else:  # names that pydantic lists in errors and in the schema
+    GridName = Literal[tuple(GRIDS)]
 
 
 def check_data(data: str) -> str:
@@ -138,9 +140,7 @@ class _Rule(Section):
     """A glob over unit names such as `layers.3.experts.5.down`: `*` stands for anything, dots
     included, `?` for one character, `[0-3]` for one of a set."""
     method: str
-    grid: Literal[
-        "integer", "nf4", "fp4", "llm_int8", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q8_0"
-    ] = "integer"
+    grid: GridName = "integer"
     """`integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name: `nf4`,
     `fp4` and `llm_int8` of bitsandbytes, the others of llama.cpp."""
     bits: Literal[2, 3, 4, 8] | None = None
@@ -190,6 +190,10 @@ class _Rule(Section):
                 raise _rule_error("bits", f"method {self.method} needs it: 2, 3, 4 or 8")
             if self.group == "release":
                 raise _rule_error("group", "only method copy keeps the release's own groups")
+            row = GRIDS[self.grid]
+            if self.group and (None if self.group == "channel" else self.group) not in row.groups:
+                text = f"grid {self.grid} has groups of {row.group_names}, not {self.group}"
+                raise _rule_error("group", text)
         return self
 
     @model_serializer
@@ -282,7 +286,11 @@ class Recipe(Section):
 
 
 def _fixed_keys(grid: object) -> tuple[str, ...]:
-    return _OF_GRID.get(grid, ()) if isinstance(grid, str) else ()
+    """The keys that a grid with a name decides by itself; some leave the group to the recipe."""
+    if not isinstance(grid, str) or grid == "integer" or grid not in GRIDS:
+        return ()
+    fixed = ("bits", "symmetric", "scale_dtype")
+    return fixed if GRIDS[grid].other_groups else (*fixed, "group")
 
 
 def _rule_error(key: str, text: str) -> PydanticCustomError:

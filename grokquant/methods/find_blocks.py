@@ -1,0 +1,121 @@
+"""Levels of llama.cpp's blocks of 256 columns: the scales and offsets of their groups are small
+integers times a float16 that the block stores once."""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from grokquant.grids import Scheme
+from grokquant.methods.block_headers import MINIMA_HEADERS, SCALE_HEADERS
+from grokquant.methods.fits import fit_range, fit_symmetric, fit_table, squared_error
+from grokquant.methods.scales import ScaleRule
+from grokquant.methods.spans import Spans
+
+# Steps by which the largest scale of a block may miss the limit. More of them gain nothing.
+_STEP_STRETCHES = (-4, -2, 0, 2, 4)
+
+
+def find_block_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
+    """Scales and offsets that are unsigned integers times two float16; offsets are subtracted."""
+    scales, offsets = fit_range(groups, weights, scheme, rule, any_sign=False)
+    most = (1 << scheme.row.scale_bits) - 1
+    d = _step(scales, scheme, most)
+    dmin = _step(offsets, scheme, most)
+
+    def spans(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
+        return (d * scales).flatten(1), -(dmin * minima).flatten(1)
+
+    whole: tuple[Tensor, ...] = (_whole(scales, d, 0, most), _whole(-offsets, dmin, 0, most))
+    if rule == "mse":
+        # Scales of 4 bits are coarse: what is best often is two away from the nearest.
+        for _ in range(2 if scheme.row.scale_bits == 4 else 1):
+            whole = _refine(groups, weights, scheme, spans, whole, (0, most))
+    scales, offsets = spans(*whole)
+    headers = MINIMA_HEADERS[scheme.grid](d, dmin, *whole)
+    return Spans(scales, offsets=offsets, headers=headers)
+
+
+def find_block_scales(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
+    """Scales that are signed integers times a float16."""
+    fit = fit_table if scheme.row.table else fit_symmetric
+    scales = fit(groups, weights, scheme, rule)
+    most = (1 << (scheme.row.scale_bits - 1)) - 1
+    limits = (-most - 1, most)
+    d = _step(scales, scheme, most)
+    if rule == "mse" and scheme.row.scale_bits < 8:  # 8 bits are fine enough with any step
+        d = _search_step(groups, weights, scheme, scales, d, limits)
+
+    def spans(parts: Tensor) -> tuple[Tensor, Tensor]:
+        return (d * parts).flatten(1), torch.zeros_like(scales)
+
+    whole: tuple[Tensor, ...] = (_whole(scales, d, *limits),)
+    if rule == "mse":
+        whole = _refine(groups, weights, scheme, spans, whole, limits)
+    headers = SCALE_HEADERS[scheme.grid](d, *whole)
+    return Spans(spans(*whole)[0], headers=headers)
+
+
+def _search_step(
+    groups: Tensor,
+    weights: Tensor,
+    scheme: Scheme,
+    scales: Tensor,
+    d: Tensor,
+    limits: tuple[int, int],
+) -> Tensor:
+    """The step [rows, blocks, 1] with the least error of a block: `d`, or one with which the
+    largest of its scales [rows, groups] comes near one limit or the other."""
+    blocks = scales.unflatten(1, (d.shape[1], -1))
+    peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # (rows, blocks, 1)
+    zeros = torch.zeros_like(scales)
+    best = d
+    least = torch.full_like(d, torch.inf)
+    near = [limit + stretch for limit, stretch in product(limits, _STEP_STRETCHES)]
+    for step in (d, *((peak / reached).to(torch.float16).float() for reached in near)):
+        rounded = (step * _whole(scales, step, *limits)).flatten(1)
+        errors = squared_error(groups, weights, rounded, zeros, scheme)
+        error = errors.view_as(blocks).sum(-1, keepdim=True)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _step(values: Tensor, scheme: Scheme, most: int) -> Tensor:
+    """A float16 step for each block (as float32 [rows, blocks, 1]), such that no value [rows,
+    groups] is more than `most` steps. Small ones are below float16's normal numbers, where one that
+    is rounded down would cut off much."""
+    assert scheme.group_size is not None
+    groups = scheme.row.block_columns // scheme.group_size
+    largest = values.unflatten(1, (-1, groups)).abs().amax(-1, keepdim=True) / most
+    step = largest.to(torch.float16)
+    following = (step.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(step.float() < largest, following, step).float()
+
+
+def _whole(values: Tensor, step: Tensor, least: int, most: int) -> Tensor:
+    """Values [rows, groups] as whole numbers of their block's steps, [rows, blocks, groups]."""
+    blocks = values.unflatten(1, (step.shape[1], -1))
+    return (blocks / torch.where(step == 0, 1.0, step)).round().clamp(least, most)
+
+
+def _refine(
+    groups: Tensor,
+    weights: Tensor,
+    scheme: Scheme,
+    spans: Callable[..., tuple[Tensor, Tensor]],
+    whole: tuple[Tensor, ...],
+    limits: tuple[int, int],
+) -> tuple[Tensor, ...]:
+    """Whole numbers, moved by one up or down where the scales and offsets that `spans` makes of
+    them err less, now that they are rounded."""
+    best = whole
+    least = torch.full(groups.shape[:2], torch.inf, device=groups.device)
+    for moves in product((0, -1, 1), repeat=len(whole)):
+        tried = [(part + move).clamp(*limits) for part, move in zip(whole, moves, strict=True)]
+        error = squared_error(groups, weights, *spans(*tried), scheme)
+        better = (error < least).view_as(whole[0])
+        best = tuple(torch.where(better, *pair) for pair in zip(tried, best, strict=True))
+        least = torch.minimum(error, least)
+    return best

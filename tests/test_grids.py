@@ -1,0 +1,292 @@
+"""Every method, grid and format: refused by name before anything is computed, or read back by the
+program that the format is for."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import pytest
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+from torch import Tensor
+
+from grokquant.errors import InputError
+from grokquant.files.gguf_header import TYPES
+from grokquant.formats import FORMATS
+from grokquant.grids import GRIDS, Scheme
+from grokquant.job.plan import build_plan
+from grokquant.job.unit import stored_bits
+from grokquant.methods.copy import can_copy, copy_quantized
+from grokquant.methods.gptq import factorize, round_gptq
+from grokquant.methods.levels import FINDERS, find_levels
+from grokquant.methods.rtn import quantize_rtn
+from grokquant.recipe import parse_recipe
+from grokquant.types import QTensor, Unit
+
+LLAMA_CPP = [name for name, grid in GRIDS.items() if grid.ggml_type is not None]
+ROWS, COLUMNS = 32, 512
+STEM = "model.layers.0.mlp.up_proj"
+# Integers need bits; those of 32 columns and float16 scales are Q4_0 and Q8_0 in llama.cpp.
+RULES = {name: {"grid": name} for name in GRIDS if name != "integer"}
+RULES |= {f"int{bits}": {"bits": bits, "group": 32} for bits in (2, 3, 4, 8)}
+# Integers of these bits that formats hold. All other grids are held where their row says so.
+INTEGERS = {
+    "compressed-tensors": (4, 8),
+    "int-quantized": (8,),
+    "gptq": (2, 3, 4, 8),
+    "gguf": (4, 8),
+}
+
+
+def held(name: str, form: str) -> bool:
+    if name.startswith("int"):
+        return int(name.removeprefix("int")) in INTEGERS.get(form, ())
+    return form in GRIDS[name].formats
+
+
+def planned(name: str, form: str, method: str) -> Unit:
+    """A matrix of the toy as a recipe of this grid, format and method plans it."""
+    values = {
+        "model": {"path": "toy"},
+        "quantize": [{"match": "layers.*.experts.*", "method": method} | RULES[name]],
+        "output": {"path": "out", "format": form},
+    }
+    return build_plan(parse_recipe(values)).units["layers.0.experts.0.gate"]
+
+
+@pytest.fixture(scope="module")
+def W() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(ROWS, COLUMNS, generator=generator) / 50
+
+
+@pytest.fixture(scope="module")
+def H() -> Tensor:
+    """The Hessian of inputs of very different strength [in, in]."""
+    generator = torch.Generator().manual_seed(1)
+    X = torch.randn(COLUMNS, 800, generator=generator)
+    X *= torch.rand(COLUMNS, 1, generator=generator) ** 2 + 0.05
+    return X @ X.T
+
+
+def rounded(method: str, W: Tensor, H: Tensor, scheme: Scheme) -> QTensor:
+    if method == "gptq":
+        return round_gptq(W, factorize(H, 0.01, act_order=True), scheme).quantized
+    return quantize_rtn(W, scheme)
+
+
+def read_by_gguf(packed: dict[str, Tensor], unit: Unit) -> Tensor:
+    name = next(n for n in LLAMA_CPP if GRIDS[n].scheme == unit.scheme)
+    blocks = packed["weight_blocks"].numpy()
+    return torch.from_numpy(quants.dequantize(blocks, GGMLQuantizationType[name.upper()]))
+
+
+def read_by_bitsandbytes(packed: dict[str, Tensor], unit: Unit) -> Tensor:
+    if "SCB" in packed:
+        return int8_vectorwise_dequant(packed["weight"], packed["SCB"])
+    state = {name: part for name, part in packed.items() if name != "weight"}
+    found = QuantState.from_dict(state, torch.device("cpu"))
+    found.dtype = torch.float32
+    return dequantize_4bit(packed["weight"], found)
+
+
+def read_by_compressed_tensors(packed: dict[str, Tensor], unit: Unit) -> Tensor:
+    form = "pack-quantized" if "weight_packed" in packed else "int-quantized"
+    reader = PackedQuantizationCompressor if form == "pack-quantized" else IntQuantizationCompressor
+    key = "compressed-tensors" if form == "pack-quantized" else form
+    config = FORMATS[key].quantization_config([unit], [])
+    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
+    return reader.decompress(packed, scheme)["weight"].float()
+
+
+def read_by_us(packed: dict[str, Tensor], unit: Unit) -> Tensor:
+    """gptqmodel is asked in tests/test_gptqmodel.py."""
+    named = {f"{STEM}.{name}": part for name, part in packed.items()}
+    return FORMATS["gptq"].unpack(f"{STEM}.weight", named, unit.scheme).dequantize().float()
+
+
+READERS = {
+    "compressed-tensors": read_by_compressed_tensors,
+    "int-quantized": read_by_compressed_tensors,
+    "gptq": read_by_us,
+    "bitsandbytes": read_by_bitsandbytes,
+    "gguf": read_by_gguf,
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_grid_is_refused_by_name_or_read_back(method, name, form, W, H):
+    if not held(name, form):
+        wanted = rf"layers\.0\.experts\.0\.gate: {form} cannot hold it: .*"
+        shown = {"q4_0": "int4 g32", "q8_0": "int8 g32"}.get(name, name)
+        with pytest.raises(InputError, match=wanted + ("" if form == "bf16" else shown)):
+            planned(name, form, method)
+        return
+    unit = planned(name, form, method)
+    packing = FORMATS[form]
+    quantized = rounded(method, W, H, unit.scheme)
+    tensor = f"{STEM}.weight"
+    packed = packing.pack(tensor, quantized)
+    layout = packing.packed_layout(tensor, (ROWS, COLUMNS), unit.scheme)
+    assert {key: (part.dtype, tuple(part.shape)) for key, part in packed.items()} == layout
+    assert same(packing.unpack(tensor, packed, unit.scheme), quantized)
+    assert can_copy(unit.scheme, unit.scheme, COLUMNS)
+    assert same(copy_quantized(quantized, unit.scheme), quantized)
+    theirs = {key.removeprefix(f"{STEM}."): part for key, part in packed.items()}
+    found = READERS[form](theirs, Unit(unit.name, tensor, (ROWS, COLUMNS), method, unit.scheme))
+    assert torch.equal(found, values(quantized, form))
+
+
+def same(found: QTensor, wanted: QTensor) -> bool:
+    pairs = [(getattr(found, f.name), getattr(wanted, f.name)) for f in fields(QTensor)]
+    return all(torch.equal(a, b) if isinstance(b, Tensor) else a == b for a, b in pairs)
+
+
+def values(quantized: QTensor, form: str) -> Tensor:
+    """What the codes stand for, float32 [out, in]. llama.cpp multiplies float16 scales in float32,
+    the others in the dtype of the scales."""
+    scheme = quantized.scheme
+    if form == "gguf" and scheme.scale_dtype == "float16":
+        offsets = quantized.offsets
+        offsets = None if offsets is None else offsets.float()
+        scales = quantized.scales.float()
+        quantized = QTensor(quantized.codes, scales, scheme, offsets=offsets)
+    return quantized.dequantize().float()
+
+
+@pytest.mark.parametrize("name", [n for n, grid in GRIDS.items() if n != "integer"])
+def test_gptq_errs_less_than_rtn_on_the_outputs(name, W, H):
+    scheme = GRIDS[name].scheme
+    lost = {}
+    for method in ("rtn", "gptq"):
+        E = W - rounded(method, W, H, scheme).dequantize().float()
+        lost[method] = ((E @ H) * E).sum().item()
+    assert lost["gptq"] < 0.9 * lost["rtn"]
+
+
+@pytest.mark.parametrize("name", ["nf4", "iq4_nl", "iq4_xs", "q3_k", "q2_k"])
+def test_the_compiled_loop_of_gptq_agrees_with_the_plain_one(name, W, H, monkeypatch):
+    scheme = GRIDS[name].scheme
+    compiled = rounded("gptq", W, H, scheme)
+    plain_loop = lambda slab, part, threads: slab._plain(part)  # noqa: E731
+    monkeypatch.setattr("grokquant.methods.gptq._Slab._compiled", plain_loop)
+    plain = rounded("gptq", W, H, scheme)
+    assert (compiled.codes == plain.codes).float().mean() > 0.99  # all but ties and what follows
+
+
+@pytest.mark.parametrize(
+    ("grid", "key", "complaint"),
+    [
+        ("q4_k", {"group": 64}, "grid q4_k decides it"),
+        ("iq4_nl", {"group": 64}, "grid iq4_nl decides it"),
+        ("q3_k", {"bits": 3}, "grid q3_k decides it"),
+        ("nf4", {"group": "channel"}, "grid nf4 has groups of 32, 64, 128, .*, 4096, not channel"),
+        ("iq4", {}, "Input should be 'integer', 'nf4', .*'iq4_nl'"),
+    ],
+)
+def test_the_recipe_refuses_what_a_grid_has_not(grid, key, complaint):
+    rule = {"match": "*", "method": "rtn", "grid": grid} | key
+    values = {"model": {"path": "toy"}, "quantize": [rule], "output": {"path": "out"}}
+    with pytest.raises(InputError, match=complaint):
+        parse_recipe(values)
+
+
+@pytest.mark.parametrize("name", LLAMA_CPP)
+def test_a_row_agrees_with_the_gguf_package(name):
+    grid, kind = GRIDS[name], GGMLQuantizationType[name.upper()]
+    sizes = (grid.block_columns, grid.block_bytes)
+    assert GGML_QUANT_SIZES[kind] == sizes
+    assert TYPES[name.upper()] == (int(kind), *sizes)
+    assert grid.formats[-1] == "gguf"
+    bits = stored_bits(grid.scheme, (8, 4 * grid.block_columns))
+    assert bits == 8 * 4 * grid.block_bytes * 8
+    if grid.table:
+        assert grid.table == quants.IQ4_NL.kvalues
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_row_is_consistent(name):
+    grid = GRIDS[name]
+    assert grid.name == name and set(grid.formats) <= FORMATS.keys()
+    assert grid.finder in FINDERS and len(set(grid.groups)) == len(grid.groups)
+    assert grid.scheme.row in (grid, GRIDS["integer"])
+    if grid.table:
+        assert grid.unsigned and len(set(grid.table)) > 1 << (grid.bits - 1)
+        assert len(grid.table) == 1 << grid.bits
+    if not grid.is_integer:
+        assert str(grid.scheme).startswith(f"{name} ")
+
+
+def naive_scales(W: Tensor, name: str) -> Iterator[tuple[Tensor, float, float]]:
+    """(weights, scale, offset) of each group, found without any search: whole ranges, then stored
+    as whole numbers of the steps of a block."""
+    grid = GRIDS[name]
+    most = (1 << (grid.scale_bits - (1 if grid.symmetric else 0))) - 1
+    limit = max(map(abs, grid.table)) if grid.table else 2 ** (grid.bits - 1) - 1
+    for row in W:
+        for block in row.split(grid.block_columns):
+            groups = block.split(grid.group_size)
+            if grid.symmetric:
+                scales = [group.abs().max().item() / limit for group in groups]
+                lows = [0.0] * len(groups)
+            else:
+                lows = [min(group.min().item(), 0.0) for group in groups]
+                spans = [
+                    max(group.max().item(), 0.0) - lo
+                    for group, lo in zip(groups, lows, strict=True)
+                ]
+                scales = [span / (2**grid.bits - 1) for span in spans]
+            if grid.has_header:
+                d, dmin = (half(max(map(abs, x)) / most) or 1.0 for x in (scales, lows))
+                scales = [d * min(round(scale / d), most) for scale in scales]
+                lows = [dmin * max(round(low / dmin), -most) for low in lows]
+            for group, scale, low in zip(groups, scales, lows, strict=True):
+                yield group, half(scale) if not grid.has_header else scale, low
+
+
+def half(value: float) -> float:
+    return torch.tensor(value).half().item()
+
+
+def naive_error(W: Tensor, importance: Tensor, name: str) -> float:
+    """Weighted squared error of rounding to `naive_scales`, each weight to its nearest value."""
+    grid = GRIDS[name]
+    entries = torch.tensor(grid.table or range(grid.scheme.qmin, grid.scheme.qmax + 1))
+    lost = 0.0
+    for index, (group, scale, low) in enumerate(naive_scales(W, name)):
+        levels = entries * scale + low
+        nearest = (group.unsqueeze(1) - levels).abs().amin(1)
+        first = index * grid.group_size % W.shape[1]
+        lost += (nearest.square() * importance[first : first + grid.group_size]).sum().item()
+    return lost
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs", "q3_k", "q2_k", "q4_k", "q6_k"])
+def test_the_search_beats_whole_ranges(name, weighted, W):
+    generator = torch.Generator().manual_seed(2)
+    importance = torch.rand(COLUMNS, generator=generator) ** 3 if weighted else torch.ones(COLUMNS)
+    W = W[:8] * torch.logspace(-2, 1, 8).unsqueeze(1)
+    scheme = GRIDS[name].scheme
+    found = find_levels(W, scheme, "mse", importance).nearest(W).dequantize()
+    for row in range(len(W)):
+        lost = ((found[row] - W[row]).square() * importance).sum().item()
+        assert lost < 0.85 * naive_error(W[row : row + 1], importance, name)
+
+
+@pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs", "q3_k", "q2_k"])
+def test_importance_decides_the_search(name, W):
+    """What is important errs less than in a search that does not know it."""
+    importance = torch.full((COLUMNS,), 0.01)
+    importance[::7] = 1
+    scheme = GRIDS[name].scheme
+    lost = []
+    for given in (None, importance):
+        error = find_levels(W, scheme, "mse", given).nearest(W).dequantize() - W
+        lost.append((error.square() * importance).sum().item())
+    assert lost[1] < 0.8 * lost[0]
