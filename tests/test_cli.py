@@ -162,7 +162,7 @@ def test_quantize_shows_the_plan_and_a_line_per_block_on_stderr(finished, output
         errors = [row["output_error"] for row in rows if row["method"] == "gptq"]
         fewest = min(report["tokens_per_expert"][index])
         error, bits, tokens, left = re.fullmatch(
-            rf"layer {index}: output error (\S+), (\S+) bits, least-fed expert (\d+) tokens, "
+            rf"layer {index}: output error (\S+), (\S+) bits, fewest tokens for an expert: (\d+), "
             r"(\d+) s left",
             line,
         ).groups()
