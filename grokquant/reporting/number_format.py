@@ -49,9 +49,10 @@ def rough(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """For ticks: 0.001, 1, but 10⁻⁶ for a small power of ten."""
+    """For ticks, which have little room: 0.001, 1, but 10⁻⁶ and 5×10⁻⁴ below a thousandth."""
     if value and abs(value) < 1e-3:
-        return _scientific(value).removeprefix(f"1.0{NBSP}×{NBSP}")
+        narrow = _scientific(value).replace(NBSP, "").replace(".0×", "×")
+        return narrow.removeprefix("1×")
     return f"{value:.3g}"
 
 

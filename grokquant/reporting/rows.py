@@ -191,7 +191,7 @@ def rows(report: Report) -> list[Row]:
 def noise_rows(report: Report) -> list[Row]:
     """What three of the metrics read for no change at all."""
     block = "Noise floor"
-    words = f"Measured as {report.noise_floor.how}. Smaller differences are not meaningful."
+    words = f"Measured with {report.noise_floor.how}. Smaller differences are not meaningful."
     floors = (
         _Metric(block, "PPL ratio, noise floor", "/noise_floor/perplexity_ratio", "", "", words),
         _Metric(block, "Mean KLD, noise floor", "/noise_floor/mean_kld", "nats", "", ""),

@@ -130,7 +130,8 @@ def _tiles(report: Report) -> str:
         mean = by_name["Same experts, mean"]
         tiles.append(_tile("Same experts", worst, f"in the worst layer; mean {mean.shown}"))
     tiles.append(_bits_tile(report))
-    note = f"Ranges are 95{NBSP}% confidence intervals over the choice of documents."
+    unit = report.bootstrap.unit
+    note = f"Ranges are 95{NBSP}% confidence intervals from a bootstrap over {unit}s."
     return (
         f'<dl class="tiles n{len(tiles)}">{"".join(tiles)}</dl>\n<p class="tilenote">{note}</p>\n'
     )

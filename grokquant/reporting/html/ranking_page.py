@@ -225,8 +225,8 @@ def _perplexity_figure(content: dict, models: list[_Model]) -> str:
 
 def _scatter_words(far_apart: bool) -> str:
     words = (
-        f"Bars are 95{NBSP}% confidence intervals. The stairs are the Pareto front: models above "
-        "them or to their right are beaten, filled marks are on the front. Lower left is better. "
+        f"Bars are 95{NBSP}% confidence intervals. The stairs are the Pareto front. Models above "
+        "them or to their right are beaten; filled marks lie on the front. Lower left is better. "
         "Models of equal size are drawn side by side."
     )
     return f"{words} The vertical axis is logarithmic." if far_apart else words
