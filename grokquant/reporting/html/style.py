@@ -1,8 +1,8 @@
 """The look of the pages: one stylesheet for light, dark, phone and paper."""
 
 # Colours of both themes. Text has a contrast of at least 4.5 (WCAG AA) on cards, on the page and on
-# every shade of a heat map, with `strong` on the darker half; tests compute it. Series s1 to s6 stay
-# apart for colour-blind readers; q and e are blues and oranges from least to greatest, d goes from
+# each shade of a heat map, with `strong` on the darker half; tests compute it. Series s1 to s6 stay
+# apart for colour-blind readers. q and e are blues and oranges from least to greatest; d goes from
 # orange (negative) over grey to blue.
 _LIGHT = """
 --page:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#5c5a54;--hair:#e2e0da;--level:#ebe9e4;--base:#a9a69e;
