@@ -234,7 +234,7 @@ def terminal_table(report: Report) -> Table:
     table.add_column("Value", justify="right", no_wrap=True)
     table.add_column("±", justify="right", no_wrap=True)
     table.add_column("95 % interval", justify="right")
-    table.add_column("Noise floor", justify="right")
+    table.add_column("Noise\nfloor", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)  # which way is better, an arrow
     block = ""
     for row in rows(report):
