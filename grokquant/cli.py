@@ -238,18 +238,18 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
     one text and one reference. On the front nothing is both smaller and better; ties are told from
     differences by drawing the documents again.
     """
-    from grokquant.reporting.html.ranking_page import write_comparison
-    from grokquant.reporting.ranking import contest
+    from grokquant.reporting.html.ranking_page import write_ranking
+    from grokquant.reporting.ranking import rank_models
     from grokquant.reporting.ranking_tables import markdown, terminal_tables
 
-    found = contest(runs)
-    page = write_comparison(found, Path(directory))[1] if directory else None
+    ranking = rank_models(runs)
+    page = write_ranking(ranking, Path(directory))[1] if directory else None
     if as_json:
-        _print_json(found.as_dict())
+        _print_json(ranking.as_dict())
     elif as_markdown:
-        click.echo(markdown(found), nl=False)
+        click.echo(markdown(ranking), nl=False)
     else:
-        _print_tables(*terminal_tables(found))
+        _print_tables(*terminal_tables(ranking))
         if page:
             click.echo(f"page: {page}")
 

@@ -162,7 +162,7 @@ def test_quantize_shows_the_plan_and_a_line_per_block_on_stderr(finished, output
         errors = [row["output_error"] for row in rows if row["method"] == "gptq"]
         fewest = min(report["tokens_per_expert"][index])
         error, bits, tokens, left = re.fullmatch(
-            rf"layer {index}: output error (\S+), (\S+) bits, least-fed expert (\d+) tokens, "
+            rf"layer {index}: output error (\S+), (\S+) bits, fewest tokens for an expert: (\d+), "
             r"(\d+) s left",
             line,
         ).groups()
@@ -360,10 +360,10 @@ def test_hostile_names_cannot_break_the_line_or_color_the_terminal(tmp_path):
 @pytest.mark.parametrize(
     ("module", "function", "arguments"),
     [
-        ("inspection", "describe", ["inspect", "toy"]),
-        ("verify", "verify", ["verify", "out"]),
-        ("plan", "build_plan", ["plan", "{recipe}"]),
-        ("pipeline", "quantize", ["quantize", "{recipe}"]),
+        ("reporting.inspection", "describe", ["inspect", "toy"]),
+        ("job.verify", "verify", ["verify", "out"]),
+        ("job.plan", "build_plan", ["plan", "{recipe}"]),
+        ("job.pipeline", "quantize", ["quantize", "{recipe}"]),
         ("runtime.generate", "generate_text", ["generate", "toy", "--prompt", "x"]),
         ("evaluation", "run_suite", ["eval", "toy", "--reference", "toy"]),
     ],

@@ -12,7 +12,7 @@ from test_report import content, estimate
 
 from grokquant.errors import InputError
 from grokquant.evaluation.bootstrap import Bootstrap
-from grokquant.reporting.ranking import Contest, contest, difference
+from grokquant.reporting.ranking import Ranking, Standing, difference, rank_models
 from grokquant.reporting.ranking_tables import markdown, terminal_tables
 
 DOCUMENTS = 60
@@ -65,26 +65,26 @@ def runs(tmp_path) -> list[Path]:
 
 
 @pytest.fixture
-def found(runs) -> Contest:
-    return contest(runs)
+def found(runs) -> Ranking:
+    return rank_models(runs)
 
 
 def test_runs_are_ranked_and_ties_share_their_rank(found):
-    ranks = dict(zip((run.name for run in found.runs), found.ranks, strict=True))
-    assert found.runs[0].name == "eight"
+    ranks = {model.name: model.rank for model in found.models}
+    assert found.models[0].name == "eight"
     assert ranks == {"eight": 1, "four": 2, "nearly": 2, "poor": 4, "three": 5}
 
 
 def test_the_front_is_what_nothing_is_smaller_and_better_than(found):
-    for standings in (found.kld, found.perplexity):
-        place = {r.name: (s.place, s.beaten_by) for r, s in zip(found.runs, standings, strict=True)}
-        assert place["eight"] == place["three"] == place["four"] == ("front", None)
-        assert place["nearly"] == ("tied", None)
-        assert place["poor"] == ("behind", "four")
+    for loss in ("kld", "perplexity"):
+        standings = {model.name: getattr(model, loss) for model in found.models}
+        assert standings["eight"] == standings["three"] == standings["four"] == Standing("front")
+        assert standings["nearly"] == Standing("tied")
+        assert standings["poor"] == Standing("behind", "four")
 
 
 def test_pairs_tell_apart_what_single_intervals_do_not(found):
-    four, poor = (next(r for r in found.runs if r.name == name) for name in ("four", "poor"))
+    four, poor = (next(m for m in found.models if m.name == name) for name in ("four", "poor"))
     alone = [
         Bootstrap(np.stack((TOKENS.astype(float), r.report.documents.kld), -1)).interval(
             lambda s: s[..., 1] / s[..., 0]
@@ -98,8 +98,8 @@ def test_pairs_tell_apart_what_single_intervals_do_not(found):
 
 
 def test_equal_runs_are_both_on_the_front(tmp_path):
-    found = contest([write(tmp_path, name, 4.0, 0.002) for name in ("a", "b")])
-    assert found.ranks == (1, 1) and {s.place for s in found.kld} == {"front"}
+    found = rank_models([write(tmp_path, name, 4.0, 0.002) for name in ("a", "b")])
+    assert [(m.rank, m.kld.status) for m in found.models] == [(1, "front"), (1, "front")]
 
 
 def test_json_holds_what_the_reports_hold(found):
@@ -109,7 +109,7 @@ def test_json_holds_what_the_reports_hold(found):
     poor = tree["runs"][3]
     assert poor["kld_standing"] == {"place": "behind", "beaten_by": "four"}
     assert poor["bits_per_weight"] == 4.5 and len(poor["layers"]) == 4
-    assert poor["kld"] == found.runs[3].report.kld.mean.model_dump()
+    assert poor["kld"] == found.models[3].report.kld.mean.model_dump()
     assert poor["layers"][2]["router_set_forced"] == content()["layers"][2]["forced"]["router_set"]
 
 
@@ -130,50 +130,54 @@ def test_tables_have_a_row_for_each_run_and_each_layer(found):
 
 def test_dense_models_have_no_table_of_routing(tmp_path):
     layers = [{"layer": 0, "relative_error": 0.1}]
-    found = contest([write(tmp_path, "dense", 4, 0.002, layers=layers, routing=None)])
+    found = rank_models([write(tmp_path, "dense", 4, 0.002, layers=layers, routing=None)])
     assert "same experts" not in markdown(found) and len(terminal_tables(found)) == 1
+
+
+def ranks(ranking: Ranking) -> list[int]:
+    return [model.rank for model in ranking.models]
 
 
 @pytest.mark.parametrize("form", ["evaluation", "evaluation/report.json"])
 def test_reports_may_be_given_themselves(runs, form):
-    assert contest([run / form for run in runs]).ranks == contest(runs).ranks
+    assert ranks(rank_models([run / form for run in runs])) == ranks(rank_models(runs))
 
 
 def test_runs_of_one_name_go_by_what_was_given(tmp_path):
     paths = [write(tmp_path / side, "same", 4, 0.002) for side in ("a", "b")]
-    assert {run.name for run in contest(paths).runs} == {str(path) for path in paths}
+    assert {model.name for model in rank_models(paths).models} == {str(path) for path in paths}
     with pytest.raises(InputError, match="same: is given twice"):
-        contest([paths[0], paths[0]])
+        rank_models([paths[0], paths[0]])
 
 
 @pytest.mark.parametrize(
     ("change", "value", "words"),
     [
-        ("protocol__length", 512, "protocol.length is 512, of .*four.* it is 256"),
+        ("protocol__length", 512, "protocol.length is 512, but 256 in .*four"),
         ("protocol__text_sha256", "ab", "protocol.text_sha256 is ab"),
         ("protocol__bos", True, "protocol.bos is True"),
         ("protocol__arithmetic", "bfloat16", "protocol.arithmetic is bfloat16"),
         ("reference__family", "mixtral", "reference.family is mixtral"),
         ("perplexity__reference", estimate(19.9, 0.2), "the reference’s perplexity is 19.9"),
         ("bootstrap__unit", "window", "bootstrap.unit is window"),
-        ("documents__tokens", [7] * DOCUMENTS, "documents.tokens is of other documents"),
+        ("documents__tokens", [7] * DOCUMENTS, "documents.tokens is not that of .*four"),
     ],
 )
 def test_reports_of_other_kinds_are_refused_by_name(tmp_path, runs, change, value, words):
     other = write(tmp_path, "other", 4, 0.002, **{change: value})
     with pytest.raises(InputError, match=f"other: {words}.*cannot be compared") as error:
-        contest([runs[0], other])
+        rank_models([runs[0], other])
     assert "\n" not in str(error.value)
 
 
 def test_another_name_of_the_same_text_and_reference_is_no_matter(tmp_path, runs):
     other = write(tmp_path, "o", 4, 0.002, protocol__text="a/b.txt", reference__path="/elsewhere")
-    assert len(contest([runs[0], other]).runs) == 2
+    assert len(rank_models([runs[0], other]).models) == 2
 
 
 def test_a_directory_that_was_not_evaluated_is_told_how(tmp_path):
     (tmp_path / "new").mkdir()
     with pytest.raises(InputError, match=r"new: has no evaluation/report.json; `grokquant eval"):
-        contest([tmp_path / "new"])
+        rank_models([tmp_path / "new"])
     with pytest.raises(InputError, match="nowhere: cannot be read: No such file"):
-        contest([tmp_path / "nowhere"])
+        rank_models([tmp_path / "nowhere"])

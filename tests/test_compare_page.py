@@ -12,8 +12,8 @@ from reports import AWKWARD, Page, at, content, estimate, read_number
 from grokquant.errors import InputError
 from grokquant.evaluation.report import parse_report
 from grokquant.reporting.html.page import write_report
-from grokquant.reporting.html.ranking_page import render_comparison, write_comparison
-from grokquant.reporting.ranking import contest
+from grokquant.reporting.html.ranking_page import render_ranking, write_ranking
+from grokquant.reporting.ranking import rank_models
 
 RUNS = {"int3": (3.3, 0.05), "rtn4": (4.3, 0.021), "gptq4": (4.3, 0.012), "int8": (8.6, 0.0004)}
 RUNS |= {f"mixed{i}": (5 + i / 3, 0.008 / (i + 1)) for i in range(8)}
@@ -46,7 +46,7 @@ def few(tmp_path: Path) -> list[Path]:
 
 
 def test_numbers_on_the_page_are_those_of_the_json(few: list[Path], tmp_path: Path) -> None:
-    json_path, html_path = write_comparison(contest(few), tmp_path / "new")
+    json_path, html_path = write_ranking(rank_models(few), tmp_path / "new")
     tree = json.loads(json_path.read_text(encoding="utf-8"))
     page = Page(html_path.read_text(encoding="utf-8"))
     paths = set()
@@ -66,19 +66,19 @@ def test_numbers_on_the_page_are_those_of_the_json(few: list[Path], tmp_path: Pa
 
 
 def test_the_smallest_comes_first_and_the_beaten_is_named(few: list[Path]) -> None:
-    page = render_comparison(contest(few))
+    page = render_ranking(rank_models(few))
     table = page[page.index('<table class="runs">') : page.index("</table>")]
     assert re.findall(r"</svg>(\w+)</span></th>", table) == ["gptq4", "rtn4", "int8"]
-    standings = re.findall(r'data-label="KLD for its size">(?:<b>)?([\w ]+)', table)
+    standings = re.findall(r'data-label="Pareto front \(KLD\)">(?:<b>)?([\w ]+)', table)
     assert standings == ["on the front", "behind gptq4", "on the front"]
     text = Page(page).text
-    assert "int8 is closest to the reference, 0.00040" in text
-    assert "are int8 and gptq4." in text
+    assert "int8 is closest to the reference, with a mean KL divergence of 0.00040" in text
+    assert "smaller and closer: int8 and gptq4." in text
 
 
 def test_filled_marks_are_the_front_and_the_stairs_pass_through_them(few: list[Path]) -> None:
-    drawings = re.findall(r"<svg.*?</svg>", render_comparison(contest(few)), re.S)
-    (plot,) = (d for d in drawings if "Mean KLD over bits" in d)
+    drawings = re.findall(r"<svg.*?</svg>", render_ranking(rank_models(few)), re.S)
+    (plot,) = (d for d in drawings if "Mean KLD against bits" in d)
     root = ElementTree.fromstring(plot)
     marks = {
         (mark.findtext("title") or "").partition(":")[0]: (mark.get("class") or "").split()
@@ -98,7 +98,7 @@ def test_runs_have_marks_of_their_own_and_all_names_stand_beside_them(
     count: int, tmp_path: Path
 ) -> None:
     names = list(RUNS)[:count]
-    page = render_comparison(contest([run(tmp_path, name) for name in names]))
+    page = render_ranking(rank_models([run(tmp_path, name) for name in names]))
     table = page[page.index('<table class="runs">') : page.index("</table>")]
     marks = re.findall(r'<path class="([^"]*)" d="([^"]*)"', table)
     assert len(set(marks)) == count
@@ -116,15 +116,15 @@ def test_runs_have_marks_of_their_own_and_all_names_stand_beside_them(
 
 
 def test_dense_models_are_not_told_of_experts(tmp_path: Path) -> None:
-    found = contest([run(tmp_path, name, experts=1) for name in ("int8", "rtn4")])
-    text = Page(render_comparison(found)).text.lower()
+    found = rank_models([run(tmp_path, name, experts=1) for name in ("int8", "rtn4")])
+    text = Page(render_ranking(found)).text.lower()
     assert "expert" not in text and "rout" not in text
 
 
 def test_lossless_runs_and_single_layers_are_drawn(tmp_path: Path) -> None:
     RUNS["same"] = (16.0, 0.0)
-    found = contest([run(tmp_path, name, layers=1) for name in ("same", "rtn4")])
-    page = render_comparison(found)
+    found = rank_models([run(tmp_path, name, layers=1) for name in ("same", "rtn4")])
+    page = render_ranking(found)
     for drawing in re.findall(r"<svg.*?</svg>", page, re.S):
         ElementTree.fromstring(drawing)
     assert "nan" not in re.findall(r"[a-z]+", page.lower())
@@ -136,7 +136,7 @@ def test_page_needs_nothing_else_and_escapes_names(tmp_path: Path) -> None:
     tree = json.loads(path.read_text())
     tree["quantized"]["path"] = AWKWARD
     path.write_text(json.dumps(tree))
-    text = render_comparison(contest([place, run(tmp_path, "int8")]))
+    text = render_ranking(rank_models([place, run(tmp_path, "int8")]))
     page = Page(text)
     assert AWKWARD not in text and AWKWARD in page.text
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "base"}
@@ -146,4 +146,4 @@ def test_page_needs_nothing_else_and_escapes_names(tmp_path: Path) -> None:
 def test_directory_that_is_a_file(few: list[Path], tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="taken: cannot be written"):
-        write_comparison(contest(few), tmp_path / "taken")
+        write_ranking(rank_models(few), tmp_path / "taken")

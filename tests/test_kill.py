@@ -173,7 +173,7 @@ def test_processes_with_all_their_threads_killed_on_the_toy(text_file, tmp_path)
         killed.communicate()
     assert (tmp_path / "out.partial" / "journal").is_dir()
     last = start("out")
-    assert "continuing: " in last.communicate()[1] and last.returncode == 0
+    assert "resuming: " in last.communicate()[1] and last.returncode == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 

@@ -26,16 +26,9 @@ from rich.console import Console
 from grokquant.errors import InputError
 from grokquant.evaluation.report import Report, parse_report, read_report
 from grokquant.reporting.html.page import render_html, write_report
-from grokquant.reporting.rows import (
-    bf16_bytes,
-    count,
-    markdown_table,
-    number,
-    percent,
-    size,
-    terminal_table,
-    verdict,
-)
+from grokquant.reporting.json_pointer import Datum, datum_at, find_datum
+from grokquant.reporting.number_format import count, number, percent, size
+from grokquant.reporting.rows import bf16_bytes, markdown_table, terminal_table, verdict
 from grokquant.reporting.suite_tables import suite_tables, tasks_markdown
 
 # Data model
@@ -118,6 +111,25 @@ def test_directory_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="taken: cannot be written"):
         write_report(report(), tmp_path / "taken")
+
+
+# Numbers by JSON pointer
+
+
+def test_a_pointer_finds_in_the_report_what_it_finds_in_the_json() -> None:
+    for pointer in ("/kld/99.9%", "/perplexity/ratio/low", "/layers/2/tokens_per_expert/5"):
+        found = datum_at(report(), pointer)
+        assert found == datum_at(content(), pointer) == Datum(at(content(), pointer), pointer)
+
+
+def test_a_pointer_through_null_finds_nothing_and_a_mistyped_one_is_refused() -> None:
+    unforced = parse_report(changed("/layers/1/forced", None), "test")
+    assert find_datum(unforced, "/layers/1/forced/block_error") is None
+    with pytest.raises(ValueError, match="/layers/1/forced/block_error is null"):
+        datum_at(unforced, "/layers/1/forced/block_error")
+    for pointer in ("/kld/q99_9", "/layers/9/load_shift", "/perplexity/ratios"):
+        with pytest.raises((KeyError, IndexError)):
+            find_datum(unforced, pointer)
 
 
 # The page
@@ -204,8 +216,12 @@ def test_layers_that_were_not_measured_alone_leave_no_gap() -> None:
         layer["forced"] = None
     tree["routing"] = None
     page = render_html(parse_report(tree, "test"))
-    assert "Error that has built up" in page and "Same experts chosen" in page
-    for words in ("Error of each layer alone", "Share of the damage", "this layer alone"):
+    assert "Accumulated error" in page and "Same experts chosen" in page
+    for words in (
+        "Error of each layer in isolation",
+        "Share of the damage",
+        "this layer in isolation",
+    ):
         assert words not in page
 
 
@@ -225,9 +241,9 @@ def test_parts_without_any_error_are_said_to_have_none() -> None:
 
 
 def test_first_two_experts_are_shown_only_where_there_are_more() -> None:
-    assert "first two" not in render_html(report())
+    assert "top-2" not in render_html(report())
     tree = changed("/layers/1/router_set", 0.25)
-    assert "first two" in render_html(parse_report(tree, "test"))
+    assert "top-2" in render_html(parse_report(tree, "test"))
 
 
 def test_heat_map_has_a_cell_for_each_expert_and_darkest_is_busiest() -> None:
@@ -368,7 +384,7 @@ def test_missed_thresholds_come_first_and_the_head_says_so() -> None:
     tree = with_suite()
     text = Page(render_html(parse_report(tree, "test"))).text
     assert "✗ 1 of 3 thresholds of the suite smoke is missed." in text
-    assert text.index("Loss of accuracy") < text.index("Mean KL divergence, nats")
+    assert text.index("Accuracy drop") < text.index("Mean KL divergence, nats")
     tree["suite"]["gates"].pop()
     text = Page(render_html(parse_report(tree, "test"))).text
     assert "✓ All 2 thresholds of the suite smoke are met." in text
@@ -400,7 +416,7 @@ def test_tables_of_a_suite() -> None:
 
 def test_markdown_table() -> None:
     lines = markdown_table(report()).splitlines()
-    assert lines[0] == "| Metric | Value | ± | 95 % interval | No change | Better |"
+    assert lines[0] == "| Metric | Value | ± | 95 % interval | Noise floor | Better |"
     table = [line for line in lines if line.startswith("|")]
     assert {line.count("|") for line in table} == {7}
     cells = {
@@ -412,7 +428,7 @@ def test_markdown_table() -> None:
     assert cells["Mean KLD"] == [*kld, "1.3\u00a0×\u00a010⁻⁹", "↓ lower"]
     top = ["96.23\u00a0%", "0.11", "96.03 to 96.45", "99.99", "↑ higher"]
     assert cells["Same top p"] == top
-    assert cells["Same experts, least"][0] == "85.11\u00a0%"
+    assert cells["Same experts, worst layer"][0] == "85.11\u00a0%"
     assert cells["Bits per weight"][0] == "4.26" and cells["Size"][0] == "4.11\u00a0MB"
     assert "&lt;b>" in lines[-1] and "\\|" in lines[-1] and "32,640 tokens" in lines[-1]
 
@@ -427,17 +443,18 @@ def test_terminal_table_shows_every_metric_and_no_markup_of_names() -> None:
 
 def test_verdict_says_which_way_and_what_may_be_chance() -> None:
     assert verdict(report()) == (
-        "Perplexity rises by 0.410\u00a0% (95\u00a0% interval 0.256 to 0.581\u00a0%), the average "
-        "token’s distribution moves by 0.0041\u00a0nats, and 96.2\u00a0% of top tokens stay the "
-        "same. 4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB as bf16."
+        "Perplexity rises by 0.410\u00a0% (95\u00a0% confidence interval 0.256 to 0.581\u00a0%), "
+        "the mean KL divergence is 0.0041\u00a0nats, and both models agree on the top token "
+        "96.2\u00a0% of the time. 4.26 bits per weight: 4.11\u00a0MB instead of 15.4\u00a0MB in "
+        "bf16."
     )
     fallen = changed("/perplexity/ratio", estimate(0.9995, 0.0008))
     assert verdict(parse_report(fallen, "test")).startswith(
-        "Perplexity falls by 0.050\u00a0% (95\u00a0% interval −0.118 to 0.202\u00a0%, so it may as "
-        "well be none), "
+        "Perplexity falls by 0.050\u00a0% (95\u00a0% confidence interval −0.118 to 0.202\u00a0%: "
+        "not distinguishable from zero), "
     )
     same = changed("/perplexity/ratio", estimate(1.0, 0.0))
-    assert verdict(parse_report(same, "test")).startswith("Perplexity is the same,")
+    assert verdict(parse_report(same, "test")).startswith("Perplexity is unchanged,")
     assert bf16_bytes(report().quantized) == 2 * 7_712_345
 
 

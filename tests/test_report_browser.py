@@ -12,8 +12,8 @@ from test_compare_page import run
 
 from grokquant.evaluation.report import parse_report
 from grokquant.reporting.html.page import write_report
-from grokquant.reporting.html.ranking_page import write_comparison
-from grokquant.reporting.ranking import contest
+from grokquant.reporting.html.ranking_page import write_ranking
+from grokquant.reporting.ranking import rank_models
 
 CHROMIUM = find_chromium()
 pytestmark = [
@@ -66,8 +66,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     found["suite"] = write_report(parse_report(with_suite(), "test"), place / "suite")
     few = [run(place, name) for name in ("int8", "rtn4", "gptq4")]
     many = [run(place, name) for name in ("int3", *(f"mixed{i}" for i in range(8)))]
-    found["compare"] = write_comparison(contest(few), place / "compare")
-    found["compare-12"] = write_comparison(contest([*few, *many]), place / "compare-12")
+    found["compare"] = write_ranking(rank_models(few), place / "compare")
+    found["compare-12"] = write_ranking(rank_models([*few, *many]), place / "compare-12")
     return found
 
 

@@ -86,7 +86,7 @@ def fill_with_garbage(path: Path) -> None:
 
 
 MODEL = "model-00004-of-00012.safetensors"
-MADE_AGAIN = ": is no longer what was committed, it is made again"
+MADE_AGAIN = ": changed since it was written; rebuilding it"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_signal_lets_the_file_in_progress_be_finished(jobs, how, changes):
     job = jobs("gptq")
     step = f"inside pwrite {FILES}05-of-00012.safetensors.tmp #3"
     assert job.run(step=step, how=how, changes=changes) == 130
-    assert "stopping after the file in progress; once more stops at once" in job.stderr
+    assert "stopping after the current file; interrupt again to stop immediately" in job.stderr
     done = len(job.committed())
     assert done >= 5 and not list(job.root.rglob("*.tmp"))
     assert job.last_line == (

@@ -9,22 +9,22 @@ from grokquant.checkpoint import open_checkpoint
 def describe(path: str | Path) -> dict:
     """Family, layers, experts, parameters, bytes, bits per weight and every tensor."""
     checkpoint = open_checkpoint(path)
-    tensors = checkpoint.source.tensors
-    units = dict(checkpoint.units())
-    grids = Counter(ref.stored_as for ref in units.values())
+    source = checkpoint.source
+    config = checkpoint.config
+    grids = Counter(ref.stored_as for _, ref in checkpoint.units())
     return {
-        "path": str(checkpoint.source.path),
-        "layout": checkpoint.source.kind,
+        "path": str(source.path),
+        "layout": source.kind,
         "family": checkpoint.family.name,
         "notice": checkpoint.family.notice,
-        "layers": checkpoint.config.num_hidden_layers,
+        "layers": config.num_hidden_layers,
         "experts": checkpoint.num_experts,
-        "experts_per_token": getattr(checkpoint.config, "num_experts_per_tok", None),
+        "experts_per_token": getattr(config, "num_experts_per_tok", None),
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.stored_bytes,
         "bits_per_weight": checkpoint.bits_per_weight,
         "matrices": dict(grids),
-        "tokenizer": [file.name for file in checkpoint.source.tokenizer_files],
+        "tokenizer": [file.name for file in source.tokenizer_files],
         "tensors": [
             {
                 "name": name,
@@ -32,6 +32,6 @@ def describe(path: str | Path) -> dict:
                 "stored_as": ref.stored_as,
                 "bytes": ref.stored_bytes,
             }
-            for name, ref in tensors.items()
+            for name, ref in source.tensors.items()
         ],
     }

@@ -12,14 +12,17 @@ from grokquant.reporting.suite_tables import tasks_markdown
 
 
 def publish(report: Report, output: Path, directory: Path | None = None) -> tuple[Path, Path]:
-    """Writes report.json and report.html (default: `output`/evaluation) and fills the card."""
+    """Writes report.json and report.html and, if `output` is one of ours, fills its model card.
+
+    `directory` defaults to `output`/evaluation. Returns both paths. Raises InputError where
+    something cannot be written.
+    """
     paths = write_report(report, directory or output / "evaluation")
     if (output / REPORT_NAME).is_file():
         tables = [markdown_table(report), *tasks_markdown(report)]
         try:
             metadata.fill_evaluation(output, "\n".join(tables))
         except (OSError, UnicodeError) as error:
-            raise InputError(
-                f"{output / metadata.CARD_NAME}: cannot be filled in: {error}"
-            ) from None
+            card = output / metadata.CARD_NAME
+            raise InputError(f"{card}: the results cannot be added: {error}") from None
     return paths

@@ -1,7 +1,7 @@
-"""Several evaluated models side by side: who is closest to the reference, and at what size.
+"""Several evaluated models ranked: which is closest to the reference, and at what size.
 
-Two models of one protocol saw the same documents, so their differences are drawn in pairs: far
-narrower than their own intervals, which share what is hard about the text.
+Models of one protocol saw the same documents, so their differences are bootstrapped in pairs. The
+intervals of these are far narrower than the models' own, which share what is hard about the text.
 """
 
 from collections import Counter
@@ -20,17 +20,18 @@ from grokquant.reporting.rows import name_of
 from grokquant.version import __version__
 
 SCHEMA = "grokquant.comparison/1"
-Figure = Literal["kld", "nll"]
-Place = Literal["front", "tied", "behind"]
-# What a protocol may differ in: the name of a text says less than its checksum.
-_FREE = {"text"}
-# The reference's perplexity on the same tokens tells it from others; devices differ by less.
+# Columns of a report's documents by which models are ranked; lower is better for both.
+Loss = Literal["kld", "nll"]
+Status = Literal["front", "tied", "behind"]
+# Fields of the protocol that may differ: the checksum tells texts apart, whatever their names.
+_MAY_DIFFER = {"text"}
+# The reference's perplexity tells it from other models; devices change less of it than this.
 _SAME_PERPLEXITY = 1e-5
 
 
 @dataclass(frozen=True)
-class Run:
-    """An evaluated model, under a name that is its own here."""
+class EvaluatedModel:
+    """A model with its report, under a name that no other model of the ranking has."""
 
     name: str
     path: Path
@@ -43,177 +44,190 @@ class Run:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands by a figure over bits per weight.
+    """Where a model stands by size and one loss.
 
-    On the front no other run is better without being larger, or smaller without being worse. A run
-    is `tied` if the runs that keep it off the front are better by no more than chance, at 95 %;
-    else it is `behind`, and `beaten_by` names the best of those that are surely better.
+    On the Pareto `front` no other model is better without being larger, or smaller without being
+    worse. A model off the front is `tied` if none of the models that keep it off is significantly
+    better (95 %), else `behind`; `beaten_by` names the best of those that are.
     """
 
-    place: Place
+    status: Status
     beaten_by: str | None = None
+
+    def as_dict(self) -> dict[str, str | None]:
+        return {"place": self.status, "beaten_by": self.beaten_by}
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Runs of one protocol and reference, the lowest mean KLD first.
+class RankedModel(EvaluatedModel):
+    """`rank` is one more than the number of models with a significantly lower KLD."""
 
-    `ranks` count from 1 the runs that are better by more than chance, so ties share theirs;
-    `kld` and `perplexity` are the standings, all in the order of `runs`.
-    """
-
-    runs: tuple[Run, ...]
-    ranks: tuple[int, ...]
-    kld: tuple[Standing, ...]
-    perplexity: tuple[Standing, ...]
+    rank: int
+    kld: Standing
+    perplexity: Standing
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of `grokquant compare --json`, all of it taken from the reports."""
-        first = self.runs[0].report
+        report = self.report
         return {
-            "schema": SCHEMA,
-            "grokquant": __version__,
-            "reference": first.reference.model_dump(mode="json"),
-            "protocol": first.protocol.model_dump(mode="json"),
-            "noise_floor": first.noise_floor.model_dump(mode="json"),
-            "runs": [
-                _run_dict(*row)
-                for row in zip(self.runs, self.ranks, self.kld, self.perplexity, strict=True)
+            "name": self.name,
+            "path": str(self.path),
+            "bits_per_weight": self.bits_per_weight,
+            "bytes": report.quantized.bytes,
+            "kld": report.kld.mean.model_dump(mode="json"),
+            "perplexity": report.perplexity.quantized.model_dump(mode="json"),
+            "perplexity_ratio": report.perplexity.ratio.model_dump(mode="json"),
+            "same_top_p": report.same_top_p.model_dump(mode="json"),
+            "rank": self.rank,
+            "kld_standing": self.kld.as_dict(),
+            "perplexity_standing": self.perplexity.as_dict(),
+            "layers": [
+                {
+                    "layer": layer.layer,
+                    "relative_error": layer.relative_error,
+                    "router_top1": layer.router_top1,
+                    "router_set": layer.router_set,
+                    "router_set_forced": layer.forced.router_set if layer.forced else None,
+                }
+                for layer in report.layers
             ],
         }
 
 
-def contest(paths: Sequence[str | Path]) -> Contest:
+@dataclass(frozen=True)
+class Ranking:
+    """Models of one protocol and reference, the lowest mean KLD first."""
+
+    models: tuple[RankedModel, ...]
+
+    @property
+    def report(self) -> Report:
+        """The first model's; protocol, reference and noise floor are those of all."""
+        return self.models[0].report
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `grokquant compare --json`, all of it taken from the reports."""
+        return {
+            "schema": SCHEMA,
+            "grokquant": __version__,
+            "reference": self.report.reference.model_dump(mode="json"),
+            "protocol": self.report.protocol.model_dump(mode="json"),
+            "noise_floor": self.report.noise_floor.model_dump(mode="json"),
+            "runs": [model.as_dict() for model in self.models],
+        }
+
+
+def rank_models(paths: Sequence[str | Path]) -> Ranking:
     """Reads the reports of all `paths` (results, their evaluation directories, or report.json).
 
     Raises InputError where there is no report, or where two cannot be compared.
     """
-    runs = _named([(Path(path), read_report(_report_path(Path(path)))) for path in paths])
-    for run in runs[1:]:
-        _check_comparable(run, runs[0])
-    runs.sort(key=lambda run: run.report.kld.mean.value)
-    better = {run.name: sum(_surely_better(other, run, "kld") for other in runs) for run in runs}
-    return Contest(
-        runs=tuple(runs),
-        ranks=tuple(1 + better[run.name] for run in runs),
-        kld=tuple(standings(runs, "kld")),
-        perplexity=tuple(standings(runs, "nll")),
+    models = _named([(Path(path), read_report(_report_path(Path(path)))) for path in paths])
+    for model in models[1:]:
+        _check_comparable(model, models[0])
+    models.sort(key=lambda model: model.report.kld.mean.value)
+    return Ranking(tuple(_ranked(model, models) for model in models))
+
+
+def difference(model: EvaluatedModel, other: EvaluatedModel, loss: Loss) -> Interval:
+    """Mean `loss` per token, `model` minus `other`, by a paired bootstrap over documents."""
+    documents = model.report.documents
+    columns = (
+        documents.tokens,
+        getattr(documents, loss),
+        getattr(other.report.documents, loss),
+    )
+    sums = np.stack([np.array(column, dtype=np.float64) for column in columns], axis=-1)
+    settings = model.report.bootstrap
+    bootstrap = Bootstrap(sums, settings.resamples, settings.seed)
+    return bootstrap.interval(lambda s: (s[..., 1] - s[..., 2]) / s[..., 0])
+
+
+def _ranked(model: EvaluatedModel, models: Sequence[EvaluatedModel]) -> RankedModel:
+    better = sum(_significantly_better(other, model, "kld") for other in models)
+    return RankedModel(
+        name=model.name,
+        path=model.path,
+        report=model.report,
+        rank=1 + better,
+        kld=_standing(model, models, "kld"),
+        perplexity=_standing(model, models, "nll"),
     )
 
 
-def difference(run: Run, other: Run, figure: Figure) -> Interval:
-    """The mean of `figure` over tokens, `run` minus `other`, documents drawn again in pairs."""
-    tokens = run.report.documents.tokens
-    own, theirs = (getattr(r.report.documents, figure) for r in (run, other))
-    sums = np.stack([np.array(column, dtype=np.float64) for column in (tokens, own, theirs)], -1)
-    drawn = Bootstrap(sums, run.report.bootstrap.resamples, run.report.bootstrap.seed)
-    return drawn.interval(lambda s: (s[..., 1] - s[..., 2]) / s[..., 0])
+def _standing(model: EvaluatedModel, models: Sequence[EvaluatedModel], loss: Loss) -> Standing:
+    ahead = [other for other in models if _dominates(other, model, loss)]
+    ahead.sort(key=lambda other: _mean(other, loss))
+    for other in ahead:
+        if _significantly_better(other, model, loss):
+            return Standing("behind", other.name)
+    return Standing("tied" if ahead else "front")
 
 
-def standings(runs: Sequence[Run], figure: Figure) -> Iterator[Standing]:
-    """Where each run stands by `figure`, lower being better."""
-    for run in runs:
-        ahead = sorted(
-            (other for other in runs if _dominates(other, run, figure)),
-            key=lambda other: _mean(other, figure),
-        )
-        surely = next((other for other in ahead if _surely_better(other, run, figure)), None)
-        if surely:
-            yield Standing("behind", surely.name)
-        else:
-            yield Standing("tied" if ahead else "front")
+def _mean(model: EvaluatedModel, loss: Loss) -> float:
+    documents = model.report.documents
+    return sum(getattr(documents, loss)) / sum(documents.tokens)
 
 
-def _mean(run: Run, figure: Figure) -> float:
-    documents = run.report.documents
-    return sum(getattr(documents, figure)) / sum(documents.tokens)
-
-
-def _dominates(other: Run, run: Run, figure: Figure) -> bool:
-    theirs, own = ((r.bits_per_weight, _mean(r, figure)) for r in (other, run))
+def _dominates(other: EvaluatedModel, model: EvaluatedModel, loss: Loss) -> bool:
+    """Whether `other` is no larger and no worse, and differs."""
+    theirs = (other.bits_per_weight, _mean(other, loss))
+    own = (model.bits_per_weight, _mean(model, loss))
     return theirs != own and theirs[0] <= own[0] and theirs[1] <= own[1]
 
 
-def _surely_better(other: Run, run: Run, figure: Figure) -> bool:
-    return other is not run and difference(run, other, figure).low > 0
+def _significantly_better(other: EvaluatedModel, model: EvaluatedModel, loss: Loss) -> bool:
+    return other is not model and difference(model, other, loss).low > 0
 
 
 def _report_path(path: Path) -> Path:
-    """The report.json that a path means."""
-    places = (path / "evaluation" / JSON_NAME, path / JSON_NAME)
-    found = next((place for place in places if place.is_file()), path)
+    """The report.json that a path stands for."""
+    candidates = (path / "evaluation" / JSON_NAME, path / JSON_NAME)
+    found = next((candidate for candidate in candidates if candidate.is_file()), path)
     if found.is_dir():
-        raise InputError(
-            f"{path}: has no evaluation/{JSON_NAME}; `grokquant eval {path} --reference ...` "
-            "makes it"
-        )
+        raise InputError(f"{path}: has no evaluation/{JSON_NAME}; `grokquant eval` writes it")
     return found
 
 
-def _named(reports: Sequence[tuple[Path, Report]]) -> list[Run]:
-    """Runs under the last part of their models' paths; where two share it, under what was given."""
+def _named(reports: Sequence[tuple[Path, Report]]) -> list[EvaluatedModel]:
+    """Models named by the last part of their paths; where two share it, by the path as given."""
     short = Counter(name_of(report.quantized) for _, report in reports)
-    runs = []
+    models = []
     for path, report in reports:
         name = name_of(report.quantized)
-        runs.append(Run(name if short[name] == 1 else str(path), path, report))
-    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
-    if twice:
-        raise InputError(f"{twice[0]}: is given twice")
-    return runs
+        models.append(EvaluatedModel(name if short[name] == 1 else str(path), path, report))
+    names = Counter(model.name for model in models)
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        raise InputError(f"{repeated[0]}: is given twice")
+    return models
 
 
-def _check_comparable(run: Run, first: Run) -> None:
-    """Raises InputError that names the first thing in which two reports are of different kinds."""
-    for what, own, theirs in _kinds(run.report, first.report):
+def _check_comparable(model: EvaluatedModel, first: EvaluatedModel) -> None:
+    """Raises InputError that names the first thing that two reports must share and do not."""
+    for what, own, theirs in _must_agree(model.report, first.report):
         if own != theirs:
             raise InputError(
-                f"{run.path}: {what} is {own}, of {first.path} it is {theirs}: such numbers cannot "
-                "be compared"
+                f"{model.path}: {what} is {own}, but {theirs} in {first.path}; the two cannot be "
+                "compared"
             )
-
-
-def _kinds(report: Report, first: Report) -> Iterator[tuple[str, object, object]]:
-    for field in type(report.protocol).model_fields:
-        if field not in _FREE:
-            protocols = report.protocol, first.protocol
-            yield f"protocol.{field}", *(getattr(protocol, field) for protocol in protocols)
-    for field in ("family", "parameters"):
-        yield (
-            f"reference.{field}",
-            getattr(report.reference, field),
-            getattr(first.reference, field),
+    if model.report.documents.tokens != first.report.documents.tokens:
+        raise InputError(
+            f"{model.path}: documents.tokens is not that of {first.path}; the two cannot be "
+            "compared"
         )
-    own, theirs = (r.perplexity.reference.value for r in (report, first))
-    if not isclose(own, theirs, rel_tol=_SAME_PERPLEXITY):
-        yield "the reference’s perplexity", own, theirs
+
+
+def _must_agree(report: Report, first: Report) -> Iterator[tuple[str, object, object]]:
+    """(name, value here, value there) of what two reports must share."""
+    for field in type(report.protocol).model_fields:
+        if field not in _MAY_DIFFER:
+            own = getattr(report.protocol, field)
+            yield f"protocol.{field}", own, getattr(first.protocol, field)
+    for field in ("family", "parameters"):
+        own = getattr(report.reference, field)
+        yield f"reference.{field}", own, getattr(first.reference, field)
+    own_perplexity = report.perplexity.reference.value
+    perplexity = first.perplexity.reference.value
+    if not isclose(own_perplexity, perplexity, rel_tol=_SAME_PERPLEXITY):
+        yield "the reference’s perplexity", own_perplexity, perplexity
     yield "bootstrap.unit", report.bootstrap.unit, first.bootstrap.unit
-    if report.documents.tokens != first.documents.tokens:
-        yield "documents.tokens", "of other documents", "another"
-
-
-def _run_dict(run: Run, rank: int, kld: Standing, perplexity: Standing) -> dict[str, Any]:
-    report, layers = run.report, run.report.layers
-    return {
-        "name": run.name,
-        "path": str(run.path),
-        "bits_per_weight": run.bits_per_weight,
-        "bytes": report.quantized.bytes,
-        "kld": report.kld.mean.model_dump(mode="json"),
-        "perplexity": report.perplexity.quantized.model_dump(mode="json"),
-        "perplexity_ratio": report.perplexity.ratio.model_dump(mode="json"),
-        "same_top_p": report.same_top_p.model_dump(mode="json"),
-        "rank": rank,
-        "kld_standing": vars(kld),
-        "perplexity_standing": vars(perplexity),
-        "layers": [
-            {
-                "layer": layer.layer,
-                "relative_error": layer.relative_error,
-                "router_top1": layer.router_top1,
-                "router_set": layer.router_set,
-                "router_set_forced": layer.forced.router_set if layer.forced else None,
-            }
-            for layer in layers
-        ],
-    }

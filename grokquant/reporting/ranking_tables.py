@@ -1,106 +1,106 @@
-"""A comparison for the terminal and as Markdown: one table of figures, one of routing by layer."""
+"""A ranking for the terminal and as Markdown: one table of metrics, one of routing by layer."""
 
 from collections.abc import Iterator
 
 from rich.markup import escape
 from rich.table import Table
 
-from grokquant.evaluation.report import Estimate
-from grokquant.reporting.ranking import Contest, Standing
-from grokquant.reporting.rows import markdown_cell, name_of, number, percent, size
+from grokquant.reporting.number_format import number, percent, size
+from grokquant.reporting.ranking import RankedModel, Ranking, Standing
+from grokquant.reporting.rows import markdown_cell, markdown_row, name_of
+from grokquant.reporting.suite_tables import with_error
 
-_COLUMNS = (
-    "Model", "Rank", "Bits per weight", "Size", "Mean KLD, nats", "PPL(Q)/PPL(base)", "Same top p",
-    "KLD over bits", "PPL over bits",
-)  # fmt: skip
+# Heads of the columns, by whether numbers stand below.
+_HEADS = {
+    "Model": False,
+    "Rank": True,
+    "Bits per weight": True,
+    "Size": True,
+    "Mean KLD, nats": True,
+    "PPL(Q)/PPL(base)": True,
+    "Same top p": True,
+    "Pareto (KLD)": False,
+    "Pareto (PPL)": False,
+}
+_ROUTING = "Tokens routed to the same experts as in the reference"
 
 
-def terminal_tables(contest: Contest) -> list[Table]:
+def terminal_tables(ranking: Ranking) -> list[Table]:
     """For a rich console."""
-    figures = Table(caption=escape(_basis(contest)), title_justify="left", caption_justify="left")
-    for index, column in enumerate(_COLUMNS):
-        figures.add_column(column, justify="right" if 0 < index < 7 else "left")
-    for row in _rows(contest):
-        figures.add_row(*map(escape, row))
-    routing = list(_routing(contest))
+    metrics = Table(caption=escape(_basis(ranking)), title_justify="left", caption_justify="left")
+    for head, numeric in _HEADS.items():
+        metrics.add_column(head, justify="right" if numeric else "left")
+    for model in ranking.models:
+        metrics.add_row(*map(escape, _cells(model)))
+    routing = list(_routing_cells(ranking))
     if not routing:
-        return [figures]
-    layers = Table(caption="Tokens that go to the same experts as in the reference, by layer")
+        return [metrics]
+    layers = Table(caption=f"{_ROUTING}, by layer")
     layers.add_column("Layer", justify="right")
-    for run in contest.runs:
-        layers.add_column(escape(run.name), justify="right")
-    for row in routing:
-        layers.add_row(*row)
-    return [figures, layers]
+    for model in ranking.models:
+        layers.add_column(escape(model.name), justify="right")
+    for cells in routing:
+        layers.add_row(*cells)
+    return [metrics, layers]
 
 
-def markdown(contest: Contest) -> str:
+def markdown(ranking: Ranking) -> str:
     """The same as text for a README or an issue."""
-    aligned = "|".join(("", ":--", *["--:"] * 6, ":--", ":--", ""))
     lines = [
-        _line(_COLUMNS),
-        aligned,
-        *map(_line, _rows(contest)),
+        markdown_row(_HEADS),
+        _alignment(list(_HEADS.values())),
+        *(markdown_row(_cells(model)) for model in ranking.models),
         "",
-        markdown_cell(_basis(contest)),
+        markdown_cell(_basis(ranking)),
     ]
-    routing = list(_routing(contest))
+    routing = list(_routing_cells(ranking))
     if routing:
-        names = [run.name for run in contest.runs]
-        aligned = "|".join(("", *["--:"] * (len(names) + 1), ""))
-        lines += ["", "Tokens that go to the same experts as in the reference:", ""]
-        lines += [_line(["Layer", *names]), aligned, *map(_line, routing)]
+        names = [model.name for model in ranking.models]
+        heads = markdown_row(["Layer", *names])
+        aligned = _alignment([True] * (len(names) + 1))
+        lines += ["", f"{_ROUTING}:", "", heads, aligned, *map(markdown_row, routing)]
     return "\n".join([*lines, ""])
 
 
-def _rows(contest: Contest) -> Iterator[tuple[str, ...]]:
-    for run, rank, kld, perplexity in zip(
-        contest.runs, contest.ranks, contest.kld, contest.perplexity, strict=True
-    ):
-        report = run.report
-        yield (
-            run.name,
-            str(rank),
-            f"{run.bits_per_weight:.3f}",
-            size(report.quantized.bytes),
-            _with_error(report.kld.mean),
-            _with_error(report.perplexity.ratio),
-            percent(report.same_top_p.value, 4),
-            _words(kld),
-            _words(perplexity),
-        )
+def _alignment(numeric: list[bool]) -> str:
+    return "|".join(("", *("--:" if right else ":--" for right in numeric), ""))
 
 
-def _with_error(estimate: Estimate) -> str:
-    error = number(estimate.error, estimate.error)
-    return f"{number(estimate.value, estimate.error)} ± {error}"
+def _cells(model: RankedModel) -> tuple[str, ...]:
+    report = model.report
+    return (
+        model.name,
+        str(model.rank),
+        f"{model.bits_per_weight:.3f}",
+        size(report.quantized.bytes),
+        with_error(report.kld.mean),
+        with_error(report.perplexity.ratio),
+        percent(report.same_top_p.value, 4),
+        _standing_words(model.kld),
+        _standing_words(model.perplexity),
+    )
 
 
-def _words(standing: Standing) -> str:
-    if standing.place == "behind":
-        return f"behind {standing.beaten_by}"
-    return standing.place
+def _standing_words(standing: Standing) -> str:
+    return f"behind {standing.beaten_by}" if standing.status == "behind" else standing.status
 
 
-def _routing(contest: Contest) -> Iterator[tuple[str, ...]]:
-    for layers in zip(*(run.report.layers for run in contest.runs), strict=True):
+def _routing_cells(ranking: Ranking) -> Iterator[tuple[str, ...]]:
+    """A row for each layer with a router: its number, then each model's share of tokens."""
+    for layers in zip(*(model.report.layers for model in ranking.models), strict=True):
         shares = [layer.router_set for layer in layers]
         if any(share is not None for share in shares):
             shown = ("–" if share is None else percent(share, 4) for share in shares)
             yield (str(layers[0].layer), *shown)
 
 
-def _basis(contest: Contest) -> str:
-    report = contest.runs[0].report
-    protocol, drawn = report.protocol, report.bootstrap
-    noise = number(report.noise_floor.mean_kld)
+def _basis(ranking: Ranking) -> str:
+    report = ranking.report
+    protocol = report.protocol
+    bootstrap = report.bootstrap
     return (
         f"{protocol.tokens_scored:,} tokens of {protocol.text}, {protocol.windows:,} windows of "
-        f"{protocol.length:,}; reference: {name_of(report.reference)}; ± is a standard error over "
-        f"{drawn.clusters:,} {drawn.unit}s; runs that share a rank differ by no more than chance; "
-        f"noise floor of the KLD {noise}"
+        f"{protocol.length:,}; reference: {name_of(report.reference)}; ± is one standard error, "
+        f"from {bootstrap.clusters:,} {bootstrap.unit}s; models that share a rank do not differ "
+        f"significantly; noise floor of the KLD: {number(report.noise_floor.mean_kld)}"
     )
-
-
-def _line(cells: tuple[str, ...] | list[str]) -> str:
-    return f"| {' | '.join(map(markdown_cell, cells))} |"

@@ -1,4 +1,4 @@
-"""What a person sees: tables on stdout, progress on stderr, no animation off a terminal."""
+"""What a person sees: tables on stdout, progress on stderr; bars only on a terminal."""
 
 import time
 from collections import Counter
@@ -24,9 +24,15 @@ from grokquant.job.plan import Plan
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import UnitReport
 
+# Off a terminal: wide enough that no table folds its cells, whatever reads the output.
+_PIPE_WIDTH = 1000
+# Bits per weight of a layer without quantized matrices.
+_BF16_BITS = 16.0
+_LABEL_WIDTH = 18  # of the longest label that `inspect` prints, right-aligned
+
 
 def plan_as_dict(plan: Plan, budget: Budget) -> dict:
-    """The plan for machines: totals, files, kept matrices and a row per unit."""
+    """The plan for programs: totals, files, matrices that stay unquantized, a row per unit."""
     return {
         "model": plan.recipe.model.path,
         "output": plan.recipe.output.path,
@@ -55,15 +61,15 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
 
 
 def text_console(stderr: bool = False) -> Console:
-    """Shows text as it is: names are no markup, and off a terminal nothing is cut or folded."""
+    """Prints text as it is: no markup in names, and off a terminal nothing is cut or folded."""
     console = Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console.width = 1000
+        console.width = _PIPE_WIDTH
     return console
 
 
 def print_notice(notice: str | None) -> None:
-    """A line that is to be seen, whatever becomes of stdout."""
+    """A line on stderr, seen even if stdout is redirected."""
     if notice:
         text_console(stderr=True).print(f"grokquant: {notice}")
 
@@ -72,13 +78,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     print_notice(plan.checkpoint.family.notice)
     console = console or text_console()
     console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
-    table = Table()
-    for column, justify in (("what", "left"), ("grid (method)", "left"), ("matrices", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    table.add_column("weights", justify="right")
-    for (kind, grid), (count, weights) in _plan_rows(plan).items():
-        table.add_row(kind, grid, str(count), f"{weights:,}")
-    console.print(table)
+    console.print(_plan_table(plan))
     console.print(
         f"{plan.checkpoint.parameters:,} weights, {size(plan.checkpoint.stored_bytes)} -> "
         f"{size(plan.output_bytes)} in {len(plan.files)} file(s), "
@@ -93,23 +93,34 @@ def print_budget(budget: Budget) -> None:
     console.print(f"time: {duration(budget.seconds)} on this machine")
 
 
+def _plan_table(plan: Plan) -> Table:
+    table = Table()
+    table.add_column("part")
+    table.add_column("grid (method)")
+    table.add_column("matrices", justify="right")
+    table.add_column("weights", justify="right")
+    for (kind, grid), (count, weights) in _plan_rows(plan).items():
+        table.add_row(kind, grid, str(count), f"{weights:,}")
+    return table
+
+
 def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
     """(kind of matrix, grid) -> (matrices, weights)."""
     counts: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
     for matrix in plan.checkpoint.matrices():
         unit = plan.units.get(matrix.name)
-        grid = f"{unit.scheme} ({unit.method})" if unit else "kept as it is"
+        grid = f"{unit.scheme} ({unit.method})" if unit else "not quantized"
         key = (matrix.kind, grid)
         counts[key] += 1
         weights[key] += prod(plan.checkpoint.source.tensors[matrix.tensor].shape)
     rest = plan.checkpoint.parameters - sum(weights.values())
     rows = {key: (counts[key], weights[key]) for key in counts}
-    return rows | {("router, norms, embedding", "kept as it is"): (0, rest)}
+    return rows | {("router, norms, embedding", "not quantized"): (0, rest)}
 
 
 class _LayerBar:
-    """A bar over layers on a terminal; elsewhere only the lines that are printed above it."""
+    """A line per layer and, on a terminal, a bar below the lines."""
 
     def __init__(self) -> None:
         self.console = text_console(stderr=True)
@@ -128,11 +139,14 @@ class _LayerBar:
     def begin(self, description: str, total: int) -> None:
         self.bar.start()
         self.task = self.bar.add_task(description, total=total)
-        self.total, self.done, self.start = total, 0, time.monotonic()
+        self.total = total
+        self.done = 0
+        self.start = time.monotonic()
 
     def advance(self, line: str) -> None:
         self.done += 1
-        left = (time.monotonic() - self.start) / self.done * (self.total - self.done)
+        per_layer = (time.monotonic() - self.start) / self.done
+        left = per_layer * (self.total - self.done)
         self.console.print(f"{line}, {duration(left)} left")
         if self.task is not None:
             self.bar.advance(self.task)
@@ -153,38 +167,39 @@ class RunProgress(_LayerBar):
         return self
 
     def planned(self, plan: Plan) -> None:
-        self.plan, self.fallbacks = plan, 0
+        self.plan = plan
+        self.fallbacks = 0
         self.busy: dict[str, float] = {}
         print_plan(plan, self.console)
         self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
 
     def continuing(self, done: int, files: int, damaged: list[str]) -> None:
         for name in damaged:
-            self.console.print(f"{name}: is no longer what was committed, it is made again")
-        self.console.print(f"continuing: {done} of {files} files are committed")
+            self.console.print(f"{name}: changed since it was written; rebuilding it")
+        self.console.print(f"resuming: {done} of {files} files are done")
 
     def worked(self, busy: dict[str, float]) -> None:
         self.busy = busy
 
     def stopping(self) -> None:
-        self.console.print("stopping after the file in progress; once more stops at once")
+        self.console.print("stopping after the current file; interrupt again to stop immediately")
 
     def calibrating(self, rows: int, length: int) -> None:
         asked = self.plan.recipe.calibration
-        line = f"calibration: {rows} rows of {length} tokens"
+        line = f"calibration: {rows} sequences of {length} tokens"
         if (rows, length) != (asked.samples, asked.length):
-            line += f", fewer than the {asked.samples} x {asked.length} that the recipe asks for"
+            line += f", fewer than the {asked.samples} x {asked.length} in the recipe"
         self.console.print(line)
 
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:
         self.fallbacks += sum(report.fallback is not None for report in reports)
         line = f"layer {index}: {_error_of(reports)}, {_bits_of(reports, self.plan):.3f} bits"
         if tokens:
-            line += f", least-fed expert {min(tokens)} tokens"
+            line += f", fewest tokens for an expert: {min(tokens)}"
         self.advance(line)
 
     def as_dict(self, output: Path) -> dict:
-        """The result for machines. `busy_seconds` overlap."""
+        """The result for programs. `busy_seconds` overlap."""
         return {
             "output": str(output),
             "output_bytes": self.plan.output_bytes,
@@ -196,18 +211,17 @@ class RunProgress(_LayerBar):
 
     def summary(self, output: Path) -> str:
         plan = self.plan
+        seconds = time.monotonic() - self.start
         lines = [
             f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
-            f"{plan.bits_per_weight:.3f} bits per weight, "
-            f"{duration(time.monotonic() - self.start)}",
+            f"{plan.bits_per_weight:.3f} bits per weight, {duration(seconds)}",
             f"report: {output / REPORT_NAME}",
         ]
         if self.busy:
-            took = time.monotonic() - self.start
-            shares = (f"{what} {seconds / took:.0%}" for what, seconds in self.busy.items())
-            lines.append(f"of that time, at once: {', '.join(shares)}")
+            shares = (f"{work} {busy / seconds:.0%}" for work, busy in self.busy.items())
+            lines.append(f"overlapping work: {', '.join(shares)}")
         if self.fallbacks:
-            lines.append(f"{self.fallbacks} matrices fell back to rtn, the report says why")
+            lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
         return "\n".join(lines)
 
 
@@ -230,30 +244,38 @@ class LayerProgress(_LayerBar):
 
 
 def _error_of(reports: list[UnitReport]) -> str:
-    measured = [r.output_error for r in reports if r.output_error is not None]
-    if measured:
-        return f"output error {sum(measured) / len(measured):.4f}"
+    """The mean error of a layer's matrices: of their outputs, else of their weights."""
+    output_errors = [r.output_error for r in reports if r.output_error is not None]
+    if output_errors:
+        return f"output error {sum(output_errors) / len(output_errors):.4f}"
     errors = [r.relative_error for r in reports]
     return f"weight error {sum(errors) / max(len(errors), 1):.4f}"
 
 
 def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
-    weights = {r.name: prod(plan.units[r.name].shape) for r in reports}
-    total = sum(weights.values())
-    return sum(r.bits_per_weight * weights[r.name] for r in reports) / total if total else 16.0
+    """Mean bits per weight of a layer's matrices."""
+    weights = [prod(plan.units[r.name].shape) for r in reports]
+    if not weights:
+        return _BF16_BITS
+    bits = sum(r.bits_per_weight * n for r, n in zip(reports, weights, strict=True))
+    return bits / sum(weights)
 
 
 def print_description(description: dict) -> None:
     """`grokquant inspect` for people: the totals, then a row per tensor."""
     print_notice(description["notice"])
-    console = text_console()
-    for key in ("path", "layout", "family", "layers", "experts", "experts_per_token"):
-        console.print(f"{key.replace('_', ' '):>18}  {description[key]}")
-    console.print(f"{'parameters':>18}  {description['parameters']:,}")
-    console.print(f"{'size':>18}  {size(description['bytes'])}")
-    console.print(f"{'bits per weight':>18}  {description['bits_per_weight']:.3f}")
+    facts = [
+        (key.replace("_", " "), str(description[key]))
+        for key in ("path", "layout", "family", "layers", "experts", "experts_per_token")
+    ]
+    facts.append(("parameters", f"{description['parameters']:,}"))
+    facts.append(("size", size(description["bytes"])))
+    facts.append(("bits per weight", f"{description['bits_per_weight']:.3f}"))
     for grid, count in description["matrices"].items():
-        console.print(f"{'matrices':>18}  {count} x {grid}")
+        facts.append(("matrices", f"{count} x {grid}"))
+    console = text_console()
+    for label, fact in facts:
+        console.print(f"{label:>{_LABEL_WIDTH}}  {fact}")
     table = Table("tensor", "shape", "stored as", "bytes")
     for tensor in description["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))

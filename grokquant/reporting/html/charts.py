@@ -1,6 +1,6 @@
-"""Plots as inline SVG that a stylesheet colours and any width can scale.
+"""Charts as inline SVG that a stylesheet colours and any width can scale.
 
-All share one band for layers, so that plots above each other line up. Colours are classes
+All share one band for layers, so that charts above each other line up. Colours are classes
 (`q0`-`q7`, `e0`-`e7`, `d0`-`d6`, `s0`-`s6`): the page says what they look like on light, on dark
 and on paper.
 """
@@ -9,38 +9,67 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log
 
+from grokquant.reporting.html.axis import Axis, round_out, round_up, ticks
 from grokquant.reporting.html.svg import (
     LEFT,
     RIGHT,
+    TEXT_DROP,
     WIDTH,
-    Axis,
+    Box,
     Mark,
     axis_title,
     baseline,
-    box,
     dot,
+    drawing,
+    gridline,
     legend_entry,
-    level,
-    marker,
     polyline,
-    round_out,
-    round_up,
-    svg,
-    text_at,
-    tick,
-    ticks,
-    tooltip,
+    rect,
+    reference_line,
+    text,
+    x_tick,
 )
 
-_STEPS, _HALF_STEPS = 8, 3
-_WIDEST_BAR, _LINE = 56, 17
-# Cells and bars narrower than this have no room for their number.
+# Palettes, by the letter of their classes: from the least to the greatest value, or around zero.
+BLUES = "q"
+ORANGES = "e"
+DIVERGING = "d"
+_SHADES = 8  # of blues and oranges
+_HALF_SHADES = 3  # of the diverging palette, on either side of the one for zero
+
+# Heights of the plots, about half of their width: all steps are still told apart on a phone.
+_BARS = 168
+_LINES = 160
+_QUANTILES = 210
+# Heat maps share this among their rows; a row is high enough to see its colour, and no higher than
+# a line of text needs.
+_HEAT_MAP = 420
+_LEAST_ROW = 7
+_MOST_ROW = 26
+
+# A line of the legend, or of names of reference lines.
+_LINE = 17
+# Few layers leave bars with room between them, rather than one wide block.
+_WIDEST_BAR = 56
+_BAR_SHARE = 0.72  # of the band of a layer
+# Cells and bars narrower or lower than these have no room for their number.
 _ROOM = 52
-_LONGEST_NAME = 36
-# Heights of the percentiles in a quantile plot: the logit of the share, minimum and maximum beyond.
-_REACH = 9.2
-_SHARES = ((1.0, "max"), (0.999, "99.9 %"), (0.99, "99 %"), (0.9, "90 %"), (0.5, "50 %"),
-           (0.1, "10 %"), (0.01, "1 %"), (0.001, "0.1 %"), (0.0, "min"))  # fmt: skip
+_ROOM_HEIGHT = 20
+_ROW_LABELS = 14  # least distance between them
+_MOST_LAYER_LABELS = 12
+# More dots than these on a line run into each other unless they are small.
+_COARSE_DOTS = 20
+_LONGEST_NAME = 36  # letters that fit into the width
+
+# Quantile plots stretch both tails: heights are the logit of the share, ln(s / (1 - s)). 99.9 % is
+# at 6.9; minimum and maximum, whose logits are infinite, are drawn at this height.
+_EXTREME = 9.2
+_SHARES = (
+    (1.0, "max"), (0.999, "99.9 %"), (0.99, "99 %"), (0.9, "90 %"), (0.5, "50 %"),
+    (0.1, "10 %"), (0.01, "1 %"), (0.001, "0.1 %"), (0.0, "min"),
+)  # fmt: skip
+# The least value that a logarithmic axis reaches down to, as a part of the greatest.
+_LOG_FLOOR = 1e-12
 
 Show = Callable[[float], str]
 
@@ -56,8 +85,22 @@ class Quantile:
 
 @dataclass(frozen=True)
 class Series:
+    """A mark per layer; None leaves a gap."""
+
     name: str
     marks: Sequence[Mark | None]
+
+    def positive(self) -> "Series":
+        """The series as a logarithmic axis can show it: with gaps for values of 0."""
+        marks = [mark if mark and mark.value > 0 else None for mark in self.marks]
+        return Series(self.name, marks)
+
+
+@dataclass(frozen=True)
+class Bar:
+    name: str
+    mark: Mark
+    label: str
 
 
 def quantile_plot(
@@ -65,26 +108,30 @@ def quantile_plot(
     quantiles: Sequence[Quantile],
     show: Show,
     x_title: str,
-    markers: Sequence[tuple[str, float]] = (),
+    references: Sequence[tuple[str, float]] = (),
     log_x: bool = False,
 ) -> str:
     """Share of tokens (upwards, tails stretched) below a value (rightwards).
 
-    `markers` are vertical lines with a name. On a logarithm, values of 0 or less are left out.
+    `references` are vertical lines with a name. A logarithmic axis leaves out values of 0 or less.
     """
-    drawn = [q for q in quantiles if q.mark.value > 0 or not log_x]
-    markers = [m for m in markers if m[1] > 0 or not log_x]
-    top = 14 + _LINE * len(markers)
-    y = Axis(-_REACH, _REACH, top + 210, top)
-    values = [q.mark.value for q in drawn] + [value for _, value in markers]
+    if log_x:
+        quantiles = [quantile for quantile in quantiles if quantile.mark.value > 0]
+        references = [reference for reference in references if reference[1] > 0]
+    top = 14 + _LINE * len(references)
+    y = Axis(-_EXTREME, _EXTREME, top + _QUANTILES, top)
+    values = [q.mark.value for q in quantiles] + [value for _, value in references]
     x = _value_axis(values or [1.0], log_x)
-    body = [level(y(_stretch(share)), label) for share, label in _SHARES]
-    body += [tick(x(value), y.start, show(value)) for value in ticks(x)]
-    body += [marker(x(value), 12 + _LINE * i, y.start, n) for i, (n, value) in enumerate(markers)]
-    points = [(x(q.mark.value), y(_stretch(q.share)), q) for q in drawn]
-    body.append(polyline([(px, py) for px, py, _ in points], "s1"))
-    body += [dot(px, py, "s1", q.mark, f"{q.name}: {show(q.mark.value)}") for px, py, q in points]
-    return svg(title, y.start + 44, [*body, axis_title(y.start + 38, x_title)])
+    elements = [gridline(y(_stretch(share)), label) for share, label in _SHARES]
+    elements += [x_tick(x(value), y.start, show(value)) for value in ticks(x)]
+    for i, (name, value) in enumerate(references):
+        elements.append(reference_line(x(value), 12 + _LINE * i, y.start, name))
+    points = [(x(q.mark.value), y(_stretch(q.share))) for q in quantiles]
+    elements.append(polyline(points, "s1"))
+    for (px, py), q in zip(points, quantiles, strict=True):
+        elements.append(dot(px, py, "s1", q.mark, f"{q.name}: {show(q.mark.value)}"))
+    elements.append(axis_title(y.start + 38, x_title))
+    return drawing(title, y.start + 44, elements)
 
 
 def bar_chart(
@@ -93,27 +140,35 @@ def bar_chart(
     show: Show,
     show_tick: Show,
     x_title: str,
-    names: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> str:
     """One bar per layer, from zero; none where there is no mark.
 
-    `names` are the layers' numbers, unless all are there.
+    `layers` are the layers' numbers, unless all are there.
     """
-    names = names or range(len(marks))
-    y = Axis(0, round_up(max((m.value for m in marks if m), default=0.0)), 190, 22)
-    band = (RIGHT - LEFT) / max(len(marks), 1)
-    width = min(band * 0.72, _WIDEST_BAR)
-    body = [level(y(value), show_tick(value)) for value in ticks(y, 4)]
-    for index, mark in enumerate(marks):
-        if mark is None:
-            continue
-        x, height = _centre(index, len(marks)) - width / 2, y.start - y(mark.value)
-        label = f"{x_title} {names[index]}: {show(mark.value)}{mark.note}"
-        shape = box(x, y.start - height, width, max(height, 0.5))
-        body.append(f'<rect class="s1" {shape}{mark.data}>{tooltip(label)}</rect>')
-        if band >= _ROOM:
-            body.append(text_at(x + width / 2, y.start - height - 6, show(mark.value), "mid ink"))
-    return svg(title, 236, [*body, baseline(y.start), *layer_ticks(names, 190, x_title)])
+    layers = layers or range(len(marks))
+    top = 22  # room for the number on the highest bar
+    highest = max((mark.value for mark in marks if mark), default=0.0)
+    y = Axis(0, round_up(highest), top + _BARS, top)
+    elements = _gridlines(y, show_tick)
+    for i, mark in enumerate(marks):
+        if mark is not None:
+            label = f"{x_title} {layers[i]}: {show(mark.value)}{mark.note}"
+            elements += _bar(i, len(marks), mark, y, label, show(mark.value))
+    elements += [baseline(y.start), *layer_ticks(layers, y.start, x_title)]
+    return drawing(title, y.start + 46, elements)
+
+
+def _bar(i: int, count: int, mark: Mark, y: Axis, label: str, number: str) -> list[str]:
+    band = (RIGHT - LEFT) / count
+    width = min(band * _BAR_SHARE, _WIDEST_BAR)
+    height = y.start - y(mark.value)
+    middle = _centre(i, count)
+    box = Box(middle - width / 2, y.start - height, width, max(height, 0.5))
+    bar = rect(box, "s1", mark, label)
+    if band < _ROOM:
+        return [bar]
+    return [bar, text(middle, box.y - 6, number, "mid ink")]
 
 
 def line_chart(
@@ -121,25 +176,36 @@ def line_chart(
 ) -> str:
     """A line for each of at most three series over layers; gaps where a layer has no mark.
 
-    On a logarithm, values of 0 are left out.
+    A logarithmic axis leaves out values of 0.
     """
-    drawn = [[m if m and (m.value > 0 or not log_y) else None for m in s.marks] for s in series]
-    values = [m.value for marks in drawn for m in marks if m] or [1.0]
-    top = 14 + _LINE * len(series)
-    low, high = min(values), max(values)
+    if log_y:
+        series = [line.positive() for line in series]
+    count = max(len(line.marks) for line in series)
+    y = _series_axis(series, 14 + _LINE * len(series), log_y)
+    elements = _gridlines(y, show)
+    for i, line in enumerate(series):
+        kind = f"s{i + 1}"
+        elements += _series_line(line, y, count, kind, show)
+        elements.append(legend_entry(LEFT, 12 + _LINE * i, kind, line.name))
+    elements += layer_ticks(range(count), y.start, x_title)
+    return drawing(title, y.start + 46, elements)
+
+
+def _series_axis(series: Sequence[Series], top: float, log_y: bool) -> Axis:
+    values = [mark.value for line in series for mark in line.marks if mark] or [1.0]
+    low = min(values)
+    high = max(values)
     ends = (low / 1.2, high * 1.2) if log_y else round_out(low, high)
-    y = Axis(*ends, top + 160, top, log_y)
-    count = max(len(s.marks) for s in series)
-    body = [level(y(value), show(value)) for value in ticks(y, 4)]
-    for number, (line, marks) in enumerate(zip(series, drawn, strict=True), 1):
-        points = [(_centre(i, count), y(m.value), m) for i, m in enumerate(marks) if m]
-        body.append(polyline([(px, py) for px, py, _ in points], f"s{number}"))
-        body += [
-            dot(px, py, f"s{number}", m, f"{line.name}: {show(m.value)}", fine=count > 20)
-            for px, py, m in points
-        ]
-        body += legend_entry(LEFT, 12 + _LINE * (number - 1), f"s{number}", line.name)
-    return svg(title, y.start + 46, [*body, *layer_ticks(range(count), y.start, x_title)])
+    return Axis(*ends, top + _LINES, top, log_y)
+
+
+def _series_line(line: Series, y: Axis, count: int, kind: str, show: Show) -> list[str]:
+    points = [(_centre(i, count), y(mark.value), mark) for i, mark in enumerate(line.marks) if mark]
+    fine = count > _COARSE_DOTS
+    dots = [
+        dot(px, py, kind, mark, f"{line.name}: {show(mark.value)}", fine) for px, py, mark in points
+    ]
+    return [polyline([(px, py) for px, py, _ in points], kind), *dots]
 
 
 def heat_map(
@@ -149,52 +215,58 @@ def heat_map(
     palette: str,
     names: tuple[str, str] = ("layer", "expert"),
 ) -> str:
-    """Cells coloured by value: a column per layer, a row per expert; None stays empty.
-
-    Palette "d" is diverging around zero, "q" and "e" run from the least to the greatest value.
-    """
-    count = max(len(column) for column in columns)
-    width, height = (RIGHT - LEFT) / len(columns), min(26.0, max(7.0, 420 / count))
-    step = _Steps.of([m.value for column in columns for m in column if m], palette)
-    every = ceil(14 / height)
-    body = [text_at(LEFT - 8, 8 + height * (e + 0.5) + 4.5, str(e), "end")
-            for e in range(0, count, every)]  # fmt: skip
+    """Cells coloured by value: a column per layer, a row per expert; None stays empty."""
+    grid = _Grid(len(columns), max(len(column) for column in columns))
+    values = [mark.value for column in columns for mark in column if mark]
+    scale = _ColourScale.of(values, palette)
+    elements = grid.row_labels()
     for i, column in enumerate(columns):
         for e, mark in enumerate(column):
-            if mark is None:
-                continue
-            x, y, shade = LEFT + i * width, 8 + e * height, step(mark.value)
-            label = f"{names[0]} {i}, {names[1]} {e}: {show(mark.value)}{mark.note}"
-            shape = box(x, y, width, height)
-            body.append(f'<rect class="c {shade}" {shape}{mark.data}>{tooltip(label)}</rect>')
-            if width >= _ROOM and height >= 20:
-                side = f"mid pass {'hi' if step.strong(mark.value) else 'ink'}"
-                body.append(text_at(x + width / 2, y + height / 2 + 4.5, show(mark.value), side))
-    bottom = 8 + count * height
-    body.append(text_at(13, (8 + bottom) / 2, names[1], "mid", turned=True))
-    body += layer_ticks(range(len(columns)), bottom, names[0])
-    return svg(title, bottom + 78, [*body, *_scale(step, show, bottom + 56)])
-
-
-def lying_bars(title: str, bars: Sequence[tuple[str, Mark, str]]) -> str:
-    """Horizontal bars (name, value, label), the first one being the subject."""
-    longest = max(mark.value for _, mark, _ in bars) or 1
-    body = []
-    for index, (name, mark, label) in enumerate(bars):
-        y, length = 46 * index, max(mark.value, 0) / longest * (WIDTH - 4)
-        body.append(text_at(2, y + 14, _shortened(name), "start ink"))
-        body.append(text_at(WIDTH - 2, y + 14, label, "end"))
-        shape, shade = box(2, y + 21, max(length, 1), 13), "s1" if index == 0 else "s0"
-        body.append(f'<rect class="{shade}" {shape}{mark.data}>{tooltip(label)}</rect>')
-    return svg(title, 46 * len(bars) - 6, body, "top")
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+            if mark is not None:
+                label = f"{names[0]} {i}, {names[1]} {e}: {show(mark.value)}{mark.note}"
+                elements += _cell(grid.cell(i, e), mark, scale, label, show(mark.value))
+    elements.append(text(13, (grid.TOP + grid.bottom) / 2, names[1], "mid", turned=True))
+    elements += layer_ticks(range(len(columns)), grid.bottom, names[0])
+    elements += _colour_legend(scale, show, grid.bottom + 56)
+    return drawing(title, grid.bottom + 78, elements)
 
 
 @dataclass(frozen=True)
-class _Steps:
+class _Grid:
+    """Where the cells of a heat map lie."""
+
+    columns: int
+    rows: int
+
+    TOP = 8  # half a row label
+
+    @property
+    def width(self) -> float:
+        return (RIGHT - LEFT) / self.columns
+
+    @property
+    def height(self) -> float:
+        return min(_MOST_ROW, max(_LEAST_ROW, _HEAT_MAP / self.rows))
+
+    @property
+    def bottom(self) -> float:
+        return self.TOP + self.rows * self.height
+
+    def cell(self, column: int, row: int) -> Box:
+        x = LEFT + column * self.width
+        return Box(x, self.TOP + row * self.height, self.width, self.height)
+
+    def row_labels(self) -> list[str]:
+        """Numbers of rows, few enough not to touch."""
+        every = ceil(_ROW_LABELS / self.height)
+        return [
+            text(LEFT - 8, self.TOP + self.height * (row + 0.5) + TEXT_DROP, str(row), "end")
+            for row in range(0, self.rows, every)
+        ]
+
+
+@dataclass(frozen=True)
+class _ColourScale:
     """Which shade of a palette a value gets."""
 
     low: float
@@ -202,69 +274,117 @@ class _Steps:
     palette: str
 
     @staticmethod
-    def of(values: Sequence[float], palette: str) -> "_Steps":
-        if palette == "d":
+    def of(values: Sequence[float], palette: str) -> "_ColourScale":
+        if palette == DIVERGING:
             reach = max(map(abs, values), default=0.0)
-            return _Steps(-reach, reach, palette)
-        return _Steps(min(values, default=0.0), max(values, default=0.0), palette)
+            return _ColourScale(-reach, reach, palette)
+        return _ColourScale(min(values, default=0.0), max(values, default=0.0), palette)
 
     @property
     def count(self) -> int:
-        return 2 * _HALF_STEPS + 1 if self.palette == "d" else _STEPS
+        return 2 * _HALF_SHADES + 1 if self.palette == DIVERGING else _SHADES
 
     def index(self, value: float) -> int:
-        if self.high <= self.low:
-            return _HALF_STEPS if self.palette == "d" else 0
-        if self.palette == "d":
-            return _HALF_STEPS + round(value / self.high * _HALF_STEPS)
-        share = (value - self.low) / (self.high - self.low)
-        return min(floor(share * _STEPS), _STEPS - 1)
+        flat = self.high <= self.low
+        if self.palette == DIVERGING:
+            return _HALF_SHADES + (0 if flat else round(value / self.high * _HALF_SHADES))
+        share = 0.0 if flat else (value - self.low) / (self.high - self.low)
+        return min(floor(share * _SHADES), _SHADES - 1)
 
     def strong(self, value: float) -> bool:
         """Whether text on the shade must turn to the other colour."""
         index = self.index(value)
-        return abs(index - _HALF_STEPS) > 2 if self.palette == "d" else index >= _STEPS // 2
+        if self.palette == DIVERGING:
+            return abs(index - _HALF_SHADES) == _HALF_SHADES
+        return index >= _SHADES // 2
 
-    def __call__(self, value: float) -> str:
+    def shade(self, value: float) -> str:
         return f"{self.palette}{self.index(value)}"
 
 
-def _scale(step: _Steps, show: Show, y: float) -> list[str]:
-    """The legend of a heat map: its shades with the value at either end."""
-    width, start = 18, WIDTH / 2 - step.count * 9
-    body = [
-        f'<rect class="c {step.palette}{i}" {box(start + i * width, y, width, 13)}/>'
-        for i in range(step.count)
+def _cell(box: Box, mark: Mark, scale: _ColourScale, label: str, number: str) -> list[str]:
+    cell = rect(box, f"c {scale.shade(mark.value)}", mark, label)
+    if box.width < _ROOM or box.height < _ROOM_HEIGHT:
+        return [cell]
+    kind = "mid pass hi" if scale.strong(mark.value) else "mid pass ink"
+    middle = (box.x + box.width / 2, box.y + box.height / 2 + TEXT_DROP)
+    return [cell, text(*middle, number, kind)]
+
+
+def _colour_legend(scale: _ColourScale, show: Show, y: float) -> list[str]:
+    """The shades of a heat map with the value at either end."""
+    width = 18
+    start = (WIDTH - scale.count * width) / 2
+    end = start + scale.count * width
+    shades = [
+        rect(Box(start + i * width, y, width, 13), f"c {scale.palette}{i}")
+        for i in range(scale.count)
     ]
-    body.append(text_at(start - 8, y + 11, show(step.low), "end"))
-    return [*body, text_at(start + step.count * width + 8, y + 11, show(step.high), "start")]
+    low = text(start - 8, y + 11, show(scale.low), "end")
+    return [*shades, low, text(end + 8, y + 11, show(scale.high), "start")]
+
+
+def horizontal_bars(title: str, bars: Sequence[Bar]) -> str:
+    """Bars with their name and label above them; the first one is the subject."""
+    pitch = 46
+    longest = max(bar.mark.value for bar in bars) or 1
+    elements = []
+    for i, bar in enumerate(bars):
+        y = pitch * i
+        length = max(bar.mark.value, 0) / longest * (WIDTH - 4)
+        elements.append(text(2, y + 14, _shortened(bar.name), "start ink"))
+        elements.append(text(WIDTH - 2, y + 14, bar.label, "end"))
+        box = Box(2, y + 21, max(length, 1), 13)
+        elements.append(rect(box, "s1" if i == 0 else "s0", bar.mark, bar.label))
+    return drawing(title, pitch * len(bars) - 6, elements, "top")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+
+
+def _gridlines(y: Axis, show: Show) -> list[str]:
+    return [gridline(y(value), show(value)) for value in ticks(y, 4)]
 
 
 def _stretch(share: float) -> float:
-    return _REACH * (2 * share - 1) if share in (0, 1) else log(share / (1 - share))
+    if share in (0, 1):
+        return _EXTREME * (2 * share - 1)
+    return log(share / (1 - share))
 
 
 def _value_axis(values: Sequence[float], log_x: bool) -> Axis:
-    low, high = min(values), max(values)
+    """The axis of a quantile plot; one that is not logarithmic has zero in its middle."""
+    low = min(values)
+    high = max(values)
     if not log_x:
         reach = max(abs(low), abs(high)) * 1.05 or 1.0
         return Axis(-reach, reach, LEFT, RIGHT)
-    low = max(low, high * 1e-12)
+    low = max(low, high * _LOG_FLOOR)
     return Axis(low / 1.5, high * 1.5, LEFT, RIGHT, log=True)
 
 
 def _centre(index: int, count: int) -> float:
+    """The middle of the band of a layer."""
     return LEFT + (index + 0.5) * (RIGHT - LEFT) / count
 
 
 def layer_ticks(layers: Sequence[int], y: float, name: str, axis: Axis | None = None) -> list[str]:
-    """Numbers of layers below a plot, few enough to read; on the band of all plots or an `axis`."""
+    """Numbers of layers below a chart, few enough to read; on the band of all charts or an `axis`
+    of layers."""
     count = len(layers)
-    every = next(n for n in (1, 2, 4, 8, 16, 32, 64, count) if count / n <= 12 or n >= count)
-    places = [axis(i) if axis else _centre(i, count) for i in range(0, count, every)]
-    ticks = [
-        text_at(x, y + 17, str(layer), "mid")
-        for x, layer in zip(places, layers[::every], strict=True)
+    every = _label_step(count)
+    shown = range(0, count, every)
+    labels = [
+        text(axis(i) if axis else _centre(i, count), y + 17, str(layers[i]), "mid") for i in shown
     ]
     middle = (axis.start + axis.end) / 2 if axis else (LEFT + RIGHT) / 2
-    return [*ticks, text_at(middle, y + 36, name, "mid")]
+    return [*labels, text(middle, y + 36, name, "mid")]
+
+
+def _label_step(count: int) -> int:
+    """The least power of two that leaves few enough labels."""
+    every = 1
+    while count / every > _MOST_LAYER_LABELS:
+        every *= 2
+    return every

@@ -1,202 +1,243 @@
 """The sections of the page that go through the model: routing, layers, experts."""
 
-from grokquant.evaluation.report import Layer, Report, Routing
+from dataclasses import dataclass
+from itertools import groupby
+
+from grokquant.evaluation.report import Report, Routing
 from grokquant.reporting.html import report_charts
 from grokquant.reporting.html.markup import (
-    datum,
+    card,
     details,
     figure,
+    grid,
     heads,
+    number_at,
     section,
     table,
+    table_row,
 )
-from grokquant.reporting.rows import percent
+from grokquant.reporting.json_pointer import find_datum
+from grokquant.reporting.number_format import percent
 
-# Columns of the table of layers: (group, head, field). Fields of the layer alone begin "forced.".
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of the table of layers. `field` is a pointer below the layer."""
+
+    group: str
+    head: str
+    field: str
+
+
 _COLUMNS = (
-    ("Error", "after the layer", "relative_error"),
-    ("Error of the layer alone", "block", "forced.block_error"),
-    ("Error of the layer alone", "attention", "forced.attention_error"),
-    ("Error of the layer alone", "experts", "forced.experts_error"),
-    ("Same experts", "first", "router_top1"),
-    ("Same experts", "first two", "router_top2_set"),
-    ("Same experts", "all", "router_set"),
-    ("Same experts, layer alone", "first", "forced.router_top1"),
-    ("Same experts, layer alone", "first two", "forced.router_top2_set"),
-    ("Same experts, layer alone", "all", "forced.router_set"),
-    ("Load", "shift", "load_shift"),
+    _Column("Error", "after the layer", "relative_error"),
+    _Column("Error in isolation", "block", "forced/block_error"),
+    _Column("Error in isolation", "attention", "forced/attention_error"),
+    _Column("Error in isolation", "experts", "forced/experts_error"),
+    _Column("Same experts", "top-1", "router_top1"),
+    _Column("Same experts", "top-2", "router_top2_set"),
+    _Column("Same experts", "all", "router_set"),
+    _Column("Same experts in isolation", "top-1", "forced/router_top1"),
+    _Column("Same experts in isolation", "top-2", "forced/router_top2_set"),
+    _Column("Same experts in isolation", "all", "forced/router_set"),
+    _Column("Load", "shift", "load_shift"),
 )
 
 
 def routing_section(report: Report) -> str:
-    """How far the routers go along; nothing for a dense model."""
+    """Whether the routers choose the same experts; nothing for a dense model."""
     agreements = [(x.router_set, x.layer) for x in report.layers if x.router_set is not None]
     if not agreements:
         return ""
-    least, layer = min(agreements)
-    shift, shifted = max((x.load_shift or 0.0, x.layer) for x in report.layers)
-    charts = figure(
-        "Same experts chosen",
-        "Share of tokens that a layer sends to exactly the reference’s experts: on the model’s "
-        "own path, with all errors before, and where the layer gets the reference’s states, so "
-        f"that only its attention can be the cause. Least: {percent(least, 3)} in layer {layer}. "
-        "Higher is better.",
-        report_charts.router_agreement(report),
-    )
+    charts = [_agreement(report, *min(agreements))]
     if report.routing:
-        charts += _damage_of_changes(report, report.routing)
-    charts += figure(
-        "Load shift",
-        "The least share of a layer’s tokens that would have to go to another expert to give the "
-        f"reference’s loads. Most: {percent(shift)} in layer {shifted}. Lower is better.",
-        report_charts.load_shifts(report),
-    )
+        charts += _routing_changes(report, report.routing)
+    charts.append(_load_shift(report))
     return section(
         "Routing",
-        "A token that goes to another expert meets other weights: here errors can jump.",
-        f'<div class="grid">{charts}</div>',
+        "A token that is routed to a different expert meets different weights, so errors can jump "
+        "here.",
+        grid(charts),
     )
 
 
-def _damage_of_changes(report: Report, routing: Routing) -> str:
-    changed, unchanged = routing.changed, routing.unchanged
-    total = max(changed.tokens + unchanged.tokens, 1)
+def _agreement(report: Report, least: float, layer: int) -> str:
+    return figure(
+        "Same experts chosen",
+        "Share of tokens that a layer routes to exactly the same experts as the reference: on the "
+        "model’s own path, with the errors of all earlier layers, and in isolation, where the "
+        "layer gets the reference’s hidden states, so that only its attention can cause a "
+        f"difference. Lowest: {percent(least, 3)} in layer {layer}. Higher is better.",
+        report_charts.router_agreement(report),
+    )
+
+
+def _load_shift(report: Report) -> str:
+    shift, layer = max((x.load_shift or 0.0, x.layer) for x in report.layers)
+    return figure(
+        "Load shift",
+        "Smallest share of tokens to reassign to match the reference’s expert load. Highest: "
+        f"{percent(shift)} in layer {layer}. Lower is better.",
+        report_charts.load_shifts(report),
+    )
+
+
+def _routing_changes(report: Report, routing: Routing) -> list[str]:
+    changed = routing.changed
+    total = max(changed.tokens + routing.unchanged.tokens, 1)
     words = (
-        f"In {percent(changed.tokens / total, 3)} of the tokens some layer chooses other experts"
+        f"For {percent(changed.tokens / total, 3)} of the tokens some layer chooses different "
+        "experts"
     )
     if changed.share_of_kld is not None:
-        words += f"; they carry {percent(changed.share_of_kld, 3)} of all KLD"
-    charts = figure(
-        "KL divergence with and without a change of routing",
-        f"{words}. Mean per token; shorter is better.",
-        report_charts.changed_routes(report, routing),
-    )
-    rows = [row for row in routing.first_change if row.tokens]
-    if len(routing.first_change) > 1 and rows:
-        most = max(rows, key=lambda row: row.tokens)
-        charts += figure(
-            "KL divergence by the first layer of change",
-            "Mean KLD, in nats, of the tokens whose experts differ in this layer and in none "
-            f"before. Most begin in layer {most.layer}: {most.tokens:,} tokens. Lower is better.",
-            report_charts.first_changes(routing),
+        words += f"; they account for {percent(changed.share_of_kld, 3)} of the total KLD"
+    charts = [
+        figure(
+            "KL divergence with and without a change of routing",
+            f"{words}. Mean per token; shorter is better.",
+            report_charts.changed_routes(report),
         )
+    ]
+    groups = [group for group in routing.first_change if group.tokens]
+    if len(routing.first_change) > 1 and groups:
+        most = max(groups, key=lambda group: group.tokens)
+        words = (
+            "Mean KLD in nats of the tokens whose experts differ in this layer but in no earlier "
+            f"one. Most first changes: layer {most.layer}, {most.tokens:,} tokens. Lower is better."
+        )
+        drawing = report_charts.first_changes(report, routing)
+        charts.append(figure("KL divergence by the first layer of change", words, drawing))
     return charts
 
 
 def layers_section(report: Report) -> str:
     if not report.layers:
         return ""
-    worst, last = max(report.layers, key=lambda x: x.relative_error), report.layers[-1]
-    end = "" if worst is last else f"; the last layer ends at {percent(last.relative_error)}"
-    charts = figure(
-        "Error that has built up",
-        f"‖quantized − reference‖ / ‖reference‖ of the hidden state after each layer, each model "
+    charts = [_accumulated_error(report)]
+    if any(layer.forced for layer in report.layers):
+        charts.append(_isolated_error(report))
+    return section(
+        "Layer by layer",
+        "Which layers lose most, and how errors accumulate.",
+        grid(charts) + details("Numbers by layer", card(_layer_table(report))),
+    )
+
+
+def _accumulated_error(report: Report) -> str:
+    worst = max(report.layers, key=lambda layer: layer.relative_error)
+    last = report.layers[-1]
+    end = "" if worst is last else f", {percent(last.relative_error)} after the last"
+    return figure(
+        "Accumulated error",
+        "‖quantized − reference‖ / ‖reference‖ of the hidden state after each layer, each model "
         f"on its own path. Largest: {percent(worst.relative_error)} after layer {worst.layer}"
         f"{end}. Lower is better.",
         report_charts.layer_errors(report),
     )
-    forced = [(x.forced.block_error, x.layer) for x in report.layers if x.forced]
-    if forced:
-        error, layer = max(forced)
-        experts = any(x.forced and x.forced.experts_error is not None for x in report.layers)
-        parts = "the block, its attention and its experts" if experts else "the block and attention"
-        charts += figure(
-            "Error of each layer alone",
-            f"The same where each layer gets the reference’s states: of what leaves {parts}. The "
-            f"axis is logarithmic. Largest of a block: {percent(error)} in layer {layer}. Lower is "
-            "better.",
-            report_charts.errors_alone(report),
-        )
-    return section(
-        "Layer by layer",
-        "Which layers lose most, and how much is handed on to the next.",
-        f'<div class="grid">{charts}</div>{details("Numbers by layer", _layer_table(report))}',
+
+
+def _isolated_error(report: Report) -> str:
+    isolated = [(layer.forced, layer.layer) for layer in report.layers if layer.forced]
+    error, layer = max((forced.block_error, layer) for forced, layer in isolated)
+    experts = any(forced.experts_error is not None for forced, _ in isolated)
+    outputs = "the block, its attention and its experts" if experts else "the block and attention"
+    return figure(
+        "Error of each layer in isolation",
+        "The same with the reference’s hidden states as the input of each layer, for the outputs "
+        f"of {outputs}. The axis is logarithmic. Largest error of a block: {percent(error)} in "
+        f"layer {layer}. Lower is better.",
+        report_charts.isolated_errors(report),
     )
 
 
 def _layer_table(report: Report) -> str:
-    columns = [c for c in _COLUMNS if any(_value(x, c[2]) is not None for x in report.layers)]
-    if all(x.router_set == x.router_top2_set for x in report.layers):
-        columns = [c for c in columns if not c[2].endswith("router_top2_set")]
-    groups = dict.fromkeys(group for group, _, _ in columns)
-    above = "".join(
-        f'<th colspan="{sum(c[0] == group for c in columns)}" scope="colgroup" class="num">'
-        f"{group}</th>"
-        for group in groups
-    )
+    columns = _columns_with_numbers(report)
+    above = ""
+    for group, members in groupby(columns, key=lambda column: column.group):
+        span = len(list(members))
+        above += f'<th colspan="{span}" scope="colgroup" class="num">{group}</th>'
+    names = heads("Layer", *(column.head for column in columns), numeric=len(columns))
     body = "".join(
-        f'<tr><th scope="row">{layer.layer}</th>'
-        + "".join(f'<td class="num">{_cell(layer, i, key)}</td>' for _, _, key in columns)
-        + "</tr>"
+        table_row(str(layer.layer), *(_cell(report, i, column) for column in columns))
         for i, layer in enumerate(report.layers)
     )
-    names = (name for _, name, _ in columns)
-    return table(f"<tr><td></td>{above}</tr>" + heads("Layer", *names, numbers=len(columns)), body)
+    return table(f"<tr><td></td>{above}</tr>{names}", body)
 
 
-def _cell(layer: Layer, index: int, key: str) -> str:
-    value = _value(layer, key)
-    shown = "" if value is None else percent(value, 4)
-    return datum(f"/layers/{index}/{key.replace('.', '/')}", value, shown, "%")
+def _columns_with_numbers(report: Report) -> list[_Column]:
+    """The columns that have something to show: none of experts for a dense model, no top-2 where
+    a token goes to two experts anyway."""
+    layers = range(len(report.layers))
+    top2_is_all = all(layer.router_set == layer.router_top2_set for layer in report.layers)
+    return [
+        column
+        for column in _COLUMNS
+        if any(find_datum(report, f"/layers/{i}/{column.field}") for i in layers)
+        and not (top2_is_all and column.field.endswith("router_top2_set"))
+    ]
 
 
-def _value(layer: Layer, key: str) -> float | None:
-    part, _, name = key.rpartition(".")
-    return getattr(layer.forced if part else layer, name, None)
+def _cell(report: Report, i: int, column: _Column) -> str:
+    return number_at(report, f"/layers/{i}/{column.field}", lambda share: percent(share, 4), "%")
 
 
 def experts_section(report: Report) -> str:
-    charts, folded = [], []
+    charts = []
+    folded = []
     if any(layer.forced and any(layer.forced.damage) for layer in report.layers):
-        charts.append(
-            figure(
-                "Share of the damage",
-                "What each expert’s rounding adds to the squared error of its layer’s experts, "
-                "weighted by gates, on the reference’s routes. "
-                f"{report_charts.most_damage(report)}",
-                report_charts.damage_map(report),
-            )
-        )
+        charts.append(_damage(report))
     if any(layer.routed for layer in report.layers):
-        charts.append(
-            figure(
-                "Load of each expert",
-                "What each expert of the quantized model gets of the tokens routed in a layer. "
-                f"{report_charts.least_fed(report)}",
-                report_charts.load_map(report),
-            )
-        )
-        folded.append(
-            figure(
-                "Tokens gained and lost",
-                "Tokens of each expert, quantized minus reference: blue gained, orange lost. "
-                f"{report_charts.moved(report)} Near 0 is better.",
-                report_charts.shift_map(report),
-            )
-        )
-    folded += _unit_errors(report)
+        charts.append(_load(report))
+        folded.append(_movement(report))
+    folded += _matrix_errors(report)
     if not charts:
-        charts, folded = folded, []
+        charts = folded
+        folded = []
     if not charts:
         return ""
-    grid = f'<div class="grid">{"".join(charts)}</div>'
+    body = grid(charts)
     if folded:
-        maps = f'<div class="grid">{"".join(folded)}</div>'
-        grid += details("Tokens moved, and errors of each expert’s matrices", maps, card=False)
-    return section("Expert by expert", "A column for each layer, a row for each expert.", grid)
+        body += details("Tokens moved, and errors of each expert’s matrices", grid(folded))
+    return section("Expert by expert", "One column per layer, one row per expert.", body)
 
 
-def _unit_errors(report: Report) -> list[str]:
-    words = {
-        "relative_error": ("Weight error of each expert", "‖W − Q‖ / ‖W‖ of the weights"),
-        "output_error": ("Output error of each expert", "The same on the calibration inputs"),
-    }
-    return [
-        figure(
-            title,
-            f"{meaning}, averaged over the expert’s matrices. Lower is better.",
-            drawn,
-        )
-        for key, (title, meaning) in words.items()
-        if (drawn := report_charts.unit_error_map(report, key))
-    ]
+def _damage(report: Report) -> str:
+    return figure(
+        "Share of the damage",
+        "Share of each expert in the squared output error of its layer’s experts, weighted by "
+        "their gates, with the reference’s routing. "
+        f"{report_charts.most_damage(report)}",
+        report_charts.damage_map(report),
+    )
+
+
+def _load(report: Report) -> str:
+    return figure(
+        "Load of each expert",
+        "Share of a layer’s routed tokens that go to each expert of the quantized model. "
+        f"{report_charts.fewest_tokens(report)}",
+        report_charts.load_map(report),
+    )
+
+
+def _movement(report: Report) -> str:
+    return figure(
+        "Tokens gained and lost",
+        "Tokens of each expert, quantized minus reference: blue is gained, orange is lost. "
+        f"{report_charts.net_movement(report)} Near 0 is better.",
+        report_charts.shift_map(report),
+    )
+
+
+def _matrix_errors(report: Report) -> list[str]:
+    kinds = (
+        ("relative_error", "Weight error of each expert", "‖W − Q‖ / ‖W‖ of the weights"),
+        ("output_error", "Output error of each expert", "Relative error on the calibration inputs"),
+    )
+    charts = []
+    for field, title, words in kinds:
+        drawing = report_charts.expert_error_map(report, field)
+        if drawing:
+            words += ", averaged over the expert’s matrices. Lower is better."
+            charts.append(figure(title, words, drawing))
+    return charts

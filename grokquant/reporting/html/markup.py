@@ -1,22 +1,23 @@
-"""The small parts that the sections of the page are put together from."""
+"""Elements that pages are put together from: sections, figures, tables, numbers with pointers."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from grokquant.evaluation.report import Estimate
 from grokquant.reporting.html.style import CSS
-from grokquant.reporting.rows import NBSP, Row, number
+from grokquant.reporting.json_pointer import Datum, JsonDocument, datum_at, find_datum
+from grokquant.reporting.number_format import NBSP, number
+from grokquant.reporting.rows import Row
 
 
-def document(title: str, body: str, version: str, data: str) -> str:
-    """A whole page; `data` is the name of the file that has the same numbers."""
+def document(title: str, body: str, version: str, json_name: str) -> str:
+    """A whole page; `json_name` is the file that has the same numbers."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
-        f"<footer>grokquant {escape(version)}. The same numbers, in full precision, "
-        f"are in {data} beside this page.</footer>\n</main>\n</body>\n</html>\n"
+        f"<footer>grokquant {escape(version)}. {json_name}, next to this page, has the same "
+        "numbers in full precision.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -24,15 +25,34 @@ def section(title: str, words: str, body: str) -> str:
     return f"<section><h2>{title}</h2><p>{escape(words)}</p>{body}</section>\n"
 
 
+def grid(figures: Iterable[str]) -> str:
+    """Figures in two columns, in one on a phone."""
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
 def figure(title: str, words: str, drawing: str) -> str:
     caption = f"<figcaption><h3>{title}</h3><p>{escape(words)}</p></figcaption>"
     return f"<figure>{caption}{drawing}</figure>"
 
 
-def details(summary: str, body: str, card: bool = True) -> str:
+def card(body: str) -> str:
+    return f'<div class="card">{body}</div>'
+
+
+def details(summary: str, body: str) -> str:
     """Folded on a screen, open on paper."""
-    body = f'<div class="card">{body}</div>' if card else body
     return f"<details><summary>{summary}</summary>{body}</details>"
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """A card of (name, fact)."""
+    listed = "".join(f"<dt>{name}</dt><dd>{fact}</dd>" for name, fact in pairs)
+    return card(f'<dl class="facts">{listed}</dl>')
+
+
+def file_path(text: str) -> str:
+    """A path of the file system."""
+    return f'<span class="path">{escape(text)}</span>'
 
 
 def table(head: str, body: str, kind: str = "") -> str:
@@ -41,88 +61,103 @@ def table(head: str, body: str, kind: str = "") -> str:
     return f"<table{name}><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
-def heads(*names: str, numbers: int = 0) -> str:
-    """A row of column heads, the last `numbers` of which stand over numbers."""
-    first = len(names) - numbers
-    kinds = ['<th scope="col">'] * first + ['<th scope="col" class="num">'] * numbers
-    cells = (f"{kind}{name}</th>" for kind, name in zip(kinds, names, strict=True))
+def heads(*names: str, numeric: int = 0) -> str:
+    """A row of column heads, the last `numeric` of which stand over numbers."""
+    words = len(names) - numeric
+    cells = [f'<th scope="col">{name}</th>' for name in names[:words]]
+    cells += [f'<th scope="col" class="num">{name}</th>' for name in names[words:]]
     return f"<tr>{''.join(cells)}</tr>"
+
+
+def table_row(name: str, *numbers: str) -> str:
+    """A row of numbers, named by its first cell."""
+    cells = "".join(f'<td class="num">{shown}</td>' for shown in numbers)
+    return f'<tr><th scope="row">{name}</th>{cells}</tr>'
 
 
 def wide_table(names: Sequence[str], rows: Iterable[Sequence[str]], last_in_words: bool) -> str:
     """A table whose rows become cards on a phone, where each cell carries its head.
 
-    `names` are heads, `rows` cells; the first column names the row, the `last_in_words` perhaps.
+    `names` are heads, `rows` cells; the first column names the row, the last may hold words.
     """
-    count = len(names) - last_in_words
-    kinds = [""] + [' class="num"'] * (count - 1) + [""] * last_in_words
-    head = "".join(f'<th scope="col"{k}>{name}</th>' for k, name in zip(kinds, names, strict=True))
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>'
-        + "".join(
-            f'<td{kind} data-label="{re.sub("<.*", "", name)}">{cell}</td>'
-            for kind, name, cell in zip(kinds[1:], names[1:], cells, strict=True)
-        )
-        + "</tr>"
-        for first, *cells in rows
+    numeric = len(names) - 1 - last_in_words
+    kinds = ["", *[' class="num"'] * numeric, *[""] * last_in_words]
+    cells = zip(kinds, names, strict=True)
+    head = "".join(f'<th scope="col"{kind}>{name}</th>' for kind, name in cells)
+    body = "".join(_wide_row(names, kinds, row) for row in rows)
+    return card(table(f"<tr>{head}</tr>", body, "runs"))
+
+
+def _wide_row(names: Sequence[str], kinds: Sequence[str], row: Sequence[str]) -> str:
+    labels = [re.sub("<.*", "", name) for name in names]
+    cells = "".join(
+        f'<td{kind} data-label="{label}">{cell}</td>'
+        for kind, label, cell in zip(kinds[1:], labels[1:], row[1:], strict=True)
     )
-    return f'<div class="card">{table(f"<tr>{head}</tr>", body, "runs")}</div>'
+    return f'<tr><th scope="row">{row[0]}</th>{cells}</tr>'
 
 
 def value_of(row: Row) -> str:
-    return datum(row.path, row.value, row.bare(row.value), row.unit)
+    shown = row.bare(row.value)
+    return _tagged(Datum(row.value, row.pointer), shown, row.unit) if row.pointer else shown
 
 
 def error_of(row: Row) -> str:
     if row.estimate is None:
         return ""
-    return datum(_beside(row, "error"), row.estimate.error, row.shown_error, row.unit)
+    return _tagged(row.part("error"), row.shown_error, row.unit)
 
 
 def token_error_of(row: Row) -> str:
     """The error with tokens taken as independent."""
-    error = row.estimate.token_error if row.estimate else None
-    scale = 100 if row.unit == "%" else 1
-    shown = number((error or 0) * scale, (error or 0) * scale)
-    return datum(_beside(row, "token_error"), error, shown, row.unit)
+    if row.estimate is None or row.estimate.token_error is None:
+        return "–"
+    error = row.part("token_error")
+    shown = number(error.value * row.scale, error.value * row.scale)
+    return _tagged(error, shown, row.unit)
 
 
 def interval_of(row: Row) -> str:
     """The 95 % interval."""
     if row.estimate is None:
         return ""
-    ends = (("low", row.estimate.low), ("high", row.estimate.high))
-    shown = (datum(_beside(row, key), end, row.bare(end), row.unit) for key, end in ends)
-    return " to ".join(shown)
+    ends = (row.part("low"), row.part("high"))
+    return " to ".join(_tagged(end, row.bare(end.value), row.unit) for end in ends)
 
 
-def _beside(row: Row, key: str) -> str:
-    return row.path.removesuffix("value") + key
-
-
-def estimate_of(path: str, estimate: Estimate, unit: str = "") -> str:
-    """An estimate above its 95 % interval; `path` is that of the estimate."""
+def estimate_at(document: JsonDocument, pointer: str, unit: str = "") -> str:
+    """The estimate at `pointer` above its 95 % interval; `unit` is "" or "%"."""
     scale = 100 if unit else 1
+    error = datum_at(document, f"{pointer}/error").value
 
-    def shown(field: str) -> str:
-        value = getattr(estimate, field)
-        text = number(value * scale, estimate.error * scale)
-        return datum(f"{path}/{field}", value, text, unit)
+    def shown(part: str) -> str:
+        found = datum_at(document, f"{pointer}/{part}")
+        return _tagged(found, number(found.value * scale, error * scale), unit)
 
     ends = f"{shown('low')} to {shown('high')}"
     after = f"{NBSP}{unit}" if unit else ""
     return f'<b>{shown("value")}</b>{after}<br><span class="ends">{ends}</span>'
 
 
-def datum(path: str, value: float | None, shown: str, unit: str = "") -> str:
-    """A number of the report: where it is found and in full, and as people read it."""
-    if value is None:
-        return "–"
-    if not path:
-        return shown
-    unit = f' data-unit="{unit}"' if unit else ""
-    return f'<span data-path="{path}" data-value="{value!r}"{unit}>{shown}</span>'
+def number_at(
+    document: JsonDocument,
+    pointer: str,
+    show: Callable[[float], str],
+    unit: str = "",
+) -> str:
+    """The number at `pointer` as people read it, or a dash where there is none.
+
+    `unit` is "%" if `show` multiplies by 100.
+    """
+    found = find_datum(document, pointer)
+    return "–" if found is None else _tagged(found, show(found.value), unit)
 
 
 def better(words: str) -> str:
     return f'<span class="better">{words}</span>'
+
+
+def _tagged(datum: Datum, shown: str, unit: str) -> str:
+    """A number as people read it, with its pointer and full precision."""
+    kind = f' data-unit="{unit}"' if unit else ""
+    return f'<span data-path="{datum.pointer}" data-value="{datum.value!r}"{kind}>{shown}</span>'

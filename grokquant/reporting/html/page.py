@@ -15,7 +15,16 @@ from grokquant.reporting.html.layer_sections import (
     layers_section,
     routing_section,
 )
-from grokquant.reporting.html.markup import better, datum, document, interval_of, section, value_of
+from grokquant.reporting.html.markup import (
+    better,
+    document,
+    facts,
+    file_path,
+    interval_of,
+    number_at,
+    section,
+    value_of,
+)
 from grokquant.reporting.html.sections import (
     distribution_section,
     metrics_section,
@@ -27,17 +36,14 @@ from grokquant.reporting.html.suite_sections import (
     tasks_section,
     texts_section,
 )
+from grokquant.reporting.number_format import NBSP, count, percent, size
 from grokquant.reporting.rows import (
     LOWER,
-    NBSP,
     Row,
     bf16_bytes,
-    count,
     name_of,
     noise_rows,
-    percent,
     rows,
-    size,
     verdict,
 )
 
@@ -71,7 +77,7 @@ def write_report(report: Report, directory: Path) -> tuple[Path, Path]:
 
     Returns both paths. Raises InputError where the directory cannot be written.
     """
-    page = HTML_NAME, render_html(report)
+    page = (HTML_NAME, render_html(report))
     return write_page(directory, (JSON_NAME, report.to_json()), page)
 
 
@@ -82,11 +88,14 @@ def write_page(
 
     Returns both paths, as `write_report` does.
     """
-    json_path, html_path = directory / numbers[0], directory / page[0]
+    json_name, content = numbers
+    html_name, html = page
+    json_path = directory / json_name
+    html_path = directory / html_name
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(html_path, page[1])
-        write_json(json_path, numbers[1])
+        write_text(html_path, html)
+        write_json(json_path, content)
     except OSError as error:
         raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
     return json_path, html_path
@@ -94,7 +103,7 @@ def write_page(
 
 def _header(report: Report) -> str:
     return (
-        '<header><p class="eyebrow">What quantization cost</p>'
+        '<header><p class="eyebrow">Cost of quantization</p>'
         f"<h1>{escape(name_of(report.quantized))}</h1>"
         f'<p class="against">{_kind(report.quantized)}, compared with '
         f"<b>{escape(name_of(report.reference))}</b></p>"
@@ -111,29 +120,31 @@ def _kind(model: Checkpoint) -> str:
 
 def _tiles(report: Report) -> str:
     by_name = {row.name: row for row in [*rows(report), *noise_rows(report)]}
-    noise = by_name["Mean KLD, no change"].shown
-    model, plain = report.quantized, bf16_bytes(report.quantized)
-    bits, path = model.bits_per_weight, "/quantized/bits_per_weight"
-    share = f"{percent(model.bytes / max(plain, 1), 3)} of {size(plain)} as bf16"
+    noise = by_name["Mean KLD, noise floor"].shown
     tiles = [
         _tile("Perplexity ratio", by_name["Mean PPL(Q)/PPL(base)"], "quantized over reference"),
         _tile("Mean KL divergence", by_name["Mean KLD"], f"noise floor {noise}"),
-        _tile("Same top token", by_name["Same top p"], "greedy choice unchanged"),
+        _tile("Same top token", by_name["Same top p"], "top-1 agreement"),
     ]
-    if routers := by_name.get("Same experts, least"):
+    if worst := by_name.get("Same experts, worst layer"):
         mean = by_name["Same experts, mean"]
-        tiles.append(_tile("Same experts", routers, f"in the worst layer; mean {mean.shown}"))
-    tiles.append(
-        _tile_of(
-            "Bits per weight",
-            datum(path, bits, f"{bits:.2f}"),
-            f"{size(model.bytes)}, {better(LOWER)}",
-            share,
-        )
-    )
-    note = f"Ranges are 95{NBSP}% intervals, for another choice of documents."
+        tiles.append(_tile("Same experts", worst, f"in the worst layer; mean {mean.shown}"))
+    tiles.append(_bits_tile(report))
+    unit = report.bootstrap.unit
+    note = f"Ranges are 95{NBSP}% confidence intervals from a bootstrap over {unit}s."
     return (
         f'<dl class="tiles n{len(tiles)}">{"".join(tiles)}</dl>\n<p class="tilenote">{note}</p>\n'
+    )
+
+
+def _bits_tile(report: Report) -> str:
+    model = report.quantized
+    plain = bf16_bytes(model)
+    return _tile_of(
+        "Bits per weight",
+        number_at(report, "/quantized/bits_per_weight", lambda bits: f"{bits:.2f}"),
+        f"{size(model.bytes)}, {better(LOWER)}",
+        f"{percent(model.bytes / max(plain, 1), 3)} of {size(plain)} in bf16",
     )
 
 
@@ -152,20 +163,21 @@ def _tile_of(name: str, value: str, *notes: str) -> str:
 
 def _protocol(report: Report) -> str:
     protocol = report.protocol
-    facts = (
-        ("Text", escape(protocol.text)),
-        ("SHA-256 of the text", f"<code>{escape(protocol.text_sha256)}</code>"),
-        ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
-        ("Scored", f"{protocol.tokens_scored:,} tokens: {escape(protocol.scored)}"),
-        ("Beginning-of-sequence token", "at the start of each window" if protocol.bos else "none"),
-        ("Arithmetic", escape(protocol.arithmetic)),
-        ("Noise floor", escape(report.noise_floor.how)),
-        ("Quantized", f'<span class="path">{escape(report.quantized.path)}</span>'),
-        ("Reference", f'<span class="path">{escape(report.reference.path)}</span>'),
+    body = facts(
+        (
+            ("Text", escape(protocol.text)),
+            ("SHA-256 of the text", f"<code>{escape(protocol.text_sha256)}</code>"),
+            ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
+            ("Scored", f"{protocol.tokens_scored:,} tokens: {escape(protocol.scored)}"),
+            (
+                "Beginning-of-sequence token",
+                "at the start of each window" if protocol.bos else "none",
+            ),
+            ("Arithmetic", escape(protocol.arithmetic)),
+            ("Noise floor", escape(report.noise_floor.how)),
+            ("Quantized", file_path(report.quantized.path)),
+            ("Reference", file_path(report.reference.path)),
+        )
     )
-    listed = "".join(f"<dt>{name}</dt><dd>{fact}</dd>" for name, fact in facts)
-    return section(
-        "How it was measured",
-        "Numbers of another text, window or arithmetic cannot be compared with these.",
-        f'<div class="card"><dl class="facts">{listed}</dl></div>',
-    )
+    words = "Numbers from another text, window length or arithmetic cannot be compared with these."
+    return section("How it was measured", words, body)

@@ -1,91 +1,113 @@
-"""The comparison as a page: one file, no script, in the look of the report."""
+"""A ranking as a page: one file, no script, in the look of the report."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from grokquant.evaluation.report import Estimate, Layer
+from grokquant.evaluation.report import Report
 from grokquant.reporting.html.charts import Series
 from grokquant.reporting.html.markup import (
     better,
-    datum,
     document,
-    estimate_of,
+    estimate_at,
+    facts,
     figure,
+    file_path,
+    grid,
+    number_at,
     section,
     wide_table,
 )
 from grokquant.reporting.html.page import write_page
-from grokquant.reporting.html.ranking_charts import Point, key, run_lines, scatter
-from grokquant.reporting.html.svg import Mark
-from grokquant.reporting.ranking import Contest, Run, Standing
-from grokquant.reporting.rows import (
-    HIGHER,
-    LOWER,
+from grokquant.reporting.html.ranking_charts import (
+    Line,
+    Point,
+    legend_key,
+    lines_by_layer,
+    scatter,
+)
+from grokquant.reporting.html.svg import Mark, mark_of
+from grokquant.reporting.json_pointer import datum_at, find_datum
+from grokquant.reporting.number_format import (
     NBSP,
-    NEAR_ONE,
-    name_of,
     number,
     percent,
     rough,
     short,
     size,
+    tick_percent,
 )
+from grokquant.reporting.ranking import RankedModel, Ranking, Standing
+from grokquant.reporting.rows import HIGHER, LOWER, NEAR_ONE, name_of
 from grokquant.version import __version__
 
-JSON_NAME, HTML_NAME = "compare.json", "compare.html"
-# Losses that lie further apart than this are drawn on a logarithm.
+JSON_NAME = "compare.json"
+HTML_NAME = "compare.html"
+# Losses whose largest is more than this times the smallest get a logarithmic axis: on a linear one
+# the smaller ones would lie on each other at the foot.
 _FAR_APART = 5
 # Sentences list no more models than this.
-_NAMED = 4
+_MOST_NAMES = 4
 
 
-def render_comparison(contest: Contest) -> str:
-    """The whole page. Numbers carry their place in `contest.as_dict()`."""
-    reference = name_of(contest.runs[0].report.reference)
+@dataclass(frozen=True)
+class _Model:
+    """A model of the page: its `number`, by size from 0, decides its colour and shape; `pointer` is
+    that of its part of the JSON file."""
+
+    ranked: RankedModel
+    number: int
+    pointer: str
+
+
+def render_ranking(ranking: Ranking) -> str:
+    """The whole page. Numbers carry their pointer into `ranking.as_dict()`."""
+    reference = name_of(ranking.report.reference)
+    content = ranking.as_dict()
+    models = _by_size(ranking)
     body = (
-        '<header><p class="eyebrow">Quality over size</p>'
-        f"<h1>{len(contest.runs)} models against {escape(reference)}</h1>"
-        f'<p class="verdict">{escape(_verdict(contest))}</p></header>\n'
-        + _size_section(contest)
-        + _table(contest)
-        + _routing_section(contest)
-        + _protocol(contest)
+        '<header><p class="eyebrow">Quality and size</p>'
+        f"<h1>{len(models)} models against {escape(reference)}</h1>"
+        f'<p class="verdict">{escape(_verdict(ranking))}</p></header>\n'
+        + _size_section(content, models)
+        + _table(content, models, ranking.report.bootstrap.unit)
+        + _routing_section(content, models)
+        + _protocol(content, ranking.report)
     )
     return document(f"Comparison with {reference}", body, __version__, JSON_NAME)
 
 
-def write_comparison(contest: Contest, directory: Path) -> tuple[Path, Path]:
+def write_ranking(ranking: Ranking, directory: Path) -> tuple[Path, Path]:
     """Writes `compare.json` and `compare.html` into `directory`, each whole or not at all.
 
     Returns both paths. Raises InputError where the directory cannot be written.
     """
-    page = HTML_NAME, render_comparison(contest)
-    return write_page(directory, (JSON_NAME, contest.as_dict()), page)
+    page = (HTML_NAME, render_ranking(ranking))
+    return write_page(directory, (JSON_NAME, ranking.as_dict()), page)
 
 
-def _by_size(contest: Contest) -> list[int]:
-    """Places of the runs in the contest, the smallest model first."""
-    runs = contest.runs
-    return sorted(range(len(runs)), key=lambda i: (runs[i].bits_per_weight, i))
+def _by_size(ranking: Ranking) -> list[_Model]:
+    """The models, the smallest first."""
+    places = sorted(enumerate(ranking.models), key=lambda pair: pair[1].bits_per_weight)
+    return [_Model(model, number, f"/runs/{i}") for number, (i, model) in enumerate(places)]
 
 
-def _verdict(contest: Contest) -> str:
-    """Who is closest, who is worth its size."""
-    first = contest.runs[0]
-    ties = [run.name for run, rank in zip(contest.runs, contest.ranks, strict=True) if rank == 1]
-    closest = (
-        f"{_listed(ties)} are equally close to the reference within chance"
-        if len(ties) > 1
-        else f"{first.name} is closest to the reference, {rough(first.report.kld.mean.value)}"
-        f"{NBSP}nats away at {first.bits_per_weight:.2f} bits per weight"
-    )
-    front = [run.name for run, kld in zip(contest.runs, contest.kld, strict=True)
-             if kld.place == "front"]  # fmt: skip
-    names = f"{len(front)} of all {len(contest.runs)}" if len(front) > _NAMED else _listed(front)
-    verb = "is" if len(front) == 1 else "are"
-    return f"{closest}. On the front, where nothing is both smaller and closer, {verb} {names}."
+def _verdict(ranking: Ranking) -> str:
+    """Which model is closest, and which are worth their size."""
+    first = ranking.models[0]
+    ties = [model.name for model in ranking.models if model.rank == 1]
+    if len(ties) > 1:
+        closest = f"{_listed(ties)} are closest to the reference, with no significant difference"
+    else:
+        closest = (
+            f"{first.name} is closest to the reference, with a mean KL divergence of "
+            f"{rough(first.report.kld.mean.value)}{NBSP}nats at {first.bits_per_weight:.2f} bits "
+            "per weight"
+        )
+    front = [model.name for model in ranking.models if model.kld.status == "front"]
+    many = len(front) > _MOST_NAMES
+    names = f"{len(front)} of all {len(ranking.models)}" if many else _listed(front)
+    return f"{closest}. On the Pareto front, where no model is both smaller and closer: {names}."
 
 
 def _listed(names: list[str]) -> str:
@@ -93,9 +115,9 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _table(contest: Contest) -> str:
-    """A row for each run, the smallest first."""
-    routed = any(_least(run) for run in contest.runs)
+def _table(content: dict, models: list[_Model], unit: str) -> str:
+    """A row for each model, the smallest first."""
+    routed = any(_worst_layer(model.ranked) is not None for model in models)
     heads = [
         ("Model", ""),
         ("Bits per weight", LOWER),
@@ -104,91 +126,110 @@ def _table(contest: Contest) -> str:
         ("Perplexity ratio", NEAR_ONE),
         ("Same top token", HIGHER),
         *([("Same experts, worst layer", HIGHER)] if routed else []),
-        ("KLD for its size", ""),
+        ("Pareto front (KLD)", ""),
     ]
     names = [f"{name}<br>{better(way)}" if way else name for name, way in heads]
-    rows = [_row(contest, i, place, routed) for place, i in enumerate(_by_size(contest))]
-    drawn = contest.runs[0].report.bootstrap
+    rows = [_row(content, model, routed) for model in models]
     return section(
         "Side by side",
-        f"Below the figures: 95{NBSP}% intervals, from drawing the {drawn.unit}s again. “tied” is "
-        "beaten by no more than chance, “behind” is beaten surely by a model that is no larger.",
+        f"Below each value: its 95{NBSP}% confidence interval, from a bootstrap over {unit}s. "
+        "“tied”: the difference is within noise. “behind”: significantly worse than a model of the "
+        "same size or smaller.",
         wide_table(names, rows, last_in_words=True),
     )
 
 
-def _row(contest: Contest, i: int, place: int, routed: bool) -> list[str]:
-    run, path = contest.runs[i], f"/runs/{i}"
-    report = run.report
+def _row(content: dict, model: _Model, routed: bool) -> list[str]:
+    pointer = model.pointer
     return [
-        f'<span class="run">{key(place)}{escape(run.name)}</span>',
-        datum(f"{path}/bits_per_weight", run.bits_per_weight, f"{run.bits_per_weight:.2f}"),
-        datum(f"{path}/bytes", report.quantized.bytes, size(report.quantized.bytes)),
-        estimate_of(f"{path}/kld", report.kld.mean),
-        estimate_of(f"{path}/perplexity_ratio", report.perplexity.ratio),
-        estimate_of(f"{path}/same_top_p", report.same_top_p, "%"),
-        *([_worst_layer(run, path)] if routed else []),
-        _standing(contest.kld[i]),
+        f'<span class="run">{legend_key(model.number)}{escape(model.ranked.name)}</span>',
+        number_at(content, f"{pointer}/bits_per_weight", lambda bits: f"{bits:.2f}"),
+        number_at(content, f"{pointer}/bytes", lambda stored: size(int(stored))),
+        estimate_at(content, f"{pointer}/kld"),
+        estimate_at(content, f"{pointer}/perplexity_ratio"),
+        estimate_at(content, f"{pointer}/same_top_p", "%"),
+        *([_worst_agreement(content, model)] if routed else []),
+        _standing(model.ranked.kld),
     ]
 
 
-def _least(run: Run) -> tuple[float, int] | None:
-    """The lowest agreement of the routers of a run, and the place of its layer."""
-    found = [(x.router_set, i) for i, x in enumerate(run.report.layers) if x.router_set is not None]
-    return min(found, default=None)
+def _worst_layer(model: RankedModel) -> int | None:
+    """Index of the layer whose routers agree least; None for a dense model."""
+    agreements = [
+        (layer.router_set, i)
+        for i, layer in enumerate(model.report.layers)
+        if layer.router_set is not None
+    ]
+    return min(agreements)[1] if agreements else None
 
 
-def _worst_layer(run: Run, path: str) -> str:
-    least = _least(run)
-    if least is None:
+def _worst_agreement(content: dict, model: _Model) -> str:
+    i = _worst_layer(model.ranked)
+    if i is None:
         return "–"
-    share, i = least
-    shown = percent(share, 4).removesuffix(f"{NBSP}%")
-    value = datum(f"{path}/layers/{i}/router_set", share, shown, "%")
-    return f'<b>{value}</b>{NBSP}%<br><span class="ends">layer {run.report.layers[i].layer}</span>'
+    share = number_at(content, f"{model.pointer}/layers/{i}/router_set", _bare_percent, "%")
+    layer = model.ranked.report.layers[i].layer
+    return f'<b>{share}</b>{NBSP}%<br><span class="ends">layer {layer}</span>'
+
+
+def _bare_percent(share: float) -> str:
+    return percent(share, 4).removesuffix(f"{NBSP}%")
 
 
 def _standing(standing: Standing) -> str:
-    if standing.place == "behind":
+    if standing.status == "behind":
         return f"behind {escape(standing.beaten_by or '')}"
-    return "<b>on the front</b>" if standing.place == "front" else "tied with the front"
+    return "<b>on the front</b>" if standing.status == "front" else "tied with the front"
 
 
-def _size_section(contest: Contest) -> str:
-    kld = _points(contest, contest.kld, "kld", lambda run: run.report.kld.mean)
-    rise = [
-        replace(
-            point,
-            y=Mark(point.y.value - 1, point.y.path, point.y.value),
-            low=point.low - 1,
-            high=point.high - 1,
-        )
-        for point in _points(
-            contest, contest.perplexity, "perplexity_ratio", lambda run: run.report.perplexity.ratio
-        )
-    ]
-    words = (
-        f"Bars are 95{NBSP}% intervals. The stairs are the front: what lies above them or to their "
-        "right is beaten. Filled marks stand on it. Lower left is better. Models of one size are "
-        "drawn side by side."
-    )
-    log = " The axis of the loss is logarithmic."
-    far, wide = _far_apart(kld), _far_apart(rise)
-    charts = figure(
-        "KL divergence over size",
-        words + log * far,
-        scatter("Mean KLD over bits per weight", kld, short, "bits per weight", "nats", far),
-    ) + figure(
-        "Perplexity over size",
-        f"How much higher perplexity is than the reference’s. {words}" + log * wide,
-        scatter("Rise of perplexity over bits per weight", rise, _plain_percent,
-                "bits per weight", "rise", wide),
-    )  # fmt: skip
+def _size_section(content: dict, models: list[_Model]) -> str:
     return section(
-        "Quality over size",
-        "Intervals share what is hard about the text: two that overlap can still differ surely.",
-        f'<div class="grid">{charts}</div>',
+        "Quality against size",
+        "Errors are correlated, since all models read the same text: two models can differ "
+        "significantly even if their intervals overlap.",
+        grid((_kld_figure(content, models), _perplexity_figure(content, models))),
     )
+
+
+def _kld_figure(content: dict, models: list[_Model]) -> str:
+    points = [_point(content, model, "kld", model.ranked.kld) for model in models]
+    far_apart = _far_apart(points)
+    return figure(
+        "KL divergence against size",
+        _scatter_words(far_apart),
+        scatter(
+            "Mean KLD against bits per weight", points, short, "bits per weight", "nats", far_apart
+        ),
+    )
+
+
+def _perplexity_figure(content: dict, models: list[_Model]) -> str:
+    points = [
+        _above_one(_point(content, model, "perplexity_ratio", model.ranked.perplexity))
+        for model in models
+    ]
+    far_apart = _far_apart(points)
+    return figure(
+        "Perplexity against size",
+        f"Increase of perplexity over the reference. {_scatter_words(far_apart)}",
+        scatter(
+            "Increase of perplexity against bits per weight",
+            points,
+            tick_percent,
+            "bits per weight",
+            "increase",
+            far_apart,
+        ),
+    )
+
+
+def _scatter_words(far_apart: bool) -> str:
+    words = (
+        f"Bars are 95{NBSP}% confidence intervals. The stairs are the Pareto front. Models above "
+        "them or to their right are beaten; filled marks lie on the front. Lower left is better. "
+        "Models of equal size are drawn side by side."
+    )
+    return f"{words} The vertical axis is logarithmic." if far_apart else words
 
 
 def _far_apart(points: list[Point]) -> bool:
@@ -196,95 +237,84 @@ def _far_apart(points: list[Point]) -> bool:
     return min(losses) > 0 and max(losses) > _FAR_APART * min(losses)
 
 
-def _points(
-    contest: Contest,
-    standings: tuple[Standing, ...],
-    field: str,
-    figure_of: Callable[[Run], Estimate],
-) -> list[Point]:
-    points = []
-    for place, i in enumerate(_by_size(contest)):
-        run, found = contest.runs[i], figure_of(contest.runs[i])
-        x = Mark(run.bits_per_weight)
-        y = Mark(found.value, f"/runs/{i}/{field}/value")
-        on_front = standings[i].place == "front"
-        points.append(Point(run.name, place, x, y, found.low, found.high, on_front))
-    return points
-
-
-def _routing_section(contest: Contest) -> str:
-    own = _agreements(contest, "router_set", lambda x: x.router_set)
-    alone = _agreements(
-        contest, "router_set_forced", lambda x: x.forced.router_set if x.forced else None
+def _point(content: dict, model: _Model, field: str, standing: Standing) -> Point:
+    """A model by its size and the estimate called `field`."""
+    estimate = f"{model.pointer}/{field}"
+    value = datum_at(content, f"{estimate}/value")
+    return Point(
+        name=model.ranked.name,
+        model=model.number,
+        x=Mark(model.ranked.bits_per_weight),
+        y=Mark(value.value, value),
+        low=datum_at(content, f"{estimate}/low").value,
+        high=datum_at(content, f"{estimate}/high").value,
+        on_front=standing.status == "front",
     )
+
+
+def _above_one(point: Point) -> Point:
+    """A ratio drawn as the increase over 1."""
+    increase = replace(point.y, value=point.y.value - 1)
+    return replace(point, y=increase, low=point.low - 1, high=point.high - 1)
+
+
+def _routing_section(content: dict, models: list[_Model]) -> str:
+    own = _agreements(content, models, "router_set")
+    isolated = _agreements(content, models, "router_set_forced")
     if not own:
         return ""
-    kinds = {
-        "On their own paths": (own, "With the errors of all layers before. Higher is better."),
-        "Each layer alone": (
-            alone,
-            "On the reference’s states, so that only the layer’s attention can be the cause. "
-            "Higher is better.",
-        ),
-    }
-    charts = "".join(
-        figure(
-            title,
-            words,
-            run_lines(
-                f"Router agreement by layer: {title}",
-                [line for line, _ in found],
-                [place for _, place in found],
-                _plain_percent,
-                "layer",
-            ),
+    charts = [
+        _routing_figure(
+            "On the model’s own path",
+            "With the errors of all earlier layers. Higher is better.",
+            own,
         )
-        for title, (found, words) in kinds.items()
-        if found
-    )
+    ]
+    if isolated:
+        charts.append(
+            _routing_figure(
+                "Each layer in isolation",
+                "With the reference’s hidden states as input, so that only the layer’s attention "
+                "can cause a difference. Higher is better.",
+                isolated,
+            )
+        )
     return section(
         "Routing, layer by layer",
-        "Share of tokens that a layer sends to exactly the experts that the reference chose.",
-        f'<div class="grid">{charts}</div>',
+        "Share of tokens that a layer routes to exactly the same experts as the reference.",
+        grid(charts),
     )
 
 
-def _agreements(
-    contest: Contest, field: str, found: Callable[[Layer], float | None]
-) -> list[tuple[Series, int]]:
-    """The lines of the runs that have routers, with their places."""
+def _routing_figure(title: str, words: str, lines: list[Line]) -> str:
+    drawing = lines_by_layer(f"Router agreement by layer: {title}", lines, tick_percent, "layer")
+    return figure(title, words, drawing)
+
+
+def _agreements(content: dict, models: list[_Model], field: str) -> list[Line]:
+    """A line for each model that has routers."""
     lines = []
-    for place, i in enumerate(_by_size(contest)):
-        run = contest.runs[i]
-        marks = [
-            None if (share := found(layer)) is None
-            else Mark(share, f"/runs/{i}/layers/{j}/{field}")
-            for j, layer in enumerate(run.report.layers)
-        ]  # fmt: skip
+    for model in models:
+        layers = range(len(model.ranked.report.layers))
+        pointers = [f"{model.pointer}/layers/{i}/{field}" for i in layers]
+        marks = [mark_of(find_datum(content, pointer)) for pointer in pointers]
         if any(marks):
-            lines.append((Series(run.name, marks), place))
+            lines.append(Line(model.number, Series(model.ranked.name, marks)))
     return lines
 
 
-def _plain_percent(share: float) -> str:
-    return f"{share * 100:.4g}{NBSP}%"
-
-
-def _protocol(contest: Contest) -> str:
-    report = contest.runs[0].report
-    protocol, noise = report.protocol, report.noise_floor.mean_kld
-    floor = datum("/noise_floor/mean_kld", noise, number(noise))
-    facts = (
-        ("Text", escape(protocol.text)),
-        ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
-        ("Scored", f"{protocol.tokens_scored:,} tokens: {escape(protocol.scored)}"),
-        ("Arithmetic", escape(protocol.arithmetic)),
-        ("Noise floor of the KLD", f"{floor} nats: {escape(report.noise_floor.how)}"),
-        ("Reference", f'<span class="path">{escape(report.reference.path)}</span>'),
+def _protocol(content: dict, report: Report) -> str:
+    protocol = report.protocol
+    floor = number_at(content, "/noise_floor/mean_kld", number)
+    body = facts(
+        (
+            ("Text", escape(protocol.text)),
+            ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
+            ("Scored", f"{protocol.tokens_scored:,} tokens: {escape(protocol.scored)}"),
+            ("Arithmetic", escape(protocol.arithmetic)),
+            ("Noise floor of the KLD", f"{floor} nats: {escape(report.noise_floor.how)}"),
+            ("Reference", file_path(report.reference.path)),
+        )
     )
-    listed = "".join(f"<dt>{name}</dt><dd>{fact}</dd>" for name, fact in facts)
-    return section(
-        "How it was measured",
-        "All of them on the same tokens, against the same reference.",
-        f'<div class="card"><dl class="facts">{listed}</dl></div>',
-    )
+    words = "All models on the same tokens, against the same reference."
+    return section("How it was measured", words, body)

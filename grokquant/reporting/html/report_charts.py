@@ -1,44 +1,49 @@
-"""Which numbers of a report go into which plot, and the sentences that need counting."""
+"""Which numbers of a report go into which chart, and the sentences that need counting."""
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 
 from grokquant.evaluation.report import Layer, Report, Routing
 from grokquant.reporting.html.charts import (
+    BLUES,
+    DIVERGING,
+    ORANGES,
+    Bar,
     Quantile,
     Series,
     bar_chart,
     heat_map,
+    horizontal_bars,
     line_chart,
-    lying_bars,
     quantile_plot,
 )
-from grokquant.reporting.html.svg import Mark
-from grokquant.reporting.rows import (
+from grokquant.reporting.html.svg import Mark, mark_of
+from grokquant.reporting.json_pointer import datum_at, find_datum
+from grokquant.reporting.number_format import (
+    MINUS,
     NBSP,
-    bf16_bytes,
-    name_of,
     number,
     percent,
-    quantile_rows,
     rough,
     short,
     size,
+    tick_percent,
 )
+from grokquant.reporting.rows import KLD_QUANTILES, QUANTILES, bf16_bytes, name_of
 
-_EXPERT_UNIT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.")
-_SHARES = {"maximum": 1.0, "median": 0.5, "minimum": 0.0}
+_EXPERT_MATRIX = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.")
+_NAMED_SHARES = {"maximum": 1.0, "median": 0.5, "minimum": 0.0}
 
 
 def kld_quantiles(report: Report) -> str:
-    """KLD over the share of tokens, on a logarithm, with the mean and the noise floor."""
-    markers = [("mean", report.kld.mean.value), ("noise floor", report.noise_floor.mean_kld)]
+    """KLD over the share of tokens, on a logarithmic axis, with the mean and the noise floor."""
     return quantile_plot(
         "Share of tokens below a KL divergence",
-        _quantiles("kld", {name: nats for name, nats, _ in quantile_rows(report)}),
+        _quantiles(report, "/kld", KLD_QUANTILES),
         short,
         "KLD in nats, logarithmic",
-        markers,
+        [("mean", report.kld.mean.value), ("noise floor", report.noise_floor.mean_kld)],
         log_x=True,
     )
 
@@ -46,190 +51,194 @@ def kld_quantiles(report: Report) -> str:
 def delta_p_quantiles(report: Report) -> str:
     return quantile_plot(
         "Share of tokens below a change in the probability of the true token",
-        _quantiles("delta_p", {name: share for name, _, share in quantile_rows(report)}),
+        _quantiles(report, "/delta_p", QUANTILES),
         percent,
         "Δp: quantized minus reference",
     )
 
 
-def _quantiles(part: str, values: dict[str, float | None]) -> list[Quantile]:
-    return [
-        Quantile(name, _share(name), Mark(value, f"/{part}/{name}"))
-        for name, value in reversed(values.items())
-        if value is not None
-    ]
+def _quantiles(report: Report, pointer: str, names: Iterable[str]) -> list[Quantile]:
+    """The quantiles below `pointer`, the smallest first."""
+    quantiles = []
+    for name in names:
+        found = datum_at(report, f"{pointer}/{name}")
+        quantiles.append(Quantile(name, _share(name), Mark(found.value, found)))
+    return quantiles[::-1]
 
 
-def _share(name: str) -> float:
-    return _SHARES[name] if name in _SHARES else float(name.removesuffix("%")) / 100
+def _share(quantile: str) -> float:
+    if quantile in _NAMED_SHARES:
+        return _NAMED_SHARES[quantile]
+    return float(quantile.removesuffix("%")) / 100
 
 
 def layer_errors(report: Report) -> str:
-    marks = [
-        Mark(layer.relative_error, f"/layers/{i}/relative_error")
-        for i, layer in enumerate(report.layers)
-    ]
+    marks = _layer_marks(report, "relative_error")
     title = "Relative error of the hidden state after each layer"
-    return bar_chart(title, marks, percent, _plain_percent, "layer")
+    return bar_chart(title, marks, percent, tick_percent, "layer")
 
 
-def errors_alone(report: Report) -> str:
+def isolated_errors(report: Report) -> str:
     """Errors of each layer and its parts on the reference's own states."""
-    keys = {"experts_error": "experts", "attention_error": "attention", "block_error": "block"}
-    drawn = []
-    for key, name in keys.items():
-        marks = _layer_marks(report, f"forced.{key}")
+    parts = {"experts_error": "experts", "attention_error": "attention", "block_error": "block"}
+    lines = []
+    for field, name in parts.items():
+        marks = _layer_marks(report, f"forced/{field}")
         values = [mark.value for mark in marks if mark]
         if values:
-            drawn.append(Series(name if any(values) else f"{name}: 0 throughout", marks))
-    title = "Relative error of the outputs of each layer alone"
-    return line_chart(title, drawn, _plain_percent, "layer", log_y=True)
+            lines.append(Series(name if any(values) else f"{name}: 0 throughout", marks))
+    title = "Relative error of the outputs of each layer in isolation"
+    return line_chart(title, lines, tick_percent, "layer", log_y=True)
 
 
 def router_agreement(report: Report) -> str:
     """On the model's own path, and with the reference's states going in."""
-    keys = {"router_set": "on its own path", "forced.router_set": "this layer alone"}
-    series = [Series(name, _layer_marks(report, key)) for key, name in keys.items()]
-    drawn = [line for line in series if any(line.marks)]
-    return line_chart("Router agreement by layer", drawn, _plain_percent, "layer")
+    fields = {"router_set": "on its own path", "forced/router_set": "this layer in isolation"}
+    lines = [Series(name, _layer_marks(report, field)) for field, name in fields.items()]
+    measured = [line for line in lines if any(line.marks)]
+    return line_chart("Router agreement by layer", measured, tick_percent, "layer")
 
 
 def load_shifts(report: Report) -> str:
     marks = _layer_marks(report, "load_shift")
-    return bar_chart("Load shift by layer", marks, percent, _plain_percent, "layer")
+    return bar_chart("Load shift by layer", marks, percent, tick_percent, "layer")
 
 
-def changed_routes(report: Report, routing: Routing) -> str:
-    """Mean KLD of the tokens whose routing changed, and of the others."""
-    groups = {"changed": "another expert somewhere", "unchanged": "the same experts throughout"}
-    bars = []
-    for key, name in groups.items():
-        group = getattr(routing, key)
-        label = "no tokens" if group.mean_kld is None else f"{number(group.mean_kld)}{NBSP}nats"
-        mark = Mark(group.mean_kld or 0.0, f"/routing/{key}/mean_kld" * (group.tokens > 0))
-        bars.append((f"{name}", mark, label))
-    bars.append(("all tokens", Mark(report.kld.mean.value, "/kld/mean/value"),
-                 f"{number(report.kld.mean.value)}{NBSP}nats"))  # fmt: skip
-    return lying_bars("Mean KLD by change of routing", bars)
+def _layer_marks(report: Report, field: str) -> list[Mark | None]:
+    """A field of every layer; "forced/x" is one of the layer in isolation."""
+    layers = range(len(report.layers))
+    return [mark_of(find_datum(report, f"/layers/{i}/{field}")) for i in layers]
 
 
-def first_changes(routing: Routing) -> str:
+def changed_routes(report: Report) -> str:
+    """Mean KLD of the tokens whose routing changed, of the others, and of all."""
+    bars = [
+        _kld_bar(report, "different experts in some layer", "/routing/changed/mean_kld"),
+        _kld_bar(report, "the same experts in all layers", "/routing/unchanged/mean_kld"),
+        _kld_bar(report, "all tokens", "/kld/mean/value"),
+    ]
+    return horizontal_bars("Mean KLD by change of routing", bars)
+
+
+def _kld_bar(report: Report, name: str, pointer: str) -> Bar:
+    found = find_datum(report, pointer)
+    if found is None:
+        return Bar(name, Mark(0.0), "no tokens")
+    return Bar(name, Mark(found.value, found), f"{number(found.value)}{NBSP}nats")
+
+
+def first_changes(report: Report, routing: Routing) -> str:
     """Mean KLD over the layer in which a token's routing changes first."""
-    marks = [
-        None if row.mean_kld is None
-        else Mark(row.mean_kld, f"/routing/first_change/{i}/mean_kld", None, _tokens(row.tokens))
-        for i, row in enumerate(routing.first_change)
-    ]  # fmt: skip
-    names = [row.layer for row in routing.first_change]
+    marks = []
+    for i, group in enumerate(routing.first_change):
+        found = find_datum(report, f"/routing/first_change/{i}/mean_kld")
+        marks.append(Mark(found.value, found, _tokens(group.tokens)) if found else None)
+    layers = [group.layer for group in routing.first_change]
     title = "Mean KLD by the layer of the first change of routing"
-    return bar_chart(title, marks, rough, short, "layer of the first change", names)
+    return bar_chart(title, marks, rough, short, "layer of the first change", layers)
 
 
 def damage_map(report: Report) -> str:
     """Each expert's share of the damage of its layer."""
-    columns = [
-        [
-            Mark(share, f"/layers/{i}/forced/damage/{e}")
-            for e, share in enumerate(layer.forced.damage if layer.forced else ())
-        ]
-        for i, layer in enumerate(report.layers)
-    ]
-    return heat_map("Share of the damage by layer and expert", columns, _load, "e")
-
-
-def _layer_marks(report: Report, key: str) -> list[Mark | None]:
-    values = [_found(layer, key) for layer in report.layers]
-    path = key.replace(".", "/")
-    return [None if v is None else Mark(v, f"/layers/{i}/{path}") for i, v in enumerate(values)]
-
-
-def _found(layer: Layer, key: str) -> float | None:
-    """A figure of a layer; "forced.x" is one of the layer alone."""
-    part, _, name = key.rpartition(".")
-    return getattr(layer.forced if part else layer, name, None)
+    columns = []
+    for i, layer in enumerate(report.layers):
+        experts = range(len(layer.forced.damage) if layer.forced else 0)
+        pointers = [f"/layers/{i}/forced/damage/{e}" for e in experts]
+        columns.append([mark_of(datum_at(report, pointer)) for pointer in pointers])
+    return heat_map("Share of the damage by layer and expert", columns, _one_decimal, ORANGES)
 
 
 def load_map(report: Report) -> str:
     """Tokens of each expert as a share of those of its layer."""
-    columns = [_loads(layer, f"/layers/{i}") for i, layer in enumerate(report.layers)]
-    return heat_map("Share of tokens by layer and expert", columns, _load, "q")
+    columns = [_loads(report, i) for i in range(len(report.layers))]
+    return heat_map("Share of tokens by layer and expert", columns, _one_decimal, BLUES)
 
 
-def _loads(layer: Layer, path: str) -> list[Mark]:
+def _loads(report: Report, i: int) -> list[Mark]:
+    layer = report.layers[i]
     total = max(sum(layer.tokens_per_expert), 1)
-    return [
-        Mark(tokens / total, f"{path}/tokens_per_expert/{e}", tokens, _tokens(tokens))
-        for e, tokens in enumerate(layer.tokens_per_expert)
-    ]
+    marks = []
+    for e in range(len(layer.tokens_per_expert)):
+        tokens = datum_at(report, f"/layers/{i}/tokens_per_expert/{e}")
+        marks.append(Mark(tokens.value / total, tokens, _tokens(tokens.value)))
+    return marks
 
 
 def shift_map(report: Report) -> str:
     """Tokens that each expert gained or lost."""
     columns = [[Mark(shift) for shift in _shifts(layer)] for layer in report.layers]
-    return heat_map("Tokens gained or lost by layer and expert", columns, _signed, "d")
+    return heat_map("Tokens gained or lost by layer and expert", columns, _signed, DIVERGING)
 
 
-def unit_error_map(report: Report, key: str) -> str | None:
-    """Mean `key` (an error of units) of each expert, or None where no experts have it."""
+def expert_error_map(report: Report, field: str) -> str | None:
+    """Mean `field` (an error of matrices) of each expert, or None where no experts have it."""
     errors: dict[tuple[int, int], list[float]] = defaultdict(list)
     for unit in report.units:
-        found, error = _EXPERT_UNIT.match(unit.name), getattr(unit, key)
+        found = _EXPERT_MATRIX.match(unit.name)
+        error = getattr(unit, field)
         if found and error is not None:
             errors[int(found[1]), int(found[2])].append(error)
-    if len({expert for _, expert in errors}) < 2:
+    experts = {expert for _, expert in errors}
+    if len(experts) < 2:
         return None
-    layers, experts = (1 + max(key[axis] for key in errors) for axis in (0, 1))
-    columns = [
-        [Mark(sum(values) / len(values)) if (values := errors.get((i, e))) else None
-         for e in range(experts)]
-        for i in range(layers)
-    ]  # fmt: skip
-    return heat_map("Error by layer and expert", columns, _three_digits, "e")
+    layers = range(1 + max(layer for layer, _ in errors))
+    columns = [[_mean_mark(errors.get((i, e))) for e in range(1 + max(experts))] for i in layers]
+    return heat_map("Error by layer and expert", columns, _three_digits, ORANGES)
+
+
+def _mean_mark(values: list[float] | None) -> Mark | None:
+    return Mark(sum(values) / len(values)) if values else None
 
 
 def sizes(report: Report) -> str:
-    model, reference = report.quantized, report.reference
+    model = report.quantized
+    reference = report.reference
+    bf16 = bf16_bytes(model)
+    own = datum_at(report, "/quantized/bytes")
+    theirs = datum_at(report, "/reference/bytes")
     bars = [
-        (name_of(model), Mark(model.bytes, "/quantized/bytes"), size(model.bytes)),
-        (name_of(reference), Mark(reference.bytes, "/reference/bytes"), size(reference.bytes)),
-        ("the same as bf16", Mark(bf16_bytes(model)), size(bf16_bytes(model))),
+        Bar(name_of(model), Mark(own.value, own), size(model.bytes)),
+        Bar(name_of(reference), Mark(theirs.value, theirs), size(reference.bytes)),
+        Bar("the same weights in bf16", Mark(bf16), size(bf16)),
     ]
-    return lying_bars("Size of the weight files", bars)
+    return horizontal_bars("Size of all tensors", bars)
 
 
-def least_fed(report: Report) -> str:
-    """Which expert sees least, and how even loads would look."""
+def fewest_tokens(report: Report) -> str:
+    """Which expert gets the fewest tokens, and what a uniform load would be."""
     tokens, layer, expert = min(
         (tokens, layer.layer, expert)
         for layer in report.layers
         for expert, tokens in enumerate(layer.tokens_per_expert)
     )
-    even = 1 / max(len(layer.tokens_per_expert) for layer in report.layers)
     return (
-        f"Even would be {percent(even, 3)}. Least fed: layer {layer}, expert {expert}, "
-        f"with {tokens:,} tokens."
+        f"A uniform load would be {_uniform_share(report)}. Fewest tokens: {tokens:,}, for expert "
+        f"{expert} in layer {layer}."
     )
 
 
-def moved(report: Report) -> str:
-    """Net movement between experts over all layers."""
+def net_movement(report: Report) -> str:
+    """Net movement of tokens between experts over all layers."""
     net = sum(abs(shift) for layer in report.layers for shift in _shifts(layer)) // 2
     total = sum(sum(layer.reference_tokens_per_expert) for layer in report.layers)
-    return f"Net of exchanges, {net:,} of {total:,} ({percent(net / max(total, 1))}) moved."
+    return f"Net movement: {net:,} of {total:,} tokens ({percent(net / max(total, 1))})."
 
 
 def most_damage(report: Report) -> str:
-    """Which expert does most of the damage of its layer, and how even shares would look."""
+    """Which expert does most of the damage of its layer, and what uniform shares would be."""
     share, layer, expert = max(
         (share, layer.layer, expert)
         for layer in report.layers
         for expert, share in enumerate(layer.forced.damage if layer.forced else ())
     )
-    even = 1 / max(len(layer.tokens_per_expert) for layer in report.layers)
     return (
-        f"Even would be {percent(even, 3)}. Most: {percent(share, 3)} by expert {expert} of "
-        f"layer {layer}."
+        f"Uniform shares would be {_uniform_share(report)}. Largest: {percent(share, 3)}, for "
+        f"expert {expert} in layer {layer}."
     )
+
+
+def _uniform_share(report: Report) -> str:
+    return percent(1 / max(len(layer.tokens_per_expert) for layer in report.layers), 3)
 
 
 def _shifts(layer: Layer) -> list[int]:
@@ -237,21 +246,17 @@ def _shifts(layer: Layer) -> list[int]:
     return [own - theirs for own, theirs in pairs]
 
 
-def _tokens(count: int) -> str:
-    return f", {count:,} tokens"
+def _tokens(count: float) -> str:
+    return f", {count:,.0f} tokens"
 
 
 def _three_digits(share: float) -> str:
     return percent(share, 3)
 
 
-def _load(share: float) -> str:
+def _one_decimal(share: float) -> str:
     return f"{share * 100:.1f}{NBSP}%"
 
 
-def _plain_percent(share: float) -> str:
-    return f"{share * 100:.4g}{NBSP}%"
-
-
 def _signed(shift: float) -> str:
-    return f"{shift:+,.0f}".replace("-", "−") if shift else "0"
+    return f"{shift:+,.0f}".replace("-", MINUS) if shift else "0"

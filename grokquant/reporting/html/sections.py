@@ -6,152 +6,168 @@ from html import escape
 from grokquant.evaluation.report import Report, UnitRow
 from grokquant.reporting.html import report_charts
 from grokquant.reporting.html.markup import (
-    datum,
+    card,
     details,
     error_of,
     figure,
+    grid,
     heads,
     interval_of,
+    number_at,
     section,
     table,
+    table_row,
     token_error_of,
     value_of,
 )
+from grokquant.reporting.number_format import NBSP, number, percent, rough, size
 from grokquant.reporting.rows import (
-    NBSP,
+    KLD_QUANTILES,
+    QUANTILES,
+    Row,
     bf16_bytes,
     errors_words,
     name_of,
     noise_rows,
-    number,
-    percent,
-    quantile_rows,
-    rough,
     rows,
-    size,
+    stored_quantized,
 )
 
 # Longer lists are cut here; report.json has all of it.
-_WORST_UNITS, _MOST_FALLBACKS = 10, 40
+_WORST_MATRICES = 10
+_MOST_FALLBACKS = 40
+# Rows in bold: the three numbers to look at first.
+_LEAD = {"Mean PPL(Q)/PPL(base)", "Mean KLD", "Same top p"}
 
 
 def metrics_section(report: Report) -> str:
-    lead = {"Mean PPL(Q)/PPL(base)", "Mean KLD", "Same top p"}
-    parts, block = [], ""
+    parts = []
+    block = ""
     for row in [*rows(report), *noise_rows(report)]:
         if row.block != block:
             head = f'<th colspan="6" scope="rowgroup">{row.block}</th>'
             parts.append(f'<tr class="block">{head}</tr>')
             block = row.block
-        unit = f"{NBSP}{row.unit}" if row.unit else ""
-        parts.append(
-            f'<tr class="{"lead" if row.name in lead else "plain"}">'
-            f'<th scope="row">{escape(row.name)}</th><td class="num">{value_of(row)}{unit}</td>'
-            f'<td class="num err">{error_of(row)}</td><td class="num ends">{interval_of(row)}</td>'
-            f'<td class="better">{row.better}</td><td class="words">{escape(row.words)}</td></tr>'
-        )
+        parts.append(_metric(row))
     head = (
         '<tr><th>Metric</th><th class="num">Value</th><th class="num">±</th>'
         f'<th class="num">95{NBSP}% interval</th><th>Better</th><th>In plain words</th></tr>'
     )
     return section(
         "How far from the reference",
-        f"Names as in llama.cpp. {errors_words(report)}",
-        f'<div class="card">{table(head, "".join(parts), "metrics")}</div>'
-        + details("Errors as llama.cpp prints them", _token_errors(report)),
+        f"Metric names are those of llama.cpp. {errors_words(report)}",
+        card(table(head, "".join(parts), "metrics"))
+        + details("Standard errors as in llama.cpp", card(_token_errors(report))),
+    )
+
+
+def _metric(row: Row) -> str:
+    kind = "lead" if row.name in _LEAD else "plain"
+    unit = f"{NBSP}{row.unit}" if row.unit else ""
+    return (
+        f'<tr class="{kind}">'
+        f'<th scope="row">{escape(row.name)}</th><td class="num">{value_of(row)}{unit}</td>'
+        f'<td class="num err">{error_of(row)}</td><td class="num ends">{interval_of(row)}</td>'
+        f'<td class="better">{row.better}</td><td class="words">{escape(row.words)}</td></tr>'
     )
 
 
 def _token_errors(report: Report) -> str:
     """Both kinds of standard errors side by side."""
     body = "".join(
-        f'<tr><th scope="row">{escape(row.name)}</th><td class="num">{error_of(row)}</td>'
-        f'<td class="num">{token_error_of(row)}</td></tr>'
+        table_row(escape(row.name), error_of(row), token_error_of(row))
         for row in rows(report)
         if row.estimate and row.estimate.token_error is not None
     )
     words = (
-        "llama.cpp takes tokens as independent. Tokens of one document are alike, so its errors "
-        "are too small where documents differ."
+        "llama.cpp treats tokens as independent. Tokens within a document are correlated, so its "
+        "standard errors are too small."
     )
-    head = heads("Metric", "± here", "± with independent tokens", numbers=2)
+    head = heads("Metric", "± here", "± with independent tokens", numeric=2)
     return f'<p class="words">{words}</p>{table(head, body)}'
 
 
 def distribution_section(report: Report) -> str:
-    kld, delta = report.kld, report.delta_p
-    charts = figure(
-        "KL divergence by token",
-        f"Half of the tokens move less than {rough(kld.median)} nats, one in a hundred more than "
-        f"{rough(kld.q99_0)}, the worst one {rough(kld.maximum)}. Further left is better."
-        + (" Rounding leaves some at zero or below, which are not drawn." * (kld.minimum <= 0)),
-        report_charts.kld_quantiles(report),
-    ) + figure(
-        "Change in the probability of the true token",
-        f"For 90 % of the tokens it stays between {percent(delta.q5_0)} and "
-        f"{percent(delta.q95_0)}. A steep line at zero is better.",
-        report_charts.delta_p_quantiles(report),
-    )
-    cells = "".join(
-        f'<tr><th scope="row">{name[0].upper() + name[1:]}</th><td class="num">'
-        + datum(f"/kld/{name}", nats, number(nats or 0))
-        + '</td><td class="num">'
-        + datum(f"/delta_p/{name}", share, percent(share, 3), "%")
-        + "</td></tr>"
-        for name, nats, share in quantile_rows(report)
-    )
-    quantiles = table(heads("Percentile of tokens", "KLD, nats", "Δp", numbers=2), cells)
+    kld = report.kld
+    delta = report.delta_p
+    not_drawn = " Values at or below zero, from rounding, are not drawn." * (kld.minimum <= 0)
+    charts = [
+        figure(
+            "KL divergence by token",
+            f"The median is {rough(kld.median)} nats. One token in a hundred is above "
+            f"{rough(kld.q99_0)}, the worst is at {rough(kld.maximum)}. Further left is better."
+            f"{not_drawn}",
+            report_charts.kld_quantiles(report),
+        ),
+        figure(
+            "Change in the probability of the true token",
+            f"For 90 % of the tokens it is between {percent(delta.q5_0)} and "
+            f"{percent(delta.q95_0)}. A steep line at zero is better.",
+            report_charts.delta_p_quantiles(report),
+        ),
+    ]
     return section(
         "Token by token",
         "Averages hide the tail, and the tail is what breaks code and long reasoning.",
-        f'<div class="grid">{charts}</div>{details("All percentiles", quantiles)}',
+        grid(charts) + details("All percentiles", card(_percentiles(report))),
     )
+
+
+def _percentiles(report: Report) -> str:
+    body = "".join(
+        table_row(
+            name[0].upper() + name[1:],
+            number_at(report, f"/kld/{name}", number) if name in KLD_QUANTILES else "–",
+            number_at(report, f"/delta_p/{name}", lambda share: percent(share, 3), "%"),
+        )
+        for name in QUANTILES
+    )
+    return table(heads("Percentile of tokens", "KLD, nats", "Δp", numeric=2), body)
 
 
 def weights_section(report: Report) -> str:
-    model, reference = report.quantized, report.reference
-    charts = figure("Size", _size_words(report), report_charts.sizes(report))
-    schemes = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="num">{n:,}</td></tr>'
-        for name, n in model.schemes.items()
-    )
-    if schemes:
-        charts += figure(
-            "Grids",
-            "Bits, columns that share a scale, symmetry, and in brackets the method that rounded.",
-            table(heads("Grid", "Matrices", numbers=1), schemes),
+    model = report.quantized
+    reference = report.reference
+    charts = [figure("Size", _size_words(report), report_charts.sizes(report))]
+    if model.schemes:
+        grids = (table_row(escape(name), f"{n:,}") for name, n in model.schemes.items())
+        charts.append(
+            figure(
+                "Grids",
+                "Bits, group size and symmetry; in brackets the rounding method.",
+                table(heads("Grid", "Matrices", numeric=1), "".join(grids)),
+            )
         )
-    worst = sorted(report.units, key=lambda unit: -unit.relative_error)[:_WORST_UNITS]
+    worst = sorted(report.units, key=lambda unit: -unit.relative_error)[:_WORST_MATRICES]
+    folded = details("Matrices with the largest error", card(_matrix_table(worst)))
     return section(
         "What was quantized",
         f"{name_of(model)} at {model.bits_per_weight:.2f} bits per weight, "
-        f"{name_of(reference)} at {reference.bits_per_weight:.2f}, all tensors counted.",
-        f'<div class="grid">{charts}</div>{_fallbacks(report)}'
-        + (details("The matrices with the largest error", _unit_table(worst)) if worst else ""),
+        f"{name_of(reference)} at {reference.bits_per_weight:.2f}, counting all tensors.",
+        grid(charts) + _fallbacks(report) + (folded if worst else ""),
     )
 
 
 def _size_words(report: Report) -> str:
-    model, reference = report.quantized, report.reference
-    words = f"All weight files, against the same weights as bf16 ({size(bf16_bytes(model))})."
-    if reference.bits_per_weight < 15:
-        words += " The reference itself is stored quantized and was multiplied out to compare."
+    words = f"All tensors, against the same weights in bf16 ({size(bf16_bytes(report.quantized))})."
+    if stored_quantized(report.reference):
+        words += " The reference is stored quantized, too; it was dequantized for the comparison."
     return words
 
 
-def _unit_table(units: Iterable[UnitRow]) -> str:
-    def share(value: float | None) -> str:
-        return "–" if value is None else percent(value)
-
-    cells = "".join(
-        f'<tr><th scope="row"><code>{escape(unit.name)}</code></th><td>{escape(unit.scheme)}</td>'
-        f'<td>{escape(unit.method)}</td><td class="num">{share(unit.relative_error)}</td>'
-        f'<td class="num">{share(unit.output_error)}</td>'
-        f'<td class="num">{"–" if unit.tokens is None else f"{unit.tokens:,}"}</td></tr>'
-        for unit in units
-    )
+def _matrix_table(units: Iterable[UnitRow]) -> str:
     names = ("Matrix", "Grid", "Method", "Weight error", "Output error", "Calibration tokens")
-    return table(heads(*names, numbers=3), cells)
+    return table(heads(*names, numeric=3), "".join(map(_matrix, units)))
+
+
+def _matrix(unit: UnitRow) -> str:
+    output_error = "–" if unit.output_error is None else percent(unit.output_error)
+    tokens = "–" if unit.tokens is None else f"{unit.tokens:,}"
+    return (
+        f'<tr><th scope="row"><code>{escape(unit.name)}</code></th><td>{escape(unit.scheme)}</td>'
+        f'<td>{escape(unit.method)}</td><td class="num">{percent(unit.relative_error)}</td>'
+        f'<td class="num">{output_error}</td><td class="num">{tokens}</td></tr>'
+    )
 
 
 def _fallbacks(report: Report) -> str:

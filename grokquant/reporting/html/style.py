@@ -1,5 +1,9 @@
-"""The look of the report page: one stylesheet for light, dark, phone and paper."""
+"""The look of the pages: one stylesheet for light, dark, phone and paper."""
 
+# Colours of both themes. Text has a contrast of at least 4.5 (WCAG AA) on cards, on the page and on
+# each shade of a heat map, with `strong` on the darker half; tests compute it. Series s1 to s6 stay
+# apart for colour-blind readers. q and e are blues and oranges from least to greatest; d goes from
+# orange (negative) over grey to blue.
 _LIGHT = """
 --page:#f6f5f2;--card:#fff;--ink:#1c1b19;--soft:#5c5a54;--hair:#e2e0da;--level:#ebe9e4;--base:#a9a69e;
 --accent:#0b62b4;--s1:#1b74c9;--s2:#c4590f;--s3:#2b9a9a;--s4:#96435f;--s5:#3c14ab;--s6:#2b2e33;
@@ -24,7 +28,7 @@ _SHADES = "".join(
     for i in range(count)
 )
 
-# Series: fills, and strokes of what has no inside or an open one.
+# Series: fills, and strokes for lines and open markers.
 _SERIES = "".join(
     f".s{i}{{fill:var(--s{i})}}:is(.line,.whisker,.leader,.open).s{i}{{stroke:var(--s{i})}}"
     for i in range(1, 7)

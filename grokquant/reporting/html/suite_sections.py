@@ -1,19 +1,23 @@
 """The sections of the page about what a suite adds: thresholds, further texts, tasks."""
 
 from collections.abc import Iterator
+from functools import partial
 from html import escape
 
-from grokquant.evaluation.report import Report, Task, TaskMetric
-from grokquant.reporting.html.markup import better, datum, estimate_of, section, wide_table
-from grokquant.reporting.rows import HIGHER, LOWER, NBSP, NEAR_ONE, number
+from grokquant.evaluation.report import Gate, Report, Task, TaskMetric, Tasks
+from grokquant.reporting.html.markup import better, estimate_at, number_at, section, wide_table
+from grokquant.reporting.number_format import NBSP, number, rough
+from grokquant.reporting.rows import HIGHER, LOWER, NEAR_ONE
 from grokquant.reporting.suite_tables import (
-    ARROWS,
+    DIRECTIONS,
     limit_words,
     metric_words,
     protocol_words,
     suite_words,
+    task_unit,
     task_value,
     threshold_limit,
+    threshold_unit,
     threshold_value,
     threshold_words,
 )
@@ -24,8 +28,8 @@ def gate_line(report: Report) -> str:
     if not report.suite or not report.suite.gates:
         return ""
     met = all(gate.met for gate in report.suite.gates)
-    kind, mark = ("ok", "✓") if met else ("bad", "✗")
-    return f'<p class="gate {kind}"><b>{mark}</b> {escape(suite_words(report.suite))}</p>'
+    mark = "✓" if met else "✗"
+    return f'<p class="gate {_kind(met)}"><b>{mark}</b> {escape(suite_words(report.suite))}</p>'
 
 
 def suite_section(report: Report) -> str:
@@ -33,24 +37,26 @@ def suite_section(report: Report) -> str:
     if not report.suite or not report.suite.gates:
         return ""
     gates = sorted(enumerate(report.suite.gates), key=lambda pair: pair[1].met)
-    rows = []
-    for i, gate in gates:
-        path = f"/suite/gates/{i}"
-        found = threshold_value(gate.threshold, gate.value)
-        limit = threshold_limit(gate.threshold, gate.limit)
-        unit = "%" if limit.endswith("%") else ""
-        found = datum(f"{path}/value", gate.value, found, unit)
-        limit = datum(f"{path}/limit", gate.limit, limit, unit)
-        outcome = "✓ met" if gate.met else "<b>✗ missed</b>"
-        name = escape(threshold_words(gate.threshold))
-        asked = f"{limit_words(gate.threshold)} {limit}"
-        rows.append([name, found, asked, f'<span class="{_kind(gate.met)}">{outcome}</span>, '
-                     + escape(gate.where)])  # fmt: skip
+    rows = [_gate_row(report, i, gate) for i, gate in gates]
     return section(
         "Is it good enough?",
-        f"Thresholds of the suite {report.suite.name}, each where it is hardest to meet.",
-        wide_table(["Threshold", "Found", "Asked for", "Outcome"], rows, last_in_words=True),
+        f"Thresholds of the suite {report.suite.name}, each checked where it is hardest to meet.",
+        wide_table(["Threshold", "Measured", "Limit", "Outcome"], rows, last_in_words=True),
     )
+
+
+def _gate_row(report: Report, i: int, gate: Gate) -> list[str]:
+    pointer = f"/suite/gates/{i}"
+    unit = threshold_unit(gate.threshold)
+    measured = number_at(report, f"{pointer}/value", partial(threshold_value, gate.threshold), unit)
+    limit = number_at(report, f"{pointer}/limit", partial(threshold_limit, gate.threshold), unit)
+    outcome = "✓ met" if gate.met else "<b>✗ missed</b>"
+    return [
+        escape(threshold_words(gate.threshold)),
+        measured,
+        f"{limit_words(gate.threshold)} {limit}",
+        f'<span class="{_kind(gate.met)}">{outcome}</span>, {escape(gate.where)}',
+    ]
 
 
 def _kind(met: bool) -> str:
@@ -58,15 +64,15 @@ def _kind(met: bool) -> str:
 
 
 def texts_section(report: Report) -> str:
-    """The texts of a suite beside the first one, with what matters most of each."""
+    """The texts of a suite after the first one, with the three main metrics of each."""
     if not report.further_texts:
         return ""
     rows = [
         [
             escape(protocol_words(text.protocol)),
-            estimate_of(f"/further_texts/{i}/perplexity/ratio", text.perplexity.ratio),
-            estimate_of(f"/further_texts/{i}/kld/mean", text.kld.mean),
-            estimate_of(f"/further_texts/{i}/same_top_p", text.same_top_p, "%"),
+            estimate_at(report, f"/further_texts/{i}/perplexity/ratio"),
+            estimate_at(report, f"/further_texts/{i}/kld/mean"),
+            estimate_at(report, f"/further_texts/{i}/same_top_p", "%"),
         ]
         for i, text in enumerate(report.further_texts)
     ]
@@ -74,8 +80,8 @@ def texts_section(report: Report) -> str:
     names = ["Text", *(f"{name}<br>{better(way)}" for name, way in heads)]
     return section(
         "Other texts",
-        f"Below the figures: 95{NBSP}% intervals. Figures of one text cannot be compared with "
-        "those of another.",
+        f"Below each value: its 95{NBSP}% confidence interval. Values of different texts cannot be "
+        "compared.",
         wide_table(names, rows, last_in_words=False),
     )
 
@@ -84,45 +90,56 @@ def tasks_section(report: Report) -> str:
     """Both models on the items of lm-eval’s tasks."""
     if not report.tasks or not report.tasks.tasks:
         return ""
-    names = ["Task and metric", "Items", "Reference", "Quantized", "Difference", "Lost",
-             "Gained", "McNemar’s p", "Better"]  # fmt: skip
+    names = [
+        "Task and metric", "Items", "Reference", "Quantized", "Difference", "Lost", "Gained",
+        "McNemar’s p", "Better",
+    ]  # fmt: skip
     return section(
         "Tasks",
-        f"Of lm-eval {report.tasks.lm_eval}, the same items for both models. Lost are items that "
-        "only the reference gets right, gained those that only the quantized model does; p says "
-        "how likely flips so one-sided are by chance. Below a difference: its "
-        f"95{NBSP}% interval, in percentage points.",
-        wide_table(names, _task_rows(report), last_in_words=True),
+        f"From lm-eval {report.tasks.lm_eval}, with the same items for both models. Lost: items "
+        "that only the reference gets right. Gained: items that only the quantized model gets "
+        "right. p: probability of flips at least this one-sided if quantization had no effect. "
+        f"Below each difference: its 95{NBSP}% confidence interval, in percentage points.",
+        wide_table(names, _task_rows(report, report.tasks), last_in_words=True),
     )
 
 
-def _task_rows(report: Report) -> Iterator[list[str]]:
-    for t, task in enumerate(report.tasks.tasks if report.tasks else ()):
+def _task_rows(report: Report, tasks: Tasks) -> Iterator[list[str]]:
+    for t, task in enumerate(tasks.tasks):
         for m, metric in enumerate(task.metrics):
-            yield _task_row(task, metric, f"/tasks/tasks/{t}/metrics/{m}")
+            yield _task_row(report, task, metric, f"/tasks/tasks/{t}/metrics/{m}")
 
 
-def _task_row(task: Task, metric: TaskMetric, path: str) -> list[str]:
-    unit = "%" if metric.paired else ""
-    values = (
-        datum(f"{path}/{key}/value", value.value, task_value(metric, value), unit)
-        for key, value in (("reference", metric.reference), ("quantized", metric.quantized))
-    )
-    paired = metric.paired
-    if paired is None:
-        change = [number(metric.quantized.value - metric.reference.value), "–", "–", "–"]
-    else:
-        change = [
-            estimate_of(f"{path}/paired/difference", paired.difference, "%"),
-            datum(f"{path}/paired/lost", paired.lost, f"{paired.lost:,}"),
-            datum(f"{path}/paired/gained", paired.gained, f"{paired.gained:,}"),
-            datum(f"{path}/paired/p_value", paired.p_value, number(paired.p_value, paired.p_value)),
-        ]
-    name = f'{escape(task.name)}<br><span class="ends">{escape(metric_words(metric))}</span>'
+def _task_row(report: Report, task: Task, metric: TaskMetric, pointer: str) -> list[str]:
+    metric_name = f'<span class="ends">{escape(metric_words(metric))}</span>'
     return [
-        name,
-        datum(f"{path}/items", metric.items, f"{metric.items:,}"),
-        *values,
-        *change,
-        better(ARROWS[metric.higher_is_better]),
+        f"{escape(task.name)}<br>{metric_name}",
+        number_at(report, f"{pointer}/items", _whole),
+        _side(report, metric, metric.reference.error, f"{pointer}/reference/value"),
+        _side(report, metric, metric.quantized.error, f"{pointer}/quantized/value"),
+        *_change(report, metric, pointer),
+        better(DIRECTIONS[metric.higher_is_better]),
     ]
+
+
+def _side(report: Report, metric: TaskMetric, error: float | None, pointer: str) -> str:
+    """The metric of one model."""
+    return number_at(
+        report, pointer, lambda value: task_value(metric, value, error), task_unit(metric)
+    )
+
+
+def _change(report: Report, metric: TaskMetric, pointer: str) -> list[str]:
+    """Difference, lost, gained and p."""
+    if metric.paired is None:
+        return [number(metric.quantized.value - metric.reference.value), "–", "–", "–"]
+    return [
+        estimate_at(report, f"{pointer}/paired/difference", "%"),
+        number_at(report, f"{pointer}/paired/lost", _whole),
+        number_at(report, f"{pointer}/paired/gained", _whole),
+        number_at(report, f"{pointer}/paired/p_value", rough),
+    ]
+
+
+def _whole(things: float) -> str:
+    return f"{things:,}"
