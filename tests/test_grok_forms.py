@@ -207,7 +207,7 @@ def test_rotary_settings_as_transformers_5_has_them(copy):
 def test_pickles_are_named_and_not_opened(tmp_path, name):
     (tmp_path / "config.json").write_text('{"architectures": ["GrokForCausalLM"]}')
     (tmp_path / name).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(InputError, match=f"{name}: is a pickle, which could run code .* safetensors"):
+    with pytest.raises(InputError, match=f"{name}: is a pickle, which could run .* safetensors"):
         open_checkpoint(tmp_path)
 
 
