@@ -171,7 +171,9 @@ def _fill(array: Array, state: Any) -> None:
     expected = math.prod(shape) * ITEM_SIZES[dtype.name]
     held = f"an array of shape {shape} {dtype.name} holds {data.nbytes} bytes, not {expected}"
     require(expected == data.nbytes, held)
-    array.dtype, array.shape, array.data = dtype.name, shape, data
+    array.dtype = dtype.name
+    array.shape = shape
+    array.data = data
 
 
 def _header(field: str, array: Any) -> ArrayHeader:

@@ -252,7 +252,7 @@ def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
         stored_bytes=rows * columns + groups * columns * torch.bfloat16.itemsize,
         load=partial(_load_quantized, item, expert),
         load_into=partial(_load_quantized, item, expert),
-        scheme=Scheme(bits=8, group_size=None if groups == 1 else rows // groups),
+        scheme=_scheme(rows, groups),
     )
 
 
@@ -263,11 +263,14 @@ def _load_quantized(item: _Stored, expert: int | None, into: Tensor | None = Non
     weight = read_array(item.path, item.weight, first, stop, into)
     scales = read_array(item.path, item.scales, first, stop)
     if expert is not None:
-        weight, scales = weight[0], scales[0]
+        weight = weight[0]  # (in, out)
+        scales = scales[0]  # (groups, out)
     _refuse_nonfinite(item, scales, " scales" if expert is None else f" scales of expert {expert}")
-    rows, groups = len(weight), len(scales)
-    scheme = Scheme(bits=8, group_size=None if groups == 1 else rows // groups)
-    return QTensor(weight.T, scales.T, scheme)
+    return QTensor(weight.T, scales.T, _scheme(len(weight), len(scales)))
+
+
+def _scheme(columns: int, groups: int) -> Scheme:
+    return Scheme(bits=8, group_size=None if groups == 1 else columns // groups)
 
 
 def _refuse_nonfinite(item: _Stored, values: Tensor, what: str, first_row: int = 0) -> None:

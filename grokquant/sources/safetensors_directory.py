@@ -156,7 +156,8 @@ def _check_header(path: Path) -> set[str]:
 
 
 def _ref(path: Path, name: str, stored) -> TensorRef:
-    shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+    shape = tuple(stored.get_shape())
+    kind = stored.get_dtype()
     if kind not in DTYPES:
         raise InputError(f"{path}: tensor {name!r} has dtype {kind}, which is not supported")
     dtype = DTYPES[kind]
