@@ -158,7 +158,7 @@ def misshape(source: Path, index: int, *shape: int) -> None:
 # 0 embedding, 1 final norm; then per layer 0-2 experts, 3-6 attention, 7-10 norms, 11 router.
 RELEASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "source: no such directory"),
-    "a file": (lambda s: (shutil.rmtree(s), s.write_text("x")), "source: a file, expected"),
+    "a file": (lambda s: (shutil.rmtree(s), s.write_text("x")), "source: is a file, expected"),
     "empty": (lambda s: (shutil.rmtree(s), s.mkdir()), "source: the directory is empty"),
     "something else": (
         lambda s: (shutil.rmtree(s), s.mkdir(), (s / "notes.txt").write_text("x")),
@@ -322,7 +322,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index to an absent tensor": (
         lambda s: edit_json(s / "model.safetensors.index.json", weight_map={"x.y": SHARD}),
-        f"{SHARD}: tensor 'x.y' is not in this file",
+        f"{SHARD}: tensor 'x.y' is missing, the index places it here",
     ),
     "norm missing": (lambda s: edit_tensors(s, lambda t: t.pop(NORM)), f"{NORM} is missing"),
     "scales missing": (
@@ -414,7 +414,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "odd heads": (
         lambda s: edit_json(s / "config.json", num_attention_heads=3, num_key_value_heads=2),
-        "config.json: num_attention_heads is no multiple of num_key_value_heads",
+        "config.json: num_attention_heads is not a multiple of num_key_value_heads",
     ),
     "negative size": (
         lambda s: edit_json(s / "config.json", hidden_size=-128),
@@ -426,7 +426,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "top 9": (
         lambda s: edit_json(s / "config.json", num_experts_per_tok=9),
-        "config.json: num_experts_per_tok is more than num_local_experts",
+        "config.json: num_experts_per_tok is larger than num_local_experts",
     ),
     "odd token": (lambda s: edit_json(s / "config.json", pad_token_id="x"), "pad_token_id must be"),
 }  # fmt: skip

@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+from conftest import unit_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -93,7 +94,7 @@ def test_round_trip_bit_by_bit(W, scheme):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_tiles_make_the_same_parts(W, scheme, monkeypatch):
     monkeypatch.setattr("grokquant.methods.compiled.tile_rows", lambda columns: 20)
-    tiled, errors = round_and_pack(NAME, W, "rtn", scheme, "mse", bitsandbytes)
+    tiled, errors = round_and_pack(unit_of(NAME, scheme, (ROWS, COLUMNS)), W, bitsandbytes)
     whole = bitsandbytes.pack(NAME, quantize_rtn(W, scheme))
     assert tiled.keys() == whole.keys()
     assert all(torch.equal(tiled[name], part) for name, part in whole.items())

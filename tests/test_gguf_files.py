@@ -144,7 +144,7 @@ def test_only_known_cuts_are_written(tmp_path, pre_tokenizer, cut):
     path.write_text(json.dumps(content))
     source = Source(tmp_path, "safetensors", {"vocab_size": 6}, {}, tokenizer_files=(path,))
     if cut is None:
-        with pytest.raises(InputError, match=r"tokenizer.json: pre_tokenizer: gguf is written for"):
+        with pytest.raises(InputError, match=r"tokenizer.json: pre_tokenizer: gguf supports only"):
             vocabulary(source)
         return
     found = vocabulary(source)

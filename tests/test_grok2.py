@@ -231,7 +231,7 @@ def test_files_of_ranks(tiny, tmp_path):
         ({"router_logit_softcapping": -1}, "router_logit_softcapping must be a positive number"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
-        ({"residual_moe": False}, "final_logit_softcapping is 2, Grok-1 has no such thing"),
+        ({"residual_moe": False}, "final_logit_softcapping is 2, which Grok-1 does not support"),
     ],
 )
 def test_what_is_not_understood_is_refused(tiny, tmp_path, changes, complaint):
@@ -248,7 +248,7 @@ def test_defaults_of_grok_1_are_not_taken(tiny, tmp_path, key):
     path = shutil.copytree(tiny, tmp_path / "x")
     content = {name: value for name, value in CONFIG.items() if name != key}
     (path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=f"config.json: a config.json must also give {key}"):
+    with pytest.raises(InputError, match=f"config.json: config.json must also give {key}"):
         open_checkpoint(path)
 
 

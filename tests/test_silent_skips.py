@@ -188,22 +188,22 @@ def test_gate_is_no_router(family):
     config = AutoConfig.for_model(family, **SIZES | MODELS[family])
     (known,) = (f for f in FAMILIES.values() if f.config_class is type(config))
     units = [unit_of(m.tensor, Scheme(4, 32), (64, 64)) for m in known.units(config)]
-    unit_of = {unit.tensor.removesuffix(".weight"): unit for unit in units}
+    stems = {unit.tensor.removesuffix(".weight") for unit in units}
     routers = [name.removesuffix(".weight") for name in known.routers(config)]
-    assert bool(routers) == (family in SPARSE) and not unit_of.keys() & set(routers)
+    assert bool(routers) == (family in SPARSE) and not stems & set(routers)
     written = compressed_tensors.quantization_config(units, [*routers, "lm_head"])
     (group,) = written["config_groups"].values()
     named = [target for target in group["targets"] if target != "Linear"]
     for router in [*routers, "lm_head"]:
         assert any(match_name(router, target) for target in written["ignore"])
         assert not any(match_name(router, target) for target in named)
-    for stem in unit_of:
+    for stem in stems:
         assert not any(match_name(stem, target) for target in written["ignore"])
         assert any(match_name(stem, target) for target in named)
     rules = gptq.quantization_config(units, [*routers, "lm_head"])["dynamic"]
     skipped = ["re:" + rule[2:] for rule in rules if rule.startswith("-:")]
     assert all(any(match_name(router, rule) for rule in skipped) for router in routers)
-    assert not any(match_name(stem, rule) for rule in skipped for stem in unit_of)
+    assert not any(match_name(stem, rule) for rule in skipped for stem in stems)
 
 
 def test_a_rule_for_gates_leaves_the_router_alone(saved, tmp_path):  # noqa: F811

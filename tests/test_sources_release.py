@@ -339,7 +339,7 @@ def test_a_whole_layer_missing(copy):
 @pytest.mark.parametrize("name", ["tensor00026_000", "tensor00003_001"])
 def test_extra_file(copy, name):
     shutil.copy(shard(copy, 3), copy / "ckpt-0" / name)
-    assert f"{name}: not expected" in refusal(copy)
+    assert f"{name}: unexpected" in refusal(copy)
 
 
 def test_other_files_do_not_matter(copy):
@@ -461,9 +461,9 @@ WRONG_CONFIGS = {
     "null": (dict(rope_theta=None), "rope_theta must be a positive number, not null"),
     "huge": (dict(rope_theta=10**400), "rope_theta must be a positive number"),
     "untied": (dict(tie_word_embeddings=False), "tie_word_embeddings must be true"),
-    "top k": (dict(num_experts_per_tok=5), "num_experts_per_tok is more than"),
-    "token": (dict(pad_token_id=-1), "pad_token_id must be a token number"),
-    "tokens": (dict(eos_token_id=[1, 2]), "eos_token_id must be a token number"),
+    "top k": (dict(num_experts_per_tok=5), "num_experts_per_tok is larger than"),
+    "token": (dict(pad_token_id=-1), "pad_token_id must be a token id"),
+    "tokens": (dict(eos_token_id=[1, 2]), "eos_token_id must be a token id"),
     "many layers": (dict(num_hidden_layers=10**7), "too few for 10000000 layers"),
 }
 

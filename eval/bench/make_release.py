@@ -21,7 +21,7 @@ from torch import Tensor
 from grokquant.families.grok_model import Grok1Config
 from grokquant.sources.release import EMBEDDING, LAYER, TOP, leaf_names
 from grokquant.toy import TOY_PATH
-from grokquant.toy.release_writer import Array, Chunked, Leaf, write_release
+from grokquant.toy.release_writer import Chunked, Leaf, Payload, write_release
 
 # The release splits the input features of its row-parallel matrices into groups with own scales.
 GROUPS = {"moe/linear_1": 8, "multi_head_attention/linear": 8}
@@ -65,7 +65,7 @@ def _leaf(name: str, config: Grok1Config, seed: int) -> Leaf:
 
 
 def _sizes(config: Grok1Config) -> dict[str, int]:
-    """Sizes by the letters of `release.Leaf`."""
+    """Sizes by the letters of `release.LeafSpec`."""
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -76,7 +76,7 @@ def _sizes(config: Grok1Config) -> dict[str, int]:
     }
 
 
-def _normal(shape: tuple[int, ...], scale: float, random: np.random.Generator) -> Array:
+def _normal(shape: tuple[int, ...], scale: float, random: np.random.Generator) -> Payload:
     rows, columns = shape
     at_once = max(1, CHUNK // columns)
     chunks = (
@@ -88,7 +88,7 @@ def _normal(shape: tuple[int, ...], scale: float, random: np.random.Generator) -
 
 def _quantized(
     shape: tuple[int, ...], groups: int, random: np.random.Generator
-) -> tuple[Array, Array]:
+) -> tuple[Payload, Payload]:
     """Codes [.., K, N] and scales [.., groups, N] as absmax rounding of each group leaves them."""
     *lead, rows, columns = shape
     pool = _pool(rows, columns, groups, random)

@@ -1,4 +1,4 @@
-"""How the parts of an output lie in files, and where a reader finds them again.
+"""Where the parts of an output lie in files, and how a reader finds them again.
 
 A new container is one module with a `Container` and a line in `CONTAINERS`, under the name of the
 format that needs it; all other formats lie in safetensors files.

@@ -1,4 +1,10 @@
-"""The nouns of files: what a file of an output holds, and where the parts of a matrix go in it."""
+"""What a container is, and its nouns: planned files, their tensors, and the slots of parts in them.
+
+A part is a tensor as the run computes it or carries it over; its slot is rows of a stored tensor:
+
+    part experts.0.w1  ->  rows   0 .. 255 |
+    part experts.1.w1  ->  rows 256 .. 511 |  tensor blk.3.ffn_gate_exps, as gguf stacks experts
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +20,7 @@ from grokquant.types import Source
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A part of the output as it is computed, or a tensor of a file: its name and how large."""
+    """A part of the output, or a tensor of one of its files, with its size."""
 
     name: str
     dtype: torch.dtype
@@ -27,7 +33,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file of the output, of one layer (None: of what lies outside the layers)."""
+    """One file of the output and its layer; None for tensors outside the layers."""
 
     name: str
     layer: int | None
@@ -49,12 +55,12 @@ class Slot:
     heads: int | None = None
 
     def stored(self, rows: Tensor) -> Tensor:
-        """What the file holds for some rows of a part; for all of them where heads change place."""
+        """Rows of a part as the file holds them; with `heads`, all rows must be given."""
         rows = rows if self.dtype is None else rows.to(self.dtype)
         return rows if self.heads is None else _swap_axes(rows, (self.heads, 2, -1))
 
     def restored(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """The part, from what the file holds of it."""
+        """The inverse of `stored`, in `dtype`."""
         rows = rows if self.heads is None else _swap_axes(rows, (self.heads, -1, 2))
         return rows.to(dtype)
 
@@ -67,7 +73,7 @@ class OutputLayout:
     slots: dict[str, Slot]
 
 
-# (layer, parts that must not be split over files)
+# (layer, parts that must lie in one file)
 Group = tuple[int | None, list[PlannedTensor]]
 
 
@@ -98,8 +104,8 @@ class Container:
 
 
 def split(groups: Iterable[Group], shard: int, over_layers: bool = False) -> list[Group]:
-    """Groups in order, as many together as `shard` bytes allow, of several layers only if
-    `over_layers`; they then count for the first."""
+    """Groups in order, joined up to `shard` bytes; those of different layers only if `over_layers`,
+    under the layer of the first."""
     files: list[Group] = []
     for layer, tensors in groups:
         size = sum(tensor.bytes for tensor in tensors)

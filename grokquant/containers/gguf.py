@@ -32,13 +32,16 @@ from grokquant.files.gguf_header import DENSE, TYPES, GgufTensor, Short, Signed,
 from grokquant.grids import Scheme, block_grid
 from grokquant.types import Source, TensorRef
 
-_BLOCKS = "_blocks"  # ends the names of packed matrices, see formats/gguf.py
+_BLOCKS = "_blocks"  # the ending of packed matrices, see formats/gguf.py
 _TYPE_OF = {dtype: name for name, dtype in DENSE.items()}
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Where llama.cpp has a tensor: `expert` of `experts` in `name`; None where it is alone."""
+class _Location:
+    """Where llama.cpp stores a tensor: in `name`, alone or as number `expert` of `experts`.
+
+    With `heads`, its rows are interleaved as `Slot` says.
+    """
 
     name: str
     expert: int | None = None
@@ -49,58 +52,58 @@ class _Stored:
 def lay_out(
     source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
 ) -> OutputLayout:
-    """One file, or a split of several where `shard` is less.
+    """One file, or a split of several if they exceed `shard` bytes.
 
     Raises InputError where llama.cpp does not know the family, or the experts of a layer differ in
     their grid.
     """
-    known_tensors = _stored_tensors(architecture_of(source), source.config)
+    locations = _locations(architecture_of(source), source.config)
     slots: dict[str, Slot] = {}
     tensors: dict[str, GgufTensor] = {}
     stacks: list[Group] = []
     for layer, parts in groups:
         for part in parts:
-            where, tensor = _placed(part, known_tensors, schemes)
+            location = _location_of(part, locations)
+            tensor = _stacked(part, location, schemes)
             known = tensors.setdefault(tensor.name, tensor)
             if known.type != tensor.type:
                 raise InputError(
                     f"{part.name}: gguf stores all experts of {tensor.name} as one type, "
-                    f"the recipe makes them {known.type} and {tensor.type}"
+                    f"but the recipe makes them {known.type} and {tensor.type}"
                 )
             stored = _planned(tensor)
             if known is tensor:
                 stacks.append((layer, [stored]))
-            dtype = None if part.name.endswith(_BLOCKS) else stored.dtype
-            first = (where.expert or 0) * (stored.shape[0] // where.experts)
-            slots[part.name] = Slot(tensor.name, first, dtype, where.heads)
+            slots[part.name] = _slot(part, location, stored)
     return OutputLayout(_files(source, split(stacks, shard, over_layers=True), tensors), slots)
 
 
 def opened(source: Source) -> Source:
     """`source` with llama.cpp's names and stacks turned back into the usual names and matrices."""
     refs = {}
-    for name, where in _stored_tensors(architecture_of(source), source.config).items():
-        if where.name in source.tensors:
-            ref = _ref(name, where, source.tensors[where.name])
+    for name, location in _locations(architecture_of(source), source.config).items():
+        if location.name in source.tensors:
+            ref = _ref(name, location, source.tensors[location.name])
             refs[ref.name] = ref
     return replace(source, tensors=refs)
 
 
-def _stored_tensors(architecture: Architecture, config: dict) -> dict[str, _Stored]:
-    """llama.cpp's place of every tensor that a model with this config may have."""
-    found = {name: _Stored(stored) for name, stored in OUTSIDE.items()}
+def _locations(architecture: Architecture, config: dict) -> dict[str, _Location]:
+    """Where llama.cpp stores each tensor that a model with this config may have, by usual name."""
+    locations = {name: _Location(stored) for name, stored in OUTSIDE.items()}
     experts = _experts(architecture, config)
     for layer in range(config["num_hidden_layers"]):
-        for end, stored in architecture.within.items():
-            name, stored = LAYER.format(layer=layer) + end, f"blk.{layer}.{stored}"
-            if "{expert}" in end:
+        for ending, stored_ending in architecture.within.items():
+            name = LAYER.format(layer=layer) + ending
+            stored = f"blk.{layer}.{stored_ending}"
+            if "{expert}" in ending:
                 for expert in range(experts):
-                    found[name.format(expert=expert)] = _Stored(stored, expert, experts)
+                    locations[name.format(expert=expert)] = _Location(stored, expert, experts)
             else:
-                heads = architecture.rotated.get(end)
+                heads = architecture.rotated.get(ending)
                 count = setting(config, heads) if heads else None
-                found[name] = _Stored(stored, heads=None if count is None else int(count))
-    return found
+                locations[name] = _Location(stored, heads=None if count is None else int(count))
+    return locations
 
 
 def _experts(architecture: Architecture, config: dict) -> int:
@@ -108,24 +111,32 @@ def _experts(architecture: Architecture, config: dict) -> int:
     return int(setting(config, field) or 0) if field else 0
 
 
-def _placed(
-    part: PlannedTensor, stored: Mapping[str, _Stored], schemes: Mapping[str, Scheme]
-) -> tuple[_Stored, GgufTensor]:
-    """Where a part goes and the whole tensor there, stacked if it is an expert's."""
+def _location_of(part: PlannedTensor, locations: Mapping[str, _Location]) -> _Location:
     name = part.name.removesuffix(_BLOCKS)
-    if name not in stored:
-        raise InputError(f"{name}: llama.cpp has no such tensor, gguf cannot hold it")
-    where = stored[name]
+    if name not in locations:
+        raise InputError(f"{name}: llama.cpp has no such tensor, so gguf cannot hold it")
+    return locations[name]
+
+
+def _stacked(part: PlannedTensor, location: _Location, schemes: Mapping[str, Scheme]) -> GgufTensor:
+    """The whole tensor that holds a part: itself, or the stack of all experts."""
     shape = part.shape
     if part.name.endswith(_BLOCKS):
-        kind = _type_of(schemes[name])
+        kind = _type_of(schemes[part.name.removesuffix(_BLOCKS)])
         _, values, size = TYPES[kind]
         shape = (shape[0], shape[1] // size * values)
     else:
-        single = len(shape) == 1 or "ffn_gate_inp" in where.name
+        # As the converter of llama.cpp does: vectors and routers in single precision.
+        single = len(shape) == 1 or "ffn_gate_inp" in location.name
         kind = "F32" if single else _TYPE_OF[part.dtype]
-    stacked = shape if where.expert is None else (where.experts, *shape)
-    return where, GgufTensor(where.name, kind, stacked)
+    stacked = shape if location.expert is None else (location.experts, *shape)
+    return GgufTensor(location.name, kind, stacked)
+
+
+def _slot(part: PlannedTensor, location: _Location, stored: PlannedTensor) -> Slot:
+    dtype = None if part.name.endswith(_BLOCKS) else stored.dtype
+    first_row = (location.expert or 0) * (stored.shape[0] // location.experts)
+    return Slot(location.name, first_row, dtype, location.heads)
 
 
 def _type_of(scheme: Scheme) -> str:
@@ -135,11 +146,9 @@ def _type_of(scheme: Scheme) -> str:
 
 
 def _planned(tensor: GgufTensor) -> PlannedTensor:
-    """As it lies in the file: stacks are rows below each other."""
-    if tensor.type in DENSE:
-        dtype, columns = DENSE[tensor.type], tensor.shape[-1]
-    else:
-        dtype, columns = torch.uint8, tensor.row_bytes
+    """A tensor as it lies in the file: the matrices of a stack are rows below each other."""
+    dtype = DENSE.get(tensor.type, torch.uint8)
+    columns = tensor.shape[-1] if tensor.type in DENSE else tensor.row_bytes
     if len(tensor.shape) == 1:
         return PlannedTensor(tensor.name, dtype, (columns,))
     return PlannedTensor(tensor.name, dtype, (tensor.bytes // tensor.row_bytes, columns))
@@ -148,16 +157,17 @@ def _planned(tensor: GgufTensor) -> PlannedTensor:
 def _files(
     source: Source, parts: list[Group], tensors: Mapping[str, GgufTensor]
 ) -> tuple[PlannedFile, ...]:
+    count = len(parts)
     files = []
     for number, (layer, planned) in enumerate(parts):
+        name = "model.gguf"
         metadata: dict[str, Value] = dict(_metadata(source)) if number == 0 else {}
-        if len(parts) > 1:
-            counts = {"split.no": Short(number), "split.count": Short(len(parts))}
-            metadata |= counts | {"split.tensors.count": Signed(len(tensors))}
+        if count > 1:
+            name = f"model-{number + 1:05d}-of-{count:05d}.gguf"
+            metadata["split.no"] = Short(number)
+            metadata["split.count"] = Short(count)
+            metadata["split.tensors.count"] = Signed(len(tensors))
         layout = gguf_layout(metadata, [tensors[tensor.name] for tensor in planned])
-        name = (
-            f"model-{number + 1:05d}-of-{len(parts):05d}.gguf" if len(parts) > 1 else "model.gguf"
-        )
         files.append(PlannedFile(name, layer, tuple(planned), layout))
     return tuple(files)
 
@@ -174,19 +184,20 @@ def _metadata(source: Source) -> Iterator[tuple[str, Value]]:
     yield from vocabulary(source).items()
 
 
-def _ref(name: str, where: _Stored, stored: TensorRef) -> TensorRef:
-    """The tensor `name` as a part of what is stored."""
-    dense, shape = stored.dtype != torch.uint8, stored.shape
+def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
+    """The tensor `name`, all or one expert of what is stored."""
+    dense = stored.dtype != torch.uint8
     name = name if dense else name + _BLOCKS
-    slot = Slot(where.name, heads=where.heads)
-    if where.expert is None:
+    slot = Slot(location.name, heads=location.heads)
+    if location.expert is None:
         load = partial(_restored, slot, stored.load, stored.dtype)
         return replace(stored, name=name, load=load, load_rows=None)
-    rows = shape[0] // where.experts
     assert stored.load_rows is not None
-    load = partial(stored.load_rows, where.expert * rows, (where.expert + 1) * rows)
-    size = stored.stored_bytes // where.experts
-    return TensorRef(name, (rows, shape[1]), stored.dtype, size, load)
+    rows = stored.shape[0] // location.experts
+    columns = stored.shape[1]
+    load = partial(stored.load_rows, location.expert * rows, (location.expert + 1) * rows)
+    size = stored.stored_bytes // location.experts
+    return TensorRef(name, (rows, columns), stored.dtype, size, load)
 
 
 def _restored(slot: Slot, load: Callable, dtype: torch.dtype) -> Tensor:

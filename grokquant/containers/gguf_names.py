@@ -1,4 +1,4 @@
-"""What llama.cpp calls the tensors and settings of the models that it runs, family by family.
+"""llama.cpp's names for the tensors and settings of the models that it runs, family by family.
 
 Names and keys: github.com/ggml-org/llama.cpp, gguf-py/gguf/constants.py.
 """
@@ -15,11 +15,11 @@ LAYER = "model.layers.{layer}."
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp knows a family. `{expert}` in a name stands for all experts, which it stacks.
+    """A family under llama.cpp's names. `{expert}` in a name stands for all experts, as one stack.
 
-    `within` maps the ends of names in a layer, `settings` the keys of metadata to fields of the
-    config, `required` what the config must say for llama.cpp to compute the same. The matrices in
-    `rotated` have the rows of each head interleaved, as many heads as the field named there says.
+    `within` maps the endings of names in a layer, `settings` the keys of metadata to fields of the
+    config. `required` are values that the config must have for llama.cpp to compute the same. The
+    matrices in `rotated` have the rows of each head interleaved; the field there counts the heads.
     """
 
     name: str
@@ -125,18 +125,16 @@ ARCHITECTURES = {
 
 
 def architecture_of(source: Source) -> Architecture:
-    """Raises InputError where llama.cpp has no place for the model, or would compute another."""
+    """Raises InputError where llama.cpp does not know the model or would compute it differently."""
     names = source.config.get("architectures") or [None]
     found = ARCHITECTURES.get(str(names[0]))
     if found is None:
-        raise InputError(
-            f"output.format: gguf is written for {', '.join(ARCHITECTURES)}, not for {names[0]}"
-        )
+        raise InputError(f"output.format: gguf supports {', '.join(ARCHITECTURES)}, not {names[0]}")
     for key, wanted in found.required.items():
         if source.config.get(key) != wanted:
             raise InputError(
                 f"{source.path / 'config.json'}: {key} is {source.config.get(key)}, "
-                f"llama.cpp computes {found.name} as with {wanted}"
+                f"but llama.cpp computes {found.name} with {wanted}"
             )
     _check_rotary(source.path, source.config)
     return found
@@ -151,7 +149,7 @@ def _check_rotary(path: Path, config: dict) -> None:
 
 
 def setting(config: dict, name: str) -> int | float | None:
-    """A field of a config where transformers may keep it, None where it has none."""
+    """A field of a config, wherever transformers may keep it; None where it is not set."""
     if name == "rope_theta":
         return (config.get("rope_parameters") or config).get(name, 10000.0)
     if name == "head_dim" and config.get(name) is None:

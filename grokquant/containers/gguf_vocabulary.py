@@ -9,19 +9,25 @@ from grokquant.errors import InputError
 from grokquant.files.gguf_header import Value
 from grokquant.types import Source
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+# llama.cpp's numbers for kinds of tokens (enum llama_token_type).
+_NORMAL = 1
+_UNKNOWN = 2
+_CONTROL = 3
+_USER_DEFINED = 4
+_UNUSED = 5
+_BYTE = 6
 
-# How texts are cut before merging, by the names of llama.cpp (src/llama-vocab.cpp). The patterns
-# are what tokenizer.json files say; ByteLevel alone has GPT-2's built in.
+# How texts are cut before merging: patterns of tokenizer.json files and llama.cpp's names for them
+# (src/llama-vocab.cpp). ByteLevel alone has GPT-2's built in.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
 
 
 def vocabulary(source: Source) -> dict[str, Value]:
-    """Metadata of the tokenizer. Without one llama.cpp still runs token numbers.
+    """Metadata of the tokenizer. Without a tokenizer llama.cpp still accepts token ids.
 
-    No beginning-of-text token is added, so that texts are scored as elsewhere.
+    No beginning-of-text token is added, so that texts are scored as in other engines.
     """
     files = {path.name: path for path in source.tokenizer_files}
     if "tokenizer.model" in files:
@@ -51,30 +57,37 @@ def _sentencepiece(path: Path, size: int) -> dict[str, Value]:
 
 
 def _kind(model: sentencepiece.SentencePieceProcessor, number: int) -> int:
-    asked = {_UNKNOWN: model.is_unknown, _CONTROL: model.is_control}
-    asked |= {_BYTE: model.is_byte, _UNUSED: model.is_unused}
-    return next((kind for kind, holds in asked.items() if holds(number)), _NORMAL)
+    checks = {
+        _UNKNOWN: model.is_unknown,
+        _CONTROL: model.is_control,
+        _BYTE: model.is_byte,
+        _UNUSED: model.is_unused,
+    }
+    return next((kind for kind, holds in checks.items() if holds(number)), _NORMAL)
 
 
 def _byte_level(path: Path, size: int) -> dict[str, Value]:
-    """Byte-level BPE, as GPT-2 and its successors have it."""
+    """Byte-level BPE, the tokenizer of GPT-2 and its successors."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        model, added = content["model"], content.get("added_tokens") or []
+        model = content["model"]
+        added = content.get("added_tokens") or []
         numbers = {int(number): token for token, number in model["vocab"].items()}
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         cut = _cut(content["pre_tokenizer"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{path}: not a BPE tokenizer, which gguf could hold") from None
+        raise InputError(
+            f"{path}: not a byte-level BPE tokenizer, gguf supports no other"
+        ) from None
     if cut is None:
         known = ", ".join(("gpt-2", *_PATTERNS.values()))
-        raise InputError(f"{path}: pre_tokenizer: gguf is written for those of {known} alone")
+        raise InputError(f"{path}: pre_tokenizer: gguf supports only those of {known}")
     kinds = dict.fromkeys(numbers, _NORMAL)
     for token in added:
         numbers[int(token["id"])] = str(token["content"])
         kinds[int(token["id"])] = _CONTROL if token.get("special") else _USER_DEFINED
     if max(numbers, default=0) >= size:
-        raise InputError(f"{path}: {max(numbers) + 1} tokens, the vocabulary has {size}")
+        raise InputError(f"{path}: {max(numbers) + 1} tokens, but vocab_size is {size}")
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": cut,
@@ -85,7 +98,7 @@ def _byte_level(path: Path, size: int) -> dict[str, Value]:
 
 
 def _cut(pre_tokenizer: dict) -> str | None:
-    """llama.cpp's name of how this cuts texts, None for one that it may not have."""
+    """llama.cpp's name for this way to cut texts, None where it may have none."""
     *before, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         return None

@@ -19,7 +19,7 @@ from grokquant.types import Source
 def lay_out(
     source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
 ) -> OutputLayout:
-    """Groups in order, as many to a file as `shard` allows; none goes over two layers."""
+    """Groups in order, joined to files of at most `shard` bytes; no file spans two layers."""
     parts = split(groups, shard)
     files = tuple(
         PlannedFile(
@@ -35,7 +35,7 @@ def lay_out(
 
 
 def sidecar_files(layout: OutputLayout) -> dict[str, dict]:
-    """The index: which file holds which tensor."""
+    """The index: the file of each tensor."""
     files = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
     total = sum(tensor.bytes for file in layout.files for tensor in file.tensors)
     return {INDEX: {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}}

@@ -53,7 +53,7 @@ class _Row:
     def branched(self) -> bool:
         return sum(len(c) > 1 for c in self.continuations) > 1
 
-    def layout(self) -> tuple[list[int], list[int], list[int]]:
+    def flattened(self) -> tuple[list[int], list[int], list[int]]:
         """Tokens, branches and positions of the row."""
         start = len(self.context)
         tokens, branches, positions = list(self.context), [0] * start, list(range(start))
@@ -100,7 +100,7 @@ def _rows(context: Tokens, continuations: Sequence[Tokens], longest: int) -> Ite
 
 def _batch(rows: list[_Row]) -> Batch:
     tokens, branches, positions = (
-        torch.tensor(part) for part in zip(*(row.layout() for row in rows), strict=True)
+        torch.tensor(part) for part in zip(*(row.flattened() for row in rows), strict=True)
     )
     pairs: list[Pair] = []
     found: list[tuple[int, int, int]] = []

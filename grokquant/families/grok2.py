@@ -49,7 +49,7 @@ def _fields(path: Path, content: dict) -> dict:
         raise InputError(f"{path}: tie_word_embeddings must be true or false, not {head!r:.40}")
     for key in ("rope_theta", "max_position_embeddings"):  # Grok-1 has other defaults
         if key not in content:
-            raise InputError(f"{path}: a config.json must also give {key}")
+            raise InputError(f"{path}: config.json must also give {key}")
     shared = {key: value for key, value in content.items() if key not in _NOT_SHARED}
     return (
         model_fields(path, _with_scale(shared))

@@ -39,5 +39,6 @@ FORMAT = Format(
     unpack=_refused,
     unpacked=unpacked,
     quantization_config=quantization_config,
+    holds_quantized=False,
     holds_dense=True,
 )

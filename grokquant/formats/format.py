@@ -49,9 +49,10 @@ class Format(ReadableFormat):
     modules that hold a matrix but stay as they are.
     `sidecar_files(config)` are the JSON files that readers want beside config.json, by name.
 
-    `scale_dtype` is the dtype of scales if the recipe names none. `holds_dense` says that an output
-    without a single quantized matrix is one of this format; `needs_own_loader`, that transformers
-    by itself does not find the files of this format, so that config.json must name our loader.
+    `scale_dtype` is the dtype of scales if the recipe names none. `holds_quantized` is False where
+    `refusal` refuses every matrix. `holds_dense` is True where an output may have no quantized
+    matrix at all. `needs_own_loader` is True where transformers by itself does not find the files,
+    so that config.json must name our loader.
     """
 
     scale_dtype: str
@@ -61,6 +62,7 @@ class Format(ReadableFormat):
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], QTensor]
     quantization_config: Callable[[Iterable[Unit], Iterable[str]], dict]
     sidecar_files: Callable[[dict], dict[str, dict]] = _no_sidecar_files
+    holds_quantized: bool = True
     holds_dense: bool = False
     needs_own_loader: bool = False
 

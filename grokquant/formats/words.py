@@ -27,7 +27,8 @@ def pack_words(codes: Tensor, bits: int, words: Tensor) -> None:
     if codes.device.type != "cpu":
         words.copy_(pack_with_torch(codes, bits))
     elif bits == 8 and by_columns and codes.shape[1] % 8 == 0:
-        stride, columns = codes.stride(1), codes.shape[1]
+        stride = codes.stride(1)
+        columns = codes.shape[1]
         flat = codes.T.as_strided(((columns - 1) * stride + len(codes),), (1,))
         _pack_columns(flat.numpy().view(np.uint8), stride, columns, words.numpy().view(np.uint64))
     elif bits == 8:

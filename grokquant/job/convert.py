@@ -4,6 +4,7 @@ from pathlib import Path
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.formats import FORMATS
 from grokquant.job.shards import REPORT_NAME
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.recipe.of_output import settings_of
@@ -20,7 +21,9 @@ def conversion_recipe(result: str | Path, output_format: str, output: str | Path
     if len(kept) == len(units):
         raise InputError(f"{result}: holds no quantized matrix to convert")
     rules = [{"match": name, "method": "keep"} for name in kept]
-    rules.append({"match": "*", "method": "keep" if output_format == "bf16" else "copy"})
+    known = FORMATS.get(output_format)  # parsing the recipe refuses others
+    dense = known is not None and not known.holds_quantized
+    rules.append({"match": "*", "method": "keep" if dense else "copy"})
     return parse_recipe(
         {
             "model": {"path": str(result)},

@@ -29,7 +29,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         if not path.exists():
             raise InputError(f"{path}: no such directory")
         if not path.is_dir():
-            raise InputError(f"{path}: a file, expected the directory of a checkpoint")
+            raise InputError(f"{path}: is a file, expected the directory of a checkpoint")
         if not any(path.iterdir()):
             raise InputError(f"{path}: the directory is empty")
         for kind in SOURCE_KINDS:
@@ -39,13 +39,13 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     wanted = "; ".join(kind.looks_for for kind in SOURCE_KINDS)
-    raise InputError(f"{path}: not a checkpoint, looked for {wanted}")
+    raise InputError(f"{path}: not a checkpoint; looked for {wanted}")
 
 
 def _refuse_pickles(path: Path) -> None:
     pickles = sorted(file for file in path.iterdir() if file.suffix in PICKLES)
     if pickles:
         raise InputError(
-            f"{pickles[0]}: a pickle, which could run code and is never opened; convert the model "
-            "to safetensors where you trust it"
+            f"{pickles[0]}: is a pickle, which could run code and is never opened; convert the "
+            "model to safetensors if you trust it"
         )

@@ -1,10 +1,11 @@
-"""A directory with GGUF files and the config.json that says what they are.
+"""A directory with GGUF files and the config.json that describes them.
 
 Tensors appear raw, under the names of the files: blocks as uint8 [rows, bytes per row], the experts
 of a layer as one tensor. `containers` gives them their usual names.
 """
 
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     for file in files:
         for tensor in read_tensors(file):
             if tensor.name in refs:
-                raise InputError(f"{file}: {tensor.name} is in another file too")
+                raise InputError(f"{file}: {tensor.name} is also in another file")
             refs[tensor.name] = _ref(file, tensor)
     beside = (path / name for name in TOKENIZER_FILES)
     return Source(
@@ -50,15 +51,15 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
 
 
 def _ref(path: Path, tensor: GgufTensor) -> TensorRef:
+    """One tensor of a file; the experts of a stack are rows below each other."""
     dtype = DENSE.get(tensor.type, torch.uint8)
     columns = tensor.shape[-1] if tensor.type in DENSE else tensor.row_bytes
-    *stack, rows = tensor.shape[:-1] or (1,)
-    count = rows * (stack[0] if stack else 1)
-    shape = (columns,) if len(tensor.shape) == 1 else (count, columns)
+    rows = prod(tensor.shape[:-1])
+    shape = (columns,) if len(tensor.shape) == 1 else (rows, columns)
     load_rows = partial(_read, path, tensor, dtype, columns)
 
     def load() -> Tensor:
-        return load_rows(0, count).view(shape)
+        return load_rows(0, rows).view(shape)
 
     return TensorRef(tensor.name, shape, dtype, tensor.bytes, load, load_rows=load_rows)
 
@@ -66,7 +67,7 @@ def _ref(path: Path, tensor: GgufTensor) -> TensorRef:
 def _read(
     path: Path, tensor: GgufTensor, dtype: torch.dtype, columns: int, first: int, stop: int
 ) -> Tensor:
-    """Rows from `first` to before `stop` [rows, columns]."""
+    """Rows `first` to `stop` - 1, [rows, columns]."""
     size = (stop - first) * tensor.row_bytes
     raw = np.fromfile(path, np.uint8, size, offset=tensor.offset + first * tensor.row_bytes)
     if len(raw) < size:

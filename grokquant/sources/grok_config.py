@@ -6,7 +6,7 @@ from pathlib import Path
 from grokquant.errors import InputError
 from grokquant.files.json_objects import read_json_object
 
-# Which field each dimension letter of the release's leaves is.
+# The field of each dimension letter in `release.LeafSpec`.
 CONFIG_OF_DIMENSION = {
     "V": "vocab_size",
     "D": "hidden_size",
@@ -18,7 +18,7 @@ ALIASES = {
     "max_attn_value": "attn_logit_softcapping",
     "max_attn_val": "attn_logit_softcapping",
 }
-LARGEST = {int: 2**24, float: 2**31}
+LARGEST = {int: 2**24, float: 2**31}  # far above any model; more is damage
 FIELDS: dict[str, type] = {
     "hidden_size": int,
     "intermediate_size": int,
@@ -51,7 +51,7 @@ DEFAULTS = {
     "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
-# Settings of relatives of Grok-1; here they must be off, as the value after the name, or absent.
+# Settings of relatives of Grok-1. Here they must be absent or have one of these values: off.
 OFF: dict[str, tuple] = {
     "residual_moe": (False,),
     "final_logit_softcapping": (0,),
@@ -87,7 +87,7 @@ PUBLISHED = {
 
 
 def read_config(path: Path) -> dict:
-    """The Grok fields of a config.json under their one name; all others are ignored.
+    """The Grok fields of a config.json, aliases renamed; all other fields are ignored.
 
     Raises InputError naming the file and the field that has the wrong type or value.
     """
@@ -95,12 +95,13 @@ def read_config(path: Path) -> dict:
 
 
 def grok_fields(path: Path, raw: dict) -> dict:
-    """`read_config` of a config that has been parsed; `path` is for the complaint."""
+    """`read_config` for parsed content; `path` is named in errors."""
     config: dict = {}
     for key, value in _settings(path, raw).items():
         name = ALIASES.get(key, key)
         if name in OFF and value is not None and value not in OFF[name]:
-            raise InputError(f"{path}: {key} is {json.dumps(value)[:40]}, Grok-1 has no such thing")
+            found = json.dumps(value)[:40]
+            raise InputError(f"{path}: {key} is {found}, which Grok-1 does not support")
         if name in FIELDS:
             value = positive_number(path, key, value, FIELDS[name])
         elif name in TOKENS:
@@ -115,7 +116,7 @@ def grok_fields(path: Path, raw: dict) -> dict:
 
 
 def _settings(path: Path, raw: dict) -> dict:
-    """The fields of a config.json without defaults that are wrong, rotary ones among the others."""
+    """The fields of a config.json without wrong defaults, joined by those of rope_parameters."""
     wrong = WRONG_DEFAULTS if raw.get("architectures") == [PORT] else {}
     settings = {key: value for key, value in raw.items() if key not in wrong or wrong[key] != value}
     rotary = settings.get("rope_parameters") or {}
@@ -133,8 +134,8 @@ def complete_config(
 ) -> tuple[dict, bool]:
     """The full configuration, and whether all shapes are those of the published Grok-1.
 
-    `given` comes from config.json, `derived` from the files, `attention` holds the output widths
-    of q and of k, v. Raises InputError for contradictions and for fields that are nowhere.
+    `given` comes from config.json, `derived` from the files; `attention` holds the output widths
+    of q_proj and kv_proj. Raises InputError for contradictions and for missing fields.
     """
     for name, value in derived.items():
         if given.get(name, value) != value:
@@ -157,11 +158,11 @@ def model_fields(path: Path, raw: dict) -> dict:
     given = DEFAULTS | grok_fields(path, raw)
     missing = [name for name in FIELDS if name not in given and name != "head_dim"]
     if missing:
-        raise InputError(f"{path}: a config.json must also give {', '.join(missing)}")
+        raise InputError(f"{path}: config.json must also give {', '.join(missing)}")
     if given["num_attention_heads"] % given["num_key_value_heads"]:
-        raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads")
+        raise InputError(f"{path}: num_attention_heads is not a multiple of num_key_value_heads")
     if given["num_experts_per_tok"] > given["num_local_experts"]:
-        raise InputError(f"{path}: num_experts_per_tok is more than num_local_experts")
+        raise InputError(f"{path}: num_experts_per_tok is larger than num_local_experts")
     return {"head_dim": given["hidden_size"] // given["num_attention_heads"]} | given
 
 
@@ -177,7 +178,7 @@ def _check_heads(path: Path, config: dict, attention: dict[str, int]) -> None:
 
 
 def positive_number(path: Path, key: str, value: object, kind: type) -> int | float:
-    """A number above 0 of a kind, int or float. Raises InputError naming file and key."""
+    """A positive int or float, as `kind` says. Raises InputError naming file and key."""
     if type(value) not in (int, kind) or not 0 < value <= LARGEST[kind]:  # type: ignore[operator]
         wanted = "a positive whole number" if kind is int else "a positive number"
         raise InputError(f"{path}: {key} must be {wanted}, not {json.dumps(value)[:40]}")
@@ -186,4 +187,4 @@ def positive_number(path: Path, key: str, value: object, kind: type) -> int | fl
 
 def _check_token(path: Path, key: str, value: object) -> None:
     if value is not None and (type(value) is not int or value < 0):
-        raise InputError(f"{path}: {key} must be a token number, not {json.dumps(value)[:40]}")
+        raise InputError(f"{path}: {key} must be a token id, not {json.dumps(value)[:40]}")

@@ -1,7 +1,7 @@
-"""What a release pickle may say: five names and the three objects that they make, as placeholders.
+"""Everything a release pickle may contain: six names, and placeholders for three objects.
 
-Nothing here is the object that it stands for. Every call and every state that a file contains is
-compared with the one form that the release's writer produces; anything else is Malformed.
+No real object is ever made. Every call and every state in a file is compared with the one form that
+the release's writer produces; anything else is Malformed.
 """
 
 import math
@@ -13,7 +13,7 @@ ITEM_SIZES = {"int8": 1, "float32": 4, "bfloat16": 2}
 
 
 class Malformed(Exception):
-    """Why a file is refused, without its name."""
+    """The reason why a file is refused, without its name."""
 
 
 def require(condition: bool, complaint: str) -> None:
@@ -23,7 +23,7 @@ def require(condition: bool, complaint: str) -> None:
 
 @dataclass(frozen=True)
 class Global:
-    """A pair of strings that once named a Python object."""
+    """A pair of strings that named a Python object where the file was written."""
 
     module: str
     name: str
@@ -31,7 +31,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Blob:
-    """Bytes in the file that were not read, but for a single one."""
+    """Bytes of the file, not read; `value` is set where there is just one."""
 
     offset: int
     nbytes: int
@@ -40,9 +40,9 @@ class Blob:
 
 @dataclass(frozen=True)
 class ArrayHeader:
-    """One array of a file: `field` is "weight" or "scales", "" for a file that is one array.
+    """One array of a file: `field` is "weight" or "scales", or "" in a file of a single array.
 
-    `dtype` is "int8", "float32" or "bfloat16"; the `nbytes` at `offset` are C-ordered.
+    `dtype` is "int8", "float32" or "bfloat16"; the `nbytes` bytes at `offset` are in C order.
     """
 
     field: str
@@ -54,12 +54,16 @@ class ArrayHeader:
 
 @dataclass(eq=False)
 class Dtype:
+    """Stands for a numpy dtype; `complete` once its state has been set."""
+
     name: str
     complete: bool = False
 
 
 @dataclass(eq=False)
 class Array:
+    """Stands for a numpy array; `data` is None until its state has been set."""
+
     dtype: str = ""
     shape: tuple[int, ...] = ()
     data: Blob | None = None
@@ -67,6 +71,8 @@ class Array:
 
 @dataclass(eq=False)
 class Record:
+    """Stands for a QuantizedWeight8bit; `fields` is None until its state has been set."""
+
     fields: dict[str, Any] | None = None
 
 
@@ -93,7 +99,7 @@ DTYPE_STATES: dict[str, list[tuple]] = {
 
 
 def same(values: Any, expected: tuple) -> bool:
-    """Equality that keeps 0 and False apart and does not descend into hostile nests."""
+    """Equality that tells 0 from False and does not descend into nested containers."""
     return (
         type(values) is tuple
         and len(values) == len(expected)
@@ -102,7 +108,7 @@ def same(values: Any, expected: tuple) -> bool:
 
 
 def find(module: Any, name: Any) -> Global:
-    require(type(module) is str and type(name) is str, "a name that is no string")
+    require(type(module) is str and type(name) is str, "a name that is not a string")
     found = Global(module, name)
     require(found in GLOBALS, f"it refers to {module}.{name}, which is not allowed")
     return found
@@ -135,7 +141,7 @@ def set_state(target: Any, state: Any) -> None:
         require(usual, f"an unusual {target.name} dtype (byte order, fields or flags)")
         target.complete = True
     elif type(target) is Array:
-        require(target.data is None, "an array is given contents twice")
+        require(target.data is None, "an array gets its contents twice")
         _fill(target, state)
     else:
         usual = type(target) is Record and target.fields is None and type(state) is dict
@@ -144,28 +150,30 @@ def set_state(target: Any, state: Any) -> None:
 
 
 def headers(result: Any) -> tuple[ArrayHeader, ...]:
-    """Of the object that the file is: one array, or a record of weight and scales."""
+    """The arrays of the object in the file: one array, or a record of weight and scales."""
     if type(result) is Array:
         return (_header("", result),)
     require(type(result) is Record, "it holds neither an array nor a QuantizedWeight8bit")
     fields = result.fields or {}
-    require(fields.keys() == {"weight", "scales"}, "a record other than weight and scales")
+    require(fields.keys() == {"weight", "scales"}, "a record that is not weight and scales")
     return _header("weight", fields["weight"]), _header("scales", fields["scales"])
 
 
 def _fill(array: Array, state: Any) -> None:
     require(type(state) is tuple and len(state) == 5, "malformed array contents")
     version, shape, dtype, fortran, data = state
-    require(same((version,), (1,)), "an array of another version than 1")
+    require(same((version,), (1,)), "an array of a version other than 1")
     require(fortran is False, "an array in Fortran order")
     require(type(dtype) is Dtype and dtype.complete, "an array without a dtype")
     require(type(data) is Blob, "an array whose contents are not bytes")
-    require(type(shape) is tuple and 1 <= len(shape) <= MAX_RANK, "an array of another rank")
+    require(type(shape) is tuple and 1 <= len(shape) <= MAX_RANK, "an array of unsupported rank")
     require(all(type(size) is int and size > 0 for size in shape), "an array of impossible shape")
     expected = math.prod(shape) * ITEM_SIZES[dtype.name]
     held = f"an array of shape {shape} {dtype.name} holds {data.nbytes} bytes, not {expected}"
     require(expected == data.nbytes, held)
-    array.dtype, array.shape, array.data = dtype.name, shape, data
+    array.dtype = dtype.name
+    array.shape = shape
+    array.data = data
 
 
 def _header(field: str, array: Any) -> ArrayHeader:

@@ -1,7 +1,12 @@
-"""The release's pickles, walked and never run: where the arrays of one tensor file lie.
+"""The release's pickles, walked and never run, to find the arrays of one tensor file.
 
 A closed set of opcodes moves placeholders about; names are compared as strings and nothing is
-ever imported, called or evaluated. Payloads are skipped here and read on request.
+ever imported, called or evaluated. Payloads are skipped here and read on request. Opcodes lie in
+frames, payloads of 64 KiB and more between them. A file of int8 weight and bfloat16 scales:
+
+    80 04     95 n ..          B n weight   95 n ..        B n scales   95 n .. 2e
+    protocol  frame: dtype,    payload      frame: dtype,  payload      last frame,
+              shape of weight               of scales                   ends the file
 """
 
 import struct
@@ -21,14 +26,17 @@ from grokquant.sources.pickle_objects import ArrayHeader, Blob, Malformed, requi
 
 DTYPES = {"int8": torch.int8, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
-MAX_OPCODES, MAX_STACK, MAX_TEXT = 200, 64, 32
-MAX_UNFRAMED = 3  # CPython leaves so few bytes without a frame of their own
+# Limits, with room above what the release's writer needs.
+MAX_OPCODES = 200
+MAX_STACK = 64
+MAX_TEXT = 32
+MAX_UNFRAMED = 3  # CPython writes no frame around fewer than 4 bytes
 
 
 def read_headers(path: Path) -> tuple[ArrayHeader, ...]:
     """The arrays of a tensor file, without reading them: one, or weight and scales.
 
-    Raises InputError naming the file for everything that the release's writer does not produce.
+    Raises InputError naming the file for anything that the release's writer does not produce.
     """
     try:
         if not path.is_file():
@@ -53,9 +61,10 @@ def read_array(
     stop: int | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
-    """The array, or what it holds from index `first` to before `stop` along its first axis.
+    """The array, or its items `first` to `stop` - 1 along the first axis.
 
-    `into` is memory to read into, uint8 and large enough; new memory costs more than reading.
+    `into` is memory to read into, uint8 and large enough: new memory costs more than reading.
+    Raises InputError where the file cannot be read.
     """
     shape = ((header.shape[0] if stop is None else stop) - first, *header.shape[1:])
     dtype = DTYPES[header.dtype]
@@ -72,7 +81,7 @@ def read_array(
 
 
 def _fill(file: BinaryIO, memory: memoryview) -> None:
-    """Reads until `memory` is full. What is large leaves the page cache as soon as it is read."""
+    """Reads until `memory` is full. Large arrays leave the page cache as soon as they are read."""
     large = len(memory) >= LARGE
     while memory:
         count = file.readinto(memory[:LARGE])  # type: ignore[attr-defined]
@@ -125,11 +134,12 @@ class _Walker:
     # reading
 
     def advance(self, count: int) -> int:
-        """Moves over `count` bytes that must exist and, in a frame, end with it at the latest."""
-        start, end = self.position, self.position + count
+        """Skips `count` bytes, all inside the file and its frame; returns where they begin."""
+        start = self.position
+        end = start + count
         require(end <= self.size, f"truncated: {count} bytes at byte {start} of {self.size}")
         framed = self.frame_end is None or end <= self.frame_end
-        require(framed, f"byte {start} reaches over the end of its frame")
+        require(framed, f"byte {start} reads past the end of its frame")
         self.position = end
         return start
 
@@ -193,18 +203,22 @@ class _Walker:
         self.push(self.memo[index])
 
     def set_items(self) -> None:
-        items, target = self.pop_to_mark(), self.top()
-        require(type(target) is dict and len(items) % 2 == 0, "items for no dictionary")
-        keys, values = items[::2], items[1::2]
-        require(all(type(key) is str for key in keys), "a dictionary key that is no string")
+        items = self.pop_to_mark()
+        target = self.top()
+        require(type(target) is dict and len(items) % 2 == 0, "items without a dictionary")
+        keys = items[::2]
+        values = items[1::2]
+        require(all(type(key) is str for key in keys), "a dictionary key that is not a string")
         target.update(zip(keys, values, strict=True))
 
     def apply(self, action: Callable[[Any, Any], object]) -> None:
-        last, first = self.pop(), self.pop()
+        last = self.pop()
+        first = self.pop()
         self.push(action(first, last))
 
     def build(self) -> None:
-        state, target = self.pop(), self.top()
+        state = self.pop()
+        target = self.top()
         objects.set_state(target, state)
 
 

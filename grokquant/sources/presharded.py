@@ -1,7 +1,7 @@
-"""Files of tensor-parallel ranks, as SGLang's Grok checkpoints come: the same names in each.
+"""Files of tensor-parallel ranks, the form of SGLang's Grok checkpoints: the same names in each.
 
-`X-TP-000.safetensors`, `X-TP-001.safetensors`, ... hold a part of every tensor that ranks split,
-`X-TP-common.safetensors` the tensors that they share.
+`X-TP-000.safetensors`, `X-TP-001.safetensors`, ... hold each rank's part of the tensors that are
+split, `X-TP-common.safetensors` the tensors that all ranks share.
 """
 
 import re
@@ -17,29 +17,29 @@ from grokquant.types import TensorRef
 
 RANK_FILE = re.compile(r".+-TP-(\d{3}|common)\.safetensors")
 COMMON = "common"
-# Ranks split these by input features, all other matrices by output features.
+# These are split by input features, all other matrices by output features.
 _BY_INPUT = re.compile(r"\.(w2|linear_1|down_proj|o_proj|multi_head_attention\.linear)\.weight$")
-# Every rank has these as a whole.
+# Every rank holds these whole.
 _WHOLE = re.compile(r"\.(gate|router)\.weight$")
 
 
 def is_presharded(path: Path) -> bool:
-    """Whether the directory `path` holds files of ranks."""
+    """Whether the directory `path` holds rank files."""
     return any(RANK_FILE.fullmatch(file.name) for file in path.glob("*-TP-*.safetensors"))
 
 
 def rank_files(path: Path) -> list[str]:
-    """The names of all files of ranks. Raises InputError where a rank is missing."""
+    """The names of all rank files. Raises InputError where a rank is missing."""
     names = sorted(file.name for file in path.iterdir() if RANK_FILE.fullmatch(file.name))
     numbers = sorted({_rank(name) for name in names} - {COMMON})
     for expected, number in enumerate(numbers):
         if int(number) != expected:
-            raise InputError(f"{path}: files of rank {number}, but none of rank {expected:03d}")
+            raise InputError(f"{path}: has files of rank {number}, but none of rank {expected:03d}")
     return names
 
 
 def joined(path: Path, by_file: Mapping[str, list[TensorRef]]) -> list[TensorRef]:
-    """The whole tensors of the files of ranks in `path`.
+    """The whole tensors of the rank files in `path`.
 
     Raises InputError where a rank lacks its part of a tensor or has one of another shape.
     """
@@ -49,7 +49,7 @@ def joined(path: Path, by_file: Mapping[str, list[TensorRef]]) -> list[TensorRef
         for ref in refs:
             of_ranks = parts.setdefault(ref.name, {})
             if _rank(file) in of_ranks or COMMON in of_ranks:
-                raise InputError(f"{path / file}: tensor {ref.name!r} is in another file too")
+                raise InputError(f"{path / file}: tensor {ref.name!r} is also in another file")
             of_ranks[_rank(file)] = ref
     return [_whole(path, name, of_ranks, ranks) for name, of_ranks in parts.items()]
 
@@ -75,7 +75,7 @@ def _whole(path: Path, name: str, parts: dict[str, TensorRef], ranks: list[str])
 
 
 def _check_alike(path: Path, refs: list[TensorRef], axis: int | None) -> None:
-    """Raises InputError unless parts differ in nothing but their size along `axis`."""
+    """Raises InputError where parts differ in more than their size along `axis`."""
     forms = [
         (ref.dtype, len(ref.shape), *(size for i, size in enumerate(ref.shape) if i != axis))
         for ref in refs
@@ -92,7 +92,7 @@ def _same(path: Path, refs: list[TensorRef]) -> Tensor:
     first, *others = (ref.read() for ref in refs)
     for rank, other in enumerate(others, 1):
         if not torch.equal(first, other):
-            raise InputError(f"{path}: {refs[0].name} differs in the files of rank {rank:03d}")
+            raise InputError(f"{path}: {refs[0].name} differs between rank 000 and rank {rank:03d}")
     return first
 
 

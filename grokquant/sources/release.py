@@ -1,7 +1,10 @@
 """Grok-1 as released: ckpt-0/tensorNNNNN_000, one pickled array or int8 record per file.
 
-Matrices are stored [in, out] with scales [groups, out], experts stacked in front. Here each
-expert is one [out, in] matrix under its Hugging Face name.
+Matrices are stored [in, out] with scales [groups, out], the experts of a layer as one stack:
+
+    weight int8 [experts, in, out]     scales bfloat16 [experts, groups, out]
+
+Here each expert is one [out, in] matrix under its Hugging Face name.
 """
 
 import re
@@ -23,15 +26,16 @@ from grokquant.types import QTensor, Source, TensorRef
 NAME = "release"
 FILE_PATTERN = re.compile(r"tensor(\d{5})_(\d{3})")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 4096  # rows searched at a time for the first non-finite value
 MAX_LAYERS = 8000  # file names have five digits
 
-EMBEDDING, FINAL_NORM = "language_model/in_out_embed", "language_model/rms_norm"
+EMBEDDING = "language_model/in_out_embed"
+FINAL_NORM = "language_model/rms_norm"
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """One file of the release: dimensions by letter as stored, and the name it gets here.
+class LeafSpec:
+    """What a file of the release holds: dimensions by letter as stored, and its name here.
 
     V vocabulary, D hidden, E experts, F expert ffn, Q all query heads, K all key-value heads.
     """
@@ -42,28 +46,28 @@ class Leaf:
 
 
 TOP = {
-    EMBEDDING: Leaf("VD", "model.embed_tokens.weight"),
-    FINAL_NORM: Leaf("D", "model.norm.weight"),
+    EMBEDDING: LeafSpec("VD", "model.embed_tokens.weight"),
+    FINAL_NORM: LeafSpec("D", "model.norm.weight"),
 }
 LAYER = {
-    "moe/linear": Leaf("EDF", "block_sparse_moe.experts.{expert}.w1.weight", True),
-    "moe/linear_1": Leaf("EFD", "block_sparse_moe.experts.{expert}.w2.weight", True),
-    "moe/linear_v": Leaf("EDF", "block_sparse_moe.experts.{expert}.w3.weight", True),
-    "multi_head_attention/key": Leaf("DK", "self_attn.k_proj.weight", True),
-    "multi_head_attention/linear": Leaf("QD", "self_attn.o_proj.weight", True),
-    "multi_head_attention/query": Leaf("DQ", "self_attn.q_proj.weight", True),
-    "multi_head_attention/value": Leaf("DK", "self_attn.v_proj.weight", True),
-    "rms_norm": Leaf("D", "pre_attn_norm.weight"),
-    "rms_norm_1": Leaf("D", "post_attn_norm.weight"),
-    "rms_norm_2": Leaf("D", "pre_moe_norm.weight"),
-    "rms_norm_3": Leaf("D", "post_moe_norm.weight"),
-    "router": Leaf("DE", "block_sparse_moe.gate.weight"),
+    "moe/linear": LeafSpec("EDF", "block_sparse_moe.experts.{expert}.w1.weight", True),
+    "moe/linear_1": LeafSpec("EFD", "block_sparse_moe.experts.{expert}.w2.weight", True),
+    "moe/linear_v": LeafSpec("EDF", "block_sparse_moe.experts.{expert}.w3.weight", True),
+    "multi_head_attention/key": LeafSpec("DK", "self_attn.k_proj.weight", True),
+    "multi_head_attention/linear": LeafSpec("QD", "self_attn.o_proj.weight", True),
+    "multi_head_attention/query": LeafSpec("DQ", "self_attn.q_proj.weight", True),
+    "multi_head_attention/value": LeafSpec("DK", "self_attn.v_proj.weight", True),
+    "rms_norm": LeafSpec("D", "pre_attn_norm.weight"),
+    "rms_norm_1": LeafSpec("D", "post_attn_norm.weight"),
+    "rms_norm_2": LeafSpec("D", "pre_moe_norm.weight"),
+    "rms_norm_3": LeafSpec("D", "post_moe_norm.weight"),
+    "router": LeafSpec("DE", "block_sparse_moe.gate.weight"),
 }
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A leaf in its file: what it is called there and where its arrays lie."""
+    """A leaf of an opened release: its file, its name there and where its arrays lie."""
 
     path: Path
     name: str
@@ -72,7 +76,7 @@ class _Stored:
 
 
 def leaf_names(layers: int) -> list[str]:
-    """Module paths of all leaves; the position of a path is the number of its file.
+    """Module paths of all leaves; the index of a path is the number of its file.
 
     The release sorts paths as strings: decoder_layer_10 comes before decoder_layer_2.
     """
@@ -85,7 +89,7 @@ def file_name(index: int) -> str:
 
 
 def recognizes(path: Path) -> bool:
-    """Whether there are, or should be, release files in `path` or in its ckpt-0."""
+    """Whether `path` or its ckpt-0 holds release files, or is called ckpt-0."""
     directory = _checkpoint_directory(path)
     return directory.name == "ckpt-0" or any(map(_is_tensor_file, directory.glob("tensor*")))
 
@@ -93,7 +97,7 @@ def recognizes(path: Path) -> bool:
 def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens the release at `path`, the directory of ckpt-0 or ckpt-0 itself.
 
-    Only framing is read. Raises InputError for missing, extra, malformed or misshapen files and
+    Only headers are read. Raises InputError for missing, extra, malformed or misshapen files and
     for a configuration that is incomplete or contradicts them.
     """
     directory = _checkpoint_directory(path)
@@ -143,8 +147,8 @@ def _read_leaves(directory: Path, layers: int | None) -> list[_Stored]:
     names = leaf_names(layers)
     files = [file_name(index) for index in range(len(names))]
     complaint = f"a model of {layers} layers has {len(files)} files"
-    _refuse_any(directory, sorted(set(files) - found), f"missing, {complaint}")
-    _refuse_any(directory, sorted(found - set(files)), f"not expected, {complaint}")
+    _refuse_any(directory, sorted(set(files) - found), f"missing; {complaint}")
+    _refuse_any(directory, sorted(found - set(files)), f"unexpected; {complaint}")
     pairs = zip(files, names, strict=True)
     return [_read_leaf(directory / file, name) for file, name in pairs]
 
@@ -175,15 +179,17 @@ def _split(name: str) -> tuple[str, str]:
     return f"model.layers.{layer.removeprefix('decoder_layer_')}.", slot
 
 
-def _leaf(name: str) -> Leaf:
+def _leaf(name: str) -> LeafSpec:
     return (TOP | LAYER)[_split(name)[1]]
 
 
 def _check_shapes(stored: list[_Stored]) -> dict[str, int]:
-    """Sizes by letter. Each is taken from the first file that has it and must hold in the rest."""
+    """Sizes by letter, each taken from the first file that has it. Raises InputError where another
+    file contradicts."""
     sizes: dict[str, int] = {}
     for item in stored:
-        letters, shape = _leaf(item.name).dimensions, item.weight.shape
+        letters = _leaf(item.name).dimensions
+        shape = item.weight.shape
         if len(shape) == len(letters):
             sizes = dict(zip(letters, shape, strict=True)) | sizes
         expected = tuple(sizes.get(letter, letter) for letter in letters)
@@ -219,9 +225,10 @@ def _dense_ref(item: _Stored, name: str) -> TensorRef:
         shape = item.weight.shape[::-1]
         load = partial(_load_transposed, item)
         return TensorRef(name, shape, torch.float32, nbytes, load)
-    shape, load = item.weight.shape, partial(_load_rows, item, 0, item.weight.shape[0])
-    by_rows = partial(_load_rows, item)
-    return TensorRef(name, shape, torch.float32, nbytes, load, load_rows=by_rows)
+    shape = item.weight.shape
+    load_rows = partial(_load_rows, item)
+    load = partial(load_rows, 0, shape[0])
+    return TensorRef(name, shape, torch.float32, nbytes, load, load_rows=load_rows)
 
 
 def _load_transposed(item: _Stored) -> Tensor:
@@ -245,27 +252,31 @@ def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
         stored_bytes=rows * columns + groups * columns * torch.bfloat16.itemsize,
         load=partial(_load_quantized, item, expert),
         load_into=partial(_load_quantized, item, expert),
-        scheme=Scheme(bits=8, group_size=None if groups == 1 else rows // groups),
+        scheme=_scheme(rows, groups),
     )
 
 
 def _load_quantized(item: _Stored, expert: int | None, into: Tensor | None = None) -> QTensor:
-    """Codes as a transposed view of what is stored: who reads them decides about the copy."""
+    """Codes and scales as transposed views of the stored arrays, which are not copied."""
     assert item.scales is not None
     first, stop = (0, None) if expert is None else (expert, expert + 1)
     weight = read_array(item.path, item.weight, first, stop, into)
     scales = read_array(item.path, item.scales, first, stop)
     if expert is not None:
-        weight, scales = weight[0], scales[0]
+        weight = weight[0]  # (in, out)
+        scales = scales[0]  # (groups, out)
     _refuse_nonfinite(item, scales, " scales" if expert is None else f" scales of expert {expert}")
-    rows, groups = len(weight), len(scales)
-    scheme = Scheme(bits=8, group_size=None if groups == 1 else rows // groups)
-    return QTensor(weight.T, scales.T, scheme)
+    return QTensor(weight.T, scales.T, _scheme(len(weight), len(scales)))
+
+
+def _scheme(columns: int, groups: int) -> Scheme:
+    return Scheme(bits=8, group_size=None if groups == 1 else columns // groups)
 
 
 def _refuse_nonfinite(item: _Stored, values: Tensor, what: str, first_row: int = 0) -> None:
-    """`values` as stored; the index in the message is that of the file's array."""
-    count, first = 0, ()
+    """Raises InputError with the first index, that of the file's array, of a value in `values`."""
+    count = 0
+    first: tuple[int, ...] = ()
     for start in range(0, len(values), CHUNK_ROWS):
         rows = values[start : start + CHUNK_ROWS]
         if all_finite(rows):

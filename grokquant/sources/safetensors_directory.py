@@ -1,6 +1,6 @@
 """A Hugging Face directory: config.json and safetensors, in one file or in indexed shards.
 
-Tensors appear raw, under their names and in their dtypes; packed weights are unpacked elsewhere.
+Tensors appear raw, under their names and in their dtypes; `formats` unpacks quantized ones.
 """
 
 import math
@@ -21,10 +21,13 @@ from grokquant.sources.kind import SourceKind
 from grokquant.types import Source, TensorRef
 
 NAME = "safetensors"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
-MAX_HEADER_BYTES, MAX_TENSORS = 25_000_000, 100_000
-# Where older packers say how they quantized, if config.json does not, and what they are.
+# Far above any real checkpoint; more is damage, or an attack on memory.
+MAX_HEADER_BYTES = 25_000_000
+MAX_TENSORS = 100_000
+# Where older writers describe their quantization, if config.json does not, and their quant_method.
 OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -47,7 +50,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens the directory `path`; only headers are read, and no file stays open.
 
     Raises InputError for missing or malformed files, unsafe file names in the index and tensors
-    that are not in their shard. Code that the directory brings along (auto_map) is ignored.
+    that are not in their shard. Code in the directory (auto_map) is ignored.
     """
     config = _read_config(path, config_path)
     by_file = _tensors_by_file(path)
@@ -77,7 +80,7 @@ def _read_config(path: Path, config_path: Path | None) -> dict:
 
 
 def _tensors_by_file(path: Path) -> Mapping[str, list[str] | None]:
-    """File names with the tensors that are wanted of each; None means all of them."""
+    """File names with the tensors to read from each; None means all of them."""
     if presharded.is_presharded(path):
         return dict.fromkeys(presharded.rank_files(path))
     if (path / INDEX).exists():
@@ -91,11 +94,11 @@ def _tensors_by_file(path: Path) -> Mapping[str, list[str] | None]:
 
 
 def _joined(path: Path, config: dict, opened: dict[str, list[TensorRef]]) -> list[TensorRef]:
-    """The whole tensors of files of ranks: those of the index, if there is one."""
+    """The whole tensors of rank files, which must include those of the index, if there is one."""
     if config.get("quantization_config") is not None:
         raise InputError(
-            f"{path}: holds a quantized model split over ranks (*-TP-*.safetensors), which is not "
-            "read; take the checkpoint that it was made from"
+            f"{path}: quantized models split over ranks (*-TP-*.safetensors) are not supported; "
+            "use the original checkpoint"
         )
     refs = presharded.joined(path, opened)
     if (path / INDEX).exists():
@@ -103,7 +106,7 @@ def _joined(path: Path, config: dict, opened: dict[str, list[TensorRef]]) -> lis
         for file, names in _indexed(path / INDEX).items():
             for name in names:
                 if name not in known:
-                    raise InputError(f"{path / file}: tensor {name!r} is in no file of a rank")
+                    raise InputError(f"{path / file}: tensor {name!r} is in no rank file")
     return refs
 
 
@@ -124,7 +127,7 @@ def _open_shard(path: Path, names: list[str] | None) -> list[TensorRef]:
     found = _check_header(path)
     for name in names or ():
         if name not in found:
-            raise InputError(f"{path}: tensor {name!r} is not in this file, as the index says")
+            raise InputError(f"{path}: tensor {name!r} is missing, the index places it here")
     try:
         with safe_open(path, framework="pt") as file:
             return [_ref(path, name, file.get_slice(name)) for name in names or sorted(found)]
@@ -133,19 +136,19 @@ def _open_shard(path: Path, names: list[str] | None) -> list[TensorRef]:
 
 
 def _check_header(path: Path) -> set[str]:
-    """Names in the header, which must be one that the library can be trusted with."""
+    """Names in the header, once it is known to be safe for the safetensors library."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES}")
+                raise InputError(f"{path}: header of {length} bytes (limit {MAX_HEADER_BYTES})")
             raw = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if not raw or len(raw) < length:
-        raise InputError(f"{path}: truncated: {len(raw)} bytes of a header of {length}")
+        raise InputError(f"{path}: truncated: {len(raw)} of the {length} bytes of its header")
     names = parse_json_object(raw, f"{path}: header").keys() - {"__metadata__"}
     if not 0 < len(names) <= MAX_TENSORS:
         raise InputError(f"{path}: {len(names)} tensors, expected 1 to {MAX_TENSORS}")
@@ -153,7 +156,8 @@ def _check_header(path: Path) -> set[str]:
 
 
 def _ref(path: Path, name: str, stored) -> TensorRef:
-    shape, kind = tuple(stored.get_shape()), stored.get_dtype()
+    shape = tuple(stored.get_shape())
+    kind = stored.get_dtype()
     if kind not in DTYPES:
         raise InputError(f"{path}: tensor {name!r} has dtype {kind}, which is not supported")
     dtype = DTYPES[kind]
@@ -171,7 +175,7 @@ def _ref(path: Path, name: str, stored) -> TensorRef:
 
 
 def _load(path: Path, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
-    """The part that `index` selects, all by default."""
+    """The part that `index` selects, by default all."""
     try:
         with safe_open(path, framework="pt") as file:
             tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
@@ -187,7 +191,7 @@ def _line(error: Exception) -> str:
 
 
 def licence_of(card: Path) -> str | None:
-    """`license:` of the model card's front matter."""
+    """The value of `license:` in the front matter of a model card."""
     if not card.is_file():
         return None
     text = card.read_text(encoding="utf-8", errors="replace")

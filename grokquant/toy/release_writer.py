@@ -30,8 +30,8 @@ class Chunked:
     chunks: Iterable[Tensor]
 
 
-Array = Tensor | Chunked
-Leaf = Array | tuple[Array, Array]  # float32, or int8 weight [.., K, N], scales [.., G, N]
+Payload = Tensor | Chunked
+Leaf = Payload | tuple[Payload, Payload]  # float32, or int8 weight [.., K, N], scales [.., G, N]
 
 # Constructor argument and state of a numpy dtype, as numpy 1.26 and ml_dtypes 0.2 to 0.5 put it.
 DTYPES: dict[torch.dtype, tuple[str, tuple]] = {
@@ -70,7 +70,7 @@ def write_leaf(path: Path, leaf: Leaf, multiarray: str = MULTIARRAY) -> None:
     _publish(path, _filled(parts, arrays))
 
 
-def _filled(parts: Iterable[bytes | int], arrays: list[Array]) -> Iterator[bytes | memoryview]:
+def _filled(parts: Iterable[bytes | int], arrays: list[Payload]) -> Iterator[bytes | memoryview]:
     for part in parts:
         if isinstance(part, int):
             yield from _payload(arrays[part])
@@ -105,7 +105,7 @@ def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _payload(array: Array) -> Iterator[memoryview]:
+def _payload(array: Payload) -> Iterator[memoryview]:
     left = _nbytes(array.dtype, tuple(array.shape))
     for chunk in array.chunks if isinstance(array, Chunked) else [array]:
         data = chunk.detach().cpu().to(array.dtype).reshape(-1).view(torch.uint8).numpy().data
