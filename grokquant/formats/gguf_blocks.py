@@ -8,7 +8,7 @@ run fill some bits of the same bytes, those of the first run the lowest.
     bits   7-4 3-0                           bits   7-6 5-4 3-2 1-0
            c16 c0  c17 c1    c31 c15                c96 c64 c32 c0                 c31
 
-In pictures below, `codes 4 x 2 x 32` are four such pieces of two runs of 32 codes.
+In the pictures below, `codes 4 x 2 x 32` means four such pieces, each of two runs of 32 codes.
 """
 
 from collections.abc import Callable
@@ -96,9 +96,9 @@ def _unpack_iq4_nl(blocks: Tensor, scheme: Scheme) -> QTensor:
 
 def _pack_q6_k(codes: Tensor, quantized: QTensor) -> tuple[Tensor, ...]:
     """
-    byte   0..127                       128..191                      192..209
-           lower 4 bits, 2 x 2 x (2 x   upper 2 bits, 2 x 4 x 32      16 scales, d
-           32) of codes with 32 added
+    byte   0..127                     128..191                    192..209
+           lower 4 bits, 2 x 2 x 64   upper 2 bits, 2 x 4 x 32    header: 16 scales, d
+           of codes with 32 added
     """
     unsigned = (codes + 32).view(torch.uint8).unflatten(-1, (2, 4, 32))
     low = _pack_runs((unsigned & 15).unflatten(-2, (2, 2)).flatten(-2), 4)  # (.., 2, 64)
@@ -254,8 +254,9 @@ def _pack_runs(codes: Tensor, bits: int) -> Tensor:
 
 def _unpack_runs(packed: Tensor, runs: int, bits: int) -> Tensor:
     """Codes [.., runs, n] of bytes [.., n], the inverse of `_pack_runs`."""
-    shifts = _shifts(runs, bits, packed).unsqueeze(-1)
-    return (packed.unsqueeze(-2) >> shifts) & ((1 << bits) - 1)
+    mask = (1 << bits) - 1
+    packed = packed.contiguous()  # read once for each run
+    return torch.stack([(packed >> (bits * run)) & mask for run in range(runs)], dim=-2)
 
 
 def _shifts(count: int, bits: int, like: Tensor) -> Tensor:

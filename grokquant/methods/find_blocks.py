@@ -29,7 +29,7 @@ def find_block_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: Sca
 
     whole: tuple[Tensor, ...] = (_whole(scales, d, 0, most), _whole(-offsets, dmin, 0, most))
     if rule == "mse":
-        # Scales of 4 bits are coarse: what is best often is two away from the nearest.
+        # Scales of 4 bits are coarse: the best one is often two away from the nearest.
         for _ in range(2 if scheme.row.scale_bits == 4 else 1):
             whole = _refine(groups, weights, scheme, spans, whole, (0, most))
     scales, offsets = spans(*whole)
@@ -44,7 +44,7 @@ def find_block_scales(groups: Tensor, weights: Tensor, scheme: Scheme, rule: Sca
     most = (1 << (scheme.row.scale_bits - 1)) - 1
     limits = (-most - 1, most)
     d = _step(scales, scheme, most)
-    if rule == "mse" and scheme.row.scale_bits < 8:  # 8 bits are fine enough with any step
+    if rule == "mse" and scheme.row.scale_bits < 8:  # 8 bits would gain half a percent
         d = _search_step(groups, weights, scheme, scales, d, limits)
 
     def spans(parts: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,10 +14,10 @@ from grokquant.grids import Scheme
 from grokquant.methods.scales import ScaleRule
 from grokquant.methods.spans import divisors, nearest_values
 
-# Levels by which a search widens or narrows the range of a group, as llama.cpp's does.
+# Levels by which the search widens or narrows the range of a group, as llama.cpp's search does.
 _STRETCHES = tuple(step / 10 for step in range(-10, 11))
-# The same of a table, in its own units. Entries are 10 to 24 apart; smaller steps than 5 find
-# scales that err less by 1 in 1,000.
+# The same for a table, in the units of its entries, which are 10 to 24 apart. Smaller steps than 5
+# lower the error by less than 1 in 1,000.
 _TABLE_STRETCHES = range(-25, 26, 5)
 
 
@@ -88,7 +88,7 @@ def fit_table(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) 
         values = nearest_values(groups * (most * inverse), scheme)
         fitting = (weighted * values).sum(-1)
         scale = fitting / (weights * values**2).sum(-1).clamp(min=1e-30)
-        error = -fitting * scale  # of these codes, less the weights' own squares
+        error = -fitting * scale  # of these codes, without the constant sum of squared weights
         best = torch.where(error < least, scale, best)
         least = torch.minimum(error, least)
     return best
