@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from transformers.utils import logging as transformers_logging
 
 from grokquant.errors import GrokquantError
 from grokquant.version import __version__
@@ -59,8 +58,7 @@ def main() -> None:
     grokquant eval runs/toy-int4 --reference toy        perplexity, KL divergence, routing
     grokquant generate runs/toy-int4 --prompt "The "    text from the result
     """
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers_logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
 
 _overrides = click.option(

@@ -360,10 +360,10 @@ def test_hostile_names_cannot_break_the_line_or_color_the_terminal(tmp_path):
 @pytest.mark.parametrize(
     ("module", "function", "arguments"),
     [
-        ("inspection", "describe", ["inspect", "toy"]),
-        ("verify", "verify", ["verify", "out"]),
-        ("plan", "build_plan", ["plan", "{recipe}"]),
-        ("pipeline", "quantize", ["quantize", "{recipe}"]),
+        ("reporting.inspection", "describe", ["inspect", "toy"]),
+        ("job.verify", "verify", ["verify", "out"]),
+        ("job.plan", "build_plan", ["plan", "{recipe}"]),
+        ("job.pipeline", "quantize", ["quantize", "{recipe}"]),
         ("runtime.generate", "generate_text", ["generate", "toy", "--prompt", "x"]),
         ("evaluation", "run_suite", ["eval", "toy", "--reference", "toy"]),
     ],

@@ -18,10 +18,10 @@ from grokquant.formats import (
     int_quantized,
     mxfp4,
 )
-from grokquant.formats.targets import MARK, OWN
 from grokquant.types import Source
+from grokquant.version import OWN
 
-__all__ = ["FORMATS", "MARK", "OWN", "packing_of", "unpacked"]
+__all__ = ["FORMATS", "packing_of", "unpacked"]
 FORMATS: dict[str, ModuleType] = {
     compressed_tensors.NAME: compressed_tensors,
     int_quantized.NAME: int_quantized,

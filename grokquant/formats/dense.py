@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from grokquant.formats.targets import OWN
 from grokquant.grids import Scheme
 from grokquant.types import Source, Unit
+from grokquant.version import OWN
 
 NAME = "bf16"
 SCALE_DTYPE, HOLDS_DENSE = "bfloat16", True

@@ -7,12 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-Value = TypeVar("Value")
+from grokquant.version import OWN
 
-# The quant_method of outputs that no other loader is to touch; their `format` says how they are.
-OWN = "grokquant"
-# The key by which every `quantization_config` of ours says that it is, whatever its quant_method.
-MARK = "quantized_by"
+Value = TypeVar("Value")
 
 # Engines that fuse experts ask for these names, whatever the files call them; and they have their
 # own names for some modules on the way.

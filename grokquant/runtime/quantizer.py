@@ -1,0 +1,81 @@
+"""The quantizer by which transformers loads our outputs, packed.
+
+Alone it multiplies out what it can read of them, and reads some wrongly without saying so: mixed
+grids in a layer's experts get one of them, those of gpt-oss are drawn at random. So our quantizer
+takes every output of ours, whatever quant_method engines have to see in its config.json.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.devices import CPU
+from grokquant.formats import gguf
+from grokquant.runtime.load import fill_model
+from grokquant.runtime.packed import pack_model
+from grokquant.version import OWN
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """The `quantization_config` of an output, as it is."""
+
+    def __init__(self, **content: Any) -> None:
+        self.content = content
+        self.quant_method = OWN  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.content)
+
+
+class PackedQuantizer(HfQuantizer):
+    """Leaves matrices as packed as they lie on disk; they are multiplied out when used.
+
+    transformers makes the model and finds a place for every tensor. All reading is ours, since it
+    knows neither the names nor the layouts of most.
+    """
+
+    is_trainable = False
+    quantization_config: PackedConfig
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The one hook before files are looked for, which must be safetensors. With a name in the
+        config they are not looked for."""
+        if self.quantization_config.content.get("format") == gguf.NAME:
+            config.transformers_weights = "model.safetensors"
+        return config
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        files, self.dtype = kwargs["checkpoint_files"], cast(torch.dtype, model.config.dtype)
+        with CPU:  # transformers makes its models on the meta device
+            self.checkpoint = open_checkpoint(Path(files[0]).parent)
+        pack_model(model, self.checkpoint, self.dtype)
+        if self.checkpoint.num_experts:
+            model.set_experts_implementation("eager")
+        # It is to read nothing, so this list, which it goes through next, names an empty file.
+        self._place = tempfile.TemporaryDirectory()
+        files[:] = [f"{self._place.name}/nothing.safetensors"]
+        save_file({}, files[0])
+        model._keys_to_ignore_on_load_missing = {""}
+        # What is tied would be taken for lost where neither end is read.
+        self._tied, model.all_tied_weights_keys = model.all_tied_weights_keys, {}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self._place.cleanup()
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError("device_map: packed matrices cannot be offloaded to CPU or disk")
+        fill_model(model, self.checkpoint, self.dtype, CPU)
+        model.all_tied_weights_keys = self._tied
+        model.tie_weights(recompute_mapping=False)
+        del self.checkpoint
