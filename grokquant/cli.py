@@ -74,6 +74,8 @@ _device = click.option(
     show_default=True,
     help="Where to compute: cpu, cuda or cuda:N; auto takes a GPU if there is one.",
 )
+# As `recipe/schema.py` has them. Written out, since help must not wait for pydantic.
+_FORMATS = ("compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -129,7 +131,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @main.command()
 @click.argument("result")
 @click.option(
-    "--format", "output_format", required=True, metavar="FORMAT", help="The form to take."
+    "--format", "output_format", required=True, type=click.Choice(_FORMATS), help="Target format."
 )
 @click.option("--output", metavar="DIR", help="The new directory, RESULT-FORMAT by default.")
 @_json

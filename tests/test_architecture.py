@@ -64,3 +64,10 @@ def test_every_room_is_in_the_picture():
     assert rooms == named
     picture = (ROOT.parent / "ARCHITECTURE.md").read_text()
     assert [room for room in named - {"__init__", "__main__"} if room not in picture] == []
+
+
+def test_no_file_is_a_symbolic_link():
+    """Windows checks them out as text files."""
+    rooms = ("docs", "eval", "grokquant", "notebooks", "recipes", "tests")
+    found = [path for room in rooms for path in (ROOT.parent / room).rglob("*")]
+    assert found and [path for path in found if path.is_symlink()] == []
