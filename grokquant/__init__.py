@@ -6,7 +6,7 @@ needs them. transformers knows our outputs all the same, see `runtime/registry.p
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grokquant.runtime.registry import register as _register
 from grokquant.version import __version__
@@ -22,12 +22,15 @@ __all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
 _register()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "load":  # its signature needs torch
-        from grokquant.runtime.load import load
+if not TYPE_CHECKING:  # type checkers see the import above, and misspelt attributes
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        """`load`, whose signature needs torch, when it is asked for (PEP 562)."""
+        if name == "load":
+            from grokquant.runtime.load import load
+
+            return load
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -1,8 +1,9 @@
-"""The quantizer by which transformers loads our outputs, packed.
+"""The quantizer that loads our outputs in transformers, packed.
 
-Alone it multiplies out what it can read of them, and reads some wrongly without saying so: mixed
-grids in a layer's experts get one of them, those of gpt-oss are drawn at random. So our quantizer
-takes every output of ours, whatever quant_method engines have to see in its config.json.
+Without it transformers dequantizes the outputs that it can read, and reads some wrongly without a
+word: where a layer's experts have several grids, all get the same one, and the experts of gpt-oss
+are drawn at random. So our quantizer takes every output, whatever quant_method its config.json has
+to show to engines.
 """
 
 import tempfile
@@ -35,10 +36,10 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Leaves matrices as packed as they lie on disk; they are multiplied out when used.
+    """Keeps matrices packed as on disk; they are dequantized each time they are used.
 
-    transformers makes the model and finds a place for every tensor. All reading is ours, since it
-    knows neither the names nor the layouts of most.
+    transformers makes the model and chooses a device for every tensor. All tensors are read by us,
+    since transformers knows neither the names nor the layouts of most.
     """
 
     is_trainable = False
@@ -50,26 +51,28 @@ class PackedQuantizer(HfQuantizer):
         return False
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The one hook before files are looked for, which must be safetensors. With a name in the
-        config they are not looked for."""
+        """The only hook before transformers looks for files, which must be safetensors; with a
+        name in the config it does not look."""
         if self.quantization_config.content.get("format") == gguf.NAME:
             config.transformers_weights = "model.safetensors"
         return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        files, self.dtype = kwargs["checkpoint_files"], cast(torch.dtype, model.config.dtype)
+        files = kwargs["checkpoint_files"]
+        self.dtype = cast(torch.dtype, model.config.dtype)
         with CPU:  # transformers makes its models on the meta device
             self.checkpoint = open_checkpoint(Path(files[0]).parent)
         pack_model(model, self.checkpoint, self.dtype)
         if self.checkpoint.num_experts:
             model.set_experts_implementation("eager")
-        # It is to read nothing, so this list, which it goes through next, names an empty file.
+        # transformers reads the files in this list next; it gets one without tensors.
         self._place = tempfile.TemporaryDirectory()
         files[:] = [f"{self._place.name}/nothing.safetensors"]
         save_file({}, files[0])
         model._keys_to_ignore_on_load_missing = {""}
-        # What is tied would be taken for lost where neither end is read.
-        self._tied, model.all_tied_weights_keys = model.all_tied_weights_keys, {}
+        # transformers reads neither end of a tied pair and would report both as missing.
+        self._tied = model.all_tied_weights_keys
+        model.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self._place.cleanup()
