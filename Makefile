@@ -8,7 +8,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[eval,bnb,gguf,notebooks,docs,test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Quantizes the embedded toy Grok to int4 and compares it with bf16.
@@ -51,7 +51,7 @@ docs: install
 # Prints a JSON line per case: what runs in minutes, and what needs Grok-1's real shapes (30 GB of
 # disk, an hour; the programs take peers and places as options, see eval/bench/README.md).
 bench: install
-	for name in quality rtn_kernel hessian gptq_solver planning; do \
+	for name in quality rtn_kernel hessian gptq_solver planning import_cost; do \
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 bench-real: install

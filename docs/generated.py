@@ -18,6 +18,7 @@ from sphinx.errors import ExtensionError
 
 from grokquant.cli import main
 from grokquant.evaluation.report import Report
+from grokquant.evaluation.suite import SHIPPED
 from grokquant.families import FAMILIES
 from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
@@ -212,12 +213,9 @@ def _command(name: str, command: click.Command) -> str:
 
 def suites() -> str:
     """The evaluation suites that are shipped, as they stand."""
-    paths = sorted((ROOT / "eval" / "suites").glob("*.yaml"))
-    if not paths:
-        return "This version ships none."
     return "\n\n".join(
-        f"## {path.stem}\n\n`eval/suites/{path.name}`\n\n```yaml\n{path.read_text()}\n```"
-        for path in paths
+        f"## {path.stem}\n\n`{path.relative_to(ROOT)}`\n\n```yaml\n{path.read_text()}\n```"
+        for path in sorted(SHIPPED.glob("*.yaml"))
     )
 
 

@@ -1,33 +1,46 @@
-"""Quantizes Grok-1 and its kind, streamed block by block, and proves what it cost."""
+"""Quantizes Grok-1 and its kind, streamed block by block, and proves what it cost.
+
+The import is cheap: torch, transformers and our own rooms are imported by the first call that
+needs them. transformers knows our outputs all the same, see `runtime/registry.py`.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from warnings import warn
 
-from grokquant.devices import device_of
-from grokquant.families import grok_model as _grok_model
-
-# Imported here so that no later import puts the module in the place of the function `plan`.
-from grokquant.job.plan import Plan, build_plan
-from grokquant.runtime import registry as _registry
-from grokquant.runtime.load import load
-from grokquant.text.tokenizer import register as _register_tokenizer
+from grokquant.runtime.registry import register as _register
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
     from grokquant.evaluation.report import Report
+    from grokquant.job.plan import Plan
     from grokquant.recipe import Recipe
+    from grokquant.runtime.load import load
 
 __all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
 
-_grok_model.register()
-_register_tokenizer()
-_registry.register()
+_register()
 
 
-def plan(recipe: "Recipe | str | Path | Mapping") -> Plan:
+if not TYPE_CHECKING:  # type checkers see the import above, and misspelt attributes
+
+    def __getattr__(name: str) -> object:
+        """`load`, whose signature needs torch, when it is asked for (PEP 562)."""
+        if name == "load":
+            from grokquant.runtime.load import load
+
+            return load
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
     """What `quantize` would do, from file headers alone. Raises InputError."""
+    from grokquant.job.plan import build_plan
+
     return build_plan(_as_recipe(recipe))
 
 
@@ -36,6 +49,7 @@ def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> P
 
     The same call continues a run that was interrupted.
     """
+    from grokquant.devices import device_of
     from grokquant.job import pipeline
 
     return pipeline.quantize(_as_recipe(recipe), device=device_of(device))
@@ -61,10 +75,14 @@ def evaluate(
     directory of at most `cache_size` that keeps what the reference does, for the next output that
     is compared with it.
     """
+    from warnings import warn
+
     from grokquant import evaluation
+    from grokquant.devices import device_of
 
     plan = evaluation.suite_for(quantized, suite, data, samples, length)
-    place, kept = device_of(device), evaluation.cache_at(cache, cache_size, warn)
+    place = device_of(device)
+    kept = evaluation.cache_at(cache, cache_size, warn)
     return evaluation.run_suite(
         quantized, reference, plan, suite or "", device=place, forced=not quick, cache=kept
     ).report

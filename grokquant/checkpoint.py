@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig
 
 from grokquant import containers, formats
 from grokquant.errors import InputError
-from grokquant.families import Family, family_of
+from grokquant.families import family_of
+from grokquant.families.family import Family
 from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.sources import open_source
 from grokquant.toy import TOY_PATH

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from transformers.utils import logging as transformers_logging
 
 from grokquant.errors import GrokquantError
 from grokquant.version import __version__
@@ -59,8 +58,7 @@ def main() -> None:
     grokquant eval runs/toy-int4 --reference toy        perplexity, KL divergence, routing
     grokquant generate runs/toy-int4 --prompt "The "    text from the result
     """
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers_logging.set_verbosity_error()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
 
 _overrides = click.option(
@@ -76,6 +74,8 @@ _device = click.option(
     show_default=True,
     help="Where to compute: cpu, cuda or cuda:N; auto takes a GPU if there is one.",
 )
+# As `recipe/schema.py` has them. Written out, since help must not wait for pydantic.
+_FORMATS = ("compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
@@ -131,7 +131,7 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @main.command()
 @click.argument("result")
 @click.option(
-    "--format", "output_format", required=True, metavar="FORMAT", help="The form to take."
+    "--format", "output_format", required=True, type=click.Choice(_FORMATS), help="Target format."
 )
 @click.option("--output", metavar="DIR", help="The new directory, RESULT-FORMAT by default.")
 @_json

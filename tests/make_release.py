@@ -10,9 +10,10 @@ from torch import Tensor
 
 from grokquant.sources.release import LAYER, TOP, file_name, leaf_names
 from grokquant.toy.release_writer import (
+    MULTIARRAY,
     Leaf,
     _framed,
-    framed_size,
+    _nbytes,
     quantize_leaf,
     write_release,
 )
@@ -109,14 +110,24 @@ def write_hollow_grok_1(directory: Path, layers: int = 64) -> int:
 
 
 def write_hollow(path: Path, weight: tuple, scales: tuple | None, size: int) -> None:
-    arrays = [(torch.float32, weight)]
-    if scales is not None:
-        arrays = [(torch.int8, weight), (torch.bfloat16, scales)]
+    arrays = _arrays(weight, scales)
     with path.open("wb") as file:
-        for part in _framed(arrays, "numpy.core.multiarray"):
+        for part in _framed(arrays, MULTIARRAY):
             if isinstance(part, int):
-                dtype, shape = arrays[part]
-                file.seek(torch.Size(shape).numel() * dtype.itemsize, os.SEEK_CUR)
+                file.seek(_nbytes(*arrays[part]), os.SEEK_CUR)
             else:
                 file.write(part)
         assert file.tell() == size
+
+
+def framed_size(weight: tuple[int, ...], scales: tuple[int, ...] | None = None) -> int:
+    """Bytes of the file of an int8 `weight` with bfloat16 `scales`, or of a float32 leaf."""
+    arrays = _arrays(weight, scales)
+    parts = _framed(arrays, MULTIARRAY)
+    return sum(_nbytes(*arrays[part]) if isinstance(part, int) else len(part) for part in parts)
+
+
+def _arrays(weight: tuple, scales: tuple | None) -> list[tuple[torch.dtype, tuple]]:
+    if scales is None:
+        return [(torch.float32, weight)]
+    return [(torch.int8, weight), (torch.bfloat16, scales)]

@@ -61,7 +61,7 @@ def test_imports_point_down(module: str, imported: str):
 
 @pytest.mark.parametrize("room", ["methods", "formats"])
 def test_methods_and_formats_know_only_the_nouns(room: str):
-    allowed = {room, "errors", "grids", "types"}
+    allowed = {room, "errors", "grids", "types", "version"}
     others = {imported.split(".")[1] for module, imported in imports() if module.startswith(room)}
     assert others <= allowed
 
@@ -87,3 +87,10 @@ def test_what_a_module_offers_is_in_the_table_of_its_room(room: str, row: type, 
     modules = [import_module(f"grokquant.{room}.{stem}") for stem in stems]
     offered = [value for module in modules for value in vars(module).values()]
     assert {id(value) for value in offered if isinstance(value, row)} == {id(row) for row in table}
+
+
+def test_no_file_is_a_symbolic_link():
+    """Windows checks them out as text files."""
+    rooms = ("docs", "eval", "grokquant", "notebooks", "recipes", "tests")
+    found = [path for room in rooms for path in (ROOT.parent / room).rglob("*")]
+    assert found and [path for path in found if path.is_symlink()] == []

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_release import framed_size
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config
 from grokquant.sources.release import LAYER, TOP, leaf_names
-from grokquant.toy.release_writer import Chunked, framed_size, write_leaf
+from grokquant.toy.release_writer import Chunked, write_leaf
 
 BENCH = Path(__file__).parents[1] / "eval" / "bench"
 SMALL = dict(
@@ -137,6 +138,14 @@ def test_conditions_name_machine_and_versions():
     conditions = load("measure").conditions()
     assert conditions["machine"]["cores"] >= 1
     assert conditions["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_import_cost_has_a_line_for_each_program():
+    found = {line["what"]: line for line in run_program("import_cost", "--rounds", 1)}
+    assert [*found] == [*load("import_cost").PROGRAMS]
+    for line in found.values():
+        assert line["ratio"] == line["seconds"] / line["against_seconds"]
 
 
 @pytest.mark.slow

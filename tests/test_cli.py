@@ -16,6 +16,7 @@ from conftest import ATTENTION, EXPERTS
 
 import grokquant
 from grokquant.cli import main
+from grokquant.formats import FORMATS
 
 ROOT = Path(grokquant.__file__).parents[1]
 ESCAPE = "\x1b"
@@ -108,6 +109,12 @@ def test_help_of_a_command_explains_every_option(command):
             assert parameter.human_readable_name in text
 
 
+def test_convert_lists_the_formats_that_are_written():
+    (option,) = (p for p in main.commands["convert"].params if p.name == "output_format")
+    assert list(option.type.choices) == list(FORMATS)
+    assert all(name in done("convert", "--help") for name in FORMATS)
+
+
 def test_version():
     assert done("--version").strip().endswith(f"version {grokquant.__version__}")
 
@@ -125,6 +132,7 @@ def test_version():
         ["eval", "out", "--reference", "toy", "--windows", "0"],
         ["eval", "out", "--reference", "toy", "--length", "long"],
         ["compare"],
+        ["convert", "out", "--format", "zip"],
         ["generate", "toy"],
         ["generate", "toy", "--prompt", "x", "--tokens", "0"],
         ["generate", "toy", "--prompt", "x", "--temperature", "-1"],

@@ -153,7 +153,7 @@ def test_other_formats_of_a_dense_model(output_of, form):
 @pytest.mark.parametrize("rules", ["asymmetric", "mixed", "layers", "partly", "attention"])
 @torch.no_grad()
 def test_that_it_really_cannot(output_of, alone, rules):
-    """If one of these passes one day, what registry.py says of it is no longer true."""
+    """If one of these passes one day, what quantizer.py says of it is no longer true."""
     path = output_of("mixtral", rules)
     try:
         found = from_pretrained(path)(TOKENS).logits

@@ -132,12 +132,3 @@ def test_first_rule_wins_and_the_rest_is_kept(tiny_recipe):
     assert plan.units["layers.1.experts.3.up"].scheme.bits == 8
     assert plan.units["layers.1.experts.2.up"].scheme.bits == 4
     assert len(plan.kept) == 2 * 4 and all(".attention." in name for name in plan.kept)
-
-
-def test_the_function_survives_the_import_of_its_module():
-    import grokquant
-    import grokquant.evaluation
-    import grokquant.job.pipeline
-
-    recipe = str(RECIPES / "toy-int8.yaml")
-    assert grokquant.plan(recipe).output_bytes == grokquant.plan(recipe).output_bytes

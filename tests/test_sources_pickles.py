@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from make_release import framed_size
 
 from grokquant.errors import InputError
 from grokquant.sources.pickle_objects import Malformed
 from grokquant.sources.pickles import read_array, read_headers, walk
-from grokquant.toy.release_writer import framed_size, write_leaf
+from grokquant.toy.release_writer import write_leaf
 
 WRITE_REAL_PICKLES = """
 import pickle, sys

@@ -2,7 +2,8 @@
 
     python -m grokquant.evaluation.task_data DIRECTORY
 
-writes them where lm-eval, started there with `--include_path eval/tasks`, finds them.
+writes them where lm-eval, started there with `--include_path
+grokquant/evaluation/tasks`, finds them.
 """
 
 import json

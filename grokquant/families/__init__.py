@@ -1,47 +1,73 @@
 """Model families: how tensors are named and how a block runs. A new one is a line in FAMILIES."""
 
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from grokquant.errors import InputError
-from grokquant.families.deepseek import DEEPSEEK_V2
-from grokquant.families.family import Family
-from grokquant.families.gemma import GEMMA_2, GEMMA_3
-from grokquant.families.gpt_oss import GPT_OSS
-from grokquant.families.grok import GROK_1
-from grokquant.families.grok2 import GROK_2, is_grok_2
-from grokquant.families.llama import LLAMA, MISTRAL
-from grokquant.families.mixtral import MIXTRAL
-from grokquant.families.olmoe import OLMOE
-from grokquant.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
-from grokquant.types import Source
 
-FAMILIES: dict[str, Family] = {
-    "Grok1ForCausalLM": GROK_1,
-    "Grok1ModelForCausalLM": GROK_1,
-    "GrokForCausalLM": GROK_1,
-    "MixtralForCausalLM": MIXTRAL,
-    "Qwen2MoeForCausalLM": QWEN2_MOE,
-    "Qwen3MoeForCausalLM": QWEN3_MOE,
-    "OlmoeForCausalLM": OLMOE,
-    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
-    "GptOssForCausalLM": GPT_OSS,
-    "LlamaForCausalLM": LLAMA,
-    "MistralForCausalLM": MISTRAL,
-    "Gemma2ForCausalLM": GEMMA_2,
-    "Gemma3ForCausalLM": GEMMA_3,
-}
+if TYPE_CHECKING:
+    from grokquant.families.family import Family
+    from grokquant.types import Source
 
 
-def family_of(source: Source) -> Family:
+class _Families(Mapping[str, "Family"]):
+    """Families by architecture. Each is imported, with its classes of transformers, when read."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._places = places
+
+    def __getitem__(self, architecture: str) -> "Family":
+        module, name = self._places[architecture].split(":")
+        return getattr(import_module(f"grokquant.families.{module}"), name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+# `architectures` of a config.json -> "module:NAME" of the Family.
+FAMILIES = _Families(
+    {
+        "Grok1ForCausalLM": "grok:GROK_1",
+        "Grok1ModelForCausalLM": "grok:GROK_1",
+        "GrokForCausalLM": "grok:GROK_1",
+        "MixtralForCausalLM": "mixtral:MIXTRAL",
+        "Qwen2MoeForCausalLM": "qwen_moe:QWEN2_MOE",
+        "Qwen3MoeForCausalLM": "qwen_moe:QWEN3_MOE",
+        "OlmoeForCausalLM": "olmoe:OLMOE",
+        "DeepseekV2ForCausalLM": "deepseek:DEEPSEEK_V2",
+        "GptOssForCausalLM": "gpt_oss:GPT_OSS",
+        "LlamaForCausalLM": "llama:LLAMA",
+        "MistralForCausalLM": "llama:MISTRAL",
+        "Gemma2ForCausalLM": "gemma:GEMMA_2",
+        "Gemma3ForCausalLM": "gemma:GEMMA_3",
+    }
+)
+
+
+def family_of(source: "Source") -> "Family":
     """The family of an opened checkpoint, by its `architectures`. Raises InputError."""
     match source.config.get("architectures"):
         case [str(name)] if name in FAMILIES:
-            family = FAMILIES[name]
-            return GROK_2 if family is GROK_1 and is_grok_2(source.config) else family
+            return _grok_2_or(FAMILIES[name], source)
         case [str(name)]:
             found = f"{name!r} is not known"
         case _:
-            found = "is not given as a list of one name"
+            found = "must be a list of one name"
     if isinstance(source.config.get("text_config"), dict):
-        found += ", a text model inside one of several media is not read"
+        found += "; multimodal checkpoints are not supported"
     raise InputError(
         f"{source.path / 'config.json'}: the architecture {found} (known: {', '.join(FAMILIES)})"
     )
+
+
+def _grok_2_or(family: "Family", source: "Source") -> "Family":
+    """Grok-2 has Grok-1's architecture and says `residual_moe`."""
+    if family.name == "grok-1" and source.config.get("residual_moe") is True:
+        from grokquant.families.grok2 import GROK_2
+
+        return GROK_2
+    return family

@@ -6,7 +6,6 @@ Settings that it would compute otherwise are refused.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from grokquant.errors import InputError
 from grokquant.families.family import Family, everywhere
@@ -30,10 +29,6 @@ _UNDERSTOOD: Mapping[str, tuple] = {
     "sliding_window_size": (None, -1),
     "global_attn_every_n": (None, 1),
 }
-
-
-def is_grok_2(config: Mapping[str, Any]) -> bool:
-    return config.get("residual_moe") is True
 
 
 def _fields(path: Path, content: dict) -> dict:

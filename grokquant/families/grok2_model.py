@@ -30,6 +30,8 @@ class Grok2Config(Grok1Config):
     that off.
     """
 
+    # So says xAI's config.json. In transformers it names another model, which Auto classes would
+    # take; so this class is not registered with them, and `grokquant.load` goes by `architectures`.
     model_type = "git"
 
     hidden_size: int = 8192

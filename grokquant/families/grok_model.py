@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Cache,
     DynamicCache,
     GenerationMixin,
@@ -32,6 +33,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from grokquant.errors import InputError
+from grokquant.families.grok_tokenizer import Grok1Tokenizer
 
 
 class Grok1Config(PreTrainedConfig):
@@ -367,10 +369,14 @@ def _experts_of_files() -> list[WeightConverter | WeightRenaming]:
     ]
 
 
-def register() -> None:
-    """Makes AutoConfig and AutoModelForCausalLM know Grok-1; no remote code is involved."""
+def _register() -> None:
+    """Makes the Auto classes of transformers know Grok-1; no remote code is involved."""
     register_checkpoint_conversion_mapping(
         Grok1Config.model_type, _experts_of_files(), overwrite=True
     )
     AutoConfig.register(Grok1Config.model_type, Grok1Config, exist_ok=True)
     AutoModelForCausalLM.register(Grok1Config, Grok1ForCausalLM, exist_ok=True)
+    AutoTokenizer.register(Grok1Config, slow_tokenizer_class=Grok1Tokenizer, exist_ok=True)
+
+
+_register()  # here, so that whoever has a Grok1Config can go on with AutoModelForCausalLM

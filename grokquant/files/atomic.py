@@ -15,7 +15,7 @@ from uuid import uuid4
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A new name beside `path`; what is left under it when the block ends is removed."""
+    """A new name beside `path`; a file still there when the block ends is removed."""
     name = temporary_name(path)
     try:
         yield name
@@ -49,10 +49,11 @@ def write_record(path: Path, record: dict) -> None:
 
 
 def read_record(path: Path) -> dict | None:
-    """What `write_record` wrote; None if it is not there or no longer that."""
+    """The record that `write_record` wrote; None if the file is missing or was changed."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        record, digest = value["record"], value["sha256"]
+        record = value["record"]
+        digest = value["sha256"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
         return None
     return record if digest == _digest(record) else None
@@ -94,7 +95,8 @@ def _alive(process: int) -> bool:
         return False
     except PermissionError:
         pass
-    return process != os.getpid()  # a number that came round again: its file is older than we are
+    # With our own number, the file is that of an earlier process that had it before us.
+    return process != os.getpid()
 
 
 def nearest_directory(path: Path) -> Path:

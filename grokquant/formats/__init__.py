@@ -18,10 +18,10 @@ from grokquant.formats import (
     mxfp4,
 )
 from grokquant.formats.format import Format, ReadableFormat
-from grokquant.formats.targets import MARK, OWN
 from grokquant.types import Source
+from grokquant.version import OWN
 
-__all__ = ["FORMATS", "MARK", "OWN", "Format", "format_of", "unpacked"]
+__all__ = ["FORMATS", "Format", "format_of", "unpacked"]
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from grokquant.formats.format import Format
-from grokquant.formats.targets import OWN
 from grokquant.grids import Scheme
 from grokquant.types import Source, Unit
+from grokquant.version import OWN
 
 NAME = "bf16"
 

@@ -7,12 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
-Value = TypeVar("Value")
+from grokquant.version import OWN
 
-# The quant_method of outputs that only our loader reads; `format` says how they are packed.
-OWN = "grokquant"
-# The key with the value OWN in every `quantization_config` of ours, whatever its quant_method.
-MARK = "quantized_by"
+Value = TypeVar("Value")
 
 # Engines that fuse experts ask for these names, whatever the files call them, and have their own
 # names for some modules above.

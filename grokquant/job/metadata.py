@@ -6,12 +6,12 @@ from pathlib import Path
 
 from grokquant.containers import container_of
 from grokquant.files.atomic import write_json, write_text
-from grokquant.formats import MARK, OWN
 from grokquant.humanize import size
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
 from grokquant.text import tokenizer
 from grokquant.types import UnitReport
+from grokquant.version import MARK, OWN
 
 _NOT_COPIED = ("auto_map", "dtype", "quantization_config")
 # The evaluation table of the card stands between these; `grokquant eval` fills it.

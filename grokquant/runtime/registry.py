@@ -1,106 +1,123 @@
-"""What transformers needs to know so that `from_pretrained` loads our outputs, packed.
+"""How transformers learns of our outputs without being imported for it.
 
-Alone it multiplies out what it can read of them, and reads some wrongly without saying so: mixed
-grids in a layer's experts get one of them, those of gpt-oss are drawn at random. So our quantizer
-takes every output of ours. Its config.json may have to say `compressed-tensors` or `gptq` to be
-found by engines; there the classes that transformers makes of a `quantization_config` are replaced
-by ones that look for our mark and hand everything else on to the original.
+`import grokquant` has to be cheap, and `from_pretrained` has to know our outputs whichever of the
+two packages is imported first. So we wait for the modules of transformers that hold its tables of
+configs, tokenizers and quantizers: as soon as one has run (now, if it already has), our rows join
+its tables. They hold stand-ins that import our classes at their first use. To import them at once
+would fail: transformers is then still in the middle of its own imports.
 """
 
-import tempfile
-from pathlib import Path
-from typing import Any, cast
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import auto
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from grokquant.version import MARK, OWN
 
-from grokquant.checkpoint import Checkpoint, open_checkpoint
-from grokquant.devices import CPU
-from grokquant.formats import FORMATS, MARK, OWN
-from grokquant.runtime.load import fill_model
-from grokquant.runtime.packed import pack_model
-
+# Quant methods that engines have to see; transformers has loaders of its own for them.
 _SHARED = ("compressed-tensors", "gptq")
 
 
-class PackedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of an output, as it is."""
+class _Later:
+    """Stands for a class: imports it when it is called or when one of its attributes is read."""
 
-    def __init__(self, **content: Any) -> None:
-        self.content = content
-        self.quant_method = OWN  # type: ignore[assignment]
+    def __init__(self, module: str, name: str) -> None:
+        self._module = module
+        self._name = name
 
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.content)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._class()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") and name != "__name__":  # copy and pickle ask for those
+            raise AttributeError(name)
+        return getattr(self._class(), name)
+
+    def _class(self) -> Any:
+        return getattr(import_module(self._module), self._name)
 
 
-class PackedQuantizer(HfQuantizer):
-    """Leaves matrices as packed as they lie on disk; they are multiplied out when used.
+_CONFIG = _Later("grokquant.families.grok_model", "Grok1Config")
+_TOKENIZER = _Later("grokquant.families.grok_tokenizer", "Grok1Tokenizer")
+_PACKED_CONFIG = _Later("grokquant.runtime.quantizer", "PackedConfig")
+_PACKED_QUANTIZER = _Later("grokquant.runtime.quantizer", "PackedQuantizer")
 
-    transformers makes the model and finds a place for every tensor. All reading is ours, since it
-    knows neither the names nor the layouts of most.
-    """
 
-    is_trainable = False
-    quantization_config: PackedConfig
-    checkpoint: Checkpoint
-    dtype: torch.dtype
+def _add_config(auto: Any) -> None:
+    """Grok-1's config. AutoModelForCausalLM knows the model as soon as there is a config of it:
+    the config's module registers both."""
+    if "grok-1" not in auto.CONFIG_MAPPING:
+        auto.CONFIG_MAPPING.register("grok-1", _CONFIG)
 
-    def is_serializable(self) -> bool:
-        return False
 
-    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The one hook before files are looked for, which must be safetensors. With a name in the
-        config they are not looked for."""
-        output_format = FORMATS.get(str(self.quantization_config.content.get("format")))
-        if output_format is not None and output_format.needs_own_loader:
-            config.transformers_weights = "model.safetensors"
-        return config
+def _add_tokenizer(auto: Any) -> None:
+    """Grok-1's tokenizer by name, for directories that hold nothing else."""
+    auto.REGISTERED_TOKENIZER_CLASSES.setdefault("Grok1Tokenizer", _TOKENIZER)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        files, self.dtype = kwargs["checkpoint_files"], cast(torch.dtype, model.config.dtype)
-        with CPU:  # transformers makes its models on the meta device
-            self.checkpoint = open_checkpoint(Path(files[0]).parent)
-        pack_model(model, self.checkpoint, self.dtype)
-        if self.checkpoint.num_experts:
-            model.set_experts_implementation("eager")
-        # It is to read nothing, so this list, which it goes through next, names an empty file.
-        self._place = tempfile.TemporaryDirectory()
-        files[:] = [f"{self._place.name}/nothing.safetensors"]
-        save_file({}, files[0])
-        model._keys_to_ignore_on_load_missing = {""}
-        # What is tied would be taken for lost where neither end is read.
-        self._tied, model.all_tied_weights_keys = model.all_tied_weights_keys, {}
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self._place.cleanup()
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ValueError("device_map: packed matrices cannot be offloaded to CPU or disk")
-        fill_model(model, self.checkpoint, self.dtype, CPU)
-        model.all_tied_weights_keys = self._tied
-        model.tie_weights(recompute_mapping=False)
-        del self.checkpoint
+def _add_quantizers(auto: Any) -> None:
+    """Our quantizer, and our config where a config of a shared method carries our mark."""
+    auto.AUTO_QUANTIZER_MAPPING[OWN] = _PACKED_QUANTIZER
+    configs = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    configs[OWN] = _PACKED_CONFIG
+    for method in _SHARED:
+        configs[method] = _ours_if_marked(configs[method])
+
+
+def _ours_if_marked(original: Any) -> type:
+    """`original`, except that a config with our mark becomes a PackedConfig."""
+    if getattr(original, "looks_for_mark", False):  # registered before
+        return original
+
+    class Marked(original):
+        looks_for_mark = True
+
+        @classmethod
+        def from_dict(cls, config_dict: dict, **kwargs: Any) -> Any:
+            kind = _PACKED_CONFIG if config_dict.get(MARK) == OWN else original
+            return kind.from_dict(config_dict, **kwargs)
+
+    return Marked
+
+
+# Modules of transformers with the function that adds our rows to their tables. One of the first
+# and the last is part of every way to a model.
+_TABLES: dict[str, Callable[[Any], None]] = {
+    "transformers.models.auto.configuration_auto": _add_config,
+    "transformers.models.auto.tokenization_auto": _add_tokenizer,
+    "transformers.quantizers.auto": _add_quantizers,
+}
+
+
+class _Finder:
+    """Finds the modules in `_TABLES` where Python does; our rows are added when they have run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in _TABLES:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_add(module: ModuleType) -> None:
+                run(module)
+                _TABLES[name](module)
+
+            spec.loader.exec_module = run_and_add  # type: ignore[assignment]
+        return spec
 
 
 def register() -> None:
-    """Makes `from_pretrained` of transformers know our outputs; no remote code is involved."""
-    auto.AUTO_QUANTIZER_MAPPING[OWN] = PackedQuantizer
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[OWN] = PackedConfig
-    for method in _SHARED:
-        known = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method]
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _handing_on(known)
+    """Makes `from_pretrained` of transformers know our outputs; no remote code is involved.
 
-
-def _handing_on(original: type[QuantizationConfigMixin]) -> type[QuantizationConfigMixin]:
-    class Marked(original):  # type: ignore[valid-type,misc]
-        @classmethod
-        def from_dict(cls, config_dict: dict, **kwargs: Any) -> QuantizationConfigMixin:
-            if config_dict.get(MARK) == OWN:
-                return PackedConfig.from_dict(config_dict, **kwargs)
-            return original.from_dict(config_dict, **kwargs)
-
-    return Marked
+    Another call changes nothing.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name, add_rows in _TABLES.items():
+        if name in sys.modules:
+            add_rows(import_module(name))  # waits where another thread is still importing it

@@ -4,21 +4,13 @@ import shutil
 from pathlib import Path
 
 import sentencepiece
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.families.grok_model import Grok1Config
+from grokquant.families.grok_tokenizer import Grok1Tokenizer
 from grokquant.files.atomic import commit, temporary, write_json
 from grokquant.types import Source
-
-
-class Grok1Tokenizer(SentencePieceBackend):
-    """Grok-1's SentencePiece model as it is: its own encode and decode, no tokens added."""
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return self.sp_model.decode_pieces(tokens)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -77,8 +69,3 @@ def _sentencepiece(path: Path) -> Grok1Tokenizer:
     }
     special = {f"{name}_token": model.id_to_piece(i) for name, i in ids.items() if i >= 0}
     return Grok1Tokenizer(vocab_file=str(path), **special)
-
-
-def register() -> None:
-    """Lets AutoTokenizer find Grok-1's tokenizer."""
-    AutoTokenizer.register(Grok1Config, slow_tokenizer_class=Grok1Tokenizer, exist_ok=True)

@@ -4,20 +4,20 @@ Used for the embedded toy and for tests. Payloads are streamed from their tensor
 """
 
 import json
-import os
 import struct
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from grokquant.files.atomic import commit, temporary, write_text
 from grokquant.sources.release import file_name, leaf_names
 
-FRAME_TARGET, FRAME_MINIMUM = 64 * 1024, 4
+# CPython's: a frame ends before the first object beyond 64 KiB, and below 4 bytes has no header.
+FRAME_TARGET = 64 * 1024
+FRAME_MINIMUM = 4
 MULTIARRAY = "numpy.core.multiarray"
 
 
@@ -57,17 +57,20 @@ def write_release(directory: Path, config: dict, leaves: Iterable[tuple[str, Lea
     if index:
         raise ValueError(f"{len(index)} leaves are missing, such as {next(iter(index))}")
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    _publish(directory / "config.json", [text.encode()])
+    write_text(directory / "config.json", text)
 
 
 def write_leaf(path: Path, leaf: Leaf, multiarray: str = MULTIARRAY) -> None:
-    """Writes one tensor file; `multiarray` is numpy's module that the pickle names.
+    """Writes one tensor file; `multiarray` is the module of numpy that the pickle names.
 
-    Raises ValueError where the chunks of an array are fewer or more than its shape says.
+    Raises ValueError if the chunks of an array hold fewer or more bytes than its shape says.
     """
     arrays = list(leaf) if isinstance(leaf, tuple) else [leaf]
     parts = _framed([(array.dtype, tuple(array.shape)) for array in arrays], multiarray)
-    _publish(path, _filled(parts, arrays))
+    with temporary(path) as name:
+        with name.open("xb") as file:
+            file.writelines(_filled(parts, arrays))
+        commit(name, path)
 
 
 def _filled(parts: Iterable[bytes | int], arrays: list[Payload]) -> Iterator[bytes | memoryview]:
@@ -76,16 +79,6 @@ def _filled(parts: Iterable[bytes | int], arrays: list[Payload]) -> Iterator[byt
             yield from _payload(arrays[part])
         else:
             yield part
-
-
-def framed_size(weight: tuple[int, ...], scales: tuple[int, ...] | None = None) -> int:
-    """Bytes of the file of an int8 `weight` with bfloat16 `scales`, or of a float32 leaf."""
-    if scales is None:
-        arrays = [(torch.float32, weight)]
-    else:
-        arrays = [(torch.int8, weight), (torch.bfloat16, scales)]
-    parts = _framed(arrays, MULTIARRAY)
-    return sum(_nbytes(*arrays[part]) if isinstance(part, int) else len(part) for part in parts)
 
 
 def quantize_leaf(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -113,23 +106,6 @@ def _payload(array: Payload) -> Iterator[memoryview]:
         yield data
     if left:
         raise ValueError(f"chunks of a {tuple(array.shape)} array are {-left} bytes too long")
-
-
-def _publish(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            _write_durably(file, parts)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_durably(file: BinaryIO, parts: Iterable[bytes | memoryview]) -> None:
-    for part in parts:
-        file.write(part)
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _framed(arrays: list[tuple[torch.dtype, tuple]], multiarray: str) -> Iterator[bytes | int]:
@@ -267,4 +243,5 @@ class _Pickler:
         if self.frame_size >= FRAME_MINIMUM:
             self.parts.append(b"\x95" + struct.pack("<Q", self.frame_size))
         self.parts += self.frame
-        self.frame, self.frame_size = [], 0
+        self.frame = []
+        self.frame_size = 0

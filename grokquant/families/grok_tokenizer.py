@@ -1,0 +1,10 @@
+"""Grok-1's tokenizer in transformers' form; transformers itself has none."""
+
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+
+class Grok1Tokenizer(SentencePieceBackend):
+    """Grok-1's SentencePiece model as it is: its own encode and decode, no tokens added."""
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return self.sp_model.decode_pieces(tokens)
