@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from grokquant.errors import InputError
-from grokquant.evaluation.bootstrap import Bootstrap, Interval
-from grokquant.evaluation.report import JSON_NAME, Report, read_report
+from grokquant.evaluation.bootstrap import Resampler
+from grokquant.evaluation.report import JSON_NAME, Estimate, Report, read_report
 from grokquant.reporting.rows import name_of
 from grokquant.version import __version__
 
@@ -101,13 +101,13 @@ def contest(paths: Sequence[str | Path]) -> Contest:
     )
 
 
-def difference(run: Run, other: Run, figure: Figure) -> Interval:
+def difference(run: Run, other: Run, figure: Figure) -> Estimate:
     """The mean of `figure` over tokens, `run` minus `other`, documents drawn again in pairs."""
     tokens = run.report.documents.tokens
     own, theirs = (getattr(r.report.documents, figure) for r in (run, other))
     sums = np.stack([np.array(column, dtype=np.float64) for column in (tokens, own, theirs)], -1)
-    drawn = Bootstrap(sums, run.report.bootstrap.resamples, run.report.bootstrap.seed)
-    return drawn.interval(lambda s: (s[..., 1] - s[..., 2]) / s[..., 0])
+    drawn = Resampler(sums, run.report.bootstrap.resamples, run.report.bootstrap.seed)
+    return drawn.estimate(lambda s: (s[..., 1] - s[..., 2]) / s[..., 0])
 
 
 def standings(runs: Sequence[Run], figure: Figure) -> Iterator[Standing]:

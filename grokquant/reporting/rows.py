@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grokquant import humanize
-from grokquant.evaluation.report import Checkpoint, Estimate, Report
+from grokquant.evaluation.report import ComparedModel, Estimate, Report
 
 LOWER, HIGHER = "↓ lower", "↑ higher"
 NEAR_ONE, NEAR_ZERO = "→ near 1", "→ near 0"
@@ -290,13 +290,13 @@ def _basis(report: Report) -> str:
     )
 
 
-def name_of(checkpoint: Checkpoint) -> str:
+def name_of(checkpoint: ComparedModel) -> str:
     """The last part of the path that names something."""
     parts = [part for part in checkpoint.path.replace("\\", "/").split("/") if part]
     return parts[-1] if parts else checkpoint.path
 
 
-def bf16_bytes(checkpoint: Checkpoint) -> int:
+def bf16_bytes(checkpoint: ComparedModel) -> int:
     return 2 * checkpoint.parameters
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from grokquant.evaluation.report import Protocol, Report, Suite, TaskMetric, TaskValue
+from grokquant.evaluation.report import Protocol, Report, SuiteResult, TaskMetric, TaskValue
 from grokquant.reporting.rows import NBSP, markdown_cell, number, percent
 
 ARROWS = {True: "↑ higher", False: "↓ lower", None: ""}
@@ -39,7 +39,7 @@ def limit_words(threshold: str) -> str:
     return "at most" if threshold.startswith("max") else "at least"
 
 
-def suite_words(suite: Suite) -> str:
+def suite_words(suite: SuiteResult) -> str:
     """How the thresholds fared, in a sentence."""
     missed, total = sum(not gate.met for gate in suite.gates), len(suite.gates)
     if not missed:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grokquant.errors import InputError
-from grokquant.recipe import CalibrationSection, check_data
+from grokquant.recipe import CalibrationSection, check_text
 
 if TYPE_CHECKING:
     from grokquant.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) 
     the name), split `train` by default, column `text`. Raises InputError naming file and line.
     """
     try:
-        check_data(data)
+        check_text(data)
     except ValueError as error:
         raise InputError(f"text: {error}") from None
     if data == "python-docs":
@@ -102,11 +102,11 @@ def calibration_rows(
     Rows are no longer than the model has positions.
     """
     length = min(settings.length, checkpoint.config.max_position_embeddings)
-    documents = load_documents(settings.data, "calibration")
+    documents = load_documents(settings.text, "calibration")
     try:
         return token_rows(documents, tokenizer, settings.samples, length, settings.seed)
     except InputError as error:
-        raise InputError(f"calibration.data: {settings.data}: {error}") from None
+        raise InputError(f"calibration.text: {settings.text}: {error}") from None
 
 
 def text_digest(documents: Sequence[str]) -> str:
