@@ -15,7 +15,6 @@ from grokquant.families.config import usual_fields
 
 # (config, layer) -> names of its quantizable matrices, unit's end -> tensor's end
 Matrices = Callable[[PreTrainedConfig, int], Mapping[str, str]]
-PARTS = ("gate", "up", "down")
 
 
 def everywhere(table: Mapping[str, str]) -> Matrices:
