@@ -38,7 +38,7 @@ class TokenFigures:
 def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenFigures:
     """Figures from both models' logits [tokens, vocabulary] and the true next tokens [tokens].
 
-    In float64 over the whole vocabulary, of which only a chunk is held at a time.
+    In float64 over the whole vocabulary, with copies of one chunk at a time.
     """
     pieces = (t.split(_TOKENS) for t in (logits, reference, targets))
     return TokenFigures.cat([_compare(*piece) for piece in zip(*pieces, strict=True)])

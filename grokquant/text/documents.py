@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _INSTALL = 'it needs the eval extra: pip install "grokquant[eval]"'
 
 
-def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) -> list[str]:
-    """The texts that `data` names, empty ones left out.
+def load_documents(text: str, part: Literal["train", "calibration", "heldout"]) -> list[str]:
+    """The texts that `text` names, empty ones left out.
 
     `python-docs` is the text of this Python installation, of which `part` is taken. A .txt file is
     one document; a .jsonl file holds one per line and a .parquet file one per row, both in `text`.
@@ -30,17 +30,17 @@ def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) 
     the name), split `train` by default, column `text`. Raises InputError naming file and line.
     """
     try:
-        check_text(data)
+        check_text(text)
     except ValueError as error:
-        raise InputError(f"text: {error}") from None
-    if data == "python-docs":
+        raise InputError(str(error), "text") from None
+    if text == "python-docs":
         from grokquant.text import python_docs
 
         return python_docs.documents(part)
-    read = READERS.get(Path(data).suffix.lower(), _read_dataset)
-    documents = [text for text in read(data) if text.strip()]
+    read = READERS.get(Path(text).suffix.lower(), _read_dataset)
+    documents = [document for document in read(text) if document.strip()]
     if not documents:
-        raise InputError(f"{data}: holds no text")
+        raise InputError(f"{text}: holds no text")
     return documents
 
 
