@@ -58,7 +58,7 @@ def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> P
 def evaluate(
     quantized: str | Path,
     reference: str | Path,
-    data: str | None = None,
+    text: str | None = None,
     samples: int | None = None,
     length: int | None = None,
     device: str = "auto",
@@ -66,25 +66,29 @@ def evaluate(
     quick: bool = False,
     cache: str | Path | None = None,
     cache_size: str = "20GB",
+    data: str | None = None,
 ) -> "Report":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    `suite`, the name of a shipped one or a file, brings texts, tasks and thresholds; how these
-    fared is in the report. Without one, what is not given comes from the eval section of the
-    recipe that made `quantized`. `quick` leaves out measuring each layer alone; `cache` names a
-    directory of at most `cache_size` that keeps what the reference does, for the next output that
-    is compared with it.
+    `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`.
+    A `suite`, shipped or from a file, has its own texts, besides tasks and thresholds; the outcome
+    of the thresholds is in the report. `quick` does not measure each layer alone. `cache` is a
+    directory of at most `cache_size` that keeps the reference's states for the next evaluation.
+    `data` is the former name of `text`. Raises InputError.
     """
     from warnings import warn
 
-    from grokquant import evaluation
     from grokquant.devices import device_of
+    from grokquant.evaluation.run import cache_at, run_suite, suite_for
 
-    plan = evaluation.suite_for(quantized, suite, data, samples, length)
-    place = device_of(device)
-    kept = evaluation.cache_at(cache, cache_size, warn)
-    return evaluation.run_suite(
-        quantized, reference, plan, suite or "", device=place, forced=not quick, cache=kept
+    return run_suite(
+        quantized,
+        reference,
+        suite_for(quantized, suite, data if text is None else text, samples, length),
+        suite or "",
+        device=device_of(device),
+        forced=not quick,
+        cache=cache_at(cache, cache_size, warn),
     ).report
 
 

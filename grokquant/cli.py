@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from grokquant.errors import GrokquantError
+from grokquant.errors import GrokquantError, InputError
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except GrokquantError as error:
-            code, text = error.exit_code, str(error)
+            code = error.exit_code
+            text = str(error)
+            if isinstance(error, InputError) and (option := self._option(ctx, error.key)):
+                text = f"{option}: {error.text}"
         except BrokenPipeError:
             raise  # whoever read the output has seen enough; click knows
         except OSError as error:
@@ -41,6 +44,14 @@ class _Commands(click.Group):
             code, text = 130, "interrupted, nothing was published"
         click.echo(f"grokquant: {_printable(text)}", err=True)
         ctx.exit(code)
+
+    def _option(self, ctx: click.Context, key: str | None) -> str | None:
+        """The option that fills parameter `key` of the command that ran, as users type it."""
+        command = self.commands.get(ctx.invoked_subcommand or "")
+        for parameter in command.params if command else ():
+            if isinstance(parameter, click.Option) and parameter.name == key:
+                return parameter.opts[0]
+        return None
 
 
 def _printable(text: str) -> str:
@@ -158,8 +169,9 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
 @main.command(name="eval")
 @click.argument("output")
 @click.option("--reference", required=True, metavar="PATH", help="The checkpoint it was made from.")
-@click.option("--text", metavar="DATA", help="python-docs, a txt/jsonl/parquet file or hub data.")
-@click.option("--windows", type=click.IntRange(1), help="How many windows of text to score.")
+@click.option("--text", metavar="TEXT", help="python-docs, a txt/jsonl/parquet file or hub data.")
+@click.option("--samples", type=click.IntRange(1), help="Number of windows of text to score.")
+@click.option("--windows", "samples", type=click.IntRange(1), hidden=True)  # its former name
 @click.option("--length", type=click.IntRange(8), help="Tokens per window.")
 @click.option(
     "--suite", metavar="NAME", help="smoke, fidelity, tasks, grok-1 or a file: texts, tasks, gates."
@@ -176,7 +188,7 @@ def evaluate(
     output: str,
     reference: str,
     text: str | None,
-    windows: int | None,
+    samples: int | None,
     length: int | None,
     suite: str | None,
     directory: str | None,
@@ -189,13 +201,14 @@ def evaluate(
     """Compare OUTPUT with the checkpoint that it was made from.
 
     Perplexity, KL divergence and routing on the same tokens, as report.html and report.json. Both
-    models are streamed, neither has to fit in memory. Text, windows and length default to the
+    models are streamed, neither has to fit in memory. Text, samples and length default to the
     eval section of the recipe that OUTPUT was made by. A suite brings its own, tasks of lm-eval
     besides, and thresholds: the exit code is 1 where one is missed. OUTPUT may be of other tools,
     in a format that is known.
     """
-    from grokquant import evaluation
     from grokquant.devices import device_of
+    from grokquant.evaluation.run import cache_at, run_suite, suite_for
+    from grokquant.evaluation.suite import check_gates
     from grokquant.job.shards import check_writable
     from grokquant.reporting.publish import publish
     from grokquant.reporting.rows import terminal_table, verdict
@@ -204,18 +217,17 @@ def evaluate(
 
     reports = Path(directory or Path(output) / "evaluation")
     check_writable(reports)
-    plan = evaluation.suite_for(output, suite, text, windows, length)
+    chosen = suite_for(output, suite, text, samples, length)
     with LayerProgress() as progress:
-        kept = evaluation.cache_at(cache, cache_size, progress.note)
-        report = evaluation.run_suite(
+        report = run_suite(
             output,
             reference,
-            plan,
+            chosen,
             suite or "",
             progress.layer_done,
             device_of(device),
             forced=not quick,
-            cache=kept,
+            cache=cache_at(cache, cache_size, progress.note),
         ).report
     _, page = publish(report, Path(output), reports)
     if as_json:
@@ -223,7 +235,7 @@ def evaluate(
     else:
         _print_tables(terminal_table(report), *suite_tables(report))
         click.echo(f"{verdict(report)}\nreport: {page}")
-    evaluation.check_gates(report)
+    check_gates(report)
 
 
 @main.command()

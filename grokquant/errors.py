@@ -8,9 +8,17 @@ class GrokquantError(Exception):
 
 
 class InputError(GrokquantError):
-    """A file, recipe, option or directory that cannot be used (exit 2). The text names it."""
+    """A file, recipe, option or directory that cannot be used (exit 2). The text names it.
+
+    `key` is the parameter at fault, by its name in Python; the command line shows its option.
+    """
 
     exit_code = 2
+
+    def __init__(self, text: str, key: str | None = None) -> None:
+        super().__init__(text if key is None else f"{key}: {text}")
+        self.text = text
+        self.key = key
 
 
 class GateError(GrokquantError):

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from jobs import Job, Launcher, new_job
 from make_release import write_random_release
+from torch import Tensor
 
 from grokquant.files.atomic import sha256
 from grokquant.grids import Scheme
 from grokquant.methods import METHODS
 from grokquant.recipe import Recipe, parse_recipe
+from grokquant.streaming.blocks import BlockwiseModel
 from grokquant.toy import TOY_PATH
 from grokquant.types import Matrix, Unit
 
@@ -39,6 +41,12 @@ def unit_of(
     place = Matrix(tensor, tensor, layer=0, part=tensor, reads=tensor)
     settings = METHODS[method].settings() if settings is None else settings
     return Unit(**vars(place), shape=shape, scheme=scheme, method=method, settings=settings, rule=0)
+
+
+def run_stored_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> Tensor:
+    """Outputs of layer `index` for `hidden`, with its experts as the checkpoint has them."""
+    mix = model.mix_experts(index, lambda number, x, token: model.stored_expert(index, number))
+    return model.run_layer(index, hidden, mix)
 
 
 def seal(output: Path) -> None:
@@ -78,10 +86,10 @@ def tiny_recipe(tiny_release, text_file, tmp_path):
     def make(*rules: dict, **sections: object) -> Recipe:
         values = {
             "model": {"path": str(tiny_release)},
-            "calibration": {"data": str(text_file), "samples": 16, "length": 64},
+            "calibration": {"text": str(text_file), "samples": 16, "length": 64},
             "quantize": list(rules) or [EXPERTS, ATTENTION],
             "output": {"path": str(tmp_path / "out")},
-            "eval": {"data": str(text_file), "samples": 4, "length": 64},
+            "eval": {"text": str(text_file), "samples": 4, "length": 64},
         }
         return parse_recipe(values | sections)
 

@@ -179,7 +179,7 @@ def new_job(launcher: Launcher, home: Path, source: Path, text: Path, kind: str)
     job = Job(launcher, home, home / "recipe.yaml")
     values = {
         "model": {"path": str(source)},
-        "calibration": {"data": str(text), "samples": 8, "length": 32},
+        "calibration": {"text": str(text), "samples": 8, "length": 32},
         "quantize": RULES[kind],
         "experts": {"min_tokens": 1},
         "output": {"path": str(job.out), "shard": SHARD},

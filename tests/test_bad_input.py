@@ -36,7 +36,7 @@ class Place:
         shutil.copyfile(text, self.text)
         self.values = {
             "model": {"path": str(self.source)},
-            "calibration": {"data": str(self.text), "samples": 4, "length": 64},
+            "calibration": {"text": str(self.text), "samples": 4, "length": 64},
             "quantize": [EXPERTS, ATTENTION],
             "max_fallbacks": 1.0,
             "output": {"path": str(self.out)},
@@ -445,14 +445,14 @@ def test_verify_and_eval_find_the_damage_too(hf, tiny_release, damage):
     act, complaint = HF[damage]
     act(hf.source)
     assert complaint in hf.fails("verify", hf.source, code=1)
-    options = ("--text", hf.text, "--windows", 2, "--length", 32)
+    options = ("--text", hf.text, "--samples", 2, "--length", 32)
     assert complaint in hf.fails("eval", hf.source, "--reference", tiny_release, *options)
 
 
 def test_weights_too_large_to_run(hf, tiny_release):
     """Finite numbers whose products are not."""
     edit_tensors(hf.source, lambda t: t[EXPERT + ".weight_scale"].fill_(3e38))
-    options = ("--text", hf.text, "--windows", 2, "--length", 32)
+    options = ("--text", hf.text, "--samples", 2, "--length", 32)
     message = hf.fails("eval", hf.source, "--reference", tiny_release, *options)
     assert message == f"{hf.source}: the outputs of layer 1 are not finite"
 
@@ -499,8 +499,8 @@ RECIPES = {
     'model.path="\\ud800"': "--set model.path: expected a path",
     "model.config=absent.json": "absent.json: cannot be read",
     "calibration.length=4": "--set calibration.length: ",
-    "calibration.data=wikitext": "--set calibration.data: expected python-docs",
-    "calibration.data=absent.txt": "absent.txt: No such file",
+    "calibration.text=wikitext": "--set calibration.text: expected python-docs",
+    "calibration.text=absent.txt": "absent.txt: No such file",
     "output.path": "--set output.path: expected KEY=VALUE",
     "=": "--set =: expected KEY=VALUE",
 }
@@ -567,7 +567,7 @@ def test_unusable_text(place, quantized, tiny_release, kind):
         path.mkdir()
     else:
         path.write_bytes(content)
-    assert complaint in place.quantizing_fails(f"calibration.data={path}")
+    assert complaint in place.quantizing_fails(f"calibration.text={path}")
     message = place.fails("eval", quantized, "--reference", tiny_release, "--text", path)
     assert complaint in message
 
@@ -681,7 +681,7 @@ def test_the_disk_fills_up(place, mount, quantized, monkeypatch, file):
 def test_the_disk_fills_up_with_a_report(place, mount, quantized, tiny_release):
     disk = mount("size=16k")
     options = ("--reference", tiny_release, "--text", place.text, "--output", disk)
-    message = place.fails("eval", quantized, *options, "--windows", 2)
+    message = place.fails("eval", quantized, *options, "--samples", 2)
     assert message == f"{disk}: cannot be written: No space left on device"
     assert list(disk.iterdir()) == []
 
@@ -725,7 +725,7 @@ def test_reports_cannot_be_written(hf, tiny_release):
 
 def test_text_that_does_not_exist(place, quantized, tiny_release):
     command = ("eval", quantized, "--reference", tiny_release, "--text")
-    assert place.fails(*command, "wikitext").startswith("eval.data: expected python-docs, a .txt")
+    assert place.fails(*command, "wikitext").startswith("--text: expected python-docs, a .txt")
     assert place.fails(*command, "absent.jsonl") == "absent.jsonl: No such file or directory"
 
 

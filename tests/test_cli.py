@@ -62,10 +62,10 @@ def recipe(place, tiny_release, text_file) -> Path:
     path = place / "recipe.yaml"
     values = {
         "model": {"path": str(tiny_release)},
-        "calibration": {"data": str(text_file), "samples": 16, "length": 64},
+        "calibration": {"text": str(text_file), "samples": 16, "length": 64},
         "quantize": [EXPERTS, ATTENTION],
         "output": {"path": str(place / "out")},
-        "eval": {"data": str(text_file), "samples": 4, "length": 64},
+        "eval": {"text": str(text_file), "samples": 4, "length": 64},
     }
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path
@@ -102,7 +102,9 @@ def test_help_tells_commands_examples_and_exit_codes():
 def test_help_of_a_command_explains_every_option(command):
     text = done(command, "--help")
     for parameter in main.commands[command].params:
-        if parameter.param_type_name == "option":
+        if getattr(parameter, "hidden", False):
+            assert parameter.opts[0] not in text
+        elif parameter.param_type_name == "option":
             assert parameter.opts[0] in text
             assert parameter.help
         else:
@@ -129,7 +131,7 @@ def test_version():
         ["quantize", "a.yaml", "--set"],
         ["plan", "a.yaml", "--dry-run"],
         ["eval", "out"],
-        ["eval", "out", "--reference", "toy", "--windows", "0"],
+        ["eval", "out", "--reference", "toy", "--samples", "0"],
         ["eval", "out", "--reference", "toy", "--length", "long"],
         ["compare"],
         ["convert", "out", "--format", "zip"],
@@ -227,7 +229,7 @@ def test_a_missed_gate_exits_1(recipe, tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluated(output, tiny_release, text_file, place) -> Result:
-    options = ("--text", text_file, "--windows", 3, "--length", 32, "--output", place / "reports")
+    options = ("--text", text_file, "--samples", 3, "--length", 32, "--output", place / "reports")
     return run("eval", output, "--reference", tiny_release, *options, "--json")
 
 
@@ -258,7 +260,7 @@ def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
 
 
 def test_eval_keeps_the_reference_for_the_next_time(output, tiny_release, place, evaluated):
-    options = ("--windows", 3, "--length", 32, "--output", place / "cached")
+    options = ("--samples", 3, "--length", 32, "--output", place / "cached")
     options += ("--cache", place / "cache")
     first, again = (json_of("eval", output, "--reference", tiny_release, *options) for _ in "12")
     assert first == again
@@ -266,13 +268,35 @@ def test_eval_keeps_the_reference_for_the_next_time(output, tiny_release, place,
     quick = json_of("eval", output, "--reference", tiny_release, *options[:4], "--quick")
     assert quick["layers"][0]["forced"] is None and first["layers"][0]["forced"]
     small = run("eval", output, "--reference", tiny_release, *options, "--cache-size", "much")
-    assert small.exit_code == 2 and "cache: expected a size such as 5GB" in small.stderr
+    assert small.exit_code == 2 and "--cache-size: expected a size such as 5GB" in small.stderr
+
+
+def test_windows_is_still_an_option(evaluated, output, tiny_release, text_file, place):
+    """By its former name, which no help shows."""
+    options = ("--text", text_file, "--windows", 3, "--length", 32, "--output", place / "former")
+    again = run("eval", output, "--reference", tiny_release, *options, "--json")
+    assert again.stdout == evaluated.stdout
+    assert "--windows" not in done("eval", "--help")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--suite", "smoke", "--samples", 3], "--samples: cannot be combined with suite smoke"),
+        (["--suite", "smoke", "--windows", 3], "--samples: cannot be combined with suite smoke"),
+        (["--suite", "fidelty"], "--suite: no suite 'fidelty', expected a file or one of"),
+        (["--text", "wikitext"], "--text: expected python-docs, a .txt"),
+    ],
+)
+def test_errors_about_a_parameter_name_its_option(output, tiny_release, options, complaint):
+    failed = run("eval", output, "--reference", tiny_release, *options)
+    assert failed.exit_code == 2 and failed.stderr.startswith(f"grokquant: {complaint}")
 
 
 def test_compare_prints_tables_markdown_or_json(output, tiny_release, place):
-    options = ("--windows", 3, "--length", 32)
+    options = ("--samples", 3, "--length", 32)
     done("eval", tiny_release, "--reference", tiny_release, *options, "--text",
-         json.loads((place / "recipe.yaml").read_text())["eval"]["data"],
+         json.loads((place / "recipe.yaml").read_text())["eval"]["text"],
          "--output", place / "itself")  # fmt: skip
     done("eval", output, "--reference", tiny_release, *options)
     runs = (output, place / "itself")
@@ -373,7 +397,7 @@ def test_hostile_names_cannot_break_the_line_or_color_the_terminal(tmp_path):
         ("job.plan", "build_plan", ["plan", "{recipe}"]),
         ("job.pipeline", "quantize", ["quantize", "{recipe}"]),
         ("runtime.generate", "generate_text", ["generate", "toy", "--prompt", "x"]),
-        ("evaluation", "run_suite", ["eval", "toy", "--reference", "toy"]),
+        ("evaluation.run", "run_suite", ["eval", "toy", "--reference", "toy"]),
     ],
 )
 def test_interrupted_commands_exit_130(module, function, arguments, recipe, monkeypatch):

@@ -11,7 +11,7 @@ from rich.console import Console
 from test_report import content, estimate
 
 from grokquant.errors import InputError
-from grokquant.evaluation.bootstrap import Bootstrap
+from grokquant.evaluation.bootstrap import Resampler
 from grokquant.reporting.ranking import Ranking, Standing, difference, rank_models
 from grokquant.reporting.ranking_tables import markdown, terminal_tables
 
@@ -86,7 +86,7 @@ def test_the_front_is_what_nothing_is_smaller_and_better_than(found):
 def test_pairs_tell_apart_what_single_intervals_do_not(found):
     four, poor = (next(m for m in found.models if m.name == name) for name in ("four", "poor"))
     alone = [
-        Bootstrap(np.stack((TOKENS.astype(float), r.report.documents.kld), -1)).interval(
+        Resampler(np.stack((TOKENS.astype(float), r.report.documents.kld), -1)).estimate(
             lambda s: s[..., 1] / s[..., 0]
         )
         for r in (four, poor)

@@ -62,7 +62,8 @@ def test_every_option_is_shown(generated):
     for name, command in main.commands.items():
         assert f"## {name}\n" in text
         for parameter in command.params:
-            assert parameter.param_type_name == "argument" or parameter.help in text
+            if parameter.param_type_name == "option" and not parameter.hidden:
+                assert parameter.help in text
 
 
 def test_every_format_is_shown(generated):

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_moe_view import counted
 
 import grokquant
-from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.evaluation import run
 from grokquant.evaluation.cache import Cache
+from grokquant.evaluation.suite import suite_of
 from grokquant.recipe import EvalSection
 
 BUDGET = 50_000_000
@@ -23,7 +24,7 @@ BUDGET = 50_000_000
 
 @pytest.fixture(scope="module")
 def settings(text_file) -> EvalSection:
-    return EvalSection(data=str(text_file), samples=3, length=40)
+    return EvalSection(text=str(text_file), samples=3, length=40)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def evaluate(outputs, tiny_release, settings, monkeypatch):
     """bytes of the report of an output, and which tensors of the reference were read."""
     opened = open_checkpoint
 
-    def run(
+    def counted_run(
         bits: int, cache: Cache | None = None, reference: Path = tiny_release, **changes: object
     ) -> tuple[str, set[str]]:
         reads: Counter[str] = Counter()
@@ -65,14 +66,14 @@ def evaluate(outputs, tiny_release, settings, monkeypatch):
             side = "reference" if Path(path) == reference else "quantized"
             return counted(opened(path), reads, side)
 
-        monkeypatch.setattr(evaluation, "open_checkpoint", open_counted)
+        monkeypatch.setattr(run, "open_checkpoint", open_counted)
         forced = bool(changes.pop("forced", True))
-        used = settings.model_copy(update=changes)
-        report = evaluation.evaluate(outputs[bits], reference, used, forced=forced, cache=cache)
+        suite = suite_of(settings.model_copy(update=changes))
+        report = run.run_suite(outputs[bits], reference, suite, forced=forced, cache=cache).report
         of_reference = {name.split()[1] for name in reads if name.startswith("reference ")}
         return json.dumps(report.to_json()), of_reference
 
-    return run
+    return counted_run
 
 
 def files(cache: Cache) -> list[Path]:

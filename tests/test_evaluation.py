@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS
+from conftest import ATTENTION, EXPERTS, run_stored_layer
 from make_release import write_random_release
 from numpy.typing import NDArray
 from torch import Tensor
 
 import grokquant
-from grokquant import evaluation
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import measure, statistics
 from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.report import Report, read_report
+from grokquant.evaluation.run import run_suite
+from grokquant.evaluation.suite import suite_of
 from grokquant.families.grok_model import GrokDecoderLayer, GrokRouter
 from grokquant.job.verify import verify
 from grokquant.recipe import EvalSection
@@ -41,7 +42,7 @@ WINDOWS, LENGTH = 11, 200
 
 @pytest.fixture(scope="module")
 def settings(text_file) -> EvalSection:
-    return EvalSection(data=str(text_file), samples=WINDOWS, length=LENGTH)
+    return EvalSection(text=str(text_file), samples=WINDOWS, length=LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def output(outputs, tmp_path) -> Path:
 
 
 def rows_of(settings: EvalSection, checkpoint: Checkpoint) -> Tensor:
-    documents = load_documents(settings.data, "heldout")
+    documents = load_documents(settings.text, "heldout")
     tokenizer = load_tokenizer(checkpoint)
     return token_rows(documents, tokenizer, settings.samples, settings.length, None)
 
@@ -288,10 +289,9 @@ def test_layers_are_those_of_whole_models(report, pair):
 @pytest.mark.parametrize("at_once", [1, 50, 199])
 def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatch, at_once):
     monkeypatch.setattr(measure, "_LOGITS_AT_ONCE", at_once * 2048)
-    settings = settings_of(outputs["int4"], samples=2)
-    pieces = evaluation.evaluate(outputs["int4"], tiny_release, settings)
+    pieces = grokquant.evaluate(outputs["int4"], tiny_release, samples=2)
     monkeypatch.undo()
-    whole = evaluation.evaluate(outputs["int4"], tiny_release, settings)
+    whole = grokquant.evaluate(outputs["int4"], tiny_release, samples=2)
     assert pieces.protocol == whole.protocol
     assert pieces.kld.mean.value == pytest.approx(whole.kld.mean.value, rel=1e-6)
     assert pieces.perplexity.ratio.value == pytest.approx(whole.perplexity.ratio.value, rel=1e-6)
@@ -319,8 +319,11 @@ def test_each_tensor_is_read_once(outputs, tiny_release):
 
 def test_layers_are_told_as_they_are_done(outputs, tiny_release, settings):
     told = []
-    evaluation.evaluate(
-        outputs["int4"], tiny_release, settings, lambda layer, total: told.append((layer, total))
+    run_suite(
+        outputs["int4"],
+        tiny_release,
+        suite_of(settings),
+        layer_done=lambda layer, total: told.append((layer, total)),
     )
     assert [(layer.layer, total) for layer, total in told] == [(0, LAYERS), (1, LAYERS)]
 
@@ -337,7 +340,7 @@ def test_a_lossless_copy_costs_nothing(outputs, tiny_release):
 
 
 def test_a_model_against_itself(tiny_release, settings):
-    report = evaluation.evaluate(tiny_release, tiny_release, settings)
+    report = grokquant.evaluate(tiny_release, tiny_release, **settings.model_dump())
     assert report.kld.maximum <= 1e-9 and report.delta_p.maximum <= 1e-6
     assert report.perplexity.correlation == pytest.approx(1)
     assert report.perplexity.difference.value == pytest.approx(0, abs=1e-3)
@@ -373,8 +376,8 @@ def test_the_noise_floor_is_measured(outputs, tiny_release, monkeypatch):
 
 def test_settings_are_those_of_the_recipe_unless_given(outputs, settings, tiny_release):
     assert settings_of(outputs["int4"]) == settings
-    changed = settings_of(outputs["int4"], data="python-docs", samples=3, length=99)
-    assert changed == EvalSection(data="python-docs", samples=3, length=99)
+    changed = settings_of(outputs["int4"], text="python-docs", samples=3, length=99)
+    assert changed == EvalSection(text="python-docs", samples=3, length=99)
     assert settings_of(tiny_release) == EvalSection()
     assert settings_of(tiny_release, length=64) == EvalSection(length=64)
 
@@ -384,13 +387,13 @@ def test_settings_are_those_of_the_recipe_unless_given(outputs, settings, tiny_r
     [
         ({"samples": 0}, "greater than or equal to 1"),
         ({"length": 4}, "greater than or equal to 8"),
-        ({"data": "nonsense"}, "not 'nonsense'"),
+        ({"text": "nonsense"}, "not 'nonsense'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(outputs, given, words):
     with pytest.raises(InputError, match=words) as error:
         settings_of(outputs["int4"], **given)
-    assert "\n" not in str(error.value) and str(error.value).startswith("eval")
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"{next(iter(given))}: ")
 
 
 def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, text_file):
@@ -411,7 +414,8 @@ def test_other_texts_can_be_given(outputs, tiny_release, text_file, tmp_path):
     lines = tmp_path / "text.jsonl"
     lines.write_text(json.dumps({"text": text_file.read_text()}) + "\n")
     evaluate = partial(grokquant.evaluate, outputs["int4"], tiny_release, samples=2, length=32)
-    same, other = evaluate(data=str(text_file)), evaluate(data=str(lines))
+    same, other = evaluate(text=str(text_file)), evaluate(text=str(lines))
+    assert evaluate(data=str(lines)) == other  # its former name
     assert other.kld == same.kld
     assert other.protocol.text == str(lines)
     assert other.protocol.text_sha256 == same.protocol.text_sha256
@@ -421,7 +425,7 @@ def test_python_docs_is_the_held_out_part(outputs, tiny_release, monkeypatch):
     texts = {"heldout": ["A text that is held out. " * 20], "train": [], "calibration": []}
     monkeypatch.setattr(python_docs, "documents", texts.__getitem__)
     report = grokquant.evaluate(
-        outputs["int4"], tiny_release, data="python-docs", samples=2, length=16
+        outputs["int4"], tiny_release, text="python-docs", samples=2, length=16
     )
     assert report.protocol.text == "python-docs, held-out part"
     assert report.protocol.windows == 2
@@ -430,8 +434,8 @@ def test_python_docs_is_the_held_out_part(outputs, tiny_release, monkeypatch):
 def test_a_text_too_short_is_named(outputs, tiny_release, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    with pytest.raises(InputError, match=r"eval.data: .*short.txt: the text has \d+ tokens"):
-        grokquant.evaluate(outputs["int4"], tiny_release, data=str(short))
+    with pytest.raises(InputError, match=r"eval.text: .*short.txt: the text has \d+ tokens"):
+        grokquant.evaluate(outputs["int4"], tiny_release, text=str(short))
 
 
 @pytest.mark.parametrize(
@@ -447,7 +451,7 @@ def test_models_of_other_shapes_are_not_compared(tiny_release, settings, tmp_pat
     shape = dict(layers=2, hidden=128, ffn=64, heads=1, kv_heads=1, experts=4, vocab=2048)
     write_random_release(tmp_path, **shape | change)
     with pytest.raises(InputError, match=field):
-        evaluation.evaluate(tmp_path, tiny_release, settings)
+        grokquant.evaluate(tmp_path, tiny_release, **settings.model_dump())
 
 
 @pytest.mark.parametrize(
@@ -460,7 +464,7 @@ def test_a_broken_quantization_report_is_named_at_once(output, tiny_release, set
         raise AssertionError
 
     with pytest.raises(InputError, match=r"quantization-report.json: ") as error:
-        evaluation.evaluate(output, tiny_release, settings, too_late)
+        run_suite(output, tiny_release, suite_of(settings), layer_done=too_late)
     assert "\n" not in str(error.value)
 
 
@@ -486,7 +490,7 @@ def test_kept_matrices_are_counted_by_their_dtype(tiny_release, settings, tmp_pa
             "output": {"path": str(tmp_path / "half")},
         }
     )
-    report = evaluation.evaluate(output, tiny_release, settings)
+    report = grokquant.evaluate(output, tiny_release, **settings.model_dump())
     assert report.quantized.schemes == {
         "bfloat16": 16,
         "int8 channel sym (copy)": 11,
@@ -555,7 +559,7 @@ def test_block_by_block_is_the_model(tiny_release, shape, dtype):
     same(hidden, whole.entered[0])
     for index in range(LAYERS):
         model.load_layer(index)
-        hidden = model.run_layer(index, hidden, model.stored_experts(index))
+        hidden = run_stored_layer(model, index, hidden)
         model.free_layer(index)
         same(hidden, whole.left[index])
     same(model.logits(hidden), whole.logits)

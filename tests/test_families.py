@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_stored_layer
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import grokquant
-from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import likelihoods
@@ -86,7 +86,7 @@ def streamed(path: Path, dtype: torch.dtype) -> torch.Tensor:
     hidden = model.embed(TOKENS)
     for index in range(len(model.layers)):
         model.load_layer(index)
-        hidden = model.run_layer(index, hidden, model.stored_experts(index))
+        hidden = run_stored_layer(model, index, hidden)
         model.free_layer(index)
     return model.logits(hidden)
 
@@ -124,17 +124,17 @@ def test_quantize_evaluate_load_and_generate(saved, family, text_file, tmp_path)
     recipe = parse_recipe(
         {
             "model": {"path": str(path)},
-            "calibration": {"data": str(text_file), "samples": 8, "length": 64},
+            "calibration": {"text": str(text_file), "samples": 8, "length": 64},
             "quantize": [{"match": "layers.*", "method": method, "bits": 8, "group": 32}],
             "max_fallbacks": 1,
             "output": {"path": str(tmp_path / "out")},
-            "eval": {"data": str(text_file), "samples": 2, "length": 64},
+            "eval": {"text": str(text_file), "samples": 2, "length": 64},
         }
     )
     output = pipeline.quantize(recipe)
     schemes = {name: ref.scheme for name, ref in open_checkpoint(output).units()}
     assert all(schemes.values()) and len(schemes) == len(dict(open_checkpoint(path).units()))
-    report = evaluation.evaluate(output, path)
+    report = grokquant.evaluate(output, path)
     assert 0 < report.kld.mean.value < 0.02
     sparse = [layer for layer in report.layers if layer.router_top1 is not None]
     assert bool(sparse) == (open_checkpoint(path).num_experts > 0)

@@ -68,7 +68,7 @@ def quantized(family: str, rules: list[dict], directory: Path, text: Path) -> Pa
     shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "in" / "tokenizer.model")
     values = {
         "model": {"path": str(directory / "in")},
-        "calibration": {"data": str(text), "samples": 16, "length": 64},
+        "calibration": {"text": str(text), "samples": 16, "length": 64},
         "quantize": rules,
         "max_fallbacks": 1.0,
         "output": {"path": str(directory / "out"), "format": "gptq"},

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from test_families import relative, streamed
 
 import grokquant
-from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.families.grok2_model import Grok2Config, Grok2ForCausalLM
@@ -174,16 +173,16 @@ def test_quantize_evaluate_load_and_generate(tiny, text_file, tmp_path, method, 
     rule = {"match": "layers.*", "method": method, "bits": 8, "group": 32}
     recipe = {
         "model": {"path": str(tiny)},
-        "calibration": {"data": str(text_file), "samples": 8, "length": 64},
+        "calibration": {"text": str(text_file), "samples": 8, "length": 64},
         "quantize": [rule],
         "max_fallbacks": 1,
         "output": {"path": str(tmp_path / "out")},
-        "eval": {"data": str(text_file), "samples": 2, "length": 64},
+        "eval": {"text": str(text_file), "samples": 2, "length": 64},
     }
     output = pipeline.quantize(parse_recipe(recipe))
     units = dict(open_checkpoint(output).units())
     assert len(units) == 2 * (4 + 3 + 4 * 3) and all(ref.scheme for ref in units.values())
-    assert 0 < evaluation.evaluate(output, tiny).kld.mean.value < 0.05
+    assert 0 < grokquant.evaluate(output, tiny).kld.mean.value < 0.05
     config = json.loads((output / "config.json").read_text())
     assert {key: config[key] for key in CONFIG} == CONFIG
     model, _ = grokquant.load(output)

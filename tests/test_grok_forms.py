@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import grokquant
-from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.job import pipeline
@@ -95,7 +94,7 @@ def test_results_are_those_of_the_release(forms, tiny_release, text_file, tmp_pa
                     "model": {"path": str(source)},
                     "quantize": [rule],
                     "output": {"path": str(output)},
-                    "eval": {"data": str(text_file), "samples": 2, "length": 64},
+                    "eval": {"text": str(text_file), "samples": 2, "length": 64},
                 }
             )
         )
@@ -107,9 +106,9 @@ def test_results_are_those_of_the_release(forms, tiny_release, text_file, tmp_pa
     config = json.loads((output / "config.json").read_text())
     assert config["architectures"] == ["Grok1ForCausalLM"] and config["model_type"] == "grok-1"
     assert config["num_local_experts"] == 4 and "num_experts" not in config
-    report = evaluation.evaluate(output, tiny_release)
+    report = grokquant.evaluate(output, tiny_release)
     assert report.kld.mean.value > 0
-    assert evaluation.evaluate(output, forms(form)).kld == report.kld
+    assert grokquant.evaluate(output, forms(form)).kld == report.kld
     model, _ = grokquant.load(output)
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3).shape == (1, 6)
 

@@ -150,7 +150,7 @@ def test_processes_with_all_their_threads_killed_on_the_toy(text_file, tmp_path)
     """Nothing is forked, wrapped or held to one thread here."""
     draw = random.Random(0)
     recipe = Path(__file__).parents[1] / "recipes" / "toy-int4.yaml"
-    wanted = ["calibration.samples=32", "output.shard=100KB", f"calibration.data={text_file}"]
+    wanted = ["calibration.samples=32", "output.shard=100KB", f"calibration.text={text_file}"]
     command = [sys.executable, "-m", "grokquant", "quantize", str(recipe)]
     command += [part for setting in wanted for part in ("--set", setting)]
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "OMP_NUM_THREADS"}

@@ -18,8 +18,9 @@ import grokquant
 from grokquant import evaluation
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
-from grokquant.evaluation import items, likelihoods, task_data, task_requests
+from grokquant.evaluation import items, likelihoods, run, task_data, task_requests
 from grokquant.evaluation.measure import Windows, compare_texts
+from grokquant.evaluation.report import read_report
 from grokquant.evaluation.suite import Suite, TaskSection
 from grokquant.reporting.publish import publish
 from grokquant.streaming.blocks import BlockwiseModel
@@ -227,7 +228,7 @@ def test_contexts_and_sequences_are_computed_once():
     pairs = [(context, (n, n)) for n in range(4)] * 3 + [(context, (9,))]
     (batch,) = likelihoods.pack(pairs, longest=200)
     assert batch.rows.tokens.shape == (1, 104)
-    assert len(batch.pairs) == 5 and len(batch.places.unique()) == 5
+    assert len(batch.pairs) == 5 and len(batch.positions.unique()) == 5
     assert batch.rows.positions.tolist() == [[*range(100), 100, 100, 100, 100]]
     several = likelihoods.pack(pairs, longest=102)
     assert sum(b.rows.tokens.numel() for b in several) == 102 + 102
@@ -306,7 +307,7 @@ def test_tasks_are_in_the_report(tiny_release, tmp_path):
             "max_length": LONGEST,
         }
     )
-    done = evaluation.run_suite("toy", "toy", suite, "mine")
+    done = run.run_suite("toy", "toy", suite, "mine")
     report = done.report
     assert report.tasks.lm_eval == lm_eval.__version__
     assert (report.tasks.max_length, report.tasks.prefix_token) == (LONGEST, 1)
@@ -324,7 +325,7 @@ def test_tasks_are_in_the_report(tiny_release, tmp_path):
     (second,) = report.further_texts
     assert second.protocol.tokens_scored == 255 and second.protocol.length == 512
     _, page = publish(report, tmp_path, tmp_path / "reports")
-    assert evaluation.report.read_report(tmp_path / "reports") == report and page.is_file()
+    assert read_report(tmp_path / "reports") == report and page.is_file()
 
 
 def test_errors_of_perplexities_are_of_first_order():
@@ -389,14 +390,15 @@ def test_a_task_without_data_is_named(name, reason, tmp_path, monkeypatch):
 
 def test_a_continuation_longer_than_the_model_is_refused(tmp_path):
     tokenizer = load_tokenizer(open_checkpoint("toy"))
-    with pytest.raises(InputError, match=r"tokens to predict .* 8 at most \(max_length\)"):
+    with pytest.raises(InputError, match=r"tokens to predict .* at most max_length \(8\)"):
         lm_tasks.open_tasks(TASKS[:1], tokenizer, 8, tmp_path)
 
 
 def test_nothing_of_lm_eval_is_imported_without_tasks(text_file):
     code = (
-        "import sys, grokquant.cli, grokquant.evaluation as e\n"
-        "e.run_suite('toy', 'toy', e.suite_for('toy', None, sys.argv[1], 1, 16), '')\n"
+        "import sys, grokquant.cli\n"
+        "from grokquant.evaluation.run import run_suite, suite_for\n"
+        "run_suite('toy', 'toy', suite_for('toy', None, sys.argv[1], 1, 16))\n"
         "sys.exit(any(name in sys.modules for name in ('lm_eval', 'datasets')))"
     )
     run = [sys.executable, "-c", code, str(text_file)]
@@ -410,7 +412,9 @@ def test_a_missing_extra_is_named(monkeypatch):
     suite = Suite(tasks=(TaskSection(name="python_docs_cloze"),))
     toy = open_checkpoint("toy")
     with (
-        pytest.raises(InputError, match=r'tasks: lm_eval is missing, .*"grokquant\[eval\]"'),
+        pytest.raises(
+            InputError, match=r'tasks: need .*"grokquant\[eval\]" \(lm_eval is missing\)'
+        ),
         task_requests.opened_tasks(suite, toy, toy, torch.device("cpu")),
     ):
         pass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS
+from conftest import ATTENTION, EXPERTS, run_stored_layer
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.grids import Scheme
@@ -152,7 +152,7 @@ def test_a_method_sees_the_original_model(refit, tiny_release):
     for index, inputs, outputs in seen:
         assert torch.equal(hidden, inputs)
         model.load_layer(index)
-        hidden = model.run_layer(index, hidden, model.stored_experts(index))
+        hidden = run_stored_layer(model, index, hidden)
         assert torch.equal(hidden, outputs)
     assert len(seen) == 2
 
@@ -169,7 +169,7 @@ def test_later_layers_see_what_was_revised(refit):
     after = written.embed(rows)
     for index in range(2):
         written.load_layer(index)
-        after = written.run_layer(index, after, written.stored_experts(index))
+        after = run_stored_layer(written, index, after)
     assert torch.equal(states.hidden, after)
 
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import grokquant
-from grokquant import evaluation
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.evaluation import measure
 from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.report import Report
 from grokquant.families.grok_model import GrokDecoderLayer
-from grokquant.recipe import EvalSection
 from grokquant.streaming import blocks
 from grokquant.text.documents import load_documents, token_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -35,7 +33,7 @@ def output(tmp_path_factory, tiny_release, text_file) -> Path:
             "model": {"path": str(tiny_release)},
             "quantize": [rule],
             "output": {"path": str(tmp_path_factory.mktemp("out") / "int4")},
-            "eval": {"data": str(text_file), **SETTINGS},
+            "eval": {"text": str(text_file), **SETTINGS},
         }
     )
 
@@ -215,15 +213,14 @@ def test_some_windows_are_enough(report, output, tiny_release, monkeypatch):
 
 
 def test_layers_need_not_be_measured_alone(report, output, tiny_release):
-    found = evaluation.evaluate(output, tiny_release, forced=False)
+    found = grokquant.evaluate(output, tiny_release, quick=True)
     assert [layer.forced for layer in found.layers] == [None, None]
     assert found.routing.changed.tokens == report.routing.changed.tokens
     assert found.kld.mean.value == close(report.kld.mean.value)
 
 
 def test_a_lossless_copy_does_no_damage(tiny_release, text_file, tmp_path):
-    settings = EvalSection(data=str(text_file), **SETTINGS)
-    found = evaluation.evaluate(tiny_release, tiny_release, settings)
+    found = grokquant.evaluate(tiny_release, tiny_release, text=str(text_file), **SETTINGS)
     for layer in found.layers:
         assert layer.load_shift == 0 and layer.forced.router_set == 1
         assert layer.forced.block_error < 1e-6

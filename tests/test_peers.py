@@ -103,7 +103,7 @@ def test_a_peer_is_evaluated_and_compared_with_ours(reference, peer, text_file, 
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     run("quantize", tmp_path / "recipe.yaml")
-    text = ("--reference", reference, "--text", text_file, "--windows", 3, "--length", 40)
+    text = ("--reference", reference, "--text", text_file, "--samples", 3, "--length", 40)
     before = sorted(path.name for path in peer.iterdir())
     report = json.loads(run("eval", peer, *text, "--json", "--output", tmp_path / "theirs"))
     assert sorted(path.name for path in peer.iterdir()) == before

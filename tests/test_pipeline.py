@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
-from conftest import ATTENTION, EXPERTS, seal
+from conftest import ATTENTION, EXPERTS, run_stored_layer, seal
 from safetensors.torch import load_file, save_file
 
 from grokquant.checkpoint import open_checkpoint
@@ -98,7 +98,7 @@ def test_later_blocks_see_the_errors_of_earlier_ones(tiny_recipe):
     after = written.embed(rows)
     for index in range(2):
         written.load_layer(index)
-        after = written.run_layer(index, after, written.stored_experts(index))
+        after = run_stored_layer(written, index, after)
     assert torch.equal(states.hidden, after)
 
 
@@ -161,7 +161,7 @@ def test_a_dead_expert_is_rounded_not_zeroed(tiny_recipe, tiny_release, monkeypa
 
 def test_no_data_is_read_where_no_method_needs_it(tiny_recipe):
     rule = EXPERTS | {"method": "rtn"}
-    recipe = tiny_recipe(rule, calibration={"data": "missing.txt"})
+    recipe = tiny_recipe(rule, calibration={"text": "missing.txt"})
     assert verify(pipeline.quantize(recipe)) == 2 * 4 * 3
 
 

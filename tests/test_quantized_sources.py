@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grokquant import evaluation
+import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.job import pipeline
@@ -122,10 +122,10 @@ def check_whole_way(path: Path, text_file: Path, output: Path) -> None:
         "model": {"path": str(path)},
         "quantize": [rule],
         "output": {"path": str(output)},
-        "eval": {"data": str(text_file), "samples": 1, "length": 32},
+        "eval": {"text": str(text_file), "samples": 1, "length": 32},
     }
     pipeline.quantize(parse_recipe(recipe))
-    assert 0 < evaluation.evaluate(output, path).kld.mean.value < 0.02
+    assert 0 < grokquant.evaluate(output, path).kld.mean.value < 0.02
     assert load(output)[0](torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 

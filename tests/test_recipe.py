@@ -98,8 +98,8 @@ MISTAKES = [
         "calibration:\n  length: 2k\noutput:",
         '10:11: calibration.length: Input should be a valid integer, not "2k"',
     ),
-    ("output:", "eval: {data: python-doc}\noutput:", f"9:14: eval.data: {TEXT}"),
-    ("output:", "calibration: {data: a.csv}\noutput:", f"9:21: calibration.data: {TEXT}"),
+    ("output:", "eval: {text: python-doc}\noutput:", f"9:14: eval.text: {TEXT}"),
+    ("output:", "calibration: {text: a.csv}\noutput:", f"9:21: calibration.text: {TEXT}"),
     ("path: toy", "path: 12", "2:9: model.path: Input should be a valid string, not 12"),
     ("path: toy", "path: ''", "2:9: model.path: expected a path, not ''"),
     ("path: toy", 'path: "a\\0b"', "2:9: model.path: expected a path, not 'a\\x00b'"),
@@ -305,8 +305,8 @@ def test_python_values(tmp_path: Path) -> None:
         ["quantize[1].method=keep", "model.config=c.json", "experts.blend_tokens=0"],
         ["quantize[0].damping=1e-5", "quantize[0].symmetric=false", "max_fallbacks=0"],
         ["quantize[0].group=channel", "quantize[0].scale=absmax", "output.shard=1"],
-        ["output.shard=1536MiB", "calibration.data=hub/name:config:train[:10]"],
-        ["model.path='null'", "output.path=' # é: {x} '", "eval.data=1e3.txt"],
+        ["output.shard=1536MiB", "calibration.text=hub/name:config:train[:10]"],
+        ["model.path='null'", "output.path=' # é: {x} '", "eval.text=1e3.txt"],
         ['output.path="a\\tb\\nc\\x85"', f"model.path={'long name ' * 40}x"],
         ["model.path=2024-01-01", "output.path=12:30:45", "model.config='0x10'"],
     ],
@@ -318,6 +318,29 @@ def test_resolved_recipe_reads_back_equal(good: Path, tmp_path: Path, overrides:
     again = load_recipe(resolved)
     assert again == recipe
     assert again.to_yaml() == recipe.to_yaml()
+
+
+FORMER = "eval: {data: a.txt}\ncalibration:\n  data: b.txt\noutput:"
+
+
+def test_text_is_still_read_by_its_former_key(good: Path) -> None:
+    good.write_text(good.read_text().replace("output:", FORMER))
+    recipe = load_recipe(good)
+    assert (recipe.eval.text, recipe.calibration.text) == ("a.txt", "b.txt")
+    assert "data:" not in recipe.to_yaml()
+    assert parse_recipe(recipe.model_dump()) == recipe
+    for key in ("text", "data"):
+        assert load_recipe(good, [f"eval.{key}=c.txt"]).eval.text == "c.txt"
+
+
+def test_errors_about_a_former_key_are_where_it_stands(good: Path) -> None:
+    text = good.read_text()
+    good.write_text(text.replace("output:", FORMER.replace("b.txt", "b")))
+    with pytest.raises(InputError, match=rf"11:9: calibration.data: {TEXT}"):
+        load_recipe(good)
+    good.write_text(text.replace("output:", "eval: {data: a.txt, text: b.txt}\noutput:"))
+    with pytest.raises(InputError, match="9:8: eval.data: unknown key"):
+        load_recipe(good)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_families import MODELS, SIZES, SPARSE, saved  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grokquant import evaluation
+import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import GateError, InputError
 from grokquant.families import FAMILIES
@@ -274,7 +274,7 @@ def test_an_expert_that_is_not_there_is_not_made_up(finished, part):
     tensors = load_file(file)
     tensors.pop(f"{EXPERT}.{part}")
     save_file(tensors, file)
-    for use in (load, open_checkpoint, lambda path: evaluation.evaluate(path, path)):
+    for use in (load, open_checkpoint, lambda path: grokquant.evaluate(path, path)):
         with pytest.raises(InputError, match=part):
             use(finished)
 

@@ -10,7 +10,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grokquant.evaluation import bootstrap, statistics
-from grokquant.evaluation.bootstrap import Bootstrap
+from grokquant.evaluation.bootstrap import Resampler
 from grokquant.evaluation.paired import compare_items
 from grokquant.text.documents import rows_of, token_rows
 
@@ -36,7 +36,7 @@ def test_resamples_are_those_of_a_plain_loop():
     for _ in range(4000):
         chosen = [sums[draw.integers(len(sums))] for _ in sums]
         figures.append(sum(s for _, s in chosen) / sum(n for n, _ in chosen))
-    found = Bootstrap(sums, resamples=4000).interval(mean)
+    found = Resampler(sums, resamples=4000).estimate(mean)
     assert found.value == pytest.approx(sums[:, 1].sum() / sums[:, 0].sum(), rel=1e-14)
     assert found.error == pytest.approx(np.std(figures), rel=0.05)
     low, high = np.quantile(figures, (0.025, 0.975))
@@ -46,7 +46,7 @@ def test_resamples_are_those_of_a_plain_loop():
 
 def test_with_many_documents_intervals_are_those_of_scipy():
     sums = clusters(800, seed=2)
-    found = Bootstrap(sums).interval(mean)
+    found = Resampler(sums).estimate(mean)
     expected = stats.bootstrap(
         (sums[:, 0], sums[:, 1]), lambda n, s, axis=-1: s.sum(axis) / n.sum(axis),
         paired=True, n_resamples=2000, method="percentile", rng=3, batch=100,
@@ -58,7 +58,7 @@ def test_with_many_documents_intervals_are_those_of_scipy():
 
 @pytest.mark.parametrize(("count", "least"), [(12, 0.87), (60, 0.91), (200, 0.92)])
 def test_intervals_hold_the_truth_nineteen_times_in_twenty(count, least):
-    found = [Bootstrap(clusters(count, seed), 500, seed).interval(mean) for seed in range(400)]
+    found = [Resampler(clusters(count, seed), 500, seed).estimate(mean) for seed in range(400)]
     held = np.mean([interval.low <= 1 <= interval.high for interval in found])
     assert least <= held <= 0.985
 
@@ -69,7 +69,7 @@ def test_tokens_taken_as_independent_would_promise_too_much():
     documents = torch.arange(40).repeat_interleave(50)
     x = torch.from_numpy(draw.normal(size=40).repeat(50) + draw.normal(size=2000))
     sums = bootstrap.cluster_sums([torch.ones(2000), x], documents)
-    honest, naive = Bootstrap(sums).interval(mean).error, statistics.mean_and_error(x)[1]
+    honest, naive = Resampler(sums).estimate(mean).error, statistics.mean_and_error(x)[1]
     assert honest == pytest.approx(np.sqrt((1 + 1 / 50) / 40), rel=0.25)
     assert naive < honest / 4
 
@@ -79,23 +79,23 @@ def test_ratios_are_paired():
     draw = np.random.default_rng(0)
     nll = draw.gamma(2, 50, 40)
     sums = np.stack((np.full(40, 50.0), nll + 5, nll), axis=-1)
-    found = Bootstrap(sums).interval(lambda s: np.exp((s[..., 1] - s[..., 2]) / s[..., 0]))
+    found = Resampler(sums).estimate(lambda s: np.exp((s[..., 1] - s[..., 2]) / s[..., 0]))
     assert found.value == pytest.approx(np.exp(0.1)) and found.error < 1e-12
-    alone = Bootstrap(sums).interval(lambda s: np.exp(s[..., 1] / s[..., 0]))
+    alone = Resampler(sums).estimate(lambda s: np.exp(s[..., 1] / s[..., 0]))
     assert alone.error > 0.1
 
 
 def test_the_same_seed_gives_the_same_draws_in_any_number_of_parts(monkeypatch):
     sums = clusters(40, seed=0)
-    whole = Bootstrap(sums).resampled
-    monkeypatch.setattr(bootstrap, "_CELLS", 1000)
-    assert np.allclose(Bootstrap(sums).resampled, whole, rtol=1e-13)
-    assert not np.allclose(Bootstrap(sums, seed=1).resampled, whole)
+    whole = Resampler(sums).resampled
+    monkeypatch.setattr(bootstrap, "_COUNTS_AT_ONCE", 1000)
+    assert np.allclose(Resampler(sums).resampled, whole, rtol=1e-13)
+    assert not np.allclose(Resampler(sums, seed=1).resampled, whole)
 
 
 @pytest.mark.parametrize("sums", [[[50.0, 7.0]], [[50.0, 7.0]] * 20, [[9.0, 0.0]] * 20])
 def test_nothing_to_draw_leaves_nothing_open(sums):
-    found = Bootstrap(np.array(sums)).interval(mean)
+    found = Resampler(np.array(sums)).estimate(mean)
     assert found.error == pytest.approx(0, abs=1e-15)
     assert found.low == pytest.approx(found.value) == pytest.approx(found.high)
 

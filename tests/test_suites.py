@@ -11,15 +11,14 @@ from click.testing import CliRunner
 from conftest import ATTENTION, EXPERTS
 
 import grokquant
-from grokquant import evaluation
 from grokquant.checkpoint import open_checkpoint
 from grokquant.cli import main
 from grokquant.errors import GateError, InputError
-from grokquant.evaluation import likelihoods
+from grokquant.evaluation import likelihoods, run
 from grokquant.evaluation import suite as suites
 from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.report import Report, read_report
-from grokquant.evaluation.suite import Suite, TextSection, load_suite
+from grokquant.evaluation.suite import Suite, TextSection, check_gates, load_suite
 from grokquant.evaluation.windows import read_text
 from grokquant.reporting.html.page import render_html
 from grokquant.text.documents import load_documents, token_rows
@@ -46,7 +45,7 @@ def written(tmp_path, text_file):
 
     def write(*lines: str) -> Path:
         path = tmp_path / "mine.yaml"
-        text = f"texts:\n  - {{data: {text_file}, windows: 3, length: 64}}\n"
+        text = f"texts:\n  - {{text: {text_file}, samples: 3, length: 64}}\n"
         path.write_text(text + "thresholds:\n" + "".join(f"  {line}\n" for line in lines))
         return path
 
@@ -93,7 +92,10 @@ def test_suites_and_tasks_go_into_the_wheel():
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("texts:\n- {windws: 3}\n", "2:4: texts[0].windws: unknown key, did you mean texts[0].win"),
+        (
+            "texts:\n- {sampels: 3}\n",
+            "2:4: texts[0].sampels: unknown key, did you mean texts[0].sam",
+        ),
         ("thresholds: {max_kld: 1}\n", "1:14: thresholds.max_kld: unknown key, did you mean thr"),
         ("tasks:\n- {items: 3}\n", "2:3: tasks[0].name: required, but missing"),
         (
@@ -117,11 +119,17 @@ def test_errors_name_line_column_and_key(tmp_path, text, problem):
     assert str(error.value).startswith(f"{path}:{problem}") and "\n" not in str(error.value)
 
 
+def test_texts_are_still_read_by_their_former_keys(tmp_path):
+    path = tmp_path / "suite.yaml"
+    path.write_text("texts: [{data: a.txt, windows: 3}]\n")
+    assert load_suite(path).texts == (TextSection(text="a.txt", samples=3),)
+
+
 def test_an_unknown_name_lists_the_known_ones(tiny_release):
     with pytest.raises(InputError, match=r"no suite 'fidelty', .* fidelity, grok-1, smoke, tasks$"):
         load_suite("fidelty")
-    with pytest.raises(InputError, match=r"smoke brings its texts, --windows cannot"):
-        evaluation.suite_for(tiny_release, "smoke", samples=3)
+    with pytest.raises(InputError, match=r"^samples: cannot be combined with suite smoke"):
+        run.suite_for(tiny_release, "smoke", samples=3)
 
 
 # Protocols
@@ -130,16 +138,16 @@ def test_an_unknown_name_lists_the_known_ones(tiny_release):
 def test_protocols_cut_and_score_as_they_say(text_file):
     """Windows of llama.cpp score 255 of 512 tokens: those after the first half and one."""
     toy = open_checkpoint("toy")
-    data = str(text_file)
-    tokens = token_rows(load_documents(data, "heldout"), load_tokenizer(toy), 1, 4096, None)[0]
-    hf = read_text(TextSection(data=data, windows=2), toy, "k")
+    text = str(text_file)
+    tokens = token_rows(load_documents(text, "heldout"), load_tokenizer(toy), 1, 4096, None)[0]
+    hf = read_text(TextSection(text=text, samples=2), toy, "k")
     assert hf.windows.rows.tolist() == tokens.view(2, 2048).tolist()
     assert hf.windows.first == 1 and hf.protocol.tokens_scored == 2 * 2047
-    llama = read_text(TextSection(data=data, windows=3, protocol="llama.cpp"), toy, "k")
+    llama = read_text(TextSection(text=text, samples=3, protocol="llama.cpp"), toy, "k")
     assert llama.windows.rows.tolist() == tokens[: 3 * 512].view(3, 512).tolist()
     assert llama.windows.first == 257 and llama.protocol.tokens_scored == 3 * 255
     assert not llama.protocol.bos and "second half" in llama.protocol.scored
-    with_bos = read_text(TextSection(data=data, windows=3, bos=True), toy, "k")
+    with_bos = read_text(TextSection(text=text, samples=3, bos=True), toy, "k")
     assert with_bos.windows.rows[:, 0].tolist() == [1] * len(with_bos.windows.rows)
     assert torch.equal(with_bos.windows.rows[:2, 1:], hf.windows.rows[:, 1:])
     assert with_bos.protocol.bos
@@ -147,7 +155,7 @@ def test_protocols_cut_and_score_as_they_say(text_file):
 
 def test_the_second_half_is_what_is_scored(int4, tiny_release, text_file):
     """The figures of `llama.cpp` are those of the last tokens of the windows of `hf`."""
-    whole = TextSection(data=str(text_file), windows=3, length=64)
+    whole = TextSection(text=str(text_file), samples=3, length=64)
     half = whole.model_copy(update={"protocol": "llama.cpp"})
     base = open_checkpoint(tiny_release)
     texts = [read_text(text, base, "k").windows for text in (whole, half)]
@@ -180,9 +188,9 @@ def test_each_model_gives_its_own_answers(int4, tiny_release):
 
 @pytest.fixture(scope="module")
 def report(int4, tiny_release, text_file) -> Report:
-    text = {"data": str(text_file), "windows": 3, "length": 64}
+    text = {"text": str(text_file), "samples": 3, "length": 64}
     suite = Suite.model_validate({"texts": [text, text | {"protocol": "llama.cpp"}]})
-    return evaluation.run_suite(int4, tiny_release, suite, "mine").report
+    return run.run_suite(int4, tiny_release, suite, "mine").report
 
 
 def test_thresholds_take_the_worst_of_all_texts_and_layers(report):
@@ -229,12 +237,12 @@ def test_what_is_missed_is_named_and_the_report_is_there(int4, tiny_release, wri
     said = evaluated(int4, tiny_release, suite, "--json", "--output", str(place), expect=1)
     line = said.splitlines()[-1]
     report = read_report(place)
-    assert line.startswith(f"grokquant: suite {suite}: mean_kld of ")
-    assert f" is {report.kld.mean.value:.6g}, at most 1e-09 is asked for" in line
-    assert f"; ppl_ratio of {report.protocol.text}" in line and "same_top_p" not in line
+    assert line.startswith(f"grokquant: suite {suite}: mean_kld on ")
+    assert f" is {report.kld.mean.value:.6g} (limit 1e-09)" in line
+    assert f"; ppl_ratio on {report.protocol.text}" in line and "same_top_p" not in line
     assert [gate.met for gate in report.suite.gates] == [False, False, True]
     with pytest.raises(GateError):
-        evaluation.check_gates(report)
+        check_gates(report)
 
 
 def test_the_page_shows_texts_tasks_and_thresholds(report):

@@ -81,17 +81,17 @@ def test_calibration_rows_name_the_key(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("0123456789" * 2)
     checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=32))
-    settings = CalibrationSection(data=str(path), samples=4, length=10)
+    settings = CalibrationSection(text=str(path), samples=4, length=10)
     assert text_of(calibration_rows(settings, Characters(), checkpoint)) == ["0123456789"] * 2
-    with pytest.raises(InputError, match=r"^calibration\.data: .*a\.txt: the text has 20 tokens"):
-        calibration_rows(CalibrationSection(data=str(path), length=32), Characters(), checkpoint)
+    with pytest.raises(InputError, match=r"^calibration\.text: .*a\.txt: the text has 20 tokens"):
+        calibration_rows(CalibrationSection(text=str(path), length=32), Characters(), checkpoint)
 
 
 def test_calibration_rows_are_no_longer_than_the_model_has_positions(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("0123456789" * 2)
     checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10))
-    rows = calibration_rows(CalibrationSection(data=str(path)), Characters(), checkpoint)
+    rows = calibration_rows(CalibrationSection(text=str(path)), Characters(), checkpoint)
     assert text_of(rows) == ["0123456789"] * 2
 
 

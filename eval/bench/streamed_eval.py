@@ -22,7 +22,7 @@ def measure_evaluation(release: Path, quantized: Path, tokens: int, reports: Pat
     files = measure.files_of(release) + measure.files_of(quantized)
     measure.drop_from_cache(files)
     command = [*measure.GROKQUANT, "eval", str(quantized), "--reference", str(release), "--json"]
-    window = ["--windows", str(tokens // LENGTH), "--length", str(LENGTH)]
+    window = ["--samples", str(tokens // LENGTH), "--length", str(LENGTH)]
     found = measure.run([*command, *window, "--output", str(reports)])
     report = json.loads(found.stdout)
     return {

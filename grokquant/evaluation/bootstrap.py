@@ -1,8 +1,8 @@
-"""Errors and intervals of what a text shows: its documents are drawn again, with replacement.
+"""Standard errors and confidence intervals from a bootstrap over documents.
 
-Tokens of one document are alike, so documents, not tokens, are what another text would have others
-of. A document counts with the sums over its tokens; whatever follows from sums is found for
-thousands of resamples by one product of matrices. Both models keep their documents in each draw,
+Tokens of one document are alike, so whole documents are drawn again with replacement, not tokens. A
+document enters with the sums over its tokens: every figure that follows from sums is found for
+thousands of resamples by one matrix product. Both models keep the same documents in each resample,
 so differences and ratios are paired.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,74 +17,79 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
-RESAMPLES, SEED, LEVEL = 2000, 0, 0.95
+from grokquant.evaluation.report import ClusterKind, Estimate
+
+RESAMPLES = 2000
+SEED = 0
+LEVEL = 0.95  # of the confidence intervals
 METHOD = "percentiles, 95 %, expanded for few clusters as by Hesterberg (2015)"
-# Fewer documents than this say too little about other documents.
+# Fewer documents say too little about other documents to be drawn from.
 LEAST = 10
+# Tokens in a row that are taken as independent of the next ones, where windows are few as well.
 _BLOCK = 32
-_CELLS = 2**22
+# Draw counts [resamples, clusters] held at once: 32 MiB of int64.
+_COUNTS_AT_ONCE = 2**22
 
-Unit = Literal["document", "window", "block"]
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 # Sums [..., columns] -> a figure [...]
-Figure = Callable[[Array], Array]
+Statistic = Callable[[FloatArray], FloatArray]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A figure, its standard error and the ends of its 95 % interval."""
+class Resampler:
+    """Resamples of `sums` [clusters, columns], the sums over the tokens of each cluster."""
 
-    value: float
-    error: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """Resamples of `sums` [clusters, columns]: what each cluster of observations adds up to."""
-
-    sums: Array
+    sums: FloatArray
     resamples: int = RESAMPLES
     seed: int = SEED
 
     @cached_property
-    def resampled(self) -> Array:
-        """The sums of as many clusters, drawn with replacement: [resamples, columns]."""
-        draw, clusters = np.random.default_rng(self.seed), len(self.sums)
-        even, parts = np.full(clusters, 1 / clusters), []
-        at_once = max(1, _CELLS // clusters)
+    def resampled(self) -> FloatArray:
+        """Sums over as many clusters, drawn with replacement: [resamples, columns]."""
+        draw = np.random.default_rng(self.seed)
+        clusters = len(self.sums)
+        even = np.full(clusters, 1 / clusters)
+        at_once = max(1, _COUNTS_AT_ONCE // clusters)
+        parts = []
         for start in range(0, self.resamples, at_once):
             count = min(at_once, self.resamples - start)
             parts.append(draw.multinomial(clusters, even, size=count) @ self.sums)
         return np.concatenate(parts)
 
-    def interval(self, figure: Figure) -> Interval:
-        """`figure` with the expanded percentile interval of Hesterberg (2015), "What teachers
-        should know about the bootstrap": plain percentiles are too narrow for few clusters.
+    def estimate(self, statistic: Statistic, token_error: float | None = None) -> Estimate:
+        """`statistic` with its expanded percentile interval (Hesterberg 2015, "What teachers should
+        know about the bootstrap"): plain percentiles are too narrow for few clusters.
 
-        A single cluster, or clusters that are all alike, leave nothing open.
+        `token_error` is handed on. The error of a single cluster, or of clusters that are all
+        alike, is 0.
         """
-        value, clusters = float(figure(self.sums.sum(0))), len(self.sums)
+        value = float(statistic(self.sums.sum(0)))
+        clusters = len(self.sums)
         if clusters < 2:
-            return Interval(value, 0.0, value, value)
-        found = figure(self.resampled)
+            return Estimate(value=value, error=0.0, low=value, high=value, token_error=token_error)
+        figures = statistic(self.resampled)
         reach = sqrt(clusters / (clusters - 1)) * stdtrit(clusters - 1, (1 + LEVEL) / 2)
-        low, high = np.quantile(found, ndtr([-reach, reach]))
-        return Interval(value, float(found.std(ddof=1)), float(low), float(high))
+        low, high = np.quantile(figures, ndtr([-reach, reach]))
+        return Estimate(
+            value=value,
+            error=float(figures.std(ddof=1)),
+            low=float(low),
+            high=float(high),
+            token_error=token_error,
+        )
 
 
-def cluster_sums(columns: list[Tensor], clusters: Tensor) -> Array:
-    """Sums of per-token `columns`, each [tokens], by number in `clusters` [tokens]."""
+def cluster_sums(columns: list[Tensor], clusters: Tensor) -> FloatArray:
+    """Sums [clusters, columns] of `columns`, each [tokens], by cluster number [tokens]."""
     table = torch.stack([column.double() for column in columns], dim=-1)  # (tokens, columns)
     sums = table.new_zeros(int(clusters.max()) + 1, len(columns))
     return sums.index_add_(0, clusters, table).numpy()
 
 
-def clusters_of(documents: Tensor) -> tuple[Unit, Tensor]:
-    """What is drawn, and its number for each scored token [tokens], counted from 0.
+def clusters_of(documents: Tensor) -> tuple[ClusterKind, Tensor]:
+    """What is drawn, and the number of its cluster for each scored token [tokens], from 0.
 
-    `documents` [windows, scored] tells the document of each token.
+    `documents` [windows, scored] holds the document number of each token.
     """
     windows, scored = documents.shape
     numbers = documents.flatten().unique(return_inverse=True)[1]
@@ -94,5 +98,5 @@ def clusters_of(documents: Tensor) -> tuple[Unit, Tensor]:
     window = torch.arange(windows).repeat_interleave(scored)
     if windows >= LEAST:
         return "window", window
-    blocks = -(-scored // _BLOCK)
+    blocks = -(-scored // _BLOCK)  # of a window
     return "block", window * blocks + torch.arange(scored).repeat(windows) // _BLOCK

@@ -1,8 +1,11 @@
-"""States of a reference, kept on disk for the next quantized model that is compared with it.
+"""States of a reference on disk, for the next quantized model that is compared with it.
 
-DIR/KEY holds a file of tensors per layer, and a record of its checksum beside it; KEY is the
-SHA-256 of all that decides their values. A file that is not whole, or is another's, is made again
-with a note. The entries used least recently go when the directory would grow over its budget.
+    DIR/KEY/entry.json               what the states depend on; KEY is its SHA-256
+    DIR/KEY/layer-00000.safetensors  states after the layer, and what happened inside it
+    DIR/KEY/layer-00000.json         checksum of that file
+
+A damaged or foreign file is computed again, with a note. The least recently used entries go when
+the directory would outgrow its budget.
 """
 
 import hashlib
@@ -25,20 +28,24 @@ from grokquant.humanize import size
 from grokquant.job.fingerprint import stamp
 from grokquant.streaming.blocks import Rows
 
+# Packages whose arithmetic the states depend on.
 _PACKAGES = ("grokquant", "torch", "transformers")
 _NAME = "entry.json"
+# Room for the header of a safetensors file and its record, in bytes: far more than they take.
+_OVERHEAD = 100_000
 
 
 def key_of(
     reference: Checkpoint, batches: Iterable[Rows], windows: int, device: torch.device
 ) -> dict:
-    """All that decides the states: files of the checkpoint (path, size and time of change), tokens,
-    kind of device, versions of packages. JSON values only."""
+    """All that the states depend on: files of the checkpoint (path, size and time of change),
+    tokens, kind of device, versions of packages. JSON values only."""
     digest = hashlib.sha256()
     for rows in batches:
         for tensor in (rows.tokens, rows.branches, rows.positions):
             given = torch.empty(0, dtype=torch.long) if tensor is None else tensor.contiguous()
-            digest.update(f"{list(given.shape)}".encode() + given.numpy().tobytes())
+            digest.update(f"{list(given.shape)}".encode())
+            digest.update(given.numpy().tobytes())
     source = reference.source
     return {
         "config": source.config,
@@ -51,24 +58,26 @@ def key_of(
 
 
 class Cache:
-    """A directory that takes up to `budget` bytes; `note` is told, in a line, what goes wrong.
+    """A directory of at most `budget` bytes; `note` is called with a line about each problem.
 
     Raises InputError where the directory cannot be made.
     """
 
     def __init__(self, directory: Path, budget: int, note: Callable[[str], None]) -> None:
-        self.directory, self.budget, self.note = directory, budget, note
+        self.directory = directory
+        self.budget = budget
+        self.note = note
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{directory}: cannot be written: {error.strerror}") from None
 
     def entry(self, key: dict) -> "Entry":
-        """The place of what `key` decides, now the one used last."""
+        """The entry of `key`, which now is the most recently used one."""
         return Entry(self, key)
 
     def make_room(self, needed: int, keep: Path) -> bool:
-        """Removes entries but `keep` until `needed` more bytes fit; False where they do not."""
+        """Removes old entries but `keep` until `needed` bytes fit. Returns whether they do."""
         others = [path for path in self.directory.iterdir() if _is_entry(path) and path != keep]
         others.sort(key=lambda path: (path / _NAME).stat().st_mtime_ns, reverse=True)
         held = {path: _bytes_of(path) for path in (*others, keep)}
@@ -97,7 +106,7 @@ class Entry:
             self._give_up(error.strerror or str(error))
 
     def read(self, layer: int) -> dict[str, Tensor] | None:
-        """What was written for a layer, None if that is not there or no longer that."""
+        """The tensors written for a layer; None if there are none, or they are damaged."""
         path = self._file(layer)
         if not path.is_file():
             return None
@@ -112,10 +121,10 @@ class Entry:
         return None
 
     def write(self, layer: int, tensors: dict[str, Tensor], layers: int) -> None:
-        """Keeps the tensors of one of `layers` layers, if all of them have room."""
+        """Writes the tensors of a layer, unless all `layers` of this size would not fit."""
         if not self.writable:
             return
-        needed = sum(tensor.nbytes for tensor in tensors.values()) + 100_000  # headers, record
+        needed = sum(tensor.nbytes for tensor in tensors.values()) + _OVERHEAD
         if needed * layers > self.cache.budget:
             limit = size(self.cache.budget)
             self._give_up(
@@ -146,7 +155,7 @@ class Entry:
 
 
 def _is_entry(path: Path) -> bool:
-    """Whether a directory is of our making; nothing else is ever removed."""
+    """Whether a directory was made by this cache; nothing else is ever removed."""
     return len(path.name) == 64 and not path.is_symlink() and (path / _NAME).is_file()
 
 

@@ -1,52 +1,94 @@
-"""From the figures of tokens to those of a report: means, errors, intervals, quantiles."""
+"""From per-token figures to those of a report: means, errors, intervals, quantiles."""
 
-from dataclasses import asdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grokquant.evaluation import bootstrap, statistics
-from grokquant.evaluation import report as parts
-from grokquant.evaluation.bootstrap import Array, Bootstrap, Figure
+from grokquant.evaluation.bootstrap import FloatArray, Resampler
 from grokquant.evaluation.measure import Comparison
+from grokquant.evaluation.report import (
+    Bootstrap,
+    DeltaP,
+    Divergence,
+    Documents,
+    Estimate,
+    FirstChange,
+    NoiseFloor,
+    Perplexity,
+    Protocol,
+    Routing,
+    Spread,
+    TextFigures,
+    TokenGroup,
+)
 from grokquant.evaluation.statistics import TokenFigures
 
-_QUANTILES = ("99.9%", "99.0%", "95.0%", "90.0%", "10.0%", "5.0%", "1.0%", "0.1%")
-# Columns of the sums that are drawn again.
-_COUNT, _NLL, _NLL_REFERENCE, _KLD, _DELTA, _SQUARE, _TOP = range(7)
+# Means over tokens by column, each [...] -> a figure [...]
+Figure = Callable[[dict[str, FloatArray]], FloatArray]
 
 
-def figures_of(figures: TokenFigures, documents: Tensor) -> dict:
-    """The figures of the tokens of a text under the names of the report.
+class _Sample:
+    """The scored tokens of a text: `columns` of per-token figures [tokens] by name, and the sums of
+    each column over the tokens of each cluster, which are drawn again."""
 
-    `documents` [windows, scored] tells the document of each scored token.
+    def __init__(self, figures: TokenFigures, documents: Tensor) -> None:
+        self.columns = {
+            "tokens": torch.ones_like(figures.kld),
+            **vars(figures),
+            "delta_p_squared": figures.delta_p.square(),
+        }
+        self.drawn, clusters = bootstrap.clusters_of(documents)
+        sums = bootstrap.cluster_sums(list(self.columns.values()), clusters)
+        self.resampler = Resampler(sums)
+
+    def estimate(self, figure: Figure, token_error: float) -> Estimate:
+        return self.resampler.estimate(lambda sums: figure(self._means(sums)), token_error)
+
+    def mean(self, column: str) -> Estimate:
+        _, token_error = statistics.mean_and_error(self.columns[column])
+        return self.estimate(lambda means: means[column], token_error)
+
+    def spread(self, kind: type[Spread], column: str) -> dict[str, float]:
+        """The order statistics of a column that `kind` has fields for."""
+        x = self.columns[column]
+        return {
+            "maximum": x.max().item(),
+            "median": statistics.quantile(x, 0.5),
+            "minimum": x.min().item(),
+        } | {name: statistics.quantile(x, share) for name, share in kind.quantiles().items()}
+
+    def sums(self) -> dict[str, list[float]]:
+        """The sums of each column over the tokens of each cluster."""
+        return dict(zip(self.columns, self.resampler.sums.T.tolist(), strict=True))
+
+    def _means(self, sums: FloatArray) -> dict[str, FloatArray]:
+        """`sums` [..., columns] over the number of tokens, by column."""
+        return {name: sums[..., i] / sums[..., 0] for i, name in enumerate(self.columns)}
+
+
+def text_figures(protocol: Protocol, figures: TokenFigures, documents: Tensor) -> TextFigures:
+    """All that a report says of a text.
+
+    `documents` [windows, scored] holds the document number of each scored token.
     """
-    unit, clusters = bootstrap.clusters_of(documents)
-    columns = [torch.ones_like(figures.kld), figures.nll, figures.nll_reference, figures.kld]
-    columns += [figures.delta_p, figures.delta_p.square(), figures.same_top]
-    drawn = Bootstrap(bootstrap.cluster_sums(columns, clusters))
-    return {
-        "bootstrap": parts.Bootstrap(
-            unit=unit,
-            clusters=len(drawn.sums),
-            resamples=drawn.resamples,
-            seed=drawn.seed,
-            method=bootstrap.METHOD,
-        ),
-        "perplexity": _perplexity(figures, drawn),
-        "kld": parts.Divergence(
-            mean=_mean(drawn, _KLD, figures.kld), **_spread(figures.kld, _QUANTILES)
-        ),
-        "delta_p": _delta_p(figures.delta_p, drawn),
-        "same_top_p": _mean(drawn, _TOP, figures.same_top),
-        "documents": _documents(drawn.sums),
-    }
+    sample = _Sample(figures, documents)
+    return TextFigures(
+        protocol=protocol,
+        bootstrap=_bootstrap(sample),
+        perplexity=_perplexity(figures, sample),
+        kld=Divergence(mean=sample.mean("kld"), **sample.spread(Divergence, "kld")),
+        delta_p=_delta_p(figures, sample),
+        same_top_p=sample.mean("same_top"),
+        documents=_documents(sample),
+    )
 
 
-def noise_floor(noise: TokenFigures) -> parts.NoiseFloor:
-    """What the reference against itself, `noise`, reads."""
-    return parts.NoiseFloor(
+def noise_floor(noise: TokenFigures) -> NoiseFloor:
+    """The figures of `noise`, the reference against itself."""
+    return NoiseFloor(
         mean_kld=noise.kld.mean().item(),
         perplexity_ratio=(noise.nll - noise.nll_reference).mean().exp().item(),
         same_top_p=noise.same_top.mean().item(),
@@ -54,99 +96,86 @@ def noise_floor(noise: TokenFigures) -> parts.NoiseFloor:
     )
 
 
-def routing(comparison: Comparison) -> parts.Routing | None:
+def routing(comparison: Comparison) -> Routing | None:
     """The KLD of tokens with and without a change of routing; None for a dense model."""
-    kld, first = comparison.figures.kld, comparison.first_change
+    kld = comparison.figures.kld
+    first = comparison.first_change
     if first is None:
         return None
     routed = [layer.layer for layer in comparison.layers if layer.tokens_per_expert]
-    return parts.Routing(
-        unchanged=parts.TokenGroup(**_group(kld, first < 0)),
-        changed=parts.TokenGroup(**_group(kld, first >= 0)),
+    return Routing(
+        unchanged=_group(kld, first < 0),
+        changed=_group(kld, first >= 0),
         first_change=tuple(
-            parts.FirstChange(layer=layer, **_group(kld, first == layer)) for layer in routed
+            FirstChange(layer=layer, **dict(_group(kld, first == layer))) for layer in routed
         ),
     )
 
 
-def _group(kld: Tensor, members: Tensor) -> dict:
-    tokens, total = int(members.sum()), kld.sum().item()
+def _group(kld: Tensor, members: Tensor) -> TokenGroup:
+    """The tokens that are `members` (booleans [tokens])."""
+    tokens = int(members.sum())
+    total = kld.sum().item()
     part = kld[members].sum().item()
-    return {
-        "tokens": tokens,
-        "mean_kld": part / tokens if tokens else None,
-        "share_of_kld": part / total if total else None,
-    }
-
-
-def _delta_p(delta_p: Tensor, drawn: Bootstrap) -> parts.DeltaP:
-    _, token_error = statistics.rms_and_error(delta_p)
-    return parts.DeltaP(
-        mean=_mean(drawn, _DELTA, delta_p),
-        rms=_estimate(drawn, lambda sums: np.sqrt(_mean_of(sums, _SQUARE)), token_error),
-        **_spread(delta_p, (*_QUANTILES, "75.0%", "25.0%")),
+    return TokenGroup(
+        tokens=tokens,
+        mean_kld=part / tokens if tokens else None,
+        share_of_kld=part / total if total else None,
     )
 
 
-def _perplexity(figures: TokenFigures, drawn: Bootstrap) -> parts.Perplexity:
-    """Both perplexities and how they compare, token by token (paired); errors by token are those
-    of llama.cpp."""
+def _bootstrap(sample: _Sample) -> Bootstrap:
+    resampler = sample.resampler
+    return Bootstrap(
+        unit=sample.drawn,
+        clusters=len(resampler.sums),
+        resamples=resampler.resamples,
+        seed=resampler.seed,
+        method=bootstrap.METHOD,
+    )
+
+
+def _delta_p(figures: TokenFigures, sample: _Sample) -> DeltaP:
+    _, rms_error = statistics.rms_and_error(figures.delta_p)
+    return DeltaP(
+        mean=sample.mean("delta_p"),
+        rms=sample.estimate(lambda means: np.sqrt(means["delta_p_squared"]), rms_error),
+        **sample.spread(DeltaP, "delta_p"),
+    )
+
+
+def _perplexity(figures: TokenFigures, sample: _Sample) -> Perplexity:
+    """Both perplexities, and their ratio and difference token by token (paired).
+
+    Errors by token are llama.cpp's: first order, with the covariance of both models.
+    """
     _, ln_error = statistics.mean_and_error(figures.nll - figures.nll_reference)
-    (own, own_error), (base, base_error) = (
-        statistics.perplexity(nll) for nll in (figures.nll, figures.nll_reference)
-    )
+    own, own_error = statistics.perplexity(figures.nll)
+    base, base_error = statistics.perplexity(figures.nll_reference)
+    # Var(a - b) = Var(a) + Var(b) - 2 Cov(a, b), and the same of the logarithms.
     log_variances = (own_error / own) ** 2 + (base_error / base) ** 2
-    covariance = own * base * (log_variances - ln_error**2)  # twice that of the two perplexities
-    variance = own_error**2 + base_error**2 - covariance
+    twice_covariance = own * base * (log_variances - ln_error**2)
+    variance = own_error**2 + base_error**2 - twice_covariance
 
-    def ppl(sums: Array) -> Array:
-        return np.exp(_mean_of(sums, _NLL))
+    def ppl(means: dict[str, FloatArray]) -> FloatArray:
+        return np.exp(means["nll"])
 
-    def ppl_reference(sums: Array) -> Array:
-        return np.exp(_mean_of(sums, _NLL_REFERENCE))
+    def ppl_reference(means: dict[str, FloatArray]) -> FloatArray:
+        return np.exp(means["nll_reference"])
 
-    def ln_ratio(sums: Array) -> Array:
-        return _mean_of(sums, _NLL) - _mean_of(sums, _NLL_REFERENCE)
+    def ln_ratio(means: dict[str, FloatArray]) -> FloatArray:
+        return means["nll"] - means["nll_reference"]
 
-    return parts.Perplexity(
-        reference=_estimate(drawn, ppl_reference, base_error),
-        quantized=_estimate(drawn, ppl, own_error),
-        ratio=_estimate(drawn, lambda s: np.exp(ln_ratio(s)), own / base * ln_error),
-        ln_ratio=_estimate(drawn, ln_ratio, ln_error),
-        difference=_estimate(drawn, lambda s: ppl(s) - ppl_reference(s), max(variance, 0.0) ** 0.5),
+    return Perplexity(
+        reference=sample.estimate(ppl_reference, base_error),
+        quantized=sample.estimate(ppl, own_error),
+        ratio=sample.estimate(lambda m: np.exp(ln_ratio(m)), own / base * ln_error),
+        ln_ratio=sample.estimate(ln_ratio, ln_error),
+        difference=sample.estimate(lambda m: ppl(m) - ppl_reference(m), max(variance, 0.0) ** 0.5),
         correlation=statistics.correlation(figures.nll, figures.nll_reference),
     )
 
 
-def _mean_of(sums: Array, column: int) -> Array:
-    return sums[..., column] / sums[..., _COUNT]
-
-
-def _mean(drawn: Bootstrap, column: int, x: Tensor) -> parts.Estimate:
-    _, token_error = statistics.mean_and_error(x)
-    return _estimate(drawn, lambda sums: _mean_of(sums, column), token_error)
-
-
-def _estimate(drawn: Bootstrap, figure: Figure, token_error: float) -> parts.Estimate:
-    return parts.Estimate(**asdict(drawn.interval(figure)), token_error=token_error)
-
-
-def _documents(sums: Array) -> parts.Documents:
-    columns = sums.T.tolist()
-    return parts.Documents(
-        tokens=columns[_COUNT],
-        nll=columns[_NLL],
-        nll_reference=columns[_NLL_REFERENCE],
-        kld=columns[_KLD],
-        same_top=columns[_TOP],
-    )
-
-
-def _spread(x: Tensor, quantiles: tuple[str, ...]) -> dict:
-    """Maximum, quantiles, median and minimum of per-token figures x [tokens]."""
-    named = {name: statistics.quantile(x, float(name[:-1]) / 100) for name in quantiles}
-    return {
-        "maximum": x.max().item(),
-        "median": statistics.quantile(x, 0.5),
-        "minimum": x.min().item(),
-    } | named
+def _documents(sample: _Sample) -> Documents:
+    sums = sample.sums()
+    return Documents.model_validate({name: sums[name] for name in Documents.model_fields})

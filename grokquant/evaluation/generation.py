@@ -1,4 +1,4 @@
-"""Texts that tasks want written: by whole models in memory, since each token needs all blocks."""
+"""Text generation for tasks: by whole models in memory, as each token passes all blocks."""
 
 import contextlib
 import io
@@ -14,25 +14,25 @@ from grokquant.evaluation.lm_tasks import LmTasks, Prompt
 from grokquant.job.budget.memory import available_bytes
 from grokquant.runtime.load import build_model
 
-_DTYPE = torch.bfloat16
+_DTYPE = torch.bfloat16  # of generating models
 
 
 def check_fits(tasks: LmTasks, checkpoints: Sequence[Checkpoint], device: torch.device) -> None:
-    """Raises InputError where one of the models is larger than what is free of memory."""
+    """Raises InputError where one of the models does not fit in the free memory."""
     names = ", ".join(sorted({str(r.task_name) for r in tasks.prompts.values()}))
     available = available_bytes(device)
     for checkpoint in checkpoints:
         needed = checkpoint.parameters * _DTYPE.itemsize
         if needed > available:
             raise InputError(
-                f"tasks: {names}: generates text, for which the whole model has to be in memory: "
+                f"tasks: {names}: generates text, which needs the whole model in memory: "
                 f"{checkpoint.source.path} takes {humanize.size(needed)} as bf16, "
-                f"{humanize.size(available)} are free; tasks that score text are streamed"
+                f"{humanize.size(available)} are free; tasks that only score text are streamed"
             )
 
 
 def texts(tasks: LmTasks, checkpoint: Checkpoint, device: torch.device) -> dict[Prompt, str]:
-    """What the model, in bfloat16, makes of all prompts, as lm-eval's own `HFLM` has it."""
+    """The texts that the model, in bfloat16, generates for all prompts, by lm-eval's own `HFLM`."""
     model = build_model(checkpoint, device, _DTYPE)
     with contextlib.redirect_stderr(io.StringIO()):
         whole = HFLM(

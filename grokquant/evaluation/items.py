@@ -1,24 +1,27 @@
-"""What both models got in a task, item by item, and the figures of that."""
+"""Both models' results in a task, item by item, and their figures in the report."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import exp, isclose, isfinite, log, sqrt
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grokquant.evaluation import report as parts
 from grokquant.evaluation.paired import compare_items
+from grokquant.evaluation.report import PairedAccuracy, Task, TaskMetric, TaskValue
 
-Metric = tuple[str, str]  # its name and that of the filter that answers went through
-# A mean of the items; exp of minus it; that in bits, minus it over ln 2.
+Metric = tuple[str, str]  # its name, and the filter that answers passed through
+# Relative difference up to which a metric computed here is taken for lm-eval's own.
+_SAME_VALUE = 1e-9
+# How a metric follows from the weighted mean m of its items: m, exp(-m), or -m / ln 2.
 Kind = Literal["mean", "perplexity", "bits"]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's results in a task: lm-eval's figures, and by document what they are made of."""
+    """One model's results in a task: lm-eval's figures, and the values of each item they are made
+    of, by document number."""
 
     version: str
     fewshot: int
@@ -30,11 +33,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class ItemResults:
-    """The items of a metric, the same ones for both models, in one order.
+    """The items of a metric: the same ones for both models, in the same order.
 
     `quantized` and `reference` [items] are 0 or 1 for accuracies, log-likelihoods in nats for
-    perplexities; `weights` [items] are the words or bytes of each text, 1 elsewhere. The metric is
-    their sum over that of the weights, made into its `kind`.
+    perplexities; `weights` [items] are the words or bytes of each text, 1 elsewhere. The metric
+    follows from sum(items) / sum(weights) by its `kind`.
     """
 
     task: str
@@ -47,16 +50,19 @@ class ItemResults:
     weights: NDArray[np.float64]
 
     def value(self, items: NDArray[np.float64]) -> float:
-        """The metric of `quantized` or `reference`, or of a resampled part with its weights."""
+        """The metric of `quantized` or `reference`."""
         return _OF_KIND[self.kind](float(items.sum() / self.weights.sum()))
 
     def error(self, items: NDArray[np.float64]) -> float:
-        """Its standard error over items, to first order; lm-eval's own for means."""
-        n, total = len(items), self.weights.sum()
+        """Its standard error over items, to first order; the same as lm-eval's for means."""
+        n = len(items)
         if n < 2:
             return 0.0
+        total = self.weights.sum()
         mean = items.sum() / total
-        error = float(sqrt(n / (n - 1) * np.square(items - mean * self.weights).sum()) / total)
+        squares = np.square(items - mean * self.weights).sum()
+        error = float(sqrt(n / (n - 1) * squares) / total)
+        # Derivatives of each kind by the mean, up to their signs.
         slopes = {"mean": 1.0, "perplexity": self.value(items), "bits": 1 / log(2)}
         return error * slopes[self.kind]
 
@@ -67,7 +73,7 @@ _OF_KIND = {"mean": lambda x: x, "perplexity": lambda x: exp(-x), "bits": lambda
 def paired_items(
     quantized: dict[str, Scores], reference: dict[str, Scores]
 ) -> Iterator[ItemResults]:
-    """All metrics that are made of one figure an item, which lm-eval's own value proves."""
+    """All metrics that follow from one number per item: where they give lm-eval's own value."""
     for task, own in quantized.items():
         for (metric, filter_name), items in own.items.items():
             key = (metric, filter_name)
@@ -83,7 +89,7 @@ def paired_items(
 
 
 def _arrays(items: dict[int, Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Figures and weights of the items, nothing where these are not one number or two each."""
+    """Values and weights of the items; empty unless each item is a number or a pair of numbers."""
     pairs = [item if isinstance(item, tuple | list) else (item, 1.0) for item in items.values()]
     try:
         found = np.array(pairs, dtype=np.float64).reshape(len(pairs), 2)
@@ -93,22 +99,27 @@ def _arrays(items: dict[int, Any]) -> tuple[NDArray[np.float64], NDArray[np.floa
 
 
 def _kind(values: NDArray[np.float64], weights: NDArray[np.float64], value: object) -> Kind | None:
+    """The kind by which the items give lm-eval's `value`, None if no kind does."""
     total = float(weights.sum())
     if not isinstance(value, int | float) or not total:
         return None
     mean = float(values.sum()) / total
     kinds: tuple[Kind, ...] = ("mean", "perplexity", "bits")
-    fitting = (k for k in kinds if k == "mean" or mean <= 0)
-    return next((k for k in fitting if isclose(_OF_KIND[k](mean), value, rel_tol=1e-9)), None)
+    for kind in kinds:
+        if kind != "mean" and mean > 0:  # not a log-likelihood
+            continue
+        if isclose(_OF_KIND[kind](mean), value, rel_tol=_SAME_VALUE):
+            return kind
+    return None
 
 
 def task_rows(
     quantized: dict[str, Scores], reference: dict[str, Scores], items: list[ItemResults]
-) -> tuple[parts.Task, ...]:
-    """The tasks as the report has them."""
+) -> tuple[Task, ...]:
+    """The tasks for the report."""
     known = {(i.task, i.metric, i.filter): i for i in items}
     return tuple(
-        parts.Task(
+        Task(
             name=task,
             version=own.version,
             fewshot=own.fewshot,
@@ -124,31 +135,27 @@ def task_rows(
     )
 
 
-def _metric_row(
-    key: Metric, own: Scores, base: Scores, items: ItemResults | None
-) -> parts.TaskMetric:
-    return parts.TaskMetric(
-        metric=key[0],
-        filter=key[1],
-        higher_is_better=own.higher_is_better.get(key[0]),
+def _metric_row(key: Metric, own: Scores, base: Scores, items: ItemResults | None) -> TaskMetric:
+    metric, filter_name = key
+    own_error = items.error(items.quantized) if items else None
+    base_error = items.error(items.reference) if items else None
+    return TaskMetric(
+        metric=metric,
+        filter=filter_name,
+        higher_is_better=own.higher_is_better.get(metric),
         items=len(own.items[key]),
-        quantized=parts.TaskValue(
-            value=own.values[key], error=items.error(items.quantized) if items else None
-        ),
-        reference=parts.TaskValue(
-            value=base.values[key], error=items.error(items.reference) if items else None
-        ),
+        quantized=TaskValue(value=own.values[key], error=own_error),
+        reference=TaskValue(value=base.values[key], error=base_error),
         paired=_paired(items) if items else None,
     )
 
 
-def _paired(items: ItemResults) -> parts.PairedAccuracy | None:
-    """Item against item, where each is right or wrong."""
-    figures = np.concatenate((items.quantized, items.reference))
-    if items.kind != "mean" or not np.isin(figures, (0, 1)).all():
+def _paired(items: ItemResults) -> PairedAccuracy | None:
+    """Item against item, if each is right or wrong."""
+    values = np.concatenate((items.quantized, items.reference))
+    if items.kind != "mean" or not np.isin(values, (0, 1)).all():
         return None
-    flips = compare_items(items.reference == 1, items.quantized == 1)
-    return parts.PairedAccuracy(**asdict(flips))
+    return compare_items(items.reference == 1, items.quantized == 1)
 
 
 def _is_number(value: object) -> bool:

@@ -1,8 +1,14 @@
-"""Log-likelihoods of continuations: packed into rows that share their contexts, read off a model.
+"""Log-likelihoods of continuations, packed into rows that share their contexts.
 
-A row is a context and its continuations, each on a branch of its own, so that a context is computed
-once. Rows of one length make a batch; nothing is padded. A continuation's last token is predicted
-but never read, so one of a single token adds nothing to its row.
+A row is a context and its continuations, each on a branch of its own, so the context is computed
+once. Rows of equal length form a batch; nothing is padded. The last token of a continuation is
+predicted but not read by the model, so a continuation of one token adds nothing to its row:
+
+    context      c c c c
+    "a b"                a          predicted: a at the last c, b at a
+    "x y z"                x y      predicted: x at the last c, y at x, z at y
+    branch       0 0 0 0 1 2 2
+    position     0 1 2 3 4 4 5
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,33 +20,35 @@ from torch import Tensor
 
 from grokquant.streaming.blocks import BlockwiseModel, Rows
 
-# Positions whose logits are held at once, and how many of them as log-probabilities.
-_POSITIONS_AT_ONCE, _POSITIONS_COMPARED = 512, 64
+# Positions whose logits are held at once: 268 MB in float32 for the vocabulary of Grok-1.
+_POSITIONS_AT_ONCE = 512
+# Positions whose log-probabilities are held at once, in float64.
+_POSITIONS_COMPARED = 64
 
 Tokens = tuple[int, ...]
-Pair = tuple[Tokens, Tokens]  # a context, never empty, and what is to follow it
-# Log-likelihood in nats, and whether greedy decoding gives just that.
+Pair = tuple[Tokens, Tokens]  # a context, never empty, and its continuation
+# Log-likelihood in nats, and whether greedy decoding gives this continuation.
 Likelihood = tuple[float, bool]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows, and where in them what is predicted.
+    """Rows, and the tokens to be predicted in them.
 
-    For every token of every continuation: `places` [targets] indices into the flattened rows,
-    `targets` the token that should be predicted there, `owners` whose it is, an index of `pairs`.
+    For every token of every continuation, each [targets]: `positions` indexes the flattened rows,
+    `targets` is the token to be predicted there, `owners` indexes the `pairs` it belongs to.
     """
 
     rows: Rows
     pairs: list[Pair]
-    places: Tensor
+    positions: Tensor
     targets: Tensor
     owners: Tensor
 
 
 @dataclass
 class _Row:
-    """A row in the making: a context with some of its continuations."""
+    """A context and some of its continuations."""
 
     context: Tokens
     continuations: list[Tokens]
@@ -53,10 +61,12 @@ class _Row:
     def branched(self) -> bool:
         return sum(len(c) > 1 for c in self.continuations) > 1
 
-    def flattened(self) -> tuple[list[int], list[int], list[int]]:
+    def columns(self) -> tuple[list[int], list[int], list[int]]:
         """Tokens, branches and positions of the row."""
         start = len(self.context)
-        tokens, branches, positions = list(self.context), [0] * start, list(range(start))
+        tokens = list(self.context)
+        branches = [0] * start
+        positions = list(range(start))
         for branch, continuation in enumerate(self.continuations, start=1):
             read = len(continuation) - 1
             tokens += continuation[:-1]
@@ -64,8 +74,8 @@ class _Row:
             positions += range(start, start + read)
         return tokens, branches, positions
 
-    def places(self) -> Iterator[list[int]]:
-        """For each continuation where its tokens are predicted."""
+    def predicted_at(self) -> Iterator[list[int]]:
+        """Indices in the row at which the tokens of each continuation are predicted."""
         end = len(self.context)
         for continuation in self.continuations:
             read = len(continuation) - 1
@@ -74,9 +84,9 @@ class _Row:
 
 
 def pack(pairs: Iterable[Pair], longest: int) -> list[Batch]:
-    """Batches in which every pair stands once, in rows of at most `longest` tokens.
+    """Batches that hold every pair once, in rows of at most `longest` tokens.
 
-    A row is longer where a single pair is.
+    A row is longer only where a single pair is.
     """
     by_context: dict[Tokens, dict[Tokens, None]] = {}
     for context, continuation in pairs:
@@ -100,29 +110,30 @@ def _rows(context: Tokens, continuations: Sequence[Tokens], longest: int) -> Ite
 
 def _batch(rows: list[_Row]) -> Batch:
     tokens, branches, positions = (
-        torch.tensor(part) for part in zip(*(row.flattened() for row in rows), strict=True)
+        torch.tensor(part) for part in zip(*(row.columns() for row in rows), strict=True)
     )
     pairs: list[Pair] = []
     found: list[tuple[int, int, int]] = []
     for number, row in enumerate(rows):
-        for continuation, places in zip(row.continuations, row.places(), strict=True):
-            start = number * row.length
+        start = number * row.length
+        for continuation, indices in zip(row.continuations, row.predicted_at(), strict=True):
             found += [
-                (start + place, target, len(pairs))
-                for place, target in zip(places, continuation, strict=True)
+                (start + index, target, len(pairs))
+                for index, target in zip(indices, continuation, strict=True)
             ]
             pairs.append((row.context, continuation))
-    laid = Rows(tokens, branches, positions) if rows[0].branched else Rows(tokens)
-    return Batch(laid, pairs, *torch.tensor(found).unbind(1))
+    packed = Rows(tokens, branches, positions) if rows[0].branched else Rows(tokens)
+    return Batch(packed, pairs, *torch.tensor(found).unbind(1))
 
 
 @torch.no_grad()
 def likelihoods(model: BlockwiseModel, batch: Batch, hidden: Tensor) -> dict[Pair, Likelihood]:
-    """What `model` says of a batch, from what its last block returned [rows, time, hidden]."""
+    """Log-likelihoods of a batch under `model`, from the output of its last block, `hidden`
+    [rows, time, hidden]."""
     total = torch.zeros(len(batch.pairs), dtype=torch.float64)
     missed = torch.zeros(len(batch.pairs), dtype=torch.long)
-    states = hidden.flatten(0, 1)  # (places, hidden)
-    needed, which = batch.places.unique(return_inverse=True)
+    states = hidden.flatten(0, 1)  # (positions, hidden)
+    needed, which = batch.positions.unique(return_inverse=True)
     for first in range(0, len(needed), _POSITIONS_AT_ONCE):
         part = needed[first : first + _POSITIONS_AT_ONCE]
         logits = model.logits(states[None, part])[0]  # (positions, vocabulary)
@@ -130,7 +141,9 @@ def likelihoods(model: BlockwiseModel, batch: Batch, hidden: Tensor) -> dict[Pai
             compared = logits[start : start + _POSITIONS_COMPARED]
             row = which - first - start
             here = (row >= 0) & (row < len(compared))
-            row, targets, owners = row[here], batch.targets[here], batch.owners[here]
+            row = row[here]  # of `compared`, for each target (targets here,)
+            targets = batch.targets[here]
+            owners = batch.owners[here]
             log_p = F.log_softmax(compared.double(), dim=-1)
             total.index_add_(0, owners, log_p[row, targets])
             missed.index_add_(0, owners, (compared.argmax(-1)[row] != targets).long())

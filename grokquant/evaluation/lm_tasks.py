@@ -1,9 +1,9 @@
-"""Tasks of the lm-eval harness on models that are streamed.
+"""Tasks of the lm-eval harness on streamed models.
 
-lm-eval asks a model what it needs, task by task. Here it asks twice. The first time a model without
-weights notes the requests of all tasks as token ids; both checkpoints answer all of them in one
-pass. The second time, once for each checkpoint, the answers are looked up and lm-eval computes its
-own metrics of them. Text is cut into tokens and windows as lm-eval's `HFLM` does it.
+lm-eval sends its requests to a model task by task. Here it does so twice. The first time, a model
+without weights records the requests of all tasks as token ids; both checkpoints answer them all in
+one pass. The second time, once per checkpoint, the answers are looked up and lm-eval computes its
+own metrics from them. Text is cut into tokens and windows as in lm-eval's `HFLM`.
 """
 
 import contextlib
@@ -36,16 +36,16 @@ from grokquant.evaluation.suite import TaskSection
 SHIPPED = Path(__file__).parent / "tasks"
 LM_EVAL_VERSION: str = lm_eval.__version__
 
-# Reading a local file is nobody's business: datasets would report it.
+# Local files are read here; datasets would count each as a download on the hub.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 _FEWSHOT_SEED = 1234  # lm-eval's own
-# A prompt and how to go on from it, as JSON.
+# A prompt, and how to generate from it as JSON.
 Prompt = tuple[str, str]
 
 
-class _Asked(TemplateLM):
-    """Takes requests as `HFLM` would and leaves the answers to two functions."""
+class _AnsweringLM(TemplateLM):
+    """Cuts requests into tokens as `HFLM` does, and has two functions answer them."""
 
     def __init__(
         self,
@@ -56,7 +56,9 @@ class _Asked(TemplateLM):
     ) -> None:
         super().__init__()
         self.tokenizer: Any = tokenizer
-        self.max_length, self.answer, self.generate = longest, answer, generate
+        self.max_length = longest
+        self.answer = answer
+        self.generate = generate
 
     @property
     def eot_token_id(self) -> int:
@@ -92,33 +94,33 @@ class _Asked(TemplateLM):
         return [self.generate(request) for request in requests]
 
     def _windows(self, text: str) -> Iterator[Pair]:
-        """Windows that do not overlap, the prefix token before the first one."""
+        """Windows that do not overlap; the prefix token precedes the first one."""
         tokens = self.tok_encode(text)
         windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
         return (self._cut(*make_disjoint_window(window)) for window in windows)
 
     def _cut(self, context: list[int], continuation: list[int]) -> Pair:
-        """What is left of a context that is too long is its end."""
+        """A context that is too long loses its start."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise InputError(
-                f"tasks: {len(continuation)} tokens to predict after {len(context)}; it takes one "
-                f"of each at least and {self.max_length} at most (max_length)"
+                f"tasks: {len(continuation)} tokens to predict after {len(context)}; both must be "
+                f"at least 1, and the first at most max_length ({self.max_length})"
             )
         kept = self.max_length + 1 - len(continuation)
         return tuple(context[-kept:]), tuple(continuation)
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """What stands before a text that has no context: BOS, or EOS where there is none."""
+    """The token before a text that has no context: BOS, or EOS in a tokenizer without BOS."""
     bos = tokenizer.bos_token_id
     return tokenizer.eos_token_id if bos is None else bos
 
 
 @dataclass
 class LmTasks:
-    """Tasks whose requests are known: `pairs` to score and `prompts` to go on from.
+    """Tasks and their requests: `pairs` to score, `prompts` to generate from.
 
-    `loaded` are lm-eval's tasks of each section with the number of items to take.
+    `loaded` holds lm-eval's tasks of each section, and the number of items to use.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -130,14 +132,16 @@ class LmTasks:
     def scores(
         self, answers: dict[Pair, Likelihood], texts: dict[Prompt, str]
     ) -> dict[str, Scores]:
-        """lm-eval's figures for a model that answers so, by task."""
+        """lm-eval's figures, by task, for a model with these answers and generated texts."""
         found: dict[str, Scores] = {}
-        for results in self._ask(answers.__getitem__, lambda r: texts[_prompt(r)]):
+        for results in self._evaluate(answers.__getitem__, lambda r: texts[_prompt(r)]):
             for task in results["samples"]:
                 found[task] = _scores(task, results)
         return found
 
-    def _note(self) -> None:
+    def record_requests(self) -> None:
+        """Fills `pairs` and `prompts`; the answers given here mean nothing."""
+
         def score(pair: Pair) -> Likelihood:
             self.pairs[pair] = None
             return 0.0, False
@@ -146,13 +150,13 @@ class LmTasks:
             self.prompts[_prompt(request)] = request
             return ""
 
-        self._ask(score, generate)
+        self._evaluate(score, generate)
 
-    def _ask(
+    def _evaluate(
         self, answer: Callable[[Pair], Likelihood], generate: Callable[[Instance], str]
     ) -> list[dict]:
-        """Puts all requests; lm-eval's results of each section."""
-        model = _Asked(self.tokenizer, self.longest, answer, generate)
+        """lm-eval's results of each section, all requests answered by the two functions."""
+        model = _AnsweringLM(self.tokenizer, self.longest, answer, generate)
         results = []
         for loaded, items in self.loaded:
             for task in loaded["tasks"].values():
@@ -168,13 +172,14 @@ def open_tasks(
     longest: int,
     directory: Path,
 ) -> LmTasks:
-    """Loads tasks and notes what they ask of a model that takes `longest` tokens at once.
+    """Loads tasks and records their requests to a model that takes `longest` tokens at once.
 
-    Data of shipped tasks go to `directory`, which must outlast the tasks. Raises InputError.
+    The data of shipped tasks is written to `directory`, which must outlast the tasks. Raises
+    InputError.
     """
     loaded = [(_load(task, directory), task.items) for task in wanted]
     tasks = LmTasks(tokenizer, longest, loaded)
-    tasks._note()
+    tasks.record_requests()
     return tasks
 
 
@@ -201,12 +206,12 @@ def _load(wanted: TaskSection, directory: Path) -> Any:
 
 @cache
 def _manager(stock: bool) -> TaskManager:
-    """Knows lm-eval's own tasks if `stock`, which takes seconds."""
+    """With `stock`, a manager that knows lm-eval's own tasks; finding them takes seconds."""
     return TaskManager(include_defaults=stock)
 
 
 def _shipped(name: str, directory: Path) -> dict:
-    """A task of ours with its data where they are now."""
+    """The config of a task of this package, with its data written to `directory`."""
     config = YAML(typ="safe").load(SHIPPED / f"{name}.yaml")
     data = task_data.write_items(name, directory)
     files = {"test": str(data)}
@@ -230,7 +235,7 @@ def _scores(task: str, results: dict) -> Scores:
 
 
 def _digest(samples: list[dict]) -> str:
-    """Of all documents, prompts and targets, in hex, as lm-eval computes its task hash."""
+    """SHA-256 in hex of all documents, prompts and targets, as lm-eval computes its task hash."""
     parts = (s[key] for s in samples for key in ("doc_hash", "prompt_hash", "target_hash"))
     return sha256("".join(parts).encode()).hexdigest()
 
@@ -242,7 +247,7 @@ def _prompt(request: Instance) -> Prompt:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars and warnings of lm-eval and datasets: errors are raised anyway."""
+    """Silences progress bars and warnings of lm-eval and datasets; their errors are raised."""
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -10,49 +10,30 @@ from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.evaluation.cache import Cache, key_of
 from grokquant.evaluation.likelihoods import Batch, Likelihood, Pair, likelihoods
+from grokquant.evaluation.report import Forced, Layer
 from grokquant.evaluation.statistics import TokenFigures, compare_logits
 from grokquant.evaluation.teacher_forcing import (
-    Exam,
-    Forced,
-    Teacher,
+    LayerProbe,
+    ReferenceStream,
     relative_error,
-    routers,
+    router_agreement,
     same_set,
 )
 from grokquant.streaming.blocks import BlockwiseModel, Rows
 from grokquant.streaming.stream import Stream
 
-# Windows of the reference that run a second time in another batch order: the noise floor.
+# Windows that the reference runs a second time, in another batch order: the noise floor.
 _REPEATED = 4
-# Tokens of the reference, in whole windows, that are also led through each quantized layer.
+# Tokens of the reference, in whole windows, that also pass each quantized layer: enough for shares
+# of tokens to 1 %, and the states of Grok-1 for them are 200 MB.
 _FORCED = 8192
-# Logits of each model that are held at once, all of the vocabulary of some positions.
+# Logits of each model held at once (positions x vocabulary): 128 MiB in float32.
 _LOGITS_AT_ONCE = 2**25
 
 
 @dataclass(frozen=True)
-class LayerFigures:
-    """How far one layer of the quantized model is from the reference on its own path.
-
-    `relative_error` is ||h_q - h|| / ||h|| of the layer's output; router agreements are shares of
-    tokens; loads count the tokens of each expert. A dense layer has neither. `forced` is about the
-    layer alone.
-    """
-
-    layer: int
-    relative_error: float
-    router_top1: float | None = None
-    router_top2_set: float | None = None
-    router_set: float | None = None
-    tokens_per_expert: tuple[int, ...] = ()
-    reference_tokens_per_expert: tuple[int, ...] = ()
-    load_shift: float | None = None
-    forced: Forced | None = None
-
-
-@dataclass(frozen=True)
 class Windows:
-    """Token ids `rows` [windows, time] of a text; those from place `first` of each are scored."""
+    """Token ids `rows` [windows, time] of a text; positions from `first` on are scored."""
 
     rows: Tensor
     first: int = 1
@@ -60,77 +41,93 @@ class Windows:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`figures` are those of the first text, as are those of layers; `further` of the others.
+    """The measurements of two models on the same texts.
 
-    `first_change` [tokens] is the first layer in which a scored token of the first text goes to
-    other experts than in the reference, -1 where there is none; None for a dense model. `noise` is
-    the reference against itself in another batch order, for some windows; `answers` are the
-    log-likelihoods of the pairs, those of the quantized model first.
+    `figures`, `layers` and `first_change` are about the first text, `further` holds the figures of
+    the others. `first_change` [tokens] is the first layer in which a scored token goes to other
+    experts than in the reference, -1 if there is none; None for a dense model. `noise` compares the
+    reference with itself, in another batch order, on some windows. `answers` are the
+    log-likelihoods of the requested pairs under the quantized model and under the reference.
     """
 
     figures: TokenFigures
-    layers: list[LayerFigures]
+    layers: list[Layer]
     noise: TokenFigures
     first_change: Tensor | None = None
     further: list[TokenFigures] = field(default_factory=list)
     answers: tuple[dict[Pair, Likelihood], dict[Pair, Likelihood]] = ({}, {})
 
 
-# Told about each layer, with the number of all layers, as soon as it is done.
-LayerDone = Callable[[LayerFigures, int], None]
+# Called with each layer as soon as it is measured, and with the number of layers.
+LayerDone = Callable[[Layer, int], None]
 
 
 def compare_texts(
     quantized: Checkpoint,
     reference: Checkpoint,
     texts: Sequence[Windows],
-    asked: Sequence[Batch] = (),
+    requests: Sequence[Batch] = (),
     layer_done: LayerDone | None = None,
     device: torch.device = CPU,
     forced: bool = True,
     cache: Cache | None = None,
 ) -> Comparison:
-    """Runs both models over all `texts` and over what is `asked`, layer by layer, each read once.
+    """Runs both models over all `texts` and `requests`, layer by layer, each layer read once.
 
-    With `forced`, windows of the first text also pass each quantized layer as the reference's
-    states; with a `cache`, the reference's layers are read only if it has not got them. Arithmetic
+    With `forced`, the reference's states of some windows of the first text also pass each quantized
+    layer; with a `cache`, layers of the reference are read only if they are not in it. Arithmetic
     is float32.
     """
     base = BlockwiseModel(reference, device=device)
     model = BlockwiseModel(quantized, device=device, twin=base)
     rows = texts[0].rows
-    lent = rows[: max(1, _FORCED // rows.shape[1]) if forced else 0]
-    batches = [*(Rows(text.rows) for text in texts), *(batch.rows for batch in asked)]
+    traced = rows[: max(1, _FORCED // rows.shape[1]) if forced else 0]
+    batches = [*(Rows(text.rows) for text in texts), *(batch.rows for batch in requests)]
     both = [*batches, Rows(rows[:_REPEATED].flip(0))]
-    entry = cache.entry(key_of(reference, both, len(lent), device)) if cache else None
-    theirs = Teacher(base, both, len(lent), entry)
-    own = Stream(model, [*batches, Rows(lent)] if forced else batches)
-    layers, changes = [], _Changes()
-    for index in range(reference.config.num_hidden_layers):
+    entry = cache.entry(key_of(reference, both, len(traced), device)) if cache else None
+    theirs = ReferenceStream(base, both, len(traced), entry)
+    own = Stream(model, [*batches, Rows(traced)] if forced else batches)
+    layers, changes = _run_layers(own, theirs, layer_done)
+    figures = _scores(own, theirs, texts)
+    return Comparison(
+        figures=figures[0],
+        layers=layers,
+        noise=_noise(theirs, texts[0]),
+        first_change=changes.of(texts[0]),
+        further=figures[1:],
+        answers=(_answers(own, requests, len(texts)), _answers(theirs, requests, len(texts))),
+    )
+
+
+def _run_layers(
+    own: Stream, theirs: ReferenceStream, layer_done: LayerDone | None
+) -> tuple[list[Layer], "_Changes"]:
+    """Takes both models through all layers side by side."""
+    layers: list[Layer] = []
+    changes = _Changes()
+    total = theirs.model.config.num_hidden_layers
+    for index in range(total):
         theirs.run_layer(index)
         alone = _run_layer(own, index, theirs)
-        figures = _layer_figures(index, own, theirs, alone)
+        layers.append(_layer_figures(index, own, theirs, alone))
         changes.add(index, own, theirs)
-        layers.append(figures)
         if layer_done:
-            layer_done(figures, reference.config.num_hidden_layers)
-    figures_of, noise = _scores(own, theirs, texts), _noise(theirs, texts[0])
-    answers = _answers(own, asked, len(texts)), _answers(theirs, asked, len(texts))
-    first_change = changes.of(texts[0])
-    return Comparison(figures_of[0], layers, noise, first_change, figures_of[1:], answers)
+            layer_done(layers[-1], total)
+    return layers, changes
 
 
-def _run_layer(own: Stream, index: int, theirs: Teacher) -> Forced | None:
+def _run_layer(own: Stream, index: int, theirs: ReferenceStream) -> Forced | None:
     """Takes the quantized model through a layer that the reference has just passed."""
     if not theirs.windows:
         own.run_layer(index)
         return None
-    model, last = own.model, len(own.batches) - 1
+    model = own.model
+    last = len(own.batches) - 1  # the batch of the reference's states
     own.hidden[last] = theirs.entered
     count = model.family.num_experts(model.config, index)
-    exam = Exam(own.tokens_of(last), theirs.lesson, model, count)
-    own.run_layer(index, exam)
-    return exam.figures(own.hidden[last], theirs.left)
+    probe = LayerProbe(own.tokens_of(last), theirs.trace, model, count)
+    own.run_layer(index, probe)
+    return probe.figures(own.hidden[last], theirs.left)
 
 
 class _Changes:
@@ -148,26 +145,27 @@ class _Changes:
         self.first[changed & (self.first < 0)] = index
 
     def of(self, text: Windows) -> Tensor | None:
-        """Of the positions whose next tokens are scored: [tokens]."""
+        """For the positions whose next tokens are scored: [tokens]."""
         if self.first is None:
             return None
         return self.first.view_as(text.rows)[:, text.first - 1 : -1].flatten()
 
 
-def _layer_figures(index: int, own: Stream, theirs: Stream, alone: Forced | None) -> LayerFigures:
+def _layer_figures(index: int, own: Stream, theirs: Stream, alone: Forced | None) -> Layer:
     """Figures of the layer that both have just run, on the first text."""
     error = relative_error(own.hidden[0], theirs.hidden[0])
     if own.chosen is None or theirs.chosen is None:
-        return LayerFigures(index, error, forced=alone)
-    chosen, chosen_base = own.chosen[0], theirs.chosen[0]  # (tokens, k)
+        return Layer(layer=index, relative_error=error, forced=alone)
+    chosen = own.chosen[0]  # (tokens, k)
+    chosen_base = theirs.chosen[0]
     count = theirs.model.family.num_experts(theirs.model.config, index)
     loads, loads_base = (
         torch.bincount(experts.flatten(), minlength=count) for experts in (chosen, chosen_base)
     )
-    return LayerFigures(
+    return Layer(
+        **dict(router_agreement(chosen, chosen_base)),
         layer=index,
         relative_error=error,
-        **vars(routers(chosen, chosen_base)),
         tokens_per_expert=tuple(loads.tolist()),
         reference_tokens_per_expert=tuple(loads_base.tolist()),
         load_shift=(loads - loads_base).abs().sum().item() / (2 * chosen.numel()),
@@ -175,10 +173,10 @@ def _layer_figures(index: int, own: Stream, theirs: Stream, alone: Forced | None
     )
 
 
-def _answers(stream: Stream, asked: Sequence[Batch], texts: int) -> dict[Pair, Likelihood]:
-    """What a model says of the pairs; their batches come after those of the texts."""
+def _answers(stream: Stream, requests: Sequence[Batch], texts: int) -> dict[Pair, Likelihood]:
+    """A model's answers; the batches of the requests come after those of the texts."""
     found: dict[Pair, Likelihood] = {}
-    for batch, hidden in zip(asked, stream.hidden[texts:], strict=False):
+    for batch, hidden in zip(requests, stream.hidden[texts:], strict=False):
         found |= likelihoods(stream.model, batch, hidden)
     return found
 
@@ -191,21 +189,23 @@ def _scores(own: Stream, theirs: Stream, texts: Sequence[Windows]) -> list[Token
 def _noise(theirs: Stream, text: Windows) -> TokenFigures:
     """The reference against itself, on the windows that it ran twice."""
     again = theirs.hidden[-1].flip(0)
-    first, model = theirs.hidden[0][: len(again)], theirs.model
-    return _score(model, again, model, first, Windows(text.rows[: len(again)], text.first))
+    first = theirs.hidden[0][: len(again)]
+    repeated = Windows(text.rows[: len(again)], text.first)
+    return _score(theirs.model, again, theirs.model, first, repeated)
 
 
 def _score(
     model: BlockwiseModel, hidden: Tensor, base: BlockwiseModel, hidden_base: Tensor, text: Windows
 ) -> TokenFigures:
+    """Compares next-token logits, some positions of a window at a time; `hidden` and `hidden_base`
+    [windows, time, hidden] are what the last layers returned."""
     parts = []
     at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
     for window, own, theirs in zip(text.rows, hidden, hidden_base, strict=True):
         for start in range(text.first - 1, len(window) - 1, at_once):
             positions = slice(start, min(start + at_once, len(window) - 1))
             targets = window[positions.start + 1 : positions.stop + 1]
-            logits, logits_base = (
-                m.logits(h[None, positions])[0] for m, h in ((model, own), (base, theirs))
-            )
+            logits = model.logits(own[None, positions])[0]  # (positions, vocabulary)
+            logits_base = base.logits(theirs[None, positions])[0]
             parts.append(compare_logits(logits, logits_base, targets))
     return TokenFigures.cat(parts)

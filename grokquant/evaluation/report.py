@@ -1,7 +1,8 @@
-"""What an evaluation found, as data: `report.json` and back.
+"""The results of an evaluation as data: `report.json` and back.
 
-Shares and probabilities are fractions here; only what people read says percent. The text below a
-field is its description in the JSON schema (`Report.model_json_schema()`) and in the documentation.
+Every figure is declared here, once, and measuring returns these classes. Shares and probabilities
+are fractions; only tables and pages say percent. The text below a field is its description in the
+JSON schema (`Report.model_json_schema()`) and in the documentation.
 """
 
 import json
@@ -18,6 +19,7 @@ JSON_NAME = "report.json"
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+ClusterKind = Literal["document", "window", "block"]
 
 
 def _below(share: str) -> Any:
@@ -26,7 +28,7 @@ def _below(share: str) -> Any:
 
 
 class _Part(BaseModel):
-    """Frozen, finite, nothing unknown; fields go by Python's names or by those of the JSON."""
+    """Base of all parts: frozen, finite, no unknown fields; Python's and JSON's names both work."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -38,13 +40,13 @@ class _Part(BaseModel):
 
 
 class Estimate(_Part):
-    """A figure with what the choice of documents leaves open.
+    """A figure and its uncertainty: how far it would be off with other documents.
 
-    Documents are drawn again with replacement, each with all its tokens (`bootstrap` says how).
+    From a bootstrap, which draws the documents again with replacement (see `bootstrap`).
     """
 
     value: float
-    """The figure itself, of all scored tokens."""
+    """The figure, over all scored tokens."""
     error: NotNegative
     """Its standard error: the standard deviation over the resamples."""
     low: float
@@ -52,90 +54,91 @@ class Estimate(_Part):
     high: float
     """Upper end of the 95 % interval."""
     token_error: NotNegative | None = None
-    """The standard error that llama.cpp prints, with tokens taken as independent; too small where
-    a document's tokens are alike."""
+    """The standard error as llama.cpp prints it, with tokens taken as independent; too small where
+    the tokens of a document are alike."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "Estimate":
         if self.low > self.high:
-            raise ValueError("the interval ends before it begins")
+            raise ValueError("low is above high")
         return self
 
 
-class Checkpoint(_Part):
-    """One of the two models that were compared."""
+class ComparedModel(_Part):
+    """One of the two models that are compared."""
 
     path: str
-    """Where it lay, as it was given."""
+    """Its path, as given."""
     family: str
     """The model family, such as grok-1 or mixtral."""
     layers: Count
-    """Decoder layers."""
+    """Number of decoder layers."""
     experts: Count
-    """Routed experts of a layer; 1 in a dense model."""
+    """Routed experts per layer; 1 in a dense model."""
     parameters: Count
-    """Weights of all tensors."""
+    """Number of weights in all tensors."""
     bytes: Count
     """Size of all tensors as stored, scales included."""
     bits_per_weight: NotNegative
     """8 * bytes / parameters."""
     schemes: dict[str, Count] = {}
-    """How many matrices are stored on which grid, with the method that rounded them if known."""
+    """Number of matrices by grid, with the method that rounded them if known."""
 
 
 class Protocol(_Part):
-    """On which tokens, and how: numbers of different protocols cannot be compared."""
+    """Which tokens were scored, and how. Results of different protocols cannot be compared."""
 
     text: str
-    """The text by name."""
+    """Name of the text."""
     text_sha256: str
-    """SHA-256 of its documents and of where each of them ends."""
+    """SHA-256 of its documents and their boundaries."""
     windows: Count
-    """Windows of text, each run on its own."""
+    """Number of windows, each run on its own."""
     length: Count
-    """Tokens of a window."""
+    """Tokens per window."""
     tokens_scored: Count
-    """Tokens that all figures are about."""
+    """Number of tokens behind every figure."""
     scored: str
-    """Which tokens of a window these are."""
+    """Which tokens of a window are scored."""
     bos: bool
     """Whether a window begins with a beginning-of-sequence token."""
     arithmetic: str
-    """The dtype that both models were run in."""
+    """The dtype in which both models were run."""
 
 
 class Bootstrap(_Part):
-    """How errors and intervals were found: by drawing clusters of tokens again."""
+    """How errors and intervals were found: by drawing clusters of tokens with replacement."""
 
-    unit: Literal["document", "window", "block"]
-    """What is drawn. Windows stand in where the text has too few documents to draw from, blocks of
-    32 tokens in a row where there are too few windows; they are then taken as independent."""
+    unit: ClusterKind
+    """What is drawn: documents; windows where the text has too few documents; blocks of 32
+    consecutive tokens where there are too few windows as well. Windows and blocks are taken as
+    independent."""
     clusters: Count
-    """How many there are."""
+    """Number of clusters."""
     resamples: Count
-    """How often as many are drawn."""
+    """Number of resamples."""
     seed: Count
-    """Of the random draws."""
+    """Random seed."""
     method: str
     """How the interval is taken from the resamples."""
 
 
 class Documents(_Part):
-    """Sums over the scored tokens of each document (or what stands in for it), in textual order.
+    """Sums over the scored tokens of each cluster (see `bootstrap`), in the order of the text.
 
-    They are all that a bootstrap needs, and let two reports be compared document by document.
+    A bootstrap needs nothing else, so two reports can be compared document by document.
     """
 
     tokens: tuple[Count, ...]
-    """Scored tokens."""
+    """Number of scored tokens."""
     nll: tuple[float, ...]
-    """Negative log-likelihoods of the true tokens, quantized model, in nats."""
+    """Negative log-likelihood of the true tokens under the quantized model, in nats."""
     nll_reference: tuple[float, ...]
-    """The same of the reference."""
+    """The same under the reference."""
     kld: tuple[float, ...]
-    """KL divergences of the tokens, in nats."""
+    """KL divergence, in nats."""
     same_top: tuple[Count, ...]
-    """Tokens that both models rank first alike."""
+    """Number of tokens for which both models rank the same token first."""
 
     @model_validator(mode="after")
     def _same_length(self) -> "Documents":
@@ -145,7 +148,7 @@ class Documents(_Part):
 
 
 class Perplexity(_Part):
-    """exp of the mean negative log-likelihood, token by token on the same text."""
+    """exp of the mean negative log-likelihood; both models on the same tokens."""
 
     reference: Estimate
     """Of the reference."""
@@ -158,20 +161,19 @@ class Perplexity(_Part):
     difference: Estimate
     """quantized - reference."""
     correlation: float
-    """Pearson's, of the negative log-likelihoods of both models over tokens."""
+    """Pearson correlation over tokens of both models' negative log-likelihoods."""
 
 
-class Divergence(_Part):
-    """KL(reference || quantized) of the next-token distributions over tokens, in nats.
+class Spread(_Part):
+    """The distribution of a figure over tokens.
 
-    From full distributions in float64, none of them cut short. Names are llama.cpp's; `99.0%` is
-    the value below which 99 % of the tokens lie.
+    Names are llama.cpp's; `99.0%` is the value below which 99 % of the tokens lie.
     """
 
     mean: Estimate
-    """The mean over tokens."""
+    """Mean over tokens."""
     maximum: float
-    """The largest."""
+    """The largest value."""
     q99_9: float = _below("99.9%")
     q99_0: float = _below("99.0%")
     q95_0: float = _below("95.0%")
@@ -183,72 +185,76 @@ class Divergence(_Part):
     q1_0: float = _below("1.0%")
     q0_1: float = _below("0.1%")
     minimum: float
-    """The smallest."""
+    """The smallest value."""
+
+    @classmethod
+    def quantiles(cls) -> dict[str, float]:
+        """Names of the quantiles, such as 99.9%, and their shares of tokens."""
+        names = (field.alias for field in cls.model_fields.values())
+        return {name: float(name[:-1]) / 100 for name in names if name}
 
 
-class DeltaP(_Part):
+class Divergence(Spread):
+    """KL(reference || quantized) of the next-token distributions, over tokens, in nats.
+
+    Computed in float64 over the whole vocabulary. Names are llama.cpp's; `99.0%` is the value below
+    which 99 % of the tokens lie.
+    """
+
+
+class DeltaP(Spread):
     """Probability of the true token, quantized minus reference, as a fraction, over tokens."""
 
-    mean: Estimate
-    """The mean over tokens."""
     rms: Estimate
-    """The root mean square over tokens."""
-    maximum: float
-    """The largest."""
-    q99_9: float = _below("99.9%")
-    q99_0: float = _below("99.0%")
-    q95_0: float = _below("95.0%")
-    q90_0: float = _below("90.0%")
+    """Root mean square over tokens."""
     q75_0: float = _below("75.0%")
-    median: float
-    """Half of the tokens lie below it."""
     q25_0: float = _below("25.0%")
-    q10_0: float = _below("10.0%")
-    q5_0: float = _below("5.0%")
-    q1_0: float = _below("1.0%")
-    q0_1: float = _below("0.1%")
-    minimum: float
-    """The smallest."""
 
 
 class NoiseFloor(_Part):
-    """What the evaluation measures where nothing differs: the reference against itself."""
+    """The figures where nothing differs: the reference against itself."""
 
     mean_kld: float
-    """Mean KLD, in nats."""
+    """Mean KL divergence, in nats."""
     perplexity_ratio: NotNegative
-    """Perplexity over perplexity."""
+    """Ratio of the perplexities of both runs."""
     same_top_p: Share
-    """Share of tokens whose top token is the same."""
+    """Share of tokens for which both runs rank the same token first."""
     how: str
     """What was repeated, and what was different the second time."""
 
 
-class Forced(_Part):
-    """One layer on the reference's own hidden states (teacher-forced): its error and no other's.
+class RouterAgreement(_Part):
+    """Shares of tokens for which two routers choose the same experts; None in a dense layer."""
 
-    As routers are not quantized, what the router chooses differently here is the doing of the
-    attention of this layer.
+    router_top1: Share | None = None
+    """Share of tokens with the same first expert (the one with the largest gate)."""
+    router_top2_set: Share | None = None
+    """Share of tokens with the same first two experts, in any order."""
+    router_set: Share | None = None
+    """Share of tokens with the same set of experts."""
+
+
+class Forced(RouterAgreement):
+    """One layer on the reference's own hidden states (teacher-forced): the error of this layer
+    alone.
+
+    Routers are not quantized, so a different choice of experts here comes from the attention of
+    this layer.
     """
 
     tokens: Count
-    """Tokens of the windows that this was measured on, the first ones."""
+    """Number of tokens measured, those of the first windows."""
     block_error: NotNegative
-    """||h_q - h|| / ||h|| of the hidden states h [tokens, hidden] that leave the layer."""
+    """||h_q - h|| / ||h|| of the layer's output h [tokens, hidden]."""
     attention_error: NotNegative
     """The same of the output of the attention's last matrix."""
     experts_error: NotNegative | None = None
-    """The same of the mixed outputs of the routed experts, which get the reference's inputs, routes
+    """The same of the combined output of the routed experts, given the reference's inputs, routes
     and gates."""
-    router_top1: Share | None = None
-    """Share of tokens whose first expert is the same."""
-    router_top2_set: Share | None = None
-    """Share of tokens whose first two experts are the same, in any order."""
-    router_set: Share | None = None
-    """Share of tokens all of whose experts are the same, in any order."""
     damage: tuple[Share, ...] = ()
-    """Each expert's share of the damage: D_e / sum D, where D_e = sum ||g (y_q - y)||^2 over the
-    tokens routed to expert e with gate g. Sums to 1, or is 0 throughout without any damage."""
+    """Share of the damage by expert: D_e / sum D, where D_e = sum ||g (y_q - y)||^2 over the
+    tokens routed to expert e with gate g. Sums to 1, or is 0 throughout if there is no damage."""
 
     @model_validator(mode="after")
     def _whole(self) -> "Forced":
@@ -257,29 +263,23 @@ class Forced(_Part):
         return self
 
 
-class Layer(_Part):
-    """One layer against the reference's, each model on its own path, so with the errors of all
-    layers before. A dense layer has no router and no experts."""
+class Layer(RouterAgreement):
+    """One layer of both models, each on its own path, so errors of earlier layers are included. A
+    dense layer has no router and no experts."""
 
     layer: Count
-    """Its number, from 0."""
+    """Layer number, from 0."""
     relative_error: NotNegative
-    """||h_q - h|| / ||h|| of the hidden states h [tokens, hidden] that leave it."""
-    router_top1: Share | None = None
-    """Share of tokens whose first expert (that of the largest gate) is the same."""
-    router_top2_set: Share | None = None
-    """Share of tokens whose first two experts are the same, in any order."""
-    router_set: Share | None = None
-    """Share of tokens all of whose experts are the same, in any order."""
+    """||h_q - h|| / ||h|| of the layer's output h [tokens, hidden]."""
     tokens_per_expert: tuple[Count, ...] = ()
-    """Tokens that the quantized model's router sends to each expert."""
+    """Number of tokens that the quantized model's router sends to each expert."""
     reference_tokens_per_expert: tuple[Count, ...] = ()
     """The same of the reference."""
     load_shift: Share | None = None
-    """The least share of the routed tokens that would have to go to another expert to give the
-    reference's loads: half of the sum of the absolute differences, over all."""
+    """Smallest share of the routed tokens that would have to change their expert to restore the
+    reference's loads: sum |load - reference load| / (2 * routed tokens)."""
     forced: Forced | None = None
-    """The layer alone; None where this was not measured."""
+    """The layer alone; None if not measured."""
 
     @model_validator(mode="after")
     def _same_experts(self) -> "Layer":
@@ -297,147 +297,148 @@ class Layer(_Part):
 
 
 class TokenGroup(_Part):
-    """The scored tokens that have something in common."""
+    """A group of scored tokens."""
 
     tokens: Count
-    """How many they are."""
+    """Number of tokens."""
     mean_kld: float | None = None
-    """Their mean KLD in nats; None where there are none."""
+    """Mean KL divergence in nats; None if the group is empty."""
     share_of_kld: float | None = None
-    """Their part of the sum of the KLD of all tokens; None where that is 0."""
+    """Share of the KL divergence summed over all tokens; None if that sum is 0."""
 
 
 class FirstChange(TokenGroup):
-    """The tokens whose experts differ in this layer and in none before."""
+    """Tokens whose routing changes in this layer and in no earlier one."""
 
     layer: Count
-    """The layer's number, from 0."""
+    """Layer number, from 0."""
 
 
 class Routing(_Part):
-    """The KLD of tokens by what the quantized model's routers did with them, on its own path.
+    """KL divergence of tokens with and without a change of routing, on the quantized model's own
+    path.
 
-    A token's routing has changed where the set of its experts differs from the reference's.
+    The routing of a token has changed where its set of experts differs from the reference's.
     """
 
     unchanged: TokenGroup
-    """Tokens that go to the same experts in every layer."""
+    """Tokens with the same experts in every layer."""
     changed: TokenGroup
-    """Tokens that go to another expert in some layer."""
+    """Tokens with other experts in some layer."""
     first_change: tuple[FirstChange, ...] = ()
-    """`changed` by the first layer in which they do; one row for each layer with experts."""
+    """`changed` by the first layer with other experts, one row per layer with experts."""
 
 
 class UnitRow(_Part):
     """A row of the quantization report: one matrix."""
 
     name: str
-    """As recipes call it."""
+    """Name of the matrix, as in recipes."""
     method: str
-    """What rounded it."""
+    """The method that rounded it."""
     scheme: str
-    """The grid it lies on."""
+    """Its grid."""
     bits_per_weight: NotNegative
-    """Stored bits over weights."""
+    """Stored bits per weight."""
     relative_error: NotNegative
     """||W_q - W|| / ||W||."""
     output_error: NotNegative | None = None
-    """The same of its outputs on the calibration tokens; None where there were none."""
+    """Relative error of its outputs on the calibration tokens; None without calibration."""
     tokens: Count | None = None
-    """Calibration tokens that reached it."""
+    """Number of calibration tokens that reached it."""
     fallback: str | None = None
-    """Why it was not rounded as planned; None where it was."""
+    """Why it was not rounded as planned; None if it was."""
 
 
 class PairedAccuracy(_Part):
-    """Two models on the same items, each of which is answered rightly or not."""
+    """Accuracy of both models on the same items, and the answers that flipped."""
 
     items: Count
-    """How many there are."""
+    """Number of items."""
     reference: Share
-    """Share that the reference gets right."""
+    """Accuracy of the reference."""
     quantized: Share
-    """Share that the quantized model gets right."""
+    """Accuracy of the quantized model."""
     difference: Estimate
-    """quantized - reference, items drawn again in pairs."""
+    """quantized - reference, with items drawn again in pairs."""
     lost: Count
     """Items that only the reference gets right."""
     gained: Count
     """Items that only the quantized model gets right."""
     p_value: Share
-    """McNemar's exact test, two-sided: how likely flips at least as one-sided as these are, were
-    both directions equally likely."""
+    """McNemar's exact test, two-sided: the probability of flips at least as one-sided as these if
+    both directions were equally likely."""
 
 
 class TaskValue(_Part):
     """A metric of one model."""
 
     value: float
-    """What lm-eval gives."""
+    """As computed by lm-eval."""
     error: NotNegative | None = None
-    """Its standard error over items; None where it is not made of one figure an item."""
+    """Its standard error over items; None if the metric is not a mean of one number per item."""
 
 
 class TaskMetric(_Part):
-    """A metric of lm-eval for both models, from the same items."""
+    """One of lm-eval's metrics for both models, on the same items."""
 
     metric: str
     """Its name, such as acc."""
     filter: str
-    """The filter that answers went through."""
+    """The filter that answers passed through."""
     higher_is_better: bool | None
-    """As lm-eval says; None where it does not."""
+    """As declared by lm-eval; None if it declares nothing."""
     items: Count
-    """How many it is taken from."""
+    """Number of items."""
     quantized: TaskValue
     """Of the quantized model."""
     reference: TaskValue
     """Of the reference."""
     paired: PairedAccuracy | None = None
-    """Item against item; None where items are not right or wrong."""
+    """Item against item; None if items are not right or wrong."""
 
 
 class Task(_Part):
     """A task of lm-eval."""
 
     name: str
-    """As lm-eval calls it."""
+    """Its name in lm-eval."""
     version: str
-    """Of the task, as it says itself."""
+    """Its version, as declared by the task."""
     fewshot: Count
-    """Examples before each question."""
+    """Number of examples before each question."""
     items: Count
-    """Questions asked."""
+    """Number of questions."""
     sha256: str
-    """Of its documents, prompts and targets."""
+    """SHA-256 of its documents, prompts and targets."""
     metrics: tuple[TaskMetric, ...]
-    """What came of them."""
+    """Its metrics."""
 
 
 class Tasks(_Part):
-    """Tasks of the lm-eval harness, and what their numbers depend on."""
+    """Tasks of the lm-eval harness, and the settings that their results depend on."""
 
     lm_eval: str
-    """The version of the harness."""
+    """Version of the harness."""
     max_length: Count
-    """Tokens that a row takes at most."""
+    """Maximum number of tokens per row."""
     prefix_token: Count
-    """The token before texts that have no context."""
+    """The token placed before texts without a context."""
     tasks: tuple[Task, ...]
     """The tasks, in the order of the suite."""
 
 
-class FurtherText(_Part):
-    """Figures of another text than the first one of a suite."""
+class TextFigures(_Part):
+    """Figures of both models on one text."""
 
     protocol: Protocol
-    """What was measured on."""
+    """Which tokens were scored, and how."""
     bootstrap: Bootstrap
-    """Where errors and intervals come from."""
+    """How errors and intervals were found."""
     perplexity: Perplexity
-    """How well both predict the text."""
+    """How well both models predict the text."""
     kld: Divergence
-    """How far the predicted distributions are apart."""
+    """How far apart the predicted distributions are."""
     delta_p: DeltaP
     """How the probability of the true token changes."""
     same_top_p: Estimate
@@ -447,73 +448,65 @@ class FurtherText(_Part):
 
 
 class Gate(_Part):
-    """A threshold of a suite and what was found."""
+    """A threshold of a suite, and the value held against it."""
 
     threshold: str
     """Its key in the suite."""
     where: str
-    """The text, layer or task that is furthest from it, or nearest to missing it."""
+    """The text, layer or task with the worst value."""
     value: float
-    """What was found there."""
+    """The worst value."""
     limit: float
-    """What was asked for."""
+    """The limit set by the suite."""
     met: bool
     """Whether the value is within the limit."""
 
 
-class Suite(_Part):
-    """The suite that was run."""
+class SuiteResult(_Part):
+    """The suite that was run, and the outcome of its thresholds."""
 
     name: str
-    """As it was asked for."""
+    """The suite's name or file, as given."""
     gates: tuple[Gate, ...] = ()
-    """How its thresholds fared."""
+    """Its thresholds."""
 
 
-class Report(_Part):
-    """Everything that an evaluation found. Holds no time: equal runs give equal bytes."""
+class ReportHeader(_Part):
+    """The two models, and the program that compared them."""
 
     schema_name: Literal["grokquant.evaluation/2"] = Field(default=SCHEMA, alias="schema")
-    """The version of this schema."""
+    """Version of this schema."""
     grokquant: str
-    """The version of the program."""
-    quantized: Checkpoint
-    """The model that is judged."""
-    reference: Checkpoint
+    """Version of the program."""
+    quantized: ComparedModel
+    """The quantized model."""
+    reference: ComparedModel
     """The model that it is compared with."""
-    protocol: Protocol
-    """What was measured on."""
-    bootstrap: Bootstrap
-    """Where errors and intervals come from."""
-    perplexity: Perplexity
-    """How well both predict the text."""
-    kld: Divergence
-    """How far the predicted distributions are apart."""
-    delta_p: DeltaP
-    """How the probability of the true token changes."""
-    same_top_p: Estimate
-    """Share of tokens for which both models rank the same token first."""
+
+
+class Report(TextFigures, ReportHeader):
+    """The whole report, with the figures of the first text. It holds no time, so equal runs give
+    equal bytes."""
+
     noise_floor: NoiseFloor
-    """What these figures read for no difference at all."""
+    """The figures where nothing differs."""
     routing: Routing | None = None
-    """What changes of routing have to do with the KLD; None for a dense model."""
+    """How changes of routing relate to the KL divergence; None for a dense model."""
     layers: tuple[Layer, ...] = ()
-    """Every layer, in order."""
+    """All layers, in order."""
     units: tuple[UnitRow, ...] = ()
-    """Every matrix of the quantization report; none for a checkpoint that others made."""
-    documents: Documents
-    """Sums by document."""
-    further_texts: tuple[FurtherText, ...] = ()
+    """All matrices of the quantization report; empty for a checkpoint of another tool."""
+    further_texts: tuple[TextFigures, ...] = ()
     """The texts of a suite after the first."""
     tasks: Tasks | None = None
-    """The tasks of a suite; None without any."""
-    suite: Suite | None = None
-    """How the thresholds of a suite fared; None where none was run."""
+    """The tasks of a suite, if any."""
+    suite: SuiteResult | None = None
+    """The outcome of a suite; None if none was run."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, in the order of the fields.
 
-        Without what only suites have where there was none.
+        Keys that only a suite fills are left out where they are empty.
         """
         content = self.model_dump(mode="json", by_alias=True)
         extra = ("further_texts", "tasks", "suite")
@@ -521,7 +514,7 @@ class Report(_Part):
 
 
 def read_report(path: Path) -> Report:
-    """Loads `report.json` (or the directory that holds it). Raises InputError."""
+    """Reads a report from `report.json` or the directory that holds it. Raises InputError."""
     path = path / JSON_NAME if path.is_dir() else path
     try:
         return parse_report(json.loads(path.read_text(encoding="utf-8")), str(path))
@@ -532,7 +525,7 @@ def read_report(path: Path) -> Report:
 
 
 def parse_report(content: object, origin: str) -> Report:
-    """A report from parsed JSON. Raises InputError that names `origin` and the first bad key."""
+    """A report from parsed JSON. Raises InputError naming `origin` and the first bad key."""
     version = content.get("schema") if isinstance(content, dict) else None
     if isinstance(version, str) and version != SCHEMA:
         raise InputError(

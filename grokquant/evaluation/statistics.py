@@ -1,4 +1,5 @@
-"""Means, errors and quantiles of per-token figures, with the names and formulas of llama.cpp."""
+"""Per-token figures of two models, and their means, errors and quantiles, with the names and
+formulas of llama.cpp."""
 
 from dataclasses import dataclass
 from math import exp, sqrt
@@ -6,8 +7,9 @@ from math import exp, sqrt
 import torch
 from torch import Tensor
 
-# Tokens and part of the vocabulary of whose logits there are copies in float64 at a time.
-_TOKENS, _VOCABULARY = 64, 2048
+# Chunk sizes (tokens, vocabulary) for the float64 copies of logits: 1 MiB each.
+_TOKENS = 64
+_VOCABULARY = 2048
 
 
 @dataclass(frozen=True)
@@ -15,8 +17,9 @@ class TokenFigures:
     """Figures of every scored token, each float64 [tokens].
 
     `nll` and `nll_reference` are the negative log-likelihoods of the true token in nats, `kld` is
-    KL(reference || quantized) of the next-token distributions, `delta_p` the probability of the
-    true token, quantized minus reference; `same_top` tells whether both rank one token first.
+    KL(reference || quantized) of the next-token distributions in nats, `delta_p` the probability of
+    the true token, quantized minus reference; `same_top` is 1 where both rank the same token first,
+    else 0.
     """
 
     nll: Tensor
@@ -27,42 +30,36 @@ class TokenFigures:
 
     @staticmethod
     def cat(parts: list["TokenFigures"]) -> "TokenFigures":
-        return TokenFigures(
-            *(torch.cat(column) for column in zip(*map(_fields, parts), strict=True))
-        )
-
-
-def _fields(figures: TokenFigures) -> tuple[Tensor, ...]:
-    return (
-        figures.nll,
-        figures.nll_reference,
-        figures.kld,
-        figures.delta_p,
-        figures.same_top,
-    )
+        """The tokens of all parts, in their order."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return TokenFigures(*map(torch.cat, columns))
 
 
 def compare_logits(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenFigures:
-    """Figures of [tokens, vocabulary] logits of both models at the true next tokens [tokens].
+    """Figures from both models' logits [tokens, vocabulary] and the true next tokens [tokens].
 
-    All of the vocabulary counts, in float64, but only a piece of it is there at a time.
+    In float64 over the whole vocabulary, with copies of one chunk at a time.
     """
     pieces = (t.split(_TOKENS) for t in (logits, reference, targets))
     return TokenFigures.cat([_compare(*piece) for piece in zip(*pieces, strict=True)])
 
 
 def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenFigures:
-    own, base = Normalizer(len(logits)), Normalizer(len(logits))
+    """With p, q the probabilities of reference and quantized model, and b, a their logits:
+
+    KL(p || q) = sum p (b - a) - (log sum exp b - log sum exp a)
+    """
+    own = Normalizer(len(logits))
+    base = Normalizer(len(logits))
     moved = torch.zeros(len(logits), dtype=torch.float64)  # sum of exp(b - top of b) * (b - a)
     for a, b in zip(logits.split(_VOCABULARY, 1), reference.split(_VOCABULARY, 1), strict=True):
-        a, b = a.double(), b.double()  # (tokens, piece of the vocabulary)
+        a = a.double()  # (tokens, chunk of the vocabulary)
+        b = b.double()
         own.add(a)
-        weights, shrunk = base.add(b)
-        moved = moved * shrunk + (weights * (b - a)).sum(1)
-    nll, nll_reference = (
-        norm.log - x.gather(1, targets[:, None]).squeeze(1).double()
-        for norm, x in ((own, logits), (base, reference))
-    )
+        weights, rescale = base.add(b)
+        moved = moved * rescale + (weights * (b - a)).sum(1)
+    nll = own.log - _of_targets(logits, targets)
+    nll_reference = base.log - _of_targets(reference, targets)
     return TokenFigures(
         nll=nll,
         nll_reference=nll_reference,
@@ -72,9 +69,14 @@ def _compare(logits: Tensor, reference: Tensor, targets: Tensor) -> TokenFigures
     )
 
 
+def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """The logits of the true tokens, float64 [tokens]."""
+    return logits.gather(1, targets[:, None]).squeeze(1).double()
+
+
 class Normalizer:
-    """log sum exp of logits that come piece by piece (Milakov and Gimelshein, 2018), and where
-    the largest was: `top`, `total` = sum of exp(x - top) and `first`, each [tokens]."""
+    """log sum exp of logits that come chunk by chunk (Milakov and Gimelshein, 2018), and where the
+    largest was: `top`, `total` = sum of exp(x - top) and `first`, each [tokens]."""
 
     def __init__(self, tokens: int) -> None:
         self.top = torch.full((tokens,), -torch.inf, dtype=torch.float64)
@@ -83,18 +85,21 @@ class Normalizer:
         self._seen = 0
 
     def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the next logits [tokens, piece]. Returns exp(x - top) of them [tokens, piece] and
-        by what all sums of such so far are to be multiplied [tokens]."""
+        """Takes the next logits x [tokens, chunk].
+
+        Returns exp(x - top) [tokens, chunk], and the factor [tokens] that rescales earlier sums of
+        such terms to the new top.
+        """
         largest, where = x.max(1)
         higher = largest > self.top
         self.first = torch.where(higher, where + self._seen, self.first)
         self._seen += x.shape[1]
         top = torch.maximum(self.top, largest)
-        shrunk = (self.top - top).exp()
+        rescale = (self.top - top).exp()
         weights = (x - top[:, None]).exp_()
-        self.total = self.total * shrunk + weights.sum(1)
+        self.total = self.total * rescale + weights.sum(1)
         self.top = top
-        return weights, shrunk
+        return weights, rescale
 
     @property
     def log(self) -> Tensor:
@@ -103,7 +108,7 @@ class Normalizer:
 
 
 def mean_and_error(x: Tensor) -> tuple[float, float]:
-    """Mean of x [tokens] and its standard error, tokens taken as independent."""
+    """Mean of x [tokens] and its standard error, with tokens taken as independent."""
     if len(x) < 2:
         return x.mean().item(), 0.0
     variance = x.square().mean() - x.mean().square()
@@ -117,13 +122,13 @@ def rms_and_error(x: Tensor) -> tuple[float, float]:
 
 
 def perplexity(nll: Tensor) -> tuple[float, float]:
-    """exp of the mean negative log-likelihood, and its error."""
+    """exp of the mean negative log-likelihood [tokens], and its error to first order."""
     mean, error = mean_and_error(nll)
     return exp(mean), exp(mean) * error
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's correlation of two [tokens] figures; 1 where they are the same."""
+    """Pearson correlation of two figures [tokens]; 1 where they are the same."""
     if torch.equal(x, y):
         return 1.0
     return torch.corrcoef(torch.stack((x, y)))[0, 1].item()
@@ -132,7 +137,7 @@ def correlation(x: Tensor, y: Tensor) -> float:
 def quantile(x: Tensor, share: float) -> float:
     """The value below which `share` of x [tokens] lies, interpolated linearly.
 
-    Sorted by hand: torch.quantile refuses more than 16 million values.
+    torch.quantile refuses more than 16 million values, so x is sorted here.
     """
     ordered = x.sort().values
     position = share * (len(x) - 1)

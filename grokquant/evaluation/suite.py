@@ -1,33 +1,35 @@
-"""Suites: what to evaluate and what must come of it, as YAML."""
+"""Suites: texts and tasks to evaluate on, and thresholds for the results, as YAML."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from grokquant.errors import GateError, InputError
-from grokquant.evaluation import report as parts
-from grokquant.recipe import DataName, EvalSection, RowLength, Rows, Section, load_sections
+from grokquant.evaluation.report import Gate, Report, SuiteResult, TextFigures
+from grokquant.recipe import EvalSection, RowLength, Rows, Section, TextName, load_sections
 
 SHIPPED = Path(__file__).parent / "suites"
 
+# Tokens per window where a suite does not say: what the protocols' own programs take.
 _LENGTHS = {"hf": 2048, "llama.cpp": 512}
+# Metrics of lm-eval that `max_accuracy_drop` applies to.
 _ACCURACIES = ("acc", "acc_norm", "exact_match")
 
 
 class TextSection(Section):
-    """A text and how it is scored: the first `windows` windows, which do not overlap.
+    """A text and how it is scored: its first `samples` windows, which do not overlap.
 
-    `hf` scores every token but the first of windows of 2048, `llama.cpp` the second half of windows
-    of 512; `length` makes windows longer or shorter. With `bos` the first token of each window, one
-    that is not scored, gives way to the tokenizer's BOS.
+    `hf` scores all tokens but the first of each window of 2048, `llama.cpp` the second half of each
+    window of 512; `length` changes the size of a window. With `bos`, the tokenizer's BOS replaces
+    the first token of each window, which is not scored.
     """
 
-    data: DataName = "python-docs"
+    text: TextName = "python-docs"
     protocol: Literal["hf", "llama.cpp"] = "hf"
-    windows: Rows = 64
+    samples: Annotated[Rows, Field(validation_alias=AliasChoices("samples", "windows"))] = 64
     length: RowLength | None = None
     bos: bool = False
 
@@ -36,14 +38,14 @@ class TextSection(Section):
         return self.length or _LENGTHS[self.protocol]
 
     def first_scored(self, length: int) -> int:
-        """The place of the first scored token in a window of `length`."""
+        """Position of the first scored token in a window of `length`."""
         return 1 if self.protocol == "hf" else length // 2 + 1
 
 
 class TaskSection(Section):
-    """A task or group of lm-eval by its name, or a YAML file of one; such files can run Python.
+    """A task or group of lm-eval by name, or the YAML file of a task (which can run Python code).
 
-    The first `items` of it, all by default, with `fewshot` examples, by default the task's own.
+    `items` limits it to the first items; `fewshot` replaces the task's own number of examples.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -52,11 +54,11 @@ class TaskSection(Section):
 
 
 class Thresholds(Section):
-    """What the quantized model must reach, relative to the reference.
+    """Limits for the quantized model, relative to the reference.
 
-    Divergence in nats, ratio of perplexities and share of tokens with the same top choice, on every
-    text; share of tokens that the router of every layer sends to the same experts; how much of an
-    accuracy may be lost in any task, as a fraction.
+    On every text: mean KL divergence in nats, ratio of perplexities, share of tokens with the same
+    top token. In every layer: share of tokens with the same first two experts. In every task: loss
+    of accuracy, as a fraction.
     """
 
     max_mean_kld: Annotated[float, Field(ge=0)] | None = None
@@ -67,7 +69,7 @@ class Thresholds(Section):
 
 
 class Suite(Section):
-    """Texts, tasks and thresholds. A row of a task takes `max_length` tokens at most."""
+    """Texts, tasks and thresholds. `max_length` limits the tokens per row of a task."""
 
     texts: Annotated[tuple[TextSection, ...], Field(strict=False, min_length=1)] = (TextSection(),)
     tasks: Annotated[tuple[TaskSection, ...], Field(strict=False)] = ()
@@ -84,80 +86,79 @@ class Suite(Section):
 
 
 def load_suite(name: str | Path) -> Suite:
-    """A shipped suite by name, or one from a file. Raises InputError with file, line and column."""
+    """A shipped suite by name, or one from a file. Raises InputError with file, line and column, or
+    with the known names."""
     shipped = {path.stem: path for path in SHIPPED.glob("*.yaml")}
     path = shipped.get(str(name), Path(name))
     if not path.suffix and not path.exists():
         known = ", ".join(sorted(shipped))
-        raise InputError(f"--suite: no suite {name!r}, expected a file or one of {known}")
+        raise InputError(f"no suite {name!r}, expected a file or one of {known}", "suite")
     return load_sections(path, Suite)
 
 
 def suite_of(settings: EvalSection) -> Suite:
-    """The suite that the eval section of a recipe stands for: its text, nothing else."""
-    text = TextSection(data=settings.data, windows=settings.samples, length=settings.length)
+    """The text of a recipe's eval section as a suite, without tasks or thresholds."""
+    text = TextSection(text=settings.text, samples=settings.samples, length=settings.length)
     return Suite(texts=(text,))
 
 
-def judged(report: parts.Report, name: str, thresholds: Thresholds) -> parts.Suite:
-    """How the thresholds of the suite `name` fared."""
+def judged(report: Report, name: str, thresholds: Thresholds) -> SuiteResult:
+    """The outcome of the thresholds of the suite `name`, each by its worst value."""
     gates = []
     for threshold, limit in thresholds.model_dump(exclude_none=True).items():
-        highest = threshold.startswith("max")
-        worst = max if highest else min
-        found = list(_FOUND[threshold](report))
-        if found:
-            value, where = worst(found)
-            met = value <= limit if highest else value >= limit
-            gates.append(
-                parts.Gate(threshold=threshold, where=where, value=value, limit=limit, met=met)
-            )
-    return parts.Suite(name=name, gates=tuple(gates))
+        upper = threshold.startswith("max")
+        values = list(_VALUES[threshold](report))
+        if values:
+            value, where = max(values) if upper else min(values)
+            met = value <= limit if upper else value >= limit
+            gates.append(Gate(threshold=threshold, where=where, value=value, limit=limit, met=met))
+    return SuiteResult(name=name, gates=tuple(gates))
 
 
-def check_gates(report: parts.Report) -> None:
-    """Raises GateError that names every threshold that was missed, with value and limit."""
-    suite = report.suite
-    missed = [_words(gate) for gate in suite.gates if not gate.met] if suite else []
-    if suite and missed:
-        raise GateError(f"suite {suite.name}: {'; '.join(missed)}")
+def check_gates(report: Report) -> None:
+    """Raises GateError that names every missed threshold, with value and limit."""
+    if report.suite is None:
+        return
+    missed = [_words(gate) for gate in report.suite.gates if not gate.met]
+    if missed:
+        raise GateError(f"suite {report.suite.name}: {'; '.join(missed)}")
 
 
-def _words(gate: parts.Gate) -> str:
-    most = "most" if gate.threshold.startswith("max") else "least"
-    name = gate.threshold[4:]
-    return f"{name} of {gate.where} is {gate.value:.6g}, at {most} {gate.limit:g} is asked for"
+def _words(gate: Gate) -> str:
+    name = gate.threshold[4:]  # without max_ or min_
+    return f"{name} on {gate.where} is {gate.value:.6g} (limit {gate.limit:g})"
 
 
-Found = Iterator[tuple[float, str]]
+# Values of a threshold and where they were found, one per text, layer or metric.
+Values = Iterator[tuple[float, str]]
 
 
-def _texts(report: parts.Report) -> Iterator[tuple[parts.Report | parts.FurtherText, str]]:
-    texts: list[parts.Report | parts.FurtherText] = [report, *report.further_texts]
+def _texts(report: Report) -> Iterator[tuple[TextFigures, str]]:
+    texts: list[TextFigures] = [report, *report.further_texts]
     for text in texts:
         protocol = text.protocol
         yield text, f"{protocol.text} ({protocol.windows} windows of {protocol.length})"
 
 
-def _mean_kld(report: parts.Report) -> Found:
+def _mean_kld(report: Report) -> Values:
     return ((text.kld.mean.value, where) for text, where in _texts(report))
 
 
-def _ppl_ratio(report: parts.Report) -> Found:
+def _ppl_ratio(report: Report) -> Values:
     return ((text.perplexity.ratio.value, where) for text, where in _texts(report))
 
 
-def _same_top_p(report: parts.Report) -> Found:
+def _same_top_p(report: Report) -> Values:
     return ((text.same_top_p.value, where) for text, where in _texts(report))
 
 
-def _router_top2(report: parts.Report) -> Found:
+def _router_top2(report: Report) -> Values:
     for layer in report.layers:
         if layer.router_top2_set is not None:
             yield layer.router_top2_set, f"layer {layer.layer}"
 
 
-def _accuracy_drop(report: parts.Report) -> Found:
+def _accuracy_drop(report: Report) -> Values:
     for task in report.tasks.tasks if report.tasks else ():
         for metric in task.metrics:
             if metric.metric in _ACCURACIES:
@@ -165,7 +166,7 @@ def _accuracy_drop(report: parts.Report) -> Found:
                 yield drop, f"{task.name} ({metric.metric})"
 
 
-_FOUND = {
+_VALUES = {
     "max_mean_kld": _mean_kld,
     "max_ppl_ratio": _ppl_ratio,
     "min_same_top_p": _same_top_p,

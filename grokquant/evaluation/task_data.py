@@ -1,9 +1,9 @@
-"""The data of the shipped tasks, made from the held-out part of the offline text.
+"""Data of the shipped tasks, made from the held-out part of Python's documentation.
 
     python -m grokquant.evaluation.task_data DIRECTORY
 
-writes them where lm-eval, started there with `--include_path
-grokquant/evaluation/tasks`, finds them.
+writes it to files. lm-eval finds them if it is started in that directory, with `--include_path
+grokquant/evaluation/tasks`.
 """
 
 import json
@@ -19,13 +19,14 @@ from grokquant.text import python_docs
 Item = dict[str, object]
 
 _WORD = re.compile(r"\S+")
-_PASSAGE, _CONTINUATION = 40, 12  # words
-_SHORTEST = 4  # letters of a word to guess
+_PASSAGE = 40  # words of context: a few sentences
+_CONTINUATION = 12  # words of each choice: about one sentence
+_SHORTEST = 4  # letters of a word to guess: neither "the" nor "of"
 _CHOICES = 4
 
 
 def cloze_items(documents: list[str]) -> Iterator[Item]:
-    """Passages with their last `word`, one that they hold already."""
+    """Passages and the `word` that follows, which occurs in the passage as well."""
     for text in documents:
         words = list(_WORD.finditer(text))
         start = 0
@@ -38,14 +39,14 @@ def cloze_items(documents: list[str]) -> Iterator[Item]:
 
 
 def _is_known(word: re.Match, before: list[re.Match], text: str) -> bool:
-    """Whether `word` is a plain one, after a space, that is among those before it."""
+    """Whether `word` has letters only, follows a space, and occurs in `before`."""
     plain = word.group().isalpha() and len(word.group()) >= _SHORTEST
     after_space = text[before[-1].end() : word.start()] == " "
     return plain and after_space and word.group() in {other.group() for other in before}
 
 
 def choice_items(documents: list[str]) -> Iterator[Item]:
-    """Passages with four `choices` of how they go on; `answer` is the number of the true one."""
+    """Passages with four `choices` of continuations; `answer` is the index of the true one."""
     found = [
         (number, *passage) for number, text in enumerate(documents) for passage in _passages(text)
     ]
@@ -59,10 +60,11 @@ def choice_items(documents: list[str]) -> Iterator[Item]:
 
 
 def _passages(text: str) -> Iterator[tuple[str, str]]:
-    """Contexts and what follows them, white space in front."""
+    """Contexts and their continuations, which begin with white space."""
     words = list(_WORD.finditer(text))
     for start in range(0, len(words) - _PASSAGE - _CONTINUATION, _PASSAGE + _CONTINUATION):
-        first, last = words[start], words[start + _PASSAGE - 1]
+        first = words[start]
+        last = words[start + _PASSAGE - 1]
         end = words[start + _PASSAGE + _CONTINUATION - 1].end()
         yield text[first.start() : last.end()], text[last.end() : end]
 
@@ -80,7 +82,7 @@ MAKERS: dict[str, Callable[[list[str]], Iterator[Item]]] = {
 
 
 def write_items(task: str, directory: Path) -> Path:
-    """Writes the items of a shipped task as one JSON object a line, in an order drawn by lot."""
+    """Writes the items of a shipped task as JSON lines, in a fixed random order."""
     items = list(MAKERS[task](python_docs.documents("heldout")))
     Random(0).shuffle(items)
     path = directory / f"{task}.jsonl"

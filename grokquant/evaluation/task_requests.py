@@ -1,5 +1,5 @@
-"""What the tasks of a suite ask, and what comes of the answers. lm-eval is imported if there are
-any."""
+"""The requests of a suite's tasks, and the results from the answers. lm-eval is imported only if
+there are tasks."""
 
 import tempfile
 from collections.abc import Iterator
@@ -12,21 +12,21 @@ import torch
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.evaluation import report as parts
 from grokquant.evaluation.items import ItemResults, paired_items, task_rows
 from grokquant.evaluation.likelihoods import Batch, Likelihood, Pair, pack
+from grokquant.evaluation.report import Tasks
 from grokquant.evaluation.suite import Suite
 from grokquant.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from grokquant.evaluation.lm_tasks import LmTasks, Prompt
 
-Results = tuple[parts.Tasks | None, list[ItemResults]]
+Results = tuple[Tasks | None, list[ItemResults]]
 
 
 @dataclass
 class NoTasks:
-    """A suite of texts alone."""
+    """The tasks of a suite that has none."""
 
     batches: list[Batch] = field(default_factory=list)
 
@@ -35,21 +35,22 @@ class NoTasks:
 
 
 @dataclass
-class AskedTasks:
-    """`batches` are for both models to answer; `texts` are what both have written."""
+class OpenedTasks:
+    """`batches` hold the requests to both models; `texts` are what both have generated, the
+    quantized model's first."""
 
     tasks: "LmTasks"
     batches: list[Batch]
     texts: "tuple[dict[Prompt, str], dict[Prompt, str]]"
 
     def results(self, own: dict[Pair, Likelihood], base: dict[Pair, Likelihood]) -> Results:
-        """The tasks for the report, and item by item, from the answers of both models."""
+        """The tasks for the report and their items, from the answers of both models."""
         from grokquant.evaluation import lm_tasks
 
         quantized = self.tasks.scores(own, self.texts[0])
         reference = self.tasks.scores(base, self.texts[1])
         items = list(paired_items(quantized, reference))
-        rows = parts.Tasks(
+        rows = Tasks(
             lm_eval=lm_tasks.LM_EVAL_VERSION,
             max_length=self.tasks.longest,
             prefix_token=lm_tasks.prefix_token(self.tasks.tokenizer),
@@ -61,11 +62,11 @@ class AskedTasks:
 @contextmanager
 def opened_tasks(
     suite: Suite, candidate: Checkpoint, base: Checkpoint, device: torch.device
-) -> Iterator[AskedTasks | NoTasks]:
-    """The tasks of a suite, their data in a directory that goes with the context.
+) -> Iterator[OpenedTasks | NoTasks]:
+    """The tasks of a suite, with their data in a directory that is removed at the end.
 
-    Texts to be generated are generated here, by whole models in memory. Raises InputError where a
-    task cannot be loaded, or generates and a model does not fit.
+    Tasks that generate text do so here, by whole models in memory. Raises InputError where a task
+    cannot be loaded, or generates text and a model does not fit.
     """
     if not suite.tasks:
         yield NoTasks()
@@ -76,14 +77,14 @@ def opened_tasks(
 
         tokenizer = load_tokenizer(base)
         tasks = lm_tasks.open_tasks(suite.tasks, tokenizer, longest, Path(directory))
-        texts = _written(tasks, candidate, base, device)
-        yield AskedTasks(tasks, pack(tasks.pairs, longest), texts)
+        texts = _generated(tasks, candidate, base, device)
+        yield OpenedTasks(tasks, pack(tasks.pairs, longest), texts)
 
 
-def _written(
+def _generated(
     tasks: "LmTasks", candidate: Checkpoint, base: Checkpoint, device: torch.device
 ) -> "tuple[dict[Prompt, str], dict[Prompt, str]]":
-    """What both models make of the prompts, if there are any."""
+    """The texts that both models generate for the prompts, if there are any."""
     if not tasks.prompts:
         return {}, {}
     from grokquant.evaluation import generation
@@ -98,4 +99,4 @@ def _extra_needed() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         extra = 'the eval extra: pip install "grokquant[eval]"'
-        raise InputError(f"tasks: {error.name} is missing, they need {extra}") from None
+        raise InputError(f"tasks: need {extra} ({error.name} is missing)") from None

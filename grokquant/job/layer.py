@@ -90,8 +90,9 @@ class LayerQuantizer:
         if hidden is None:
             return None
         self.reference_inputs = hidden
-        mix = self.model.stored_experts(self.index)
-        self.reference_outputs = self.model.run_layer(self.index, hidden, mix)
+        model, index = self.model, self.index
+        mix = model.mix_experts(index, lambda number, x, token: model.stored_expert(index, number))
+        self.reference_outputs = model.run_layer(index, hidden, mix)
         return self.reference_outputs
 
     def _run_quantized(self, hidden: Tensor) -> Tensor:

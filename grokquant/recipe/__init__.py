@@ -4,7 +4,6 @@ from grokquant.recipe.reading import load_recipe, load_sections, parse_recipe
 from grokquant.recipe.schema import (
     TEXT_SUFFIXES,
     CalibrationSection,
-    DataName,
     EvalSection,
     ExpertsSection,
     ModelSection,
@@ -14,14 +13,14 @@ from grokquant.recipe.schema import (
     Rows,
     Rule,
     Section,
-    check_data,
+    TextName,
+    check_text,
     parse_size,
 )
 
 __all__ = [
     "TEXT_SUFFIXES",
     "CalibrationSection",
-    "DataName",
     "EvalSection",
     "ExpertsSection",
     "ModelSection",
@@ -31,7 +30,8 @@ __all__ = [
     "Rows",
     "Rule",
     "Section",
-    "check_data",
+    "TextName",
+    "check_text",
     "load_recipe",
     "load_sections",
     "parse_recipe",

@@ -1,4 +1,4 @@
-"""What the recipe beside an output says about evaluating it."""
+"""The evaluation settings in the recipe beside an output."""
 
 from pathlib import Path
 
@@ -10,20 +10,21 @@ from grokquant.recipe import EvalSection, load_recipe
 
 def settings_of(
     output: str | Path,
-    data: str | None = None,
+    text: str | None = None,
     samples: int | None = None,
     length: int | None = None,
 ) -> EvalSection:
-    """The eval section of the recipe that made `output`, or the defaults, with what is given.
+    """The eval section of the recipe that made `output`, or the defaults, changed by what is given.
 
-    Raises InputError where that recipe or the name of the text cannot be used.
+    Raises InputError where that recipe or a given value cannot be used.
     """
     recipe = Path(output) / "recipe.yaml"
     settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
-    given = {"data": data, "samples": samples, "length": length}
+    given = {"text": text, "samples": samples, "length": length}
     changes = {key: value for key, value in given.items() if value is not None}
     try:
         return EvalSection(**(settings.model_dump() | changes))
     except ValidationError as error:
-        (key, *_), text = error.errors()[0]["loc"], error.errors()[0]["msg"]
-        raise InputError(f"eval.{key}: {text.removeprefix('Value error, ')}") from None
+        problem = error.errors()[0]
+        key = str(problem["loc"][0])
+        raise InputError(problem["msg"].removeprefix("Value error, "), key) from None

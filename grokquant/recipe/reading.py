@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from grokquant.errors import InputError
 from grokquant.recipe.located_yaml import Document, Loc, Mark, YamlProblem, read_yaml
-from grokquant.recipe.schema import Recipe, Section
+from grokquant.recipe.schema import FORMER_KEYS, Recipe, Section
 
 _MAX_BYTES = 1_000_000
 
@@ -80,7 +80,11 @@ def _apply_override(values: dict, override: str) -> Loc:
         if isinstance(container, dict) and container.get(place) is None:
             container[place] = {}
         container, loc = container[place], (*loc, place)
-    place = _place(container, parts[-1], loc, key)
+    last = FORMER_KEYS.get(parts[-1], parts[-1])
+    for former, now in FORMER_KEYS.items():
+        if now == last and isinstance(container, dict):
+            container.pop(former, None)
+    place = _place(container, last, loc, key)
     container[place] = value
     return (*loc, place)
 

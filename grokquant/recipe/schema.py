@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -36,6 +37,8 @@ _METHOD_KEYS: dict[str, dict[str, Any]] = {
     name: {**method.grid_keys, **{key.name: key.default for key in fields(method.settings)}}
     for name, method in METHODS.items()
 }
+# Keys of earlier recipes, which are still read, and what they are called now.
+FORMER_KEYS = {"data": "text"}
 
 if TYPE_CHECKING:
     GridName: TypeAlias = str
@@ -43,15 +46,15 @@ else:  # names that pydantic lists in errors and in the schema
     GridName = Literal[tuple(GRIDS)]
 
 
-def check_data(data: str) -> str:
-    """Returns `data` if it can name a text: `python-docs`, a .txt, .jsonl or .parquet file, or
+def check_text(text: str) -> str:
+    """Returns `text` if it can name one: `python-docs`, a .txt, .jsonl or .parquet file, or
     `hub/name[:config[:split]]` of the datasets library. Raises ValueError otherwise."""
-    is_file = Path(data).suffix.lower() in TEXT_SUFFIXES
-    if data == "python-docs" or is_file or "/" in data.partition(":")[0]:
-        return data
+    is_file = Path(text).suffix.lower() in TEXT_SUFFIXES
+    if text == "python-docs" or is_file or "/" in text.partition(":")[0]:
+        return text
     raise ValueError(
         "expected python-docs, a .txt, .jsonl or .parquet file, or a datasets name such as "
-        f"hub/name:config:split, not {data!r}"
+        f"hub/name:config:split, not {text!r}"
     )
 
 
@@ -78,8 +81,10 @@ def _format_size(size: int) -> str | int:
 
 
 PathText = Annotated[str, BeforeValidator(_check_path)]
-DataName = Annotated[
-    str, BeforeValidator(lambda data: check_data(data) if isinstance(data, str) else data)
+TextName = Annotated[
+    str,
+    BeforeValidator(lambda text: check_text(text) if isinstance(text, str) else text),
+    Field(validation_alias=AliasChoices("text", "data")),
 ]
 ByteSize = Annotated[
     int,
@@ -119,7 +124,7 @@ class ModelSection(Section):
 class CalibrationSection(Section):
     """The text that Hessians are taken from. Only `gptq` needs one."""
 
-    data: DataName = "python-docs"
+    text: TextName = "python-docs"
     """`python-docs` (the documentation inside every Python installation), a .txt, .jsonl or
     .parquet file, or a name for the datasets library such as `hub/name:config:split`."""
     samples: Rows = 128
@@ -251,8 +256,8 @@ class OutputSection(Section):
 class EvalSection(Section):
     """The held-out text that the result is compared with its source on."""
 
-    data: DataName = "python-docs"
-    """As `calibration.data`; of `python-docs` a part that calibration does not see."""
+    text: TextName = "python-docs"
+    """As `calibration.text`; of `python-docs` a part that calibration does not see."""
     samples: Rows = 64
     """The first rows of the text, or as many as it has."""
     length: RowLength = 2048

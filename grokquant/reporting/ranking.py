@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from grokquant.errors import InputError
-from grokquant.evaluation.bootstrap import Bootstrap, Interval
-from grokquant.evaluation.report import JSON_NAME, Report, read_report
+from grokquant.evaluation.bootstrap import Resampler
+from grokquant.evaluation.report import JSON_NAME, Estimate, Report, read_report
 from grokquant.reporting.rows import name_of
 from grokquant.version import __version__
 
@@ -128,7 +128,7 @@ def rank_models(paths: Sequence[str | Path]) -> Ranking:
     return Ranking(tuple(_ranked(model, models) for model in models))
 
 
-def difference(model: EvaluatedModel, other: EvaluatedModel, loss: Loss) -> Interval:
+def difference(model: EvaluatedModel, other: EvaluatedModel, loss: Loss) -> Estimate:
     """Mean `loss` per token, `model` minus `other`, by a paired bootstrap over documents."""
     documents = model.report.documents
     columns = (
@@ -138,8 +138,8 @@ def difference(model: EvaluatedModel, other: EvaluatedModel, loss: Loss) -> Inte
     )
     sums = np.stack([np.array(column, dtype=np.float64) for column in columns], axis=-1)
     settings = model.report.bootstrap
-    bootstrap = Bootstrap(sums, settings.resamples, settings.seed)
-    return bootstrap.interval(lambda s: (s[..., 1] - s[..., 2]) / s[..., 0])
+    drawn = Resampler(sums, settings.resamples, settings.seed)
+    return drawn.estimate(lambda s: (s[..., 1] - s[..., 2]) / s[..., 0])
 
 
 def _ranked(model: EvaluatedModel, models: Sequence[EvaluatedModel]) -> RankedModel:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
-from grokquant.evaluation.report import Checkpoint, Estimate, Report
+from grokquant.evaluation.report import ComparedModel, Estimate, Report
 from grokquant.reporting.json_pointer import Datum, value_at
 from grokquant.reporting.number_format import NBSP, number, rough, size, with_unit
 
@@ -324,17 +324,17 @@ def _basis(report: Report) -> str:
     )
 
 
-def name_of(checkpoint: Checkpoint) -> str:
+def name_of(checkpoint: ComparedModel) -> str:
     """The last part of the path that names something."""
     parts = [part for part in checkpoint.path.replace("\\", "/").split("/") if part]
     return parts[-1] if parts else checkpoint.path
 
 
-def bf16_bytes(checkpoint: Checkpoint) -> int:
+def bf16_bytes(checkpoint: ComparedModel) -> int:
     return 2 * checkpoint.parameters
 
 
-def stored_quantized(checkpoint: Checkpoint) -> bool:
+def stored_quantized(checkpoint: ComparedModel) -> bool:
     return checkpoint.bits_per_weight < _QUANTIZED_BITS
 
 

@@ -9,7 +9,7 @@ from grokquant.evaluation.report import (
     Estimate,
     Protocol,
     Report,
-    Suite,
+    SuiteResult,
     TaskMetric,
     Tasks,
 )
@@ -55,7 +55,7 @@ def limit_words(threshold: str) -> str:
     return "at most" if threshold.startswith("max") else "at least"
 
 
-def suite_words(suite: Suite) -> str:
+def suite_words(suite: SuiteResult) -> str:
     """Whether the thresholds are met, in a sentence."""
     total = len(suite.gates)
     missed = sum(not gate.met for gate in suite.gates)
@@ -132,7 +132,7 @@ def _tasks_table(tasks: Tasks) -> Table:
     return table
 
 
-def _thresholds_table(suite: Suite) -> Table:
+def _thresholds_table(suite: SuiteResult) -> Table:
     table = Table("Threshold", "Worst case", "Measured", "Limit", "")
     for gate in suite.gates:
         limit = f"{limit_words(gate.threshold)} {threshold_limit(gate.threshold, gate.limit)}"

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from grokquant.evaluation.measure import LayerFigures
+from grokquant.evaluation.report import Layer
 from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
 from grokquant.job.plan import Plan
@@ -231,7 +231,7 @@ class LayerProgress(_LayerBar):
     def __enter__(self) -> "LayerProgress":
         return self
 
-    def layer_done(self, figures: LayerFigures, total: int) -> None:
+    def layer_done(self, figures: Layer, total: int) -> None:
         if self.task is None:
             self.begin("evaluating", total)
         line = f"layer {figures.layer}: error {figures.relative_error:.4f}"

@@ -20,9 +20,9 @@ def generate_text(
     """`prompt` and up to `tokens` more; greedy below temperature 0.001. `packed` is that of `load`.
     Raises InputError."""
     if not prompt:
-        raise InputError("--prompt: is empty")
+        raise InputError("is empty", "prompt")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # undecoded bytes
-        raise InputError("--prompt: is not UTF-8 text")
+        raise InputError("is not UTF-8 text", "prompt")
     model, tokenizer = load(path, device, packed=packed)
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
@@ -30,7 +30,7 @@ def generate_text(
     length, positions = encoded.input_ids.shape[1], model.config.max_position_embeddings
     if length + tokens > positions:
         raise InputError(
-            f"--tokens: {tokens} after {length} of the prompt, the model has {positions} positions"
+            f"{tokens} after {length} of the prompt, the model has {positions} positions", "tokens"
         )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature >= 0.001 else {}

@@ -278,10 +278,6 @@ class BlockwiseModel:
 
         return mix
 
-    def stored_experts(self, index: int) -> Mix:
-        """The experts of layer `index` as the checkpoint has them, read one after the other."""
-        return self.mix_experts(index, lambda number, x, token: self.stored_expert(index, number))
-
     def stored_expert(self, index: int, number: int) -> Expert:
         """An expert as the checkpoint has it, read at once."""
         names = self.family.expert_tensors(index, number)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grokquant.errors import InputError
-from grokquant.recipe import CalibrationSection, check_data
+from grokquant.recipe import CalibrationSection, check_text
 
 if TYPE_CHECKING:
     from grokquant.checkpoint import Checkpoint
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _INSTALL = 'it needs the eval extra: pip install "grokquant[eval]"'
 
 
-def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) -> list[str]:
-    """The texts that `data` names, empty ones left out.
+def load_documents(text: str, part: Literal["train", "calibration", "heldout"]) -> list[str]:
+    """The texts that `text` names, empty ones left out.
 
     `python-docs` is the text of this Python installation, of which `part` is taken. A .txt file is
     one document; a .jsonl file holds one per line and a .parquet file one per row, both in `text`.
@@ -30,17 +30,17 @@ def load_documents(data: str, part: Literal["train", "calibration", "heldout"]) 
     the name), split `train` by default, column `text`. Raises InputError naming file and line.
     """
     try:
-        check_data(data)
+        check_text(text)
     except ValueError as error:
-        raise InputError(f"text: {error}") from None
-    if data == "python-docs":
+        raise InputError(str(error), "text") from None
+    if text == "python-docs":
         from grokquant.text import python_docs
 
         return python_docs.documents(part)
-    read = READERS.get(Path(data).suffix.lower(), _read_dataset)
-    documents = [text for text in read(data) if text.strip()]
+    read = READERS.get(Path(text).suffix.lower(), _read_dataset)
+    documents = [document for document in read(text) if document.strip()]
     if not documents:
-        raise InputError(f"{data}: holds no text")
+        raise InputError(f"{text}: holds no text")
     return documents
 
 
@@ -102,11 +102,11 @@ def calibration_rows(
     Rows are no longer than the model has positions.
     """
     length = min(settings.length, checkpoint.config.max_position_embeddings)
-    documents = load_documents(settings.data, "calibration")
+    documents = load_documents(settings.text, "calibration")
     try:
         return token_rows(documents, tokenizer, settings.samples, length, settings.seed)
     except InputError as error:
-        raise InputError(f"calibration.data: {settings.data}: {error}") from None
+        raise InputError(f"calibration.text: {settings.text}: {error}") from None
 
 
 def text_digest(documents: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from grokquant.errors import InputError
-from grokquant.evaluation.report import JSON_NAME, Checkpoint, Report
+from grokquant.evaluation.report import JSON_NAME, ComparedModel, Report
 from grokquant.files.atomic import write_json, write_text
 from grokquant.reporting.html.layer_sections import (
     experts_section,
@@ -111,7 +111,7 @@ def _header(report: Report) -> str:
     )
 
 
-def _kind(model: Checkpoint) -> str:
+def _kind(model: ComparedModel) -> str:
     experts = f" × {model.experts} experts" if model.experts > 1 else ""
     return escape(
         f"{model.family}, {count(model.parameters)} weights, {model.layers} layers{experts}"

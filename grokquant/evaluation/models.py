@@ -1,0 +1,69 @@
+"""The two models of an evaluation: whether they can be compared, and their rows in the report."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from grokquant.checkpoint import Checkpoint
+from grokquant.errors import InputError
+from grokquant.evaluation.report import ComparedModel, UnitRow
+from grokquant.grids import Scheme
+from grokquant.job.shards import REPORT_NAME
+
+# Keys of config.json that must be equal for a comparison token by token and layer by layer.
+_SAME = (
+    "num_hidden_layers",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "hidden_size",
+    "vocab_size",
+)
+
+
+def check_comparable(quantized: Checkpoint, reference: Checkpoint) -> None:
+    """Raises InputError that names the first size in which the models differ."""
+    for field in _SAME:
+        found, expected = (getattr(c.config, field, None) for c in (quantized, reference))
+        if found != expected:
+            raise InputError(
+                f"{quantized.source.path}: {field} is {found}, the reference has {expected}"
+            )
+
+
+def described(checkpoint: Checkpoint, path: str | Path, rows: tuple[UnitRow, ...]) -> ComparedModel:
+    """A model as the report has it; methods are those of `rows`, its quantization report."""
+    methods = {row.name: f" ({row.method})" for row in rows}
+    grids = Counter(ref.stored_as + methods.get(name, "") for name, ref in checkpoint.units())
+    return ComparedModel(
+        path=str(path),
+        family=checkpoint.family.name,
+        layers=checkpoint.config.num_hidden_layers,
+        experts=max(checkpoint.num_experts, 1),
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.stored_bytes,
+        bits_per_weight=checkpoint.bits_per_weight,
+        schemes=grids,
+    )
+
+
+def unit_rows(checkpoint: Checkpoint) -> tuple[UnitRow, ...]:
+    """The rows of the quantization report beside a checkpoint; none without such a report.
+
+    Raises InputError where the report cannot be read.
+    """
+    path = checkpoint.source.path / REPORT_NAME
+    if not path.is_file():
+        return ()
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["units"]
+        return tuple(_unit_row(row) for row in rows)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: not a quantization report of this version") from None
+
+
+def _unit_row(row: dict[str, Any]) -> UnitRow:
+    known = {key: value for key, value in row.items() if key in UnitRow.model_fields}
+    return UnitRow.model_validate(known | {"scheme": str(Scheme(**row["scheme"]))})

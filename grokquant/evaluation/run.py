@@ -1,0 +1,123 @@
+"""An evaluation from start to end: a suite through both models, the report made of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grokquant.checkpoint import open_checkpoint
+from grokquant.devices import CPU
+from grokquant.errors import InputError
+from grokquant.evaluation.cache import Cache
+from grokquant.evaluation.estimates import noise_floor, routing, text_figures
+from grokquant.evaluation.items import ItemResults
+from grokquant.evaluation.measure import LayerDone, compare_texts
+from grokquant.evaluation.models import check_comparable, described, unit_rows
+from grokquant.evaluation.report import Report
+from grokquant.evaluation.suite import Suite, judged, load_suite, suite_of
+from grokquant.evaluation.task_requests import opened_tasks
+from grokquant.evaluation.windows import read_text
+from grokquant.recipe import parse_size
+from grokquant.recipe.of_output import settings_of
+from grokquant.version import __version__
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The report, and the items behind the figures of its tasks."""
+
+    report: Report
+    items: list[ItemResults]
+
+
+def suite_for(
+    output: str | Path,
+    suite: str | None = None,
+    text: str | None = None,
+    samples: int | None = None,
+    length: int | None = None,
+) -> Suite:
+    """The suite called `suite`; without one, the text in the recipe of `output`, changed by what is
+    given.
+
+    Raises InputError where a suite is given together with its parts, or one of them cannot be used.
+    """
+    if suite is None:
+        return suite_of(settings_of(output, text, samples, length))
+    given = {"text": text, "samples": samples, "length": length}
+    for key, value in given.items():
+        if value is not None:
+            raise InputError(f"cannot be combined with suite {suite}, which has its own texts", key)
+    return load_suite(suite)
+
+
+def cache_at(
+    directory: str | Path | None, budget: str, note: Callable[[str], None]
+) -> Cache | None:
+    """The cache in `directory`, of at most `budget` such as 20GB; None without a directory.
+
+    `note` is called with a line about what could not be cached or read. Raises InputError.
+    """
+    if directory is None:
+        return None
+    try:
+        size = parse_size(budget)
+    except ValueError as error:
+        raise InputError(str(error), "cache_size") from None
+    return Cache(Path(directory), size, note)
+
+
+def run_suite(
+    quantized: str | Path,
+    reference: str | Path,
+    suite: Suite,
+    name: str = "",
+    layer_done: LayerDone | None = None,
+    device: torch.device = CPU,
+    forced: bool = True,
+    cache: Cache | None = None,
+) -> Evaluation:
+    """Runs both checkpoints over all texts and tasks of a suite, each block read once.
+
+    With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
+    also measured alone; a `cache` keeps the reference's states for the next evaluation. Raises
+    InputError where the two cannot be compared, or a text or task cannot be used.
+    """
+    candidate = open_checkpoint(quantized)
+    base = open_checkpoint(reference)
+    check_comparable(candidate, base)
+    own_units = unit_rows(candidate)
+    base_units = unit_rows(base)
+    texts = [read_text(text, base, _key(name, i)) for i, text in enumerate(suite.texts)]
+    with opened_tasks(suite, candidate, base, device) as tasks:
+        windows = [text.windows for text in texts]
+        comparison = compare_texts(
+            candidate, base, windows, tasks.batches, layer_done, device, forced, cache
+        )
+        task_rows, items = tasks.results(*comparison.answers)
+    measured = [comparison.figures, *comparison.further]
+    first, *further = (
+        text_figures(text.protocol, figures, text.documents)
+        for text, figures in zip(texts, measured, strict=True)
+    )
+    report = Report(
+        **dict(first),
+        grokquant=__version__,
+        quantized=described(candidate, quantized, own_units),
+        reference=described(base, reference, base_units),
+        noise_floor=noise_floor(comparison.noise),
+        routing=routing(comparison),
+        layers=tuple(comparison.layers),
+        units=own_units,
+        further_texts=tuple(further),
+        tasks=task_rows,
+    )
+    if name:
+        report = report.model_copy(update={"suite": judged(report, name, suite.thresholds)})
+    return Evaluation(report, items)
+
+
+def _key(suite: str, text: int) -> str:
+    """The name of a text in errors."""
+    return f"suite {suite}: texts[{text}]" if suite else "eval"
