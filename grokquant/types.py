@@ -34,6 +34,16 @@ class QTensor:
     offsets: Tensor | None = None
     headers: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        rows, columns = self.codes.shape
+        return rows, columns
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def dequantize(self) -> Tensor:
         """(codes - zero_points) * scales + offsets, in the scale dtype as engines do. [out, in]"""
         dtype = self.scales.dtype

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from grokquant.grids import Scheme
 from grokquant.methods import METHODS
-from grokquant.methods.method import Cost, Method, Needs, Rounded, Site, dense
+from grokquant.methods.method import Cost, Method, Needs, Rounded, Site
 from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
 from grokquant.methods.scales import quantize_nearest, search_scales
-from grokquant.types import QTensor
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,13 @@ class TowardsZero(Method):
     grid_keys = GRID_KEYS
     fallback = RTN
 
-    def round(
-        self, W: Tensor | QTensor, scheme: Scheme, settings: Settings, site: Site | None
-    ) -> Rounded:
-        weights = dense(W)
-        scales, zero_points = search_scales(weights, scheme, settings.scale)
+    def round(self, W: Tensor, scheme: Scheme, settings: Settings, site: Site | None) -> Rounded:
+        scales, zero_points = search_scales(W, scheme, settings.scale)
         steps = scales.float().repeat_interleave(W.shape[1] // scales.shape[1], dim=1)
-        smaller = weights.abs() - settings.reluctance * steps.abs()
+        smaller = W.abs() - settings.reluctance * steps.abs()
         if site is not None:
             site.once("trace", lambda: site.hessian(None)[0].trace())
-        towards_zero = weights.sign() * smaller.clamp(min=0)
+        towards_zero = W.sign() * smaller.clamp(min=0)
         return Rounded(quantize_nearest(towards_zero, scales, zero_points, scheme))
 
     def cost(self, rows: int, columns: int, settings: Settings) -> Cost:

@@ -48,35 +48,32 @@ def run(tiny_recipe, tmp_path) -> Run:
 
 
 @pytest.mark.parametrize("data", [[], ["--with-data"]], ids=["without data", "with data"])
-def test_a_new_method_runs_and_is_resumed(run, tmp_path, tiny_release, data):
-    whole = run("quantize", *data, out=tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    died = run("quantize", "--die-after", "20", *data, out=tmp_path / "again")
-    assert died.returncode == 9
-    assert not (tmp_path / "again").exists()
-    resumed = run("quantize", *data, out=tmp_path / "again")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "continuing" in resumed.stderr
-    report = json.loads((tmp_path / "whole" / "quantization-report.json").read_text())
-    assert {row["method"] for row in report["units"]} == {"towards-zero", "copy"}
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-    source = dict(open_checkpoint(tiny_release).units())
-    for name, ref in open_checkpoint(tmp_path / "whole").units():
-        W = dense(source[name].load())
-        nearest = quantize_rtn(W, Scheme(4, 32)).codes
-        if ".experts." in name:
-            codes = ref.read_quantized().codes
-            assert not torch.equal(codes, nearest), "another method ran under this name"
-
-
-@pytest.mark.parametrize("data", [[], ["--with-data"]], ids=["without data", "with data"])
-def test_a_new_method_is_planned(run, tmp_path, data):
+def test_a_new_method_is_planned_and_runs(run, tmp_path, tiny_release, data):
     planned = run("plan", "--json", *data, out=tmp_path / "out")
     assert planned.returncode == 0, planned.stderr
     plan = json.loads(planned.stdout)
     assert plan["seconds"] > 0 and plan["peak_bytes"] > 0
-    assert "towards-zero" in planned.stdout
+    done = run("quantize", *data, out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "quantization-report.json").read_text())
+    assert {row["method"] for row in report["units"]} == {"towards-zero", "copy"}
+    source = dict(open_checkpoint(tiny_release).units())
+    for name, ref in open_checkpoint(tmp_path / "out").units():
+        if ".experts." in name:
+            nearest = quantize_rtn(dense(source[name].load()), Scheme(4, 32)).codes
+            codes = ref.read_quantized().codes
+            assert not torch.equal(codes, nearest), "another method ran under this name"
+
+
+def test_a_new_method_is_resumed_with_the_same_bytes(run, tmp_path):
+    assert run("quantize", "--with-data", out=tmp_path / "whole").returncode == 0
+    died = run("quantize", "--die-after", "20", "--with-data", out=tmp_path / "again")
+    assert died.returncode == 9
+    assert not (tmp_path / "again").exists()
+    resumed = run("quantize", "--with-data", out=tmp_path / "again")
+    assert "files are done" in resumed.stderr
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
 def test_keys_and_texts_of_a_new_method_reach_the_schema(tmp_path):

@@ -49,15 +49,14 @@ def _round_tiles(
 ) -> Errors:
     """Matrices stored by columns, as Grok-1's are, are read as they lie."""
     method = METHODS[unit.method]
-    matrix = stored.codes if isinstance(stored, QTensor) else stored
-    rows, columns = matrix.shape
+    rows, columns = stored.shape
 
     def work(part: slice) -> Errors:
         quantized, errors = method.round_tile(_rows(stored, part), unit.scheme, unit.settings)
         take(part, quantized)
         return errors
 
-    size = method.tile_rows(columns, matrix.device.type == "cpu")
+    size = method.tile_rows(columns, stored.device.type == "cpu")
     try:
         errors = sum(compiled.in_tiles(rows, size, work), Errors())
     except InexactScale as reason:
@@ -72,7 +71,7 @@ def not_finite(tensor: str, stored: Tensor | QTensor, scheme: Scheme) -> InputEr
     count = 0
     first = [0, 0]
     peak = 0.0
-    for start in range(0, len(stored.codes if isinstance(stored, QTensor) else stored), TILE_ROWS):
+    for start in range(0, stored.shape[0], TILE_ROWS):
         W = dense(_rows(stored, slice(start, start + TILE_ROWS)))
         bad = ~W.isfinite()
         if count == 0 and bad.any():

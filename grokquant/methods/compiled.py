@@ -43,7 +43,7 @@ def round_tile(
     of rows that are zero throughout.
     """
     source = _rows(tile)
-    rows, columns = (tile.codes if isinstance(tile, QTensor) else tile).shape
+    rows, columns = tile.shape
     codes, sums = np.empty((rows, columns), np.int8), np.zeros(3)
     scales, zeros = np.empty((2, rows, scheme.groups(columns)), np.float32)
     candidates = len(SHRINKS) * (2 if scheme.symmetric else 1) if search else 1
@@ -64,7 +64,7 @@ def quantize(
     W: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
 ) -> QTensor:
     """All of W [out, in] as `round_tile` rounds it."""
-    rows, columns = (W.codes if isinstance(W, QTensor) else W).shape
+    rows, columns = W.shape
 
     def work(part: slice) -> QTensor:
         tile = W.rows(part) if isinstance(W, QTensor) else W[part]

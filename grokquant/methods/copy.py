@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
-from grokquant.methods.method import TILE_ROWS, Errors, Method, Rounded, Site
+from grokquant.methods.method import TILE_ROWS, Errors, Method
 from grokquant.types import QTensor
 
 # Rows copied at once from where they lie in memory, few enough for the cache.
@@ -55,17 +55,12 @@ class Copy(Method):
     grid_keys = {"group": "release", "scale_dtype": None}
     lossless = True
 
-    def round(
-        self, W: Tensor | QTensor, scheme: Scheme, settings: object, site: Site | None
-    ) -> Rounded:
-        """Raises InexactScale."""
-        assert isinstance(W, QTensor), "plan admits only matrices that are stored quantized"
-        return Rounded(copy_quantized(W, scheme))
-
     def round_tile(
         self, tile: Tensor | QTensor, scheme: Scheme, settings: object
     ) -> tuple[QTensor, Errors]:
-        return self.round(tile, scheme, settings, None).quantized, Errors()
+        """Raises InexactScale."""
+        assert isinstance(tile, QTensor), "plan admits only matrices that are stored quantized"
+        return copy_quantized(tile, scheme), Errors()
 
     def tile_rows(self, columns: int, on_cpu: bool) -> int:
         return _COPY_ROWS if on_cpu else TILE_ROWS

@@ -271,7 +271,7 @@ class Gptq(Method):
     fallback = RTN
 
     def round(
-        self, W: Tensor | QTensor, scheme: Scheme, settings: GptqSettings, site: Site | None
+        self, W: Tensor, scheme: Scheme, settings: GptqSettings, site: Site | None
     ) -> Rounded:
         assert site is not None, "a method that needs a Hessian is given a site"
 
@@ -280,8 +280,7 @@ class Gptq(Method):
             return factorize(blocks, settings.damping, settings.act_order)
 
         key = (settings.damping, settings.act_order, settings.hessian_block)
-        weights = W.dequantize() if isinstance(W, QTensor) else W
-        rounded = round_gptq(weights, site.once(key, feedback), scheme, settings.scale)
+        rounded = round_gptq(W, site.once(key, feedback), scheme, settings.scale)
         if rounded.output_error is not None and not isfinite(rounded.output_error):
             raise UnusableHessian("its outputs are too large to be compared")
         return rounded

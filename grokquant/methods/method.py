@@ -155,18 +155,17 @@ class Method:
     # What takes the place of this method where a site cannot be used.
     fallback: "Method | None" = None
 
-    def round(
-        self, W: Tensor | QTensor, scheme: Scheme, settings: Any, site: Site | None
-    ) -> Rounded:
-        """Rounds W [out, in] onto `scheme`. Raises UnusableHessian."""
+    def round(self, W: Tensor, scheme: Scheme, settings: Any, site: Site | None) -> Rounded:
+        """Rounds the floats W [out, in] onto `scheme`. Raises UnusableHessian."""
         raise NotImplementedError
 
     def round_tile(
         self, tile: Tensor | QTensor, scheme: Scheme, settings: Any
     ) -> tuple[QTensor, Errors]:
         """Rounds some rows of a matrix without a site; for methods that need nothing."""
-        quantized = self.round(tile, scheme, settings, None).quantized
-        return quantized, errors_of(dense(tile), quantized, torch.float64)
+        W = dense(tile)
+        quantized = self.round(W, scheme, settings, None).quantized
+        return quantized, errors_of(W, quantized, torch.float64)
 
     def tile_rows(self, columns: int, on_cpu: bool) -> int:
         """How many rows to give to `round_tile` at once."""

@@ -59,7 +59,7 @@ class Rtn(Method):
     grid_keys = GRID_KEYS
 
     def round(
-        self, W: Tensor | QTensor, scheme: Scheme, settings: ScaleSettings, site: Site | None
+        self, W: Tensor, scheme: Scheme, settings: ScaleSettings, site: Site | None
     ) -> Rounded:
         return Rounded(quantize_rtn(W, scheme, settings.scale))
 
