@@ -1,8 +1,8 @@
 """Every method, grid and format: refused by name before anything is computed, or read back by the
 program that the format is for."""
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -19,10 +19,9 @@ from grokquant.formats import FORMATS
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job.plan import build_plan
 from grokquant.job.unit import stored_bits
+from grokquant.methods import METHODS
 from grokquant.methods.copy import can_copy, copy_quantized
-from grokquant.methods.gptq import factorize, round_gptq
 from grokquant.methods.levels import FINDERS, find_levels
-from grokquant.methods.rtn import quantize_rtn
 from grokquant.recipe import parse_recipe
 from grokquant.types import QTensor, Unit
 
@@ -72,10 +71,23 @@ def H() -> Tensor:
     return X @ X.T
 
 
+@dataclass
+class Inputs:
+    """A site with a given Hessian."""
+
+    H: Tensor
+    tokens: int = 800
+
+    def hessian(self, block: int | None) -> list[Tensor]:
+        return [self.H.clone()]
+
+    def once(self, key: object, make: Callable) -> object:
+        return make()
+
+
 def rounded(method: str, W: Tensor, H: Tensor, scheme: Scheme) -> QTensor:
-    if method == "gptq":
-        return round_gptq(W, factorize(H, 0.01, act_order=True), scheme).quantized
-    return quantize_rtn(W, scheme)
+    method = METHODS[method]
+    return method.round(W, scheme, method.settings(), Inputs(H)).quantized
 
 
 def read_by_gguf(packed: dict[str, Tensor], unit: Unit) -> Tensor:
@@ -119,7 +131,7 @@ READERS = {
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", [n for n, m in METHODS.items() if "grid" in m.grid_keys])
 def test_a_grid_is_refused_by_name_or_read_back(method, name, form, W, H):
     if not held(name, form):
         wanted = rf"layers\.0\.experts\.0\.gate: {form} cannot hold it: .*"
@@ -138,7 +150,7 @@ def test_a_grid_is_refused_by_name_or_read_back(method, name, form, W, H):
     assert can_copy(unit.scheme, unit.scheme, COLUMNS)
     assert same(copy_quantized(quantized, unit.scheme), quantized)
     theirs = {key.removeprefix(f"{STEM}."): part for key, part in packed.items()}
-    found = READERS[form](theirs, Unit(unit.name, tensor, (ROWS, COLUMNS), method, unit.scheme))
+    found = READERS[form](theirs, replace(unit, tensor=tensor, shape=(ROWS, COLUMNS)))
     assert torch.equal(found, values(quantized, form))
 
 
