@@ -184,8 +184,9 @@ _METRICS = (
 
 
 def rows(report: Report) -> list[Row]:
-    """The metrics a reader looks at first."""
-    return [*(metric.row(report) for metric in _METRICS), *_router_rows(report)]
+    """The metrics a reader looks at first; those that an older report lacks are left out."""
+    measured = (metric for metric in _METRICS if value_at(report, metric.pointer) is not None)
+    return [*(metric.row(report) for metric in measured), *_router_rows(report)]
 
 
 def noise_rows(report: Report) -> list[Row]:
