@@ -22,6 +22,7 @@ from grokquant.evaluation.suite import SHIPPED
 from grokquant.families import FAMILIES
 from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
+from grokquant.methods import METHODS
 from grokquant.recipe import Recipe, Rule
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +140,7 @@ def keys_by_method() -> str:
     taken: dict[str, dict] = {}
     for method in Rule.model_json_schema()["properties"]["method"]["enum"]:
         given = {"match": "*", "method": method}
-        if method in ("rtn", "gptq"):
+        if "bits" in METHODS[method].grid_keys:
             given["bits"] = 4  # the one key that must be given
         taken[method] = Rule.model_validate(given).model_dump()
     rows = [

@@ -87,6 +87,8 @@ def content(layers: int = 4, experts: int = 8) -> dict:
     def unit(i: int, e: int, matrix: str) -> dict:
         return {
             "name": f"layers.{i}.experts.{e}.{matrix}" if routed else f"layers.{i}.mlp.{matrix}",
+            "layer": i,
+            "expert": e if routed else None,
             "method": "gptq",
             "scheme": "int4 g128 sym",
             "bits_per_weight": 4.125,

@@ -10,6 +10,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation.report import ComparedModel, UnitRow
 from grokquant.grids import Scheme
 from grokquant.job.shards import REPORT_NAME
+from grokquant.types import Matrix
 
 # Keys of config.json that must be equal for a comparison token by token and layer by layer.
 _SAME = (
@@ -59,11 +60,14 @@ def unit_rows(checkpoint: Checkpoint) -> tuple[UnitRow, ...]:
         return ()
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))["units"]
-        return tuple(_unit_row(row) for row in rows)
+        matrices = {matrix.name: matrix for matrix in checkpoint.matrices()}
+        return tuple(_unit_row(row, matrices[row["name"]]) for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: not a quantization report of this version") from None
 
 
-def _unit_row(row: dict[str, Any]) -> UnitRow:
+def _unit_row(row: dict[str, Any], matrix: Matrix) -> UnitRow:
     known = {key: value for key, value in row.items() if key in UnitRow.model_fields}
-    return UnitRow.model_validate(known | {"scheme": str(Scheme(**row["scheme"]))})
+    scheme = str(Scheme(**row["scheme"]))
+    place = {"layer": matrix.layer, "expert": matrix.expert}
+    return UnitRow.model_validate(known | place | {"scheme": scheme})

@@ -334,6 +334,10 @@ class UnitRow(_Part):
 
     name: str
     """Name of the matrix, as in recipes."""
+    layer: Count | None = None
+    """Its layer, from 0; None in reports of earlier versions."""
+    expert: Count | None = None
+    """The expert that it belongs to, from 0; None outside the experts."""
     method: str
     """The method that rounded it."""
     scheme: str

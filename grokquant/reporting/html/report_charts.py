@@ -1,6 +1,5 @@
 """Which numbers of a report go into which chart, and the sentences that need counting."""
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -32,7 +31,6 @@ from grokquant.reporting.number_format import (
 )
 from grokquant.reporting.rows import KLD_QUANTILES, QUANTILES, bf16_bytes, name_of
 
-_EXPERT_MATRIX = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.")
 _NAMED_SHARES = {"maximum": 1.0, "median": 0.5, "minimum": 0.0}
 
 
@@ -174,10 +172,9 @@ def expert_error_map(report: Report, field: str) -> str | None:
     """Mean `field` (an error of matrices) of each expert, or None where no experts have it."""
     errors: dict[tuple[int, int], list[float]] = defaultdict(list)
     for unit in report.units:
-        found = _EXPERT_MATRIX.match(unit.name)
         error = getattr(unit, field)
-        if found and error is not None:
-            errors[int(found[1]), int(found[2])].append(error)
+        if unit.layer is not None and unit.expert is not None and error is not None:
+            errors[unit.layer, unit.expert].append(error)
     experts = {expert for _, expert in errors}
     if len(experts) < 2:
         return None
