@@ -90,10 +90,12 @@ class LayerQuantizer:
         if hidden is None:
             return None
         self.reference_inputs = hidden
-        model, index = self.model, self.index
-        mix = model.mix_experts(index, lambda number, x, token: model.stored_expert(index, number))
-        self.reference_outputs = model.run_layer(index, hidden, mix)
+        mix = self.model.mix_experts(self.index, self._stored_expert)
+        self.reference_outputs = self.model.run_layer(self.index, hidden, mix)
         return self.reference_outputs
+
+    def _stored_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
+        return self.model.stored_expert(self.index, expert)
 
     def _run_quantized(self, hidden: Tensor) -> Tensor:
         self.tokens_per_expert = []

@@ -15,7 +15,8 @@ from grokquant.version import MARK, OWN
 
 _NOT_COPIED = ("auto_map", "dtype", "quantization_config")
 # The evaluation table of the card stands between these; `grokquant eval` fills it.
-TABLE_START, TABLE_END = "<!-- evaluation -->", "<!-- /evaluation -->"
+TABLE_START = "<!-- evaluation -->"
+TABLE_END = "<!-- /evaluation -->"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ def write_tokenizer(directory: Path, plan: Plan) -> None:
 def write(directory: Path, plan: Plan, record: Record) -> None:
     """Writes the papers of a finished run into `directory`; config.json, which makes a directory
     loadable, last."""
-    container, config = container_of(plan.recipe.output.format), output_config(plan)
-    others = container.sidecar_files(plan.arrangement) | plan.format.sidecar_files(config)
+    container = container_of(plan.recipe.output.format)
+    config = output_config(plan)
+    others = container.sidecar_files(plan.output_layout) | plan.format.sidecar_files(config)
     for name, content in others.items():
         write_json(directory / name, content)
     write_text(directory / "recipe.yaml", plan.recipe.to_yaml())

@@ -73,7 +73,8 @@ def quantize(recipe: Recipe, progress: Progress | None = None, device: torch.dev
     check_disk(plan)
     progress.planned(plan)
     rows = _calibration_rows(plan)
-    output, source = Path(recipe.output.path), plan.checkpoint.source.path
+    output = Path(recipe.output.path)
+    source = plan.checkpoint.source.path
     with (
         stopping(progress.stopping) as stop,
         work_directory(output, source, identity_of(plan, rows)) as work,
@@ -176,7 +177,8 @@ class Run:
     def check_fallbacks(self) -> None:
         """Raises GateError as soon as more units fell back than the recipe allows."""
         fallen = [report for report in self.reports.values() if report.fallback]
-        limit, units = self.plan.recipe.max_fallbacks, len(self.plan.units)
+        limit = self.plan.recipe.max_fallbacks
+        units = len(self.plan.units)
         if len(fallen) > limit * units:
             named = "; ".join(f"{report.name}: {report.fallback}" for report in fallen[:3])
             raise GateError(
@@ -229,7 +231,8 @@ def _quantize_blocks(run: Run, rows: Tensor | None) -> None:
 
 def _with_calibration(run: Run, rows: Tensor) -> None:
     run.progress.calibrating(*rows.shape)
-    plan, work = run.plan, run.work
+    plan = run.plan
+    work = run.work
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device)
     layers = plan.checkpoint.config.num_hidden_layers
     hidden = model.embed(rows)  # (rows, time, hidden)

@@ -2,10 +2,10 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import gcd, prod
+from math import prod
 from pathlib import Path
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
@@ -14,13 +14,12 @@ from grokquant.containers.container import Group, OutputLayout, PlannedFile, Pla
 from grokquant.errors import InputError
 from grokquant.files.atomic import nearest_directory
 from grokquant.formats import FORMATS, Format
-from grokquant.grids import GRIDS, Scheme
 from grokquant.humanize import size
+from grokquant.job.units import planned_units
 from grokquant.methods import METHODS
-from grokquant.methods.copy import can_copy
 from grokquant.methods.method import Needs
-from grokquant.recipe import Recipe, Rule
-from grokquant.types import Matrix, TensorRef, Unit
+from grokquant.recipe import Recipe
+from grokquant.types import Unit
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Plan:
     """A recipe applied to a checkpoint.
 
     `units` are the matrices to quantize by unit name; `kept` names the quantizable matrices that
-    stay as they are; `parts` is what the run computes or carries over, by name, and `arrangement`
+    stay as they are; `parts` is what the run computes or carries over, by name, and `output_layout`
     where it goes.
     """
 
@@ -37,7 +36,7 @@ class Plan:
     units: dict[str, Unit]
     kept: tuple[str, ...]
     parts: dict[str, PlannedTensor]
-    arrangement: OutputLayout
+    output_layout: OutputLayout
 
     @property
     def format(self) -> Format:
@@ -46,11 +45,11 @@ class Plan:
     @property
     def files(self) -> tuple[PlannedFile, ...]:
         """The output's files, in the order in which they are written."""
-        return self.arrangement.files
+        return self.output_layout.files
 
     @property
-    def places(self) -> dict[str, Slot]:
-        return self.arrangement.slots
+    def slots(self) -> dict[str, Slot]:
+        return self.output_layout.slots
 
     @property
     def output_bytes(self) -> int:
@@ -130,7 +129,7 @@ class Plan:
     def file_of(self) -> dict[str, PlannedFile]:
         """The file of each part."""
         file_of = {tensor.name: file for file in self.files for tensor in file.tensors}
-        return {part: file_of[place.tensor] for part, place in self.places.items()}
+        return {part: file_of[place.tensor] for part, place in self.slots.items()}
 
 
 def build_plan(recipe: Recipe) -> Plan:
@@ -141,109 +140,17 @@ def build_plan(recipe: Recipe) -> Plan:
     """
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
     output_format = FORMATS[recipe.output.format]
-    units: dict[str, Unit] = {}
-    kept: list[str] = []
-    decided = _rules_of(recipe, checkpoint)
-    for matrix in checkpoint.matrices():
-        index = decided[matrix.name]
-        if index is None or not METHODS[recipe.quantize[index].method].quantizes:
-            kept.append(matrix.name)
-        else:
-            ref = checkpoint.source.tensors[matrix.tensor]
-            units[matrix.name] = _plan_unit(matrix, ref, recipe, index, output_format)
+    units = planned_units(recipe, checkpoint, output_format)
+    kept = tuple(matrix.name for matrix in checkpoint.matrices() if matrix.name not in units)
     if not units and not output_format.holds_dense:
         raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
     planned = {unit.tensor: unit for unit in units.values()}
     groups = _part_groups(checkpoint, planned, output_format)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
     container = container_of(recipe.output.format)
-    arrangement = container.lay_out(checkpoint.source, groups, schemes, recipe.output.shard)
+    output_layout = container.lay_out(checkpoint.source, groups, schemes, recipe.output.shard)
     parts = {part.name: part for _, group in groups for part in group}
-    return Plan(recipe, checkpoint, units, tuple(kept), parts, arrangement)
-
-
-def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
-    """The index of the rule that decides each matrix, by name; None where no rule matches.
-
-    Raises InputError for a rule that decides nothing: it would be left out in silence.
-    """
-    names = [matrix.name for matrix in checkpoint.matrices()]
-    decided = {name: recipe.rule_index(name) for name in names}
-    taken = set(decided.values())
-    for index, rule in enumerate(recipe.quantize):
-        key = f"recipe: quantize[{index}].match: {rule.match!r}"
-        if not any(rule.matches(name) for name in names):
-            raise InputError(
-                f"{key} matches no matrix of {recipe.model.path} "
-                f"(they are called like {names[0]} or {names[-1]})"
-            )
-        if index not in taken:
-            raise InputError(f"{key} never applies: earlier rules cover every matrix it matches")
-    return decided
-
-
-def _plan_unit(
-    matrix: Matrix, ref: TensorRef, recipe: Recipe, index: int, output_format: Format
-) -> Unit:
-    """A matrix as rule number `index` stores it. Raises InputError where that cannot be."""
-    name = matrix.name
-    rule = recipe.quantize[index]
-    rows, columns = ref.shape
-    lossless = METHODS[rule.method].lossless
-    scheme = _copied(name, ref, rule, output_format) if lossless else _chosen(rule, output_format)
-    if scheme.group_size == columns and rule.grid == "integer" and scheme.is_integer:
-        scheme = replace(scheme, group_size=None)
-    if columns % (scheme.group_size or 1):
-        raise InputError(
-            f"{name}: {columns} input features are not divisible by group {scheme.group_size}"
-        )
-    if lossless and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
-        raise InputError(f"{name}: copy to {scheme} is not lossless, the source has {ref.scheme}")
-    if reason := output_format.refusal(scheme, (rows, columns)):
-        raise InputError(f"{name}: {output_format.name} cannot hold it: {reason}")
-    return Unit(
-        **vars(matrix),
-        shape=(rows, columns),
-        scheme=scheme,
-        method=rule.method,
-        settings=rule.settings,
-        rule=index,
-    )
-
-
-def _chosen(rule: Rule, output_format: Format) -> Scheme:
-    """The grid that a rule asks for."""
-    group = rule.group if isinstance(rule.group, int) else None
-    if rule.grid != "integer":
-        named = GRIDS[rule.grid].scheme
-        return replace(named, group_size=group) if rule.group else named
-    scale_dtype = rule.scale_dtype or output_format.scale_dtype
-    return Scheme(rule.bits or 8, group, rule.symmetric, scale_dtype)
-
-
-def _copied(name: str, ref: TensorRef, rule: Rule, output_format: Format) -> Scheme:
-    """The stored grid in groups as large as rule, source and format allow; scales are repeated,
-    and keep their dtype where the format has it."""
-    rows, columns = ref.shape
-    if ref.scheme is None:
-        raise InputError(f"{name}: method copy needs a source that stores integers")
-    if not ref.scheme.is_integer:
-        return ref.scheme
-    stored, group = ref.scheme.group_size or columns, rule.group
-    most = gcd(stored, group) if isinstance(group, int) else stored
-    groups = [most, *(smaller for smaller in (128, 64, 32) if most % smaller == 0)]
-    groups = [columns] if group == "channel" else groups
-    dtypes = (
-        [rule.scale_dtype]
-        if rule.scale_dtype
-        else [ref.scheme.scale_dtype, output_format.scale_dtype]
-    )
-    schemes = [
-        replace(ref.scheme, group_size=None if size == columns else size, scale_dtype=dtype)
-        for size in groups
-        for dtype in dtypes
-    ]
-    return next((s for s in schemes if not output_format.refusal(s, (rows, columns))), schemes[0])
+    return Plan(recipe, checkpoint, units, kept, parts, output_layout)
 
 
 def _part_groups(
@@ -282,7 +189,8 @@ def _stored_as(
     checkpoint: Checkpoint, name: str, planned: dict[str, Unit], output_format: Format
 ) -> Iterator[PlannedTensor]:
     """What the output holds of the checkpoint's tensor `name`."""
-    unit, ref = planned.get(name), checkpoint.source.tensors[name]
+    unit = planned.get(name)
+    ref = checkpoint.source.tensors[name]
     layout = {name: (ref.dtype, ref.shape)}
     if unit:
         layout = output_format.packed_layout(name, unit.shape, unit.scheme)

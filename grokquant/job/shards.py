@@ -71,7 +71,7 @@ class ShardWriter:
         self, name: str, first: int, rows: Tensor, report: UnitReport | None = None
     ) -> None:
         """Rows of the part `name`, the first of which has the index `first`."""
-        file, place = self.plan.file_of[name], self.plan.places[name]
+        file, place = self.plan.file_of[name], self.plan.slots[name]
         stored, rows = self.stored[place.tensor], place.stored(rows)
         first += place.first_row
         count = stored.shape[0] if stored.shape else 1

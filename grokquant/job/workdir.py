@@ -87,7 +87,7 @@ class WorkDirectory:
         return {name: self._read(plan, name) for name in names}
 
     def _read(self, plan: Plan, name: str) -> Tensor:
-        file, place, part = plan.file_of[name], plan.places[name], plan.parts[name]
+        file, place, part = plan.file_of[name], plan.slots[name], plan.parts[name]
         path, dtype = self.files / file.name, place.dtype or part.dtype
         row, whole = (prod(shape) * dtype.itemsize for shape in (part.shape[1:], part.shape))
         offset = file.layout.offsets[place.tensor] + place.first_row * row

@@ -20,7 +20,8 @@ class Budget:
 
 def budget_of(plan: Plan) -> Budget:
     """Probes this machine for some seconds with samples of the source and the calibration text."""
-    before, step = resident_bytes(), peak_step(plan)
+    before = resident_bytes()
+    step = peak_step(plan)
     seconds = expected_seconds(plan)
     peak = before + step.bytes
     if plan.needs_calibration and is_small(plan):

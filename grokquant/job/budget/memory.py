@@ -77,7 +77,8 @@ def _without_data(plan: Plan) -> Iterator[Step]:
 
 def _calibrated(plan: Plan) -> Iterator[Step]:
     """What calibration holds all the time, then a layer's experts with their Hessians."""
-    settings, config = plan.recipe.calibration, plan.checkpoint.config
+    settings = plan.recipe.calibration
+    config = plan.checkpoint.config
     tokens = settings.samples * min(settings.length, config.max_position_embeddings)
     size = CALIBRATION_DTYPE.itemsize
     states = tokens * config.hidden_size * size

@@ -28,7 +28,9 @@ from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import Matrix, QTensor, TensorRef, Unit
 
 _PIECE = 2048  # rows, columns or tokens of a probe at most
-_SAMPLES, _SAMPLE_BYTES = 8, 1 << 26  # places where the source is read
+# The source is read in this many places, and this much in each: more than a disk's own cache.
+_SAMPLES = 8
+_SAMPLE_BYTES = 1 << 26
 _WRITTEN_BYTES = 1 << 29
 _SMALL_LAYER = 1e12  # weights times tokens
 _START_AND_END = 1.0  # seconds for what does not grow: tokenizer, papers, proof
@@ -90,7 +92,8 @@ def _rounding(plan: Plan) -> float:
 
 def _rounding_of(plan: Plan, unit: Unit) -> float:
     """Seconds per weight of a unit that needs no data."""
-    rows, columns = min(unit.shape[0], _PIECE), unit.shape[1]
+    rows = min(unit.shape[0], _PIECE)
+    columns = unit.shape[1]
     stored = _piece(plan.checkpoint.source.tensors[unit.tensor], rows, columns)
     piece = replace(unit, shape=(rows, columns))
     return _time(lambda: round_without_data(piece, stored, plan.format)) / (rows * columns)
@@ -254,7 +257,8 @@ def _needs_data(unit: Unit) -> bool:
 def _read_rate(files: tuple[Path, ...]) -> float:
     """Bytes per second of reading at places all over the source."""
     largest = sorted(files, key=lambda path: path.stat().st_size)[-_SAMPLES:]
-    read, start = 0, perf_counter()
+    read = 0
+    start = perf_counter()
     for number, path in enumerate(largest):
         with path.open("rb", buffering=0) as file:
             file.seek(path.stat().st_size * number // (2 * len(largest)))
