@@ -57,8 +57,8 @@ class LayerQuantizer:
         """Quantizes the block and returns the hidden states after it, its errors included."""
         self.model.load_layer(self.index)
         self._quantize_attention(hidden)
-        mix = self.model.mix_experts(self.index, self._make_expert)
-        hidden = self.model.run_layer(self.index, hidden, mix)
+        combine = self.model.combine_experts(self.index, self._make_expert)
+        hidden = self.model.run_layer(self.index, hidden, combine)
         self.model.free_layer(self.index)
         return hidden
 
