@@ -45,8 +45,8 @@ def unit_of(
 
 def run_stored_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> Tensor:
     """Outputs of layer `index` for `hidden`, with its experts as the checkpoint has them."""
-    mix = model.mix_experts(index, lambda number, x, token: model.stored_expert(index, number))
-    return model.run_layer(index, hidden, mix)
+    combine = model.combine_experts(index, lambda number, x, token: model.stored_expert(index, number))
+    return model.run_layer(index, hidden, combine)
 
 
 def seal(output: Path) -> None:

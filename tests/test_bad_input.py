@@ -254,7 +254,7 @@ def test_tokenizer_larger_than_the_vocabulary(place):
     shutil.rmtree(place.source / "ckpt-0")
     write_random_release(place.source, layers=1, hidden=128, ffn=256, head_dim=64, vocab=100)
     message = place.quantizing_fails()
-    assert "tokenizer.model: 2048 tokens, the model's vocabulary has 100" in message
+    assert "tokenizer.model: 2048 tokens, but the model's vocabulary has 100" in message
 
 
 def test_broken_tokenizer_where_no_text_is_needed(place):

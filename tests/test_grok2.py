@@ -218,7 +218,7 @@ def test_files_of_ranks(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"rope_type": "yarn_log"}, "rope_type is 'yarn_log', which is not understood yet"),
+        ({"rope_type": "yarn_log"}, "rope_type is 'yarn_log', which is not supported yet"),
         ({"rope_scaling": {"type": "x"}}, "rope_scaling is"),
         ({"rope_rotate_half_dims": True}, "rope_rotate_half_dims is True"),
         ({"attn_logit_softcapping_method": "clip"}, "attn_logit_softcapping_method is 'clip'"),

@@ -142,7 +142,7 @@ def test_two_names_for_one_tensor_are_refused(copy):
     path = copy("hpcai")
     ours = "model.layers.0.block_sparse_moe.experts.1.w1.weight"
     edit(path / "model.safetensors", lambda t: t.update({ours: t[LINEAR].clone()}))
-    assert f"{ours} is there under two names" in refusal(path)
+    assert f"{ours} occurs under two names" in refusal(path)
 
 
 @pytest.mark.parametrize("form", ["hpcai", "keyfan"])

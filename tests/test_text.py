@@ -73,7 +73,7 @@ def test_a_seed_draws_windows_in_the_order_of_the_text() -> None:
 @pytest.mark.parametrize("seed", [None, 0])
 @pytest.mark.parametrize(("documents", "found"), [(["abc", "defg"], 7), ([], 0)])
 def test_too_little_text(documents: list[str], found: int, seed: int | None) -> None:
-    with pytest.raises(InputError, match=f"^the text has {found} tokens, one row takes 8$"):
+    with pytest.raises(InputError, match=f"^the text has {found} tokens, but one row needs 8$"):
         token_rows(documents, Characters(), samples=1, length=8, seed=seed)
 
 

@@ -1,8 +1,14 @@
 """X^T X of bfloat16 inputs in float32 on CPUs that multiply pairs of bfloat16 (AVX-512 BF16).
 
 PyTorch has no CPU product of bfloat16 matrices with a float32 result, and converting the inputs
-first costs half the speed. Products of bfloat16 are exact in float32. Two tokens are interleaved
-into 32-bit pairs, since the instruction adds up two products per lane.
+first halves the speed. Products of bfloat16 are exact in float32.
+
+The instruction VDPBF16PS adds two products to each of 16 float32 lanes, so two tokens are
+interleaved into 32-bit pairs. `packed` [panels, pairs, 32] uint32, one panel per 32 columns:
+
+                          column 0  column 1
+    pair 0 of a panel    | t1 t0  | t1 t0  | ..     t0: token 0, bfloat16 in the low half
+    pair 1               | t3 t2  | t3 t2  | ..     t1: token 1, in the high half
 """
 
 from collections.abc import Callable
@@ -15,11 +21,15 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# A tile of the result: as many accumulators as the instruction's latency needs, and in registers.
-_ROWS, _LANES, _VECTORS = 8, 16, 2
-WIDTH = _LANES * _VECTORS
+_LANES = 16  # float32 numbers in a register of 512 bits
+# A tile of the result, 8 rows by 2 vectors: 16 accumulators hide the latency of the instruction
+# and leave registers for its operands, of 32.
+_ROWS = 8
+_VECTORS = 2
+WIDTH = _LANES * _VECTORS  # columns of a panel
 _PAIR_BYTES = WIDTH * 4
-# Bytes of a panel added up in one run: two fit the first cache, and short sums round less.
+# Bytes of a panel added up in one run, 12 KB: two panels fit the first cache, and short sums round
+# less.
 _RUN = 96 * _PAIR_BYTES
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
@@ -33,8 +43,8 @@ def available() -> bool:
 def pack(X: np.ndarray, packed: np.ndarray, first: int, step: int) -> None:
     """Interleaves X, bfloat16 seen as uint16 [tokens, in], into pairs of tokens.
 
-    `packed` is uint32 [panels, pairs, WIDTH], of which every `step`-th panel from `first` on is
-    filled; what X does not fill becomes zero.
+    Fills every `step`-th panel of `packed` uint32 [panels, pairs, WIDTH], from `first` on; pads X
+    with zeros.
     """
     tokens, features = X.shape
     for panel in range(first, packed.shape[0], step):
@@ -54,11 +64,12 @@ def pack(X: np.ndarray, packed: np.ndarray, first: int, step: int) -> None:
 def add_products(packed: np.ndarray, H: np.ndarray, first: int, step: int) -> None:
     """Adds X^T X of packed inputs to every `step`-th panel of columns of H float32 [in, in].
 
-    Begins with panel `first`. Only the upper triangle means anything afterwards. Some 1000 pairs
-    at a time are best: a panel of them fits the second cache, and H is seldom visited.
+    Begins with panel `first`. Only the upper triangle is valid afterwards. About 1000 pairs at a
+    time are best: a panel of them fits the second cache, and each call passes over H once.
     """
     tile = np.empty((WIDTH, WIDTH), np.float32)
-    start, sums = packed.ctypes.data, tile.ctypes.data
+    start = packed.ctypes.data
+    sums = tile.ctypes.data
     panel_bytes = packed.shape[1] * _PAIR_BYTES
     for panel in range(first, packed.shape[0], step):
         right = start + panel * panel_bytes
@@ -75,59 +86,78 @@ def add_products(packed: np.ndarray, H: np.ndarray, first: int, step: int) -> No
 
 
 class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite has no name for."""
+    """LLVM's type bfloat, which llvmlite lacks."""
 
     def _to_string(self) -> str:
         return "bfloat"
 
 
+# One pair of tokens in each lane, as loaded and as the instruction takes it; then its results.
+_PAIRS = ir.VectorType(ir.IntType(32), _LANES)
+_HALVES = ir.VectorType(_BFloat(), 2 * _LANES)
+_SUMS = ir.VectorType(ir.FloatType(), _LANES)
+
+
 def _multiply_code(
     _: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
 ) -> ir.Value:
-    """Adds left^T right of `size` bytes of two panels to a tile, all accumulators in registers."""
+    """Adds left^T right of `size` bytes of two panels to a tile.
+
+    The loop passes over the pairs of tokens; its accumulators stay in registers.
+    """
     left, right, size, tile = arguments
-    pairs, sums = ir.VectorType(ir.IntType(32), _LANES), ir.VectorType(ir.FloatType(), _LANES)
-    halves = ir.VectorType(_BFloat(), 2 * _LANES)
-    dot = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(sums, [sums, halves, halves]), _DOT
-    )
-
-    def at(address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
-        moved = builder.add(address, ir.Constant(address.type, offset))
-        return builder.inttoptr(moved, kind.as_pointer())
-
     before = builder.block
-    loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+    loop = builder.append_basic_block("loop")
+    after = builder.append_basic_block("after")
     builder.branch(loop)
     builder.position_at_end(loop)
     offset = builder.phi(left.type)
     offset.add_incoming(ir.Constant(left.type, 0), before)
-    accumulators = [builder.phi(sums) for _ in range(_ROWS * _VECTORS)]
-    for accumulator in accumulators:
-        accumulator.add_incoming(ir.Constant(sums, [0.0] * _LANES), before)
-    vectors = [
-        builder.load(at(builder.add(right, offset), vector * _LANES * 4, halves), align=4)
-        for vector in range(_VECTORS)
-    ]
-    for row in range(_ROWS):
-        pair = builder.load(at(builder.add(left, offset), row * 4, ir.IntType(32)), align=4)
-        lanes = builder.insert_element(ir.Constant(pairs, ir.Undefined), pair, ir.IntType(32)(0))
-        lanes = builder.shuffle_vector(lanes, lanes, ir.Constant(pairs, [0] * _LANES))
-        lanes = builder.bitcast(lanes, halves)
-        for vector in range(_VECTORS):
-            accumulator = accumulators[row * _VECTORS + vector]
-            accumulator.add_incoming(
-                builder.call(dot, [accumulator, lanes, vectors[vector]]), builder.block
-            )
+    accumulators = [builder.phi(_SUMS) for _ in range(_ROWS * _VECTORS)]
+    sums = _add_pair(builder, builder.add(left, offset), builder.add(right, offset), accumulators)
+    for accumulator, total in zip(accumulators, sums, strict=True):
+        accumulator.add_incoming(ir.Constant(_SUMS, [0.0] * _LANES), before)
+        accumulator.add_incoming(total, builder.block)
     following = builder.add(offset, ir.Constant(offset.type, _PAIR_BYTES))
     offset.add_incoming(following, builder.block)
     builder.cbranch(builder.icmp_unsigned("<", following, size), loop, after)
     builder.position_at_end(after)
-    for index, accumulator in enumerate(accumulators):
-        line = at(tile, index * _LANES * 4, sums)
-        total = builder.fadd(builder.load(line, align=4), accumulator.incomings[1][0])
-        builder.store(total, line, align=4)
+    for index, total in enumerate(sums):
+        line = _at(builder, tile, index * _LANES * 4, _SUMS)
+        builder.store(builder.fadd(builder.load(line, align=4), total), line, align=4)
     return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+
+def _add_pair(
+    builder: ir.IRBuilder, left: ir.Value, right: ir.Value, accumulators: list[ir.Value]
+) -> list[ir.Value]:
+    """The accumulators [rows x vectors] after one pair of tokens.
+
+    `left` and `right` are its addresses in the two panels. The pair in each column of `left` is
+    copied to all lanes and multiplied by the vectors of `right`.
+    """
+    kind = ir.FunctionType(_SUMS, [_SUMS, _HALVES, _HALVES])
+    dot = cgutils.get_or_insert_function(builder.module, kind, _DOT)
+    vectors = [
+        builder.load(_at(builder, right, vector * _LANES * 4, _HALVES), align=4)
+        for vector in range(_VECTORS)
+    ]
+    sums = []
+    for row in range(_ROWS):
+        pair = builder.load(_at(builder, left, row * 4, ir.IntType(32)), align=4)
+        first = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), pair, ir.IntType(32)(0))
+        copies = builder.shuffle_vector(first, first, ir.Constant(_PAIRS, [0] * _LANES))
+        lanes = builder.bitcast(copies, _HALVES)
+        for vector in range(_VECTORS):
+            accumulator = accumulators[row * _VECTORS + vector]
+            sums.append(builder.call(dot, [accumulator, lanes, vectors[vector]]))
+    return sums
+
+
+def _at(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
+    """A pointer to a `kind`, `offset` bytes after `address`."""
+    moved = builder.add(address, ir.Constant(address.type, offset))
+    return builder.inttoptr(moved, kind.as_pointer())
 
 
 def _multiply_type(_: Any, left: Any, right: Any, size: Any, tile: Any) -> tuple[Any, Callable]:

@@ -1,4 +1,7 @@
-"""The statistics of a site: how its inputs weigh the errors of the matrices that read them."""
+"""The Hessian of the inputs to a matrix: how they weigh its rounding errors.
+
+The error of a row w of W is (w - q) H (w - q)^T with H = X^T X, summed over the tokens (rows of X).
+"""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +15,17 @@ from grokquant.calibration import gram_kernels
 
 # Tokens multiplied at once: bounds the float32 or packed copy of the inputs.
 _TOKENS = 2048
-# Columns of the result made by one product; what such a panel has below the diagonal is waste.
+# Columns of the result made by one product; the part of a panel below the diagonal is wasted.
 _PANEL = 512
-# Shares of the work for threads: some more than cores, so that none waits long for another.
+# Shares of the work for threads: more than most machines have cores, so that none waits long.
 _SHARES = 32
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """H = sum of x x^T over `tokens` inputs: the float32 squares along its diagonal.
+    """H = sum of x x^T over `tokens` inputs: the float32 square blocks along its diagonal.
 
-    A full H is one square; of a block-diagonal one the rest counts as zero.
+    A full H is one block [in, in]; a block-diagonal one is several, and the rest counts as zero.
     """
 
     blocks: list[Tensor]
@@ -30,7 +33,7 @@ class Hessian:
 
     @property
     def H(self) -> Tensor:
-        """A full Hessian's only square."""
+        """The only block of a full Hessian."""
         (H,) = self.blocks
         return H
 
@@ -38,9 +41,9 @@ class Hessian:
 def accumulate(parts: Iterable[Tensor], features: int, block: int | None = None) -> Hessian:
     """The Hessian of inputs that come in parts [tokens, features] of any number of tokens.
 
-    Products of bfloat16 inputs are exact and added up in float32; half of the symmetric result is
-    computed. `block` is the number of columns in a diagonal block, None makes a full Hessian. The
-    same parts give the same bits.
+    Products of bfloat16 inputs are exact and added up in float32; only half of the symmetric result
+    is computed. `block` is the number of columns in a diagonal block; None makes a full Hessian.
+    The same parts give the same bits.
     """
     blocks: list[Tensor] = []
     tokens = 0
@@ -60,10 +63,10 @@ def accumulate(parts: Iterable[Tensor], features: int, block: int | None = None)
 
 
 def blend(routed: Hessian, everyone: Hessian, prior_tokens: float) -> Hessian:
-    """An expert's Hessian with that of all tokens as a prior worth `prior_tokens` tokens.
+    """Adds the Hessian of all tokens to an expert's, scaled as a prior worth `prior_tokens` tokens.
 
-    The prior vanishes where the expert has data and takes over where it has hardly any. The blocks
-    of `routed` are changed in place and become those of the result.
+    The prior counts little for an expert with much data and dominates for one with hardly any.
+    Changes the blocks of `routed` in place and returns it.
     """
     for H, prior in zip(routed.blocks, everyone.blocks, strict=True):
         H.add_(prior, alpha=prior_tokens / max(everyone.tokens, 1))
@@ -76,16 +79,20 @@ def _zeros(features: int, block: int | None, device: torch.device) -> list[Tenso
 
 
 def _add_products(X: Tensor, H: Tensor) -> None:
-    """Adds X^T X to the upper triangle of H; what lies below means nothing until it is mirrored."""
-    on_cpu, exact = X.device.type == "cpu", X.dtype == torch.bfloat16
-    if on_cpu and exact and gram_kernels.available():
+    """Adds X^T X to the upper triangle of H; the lower one is invalid until it is mirrored."""
+    on_cpu = X.device.type == "cpu"
+    bfloat16 = X.dtype == torch.bfloat16
+    if on_cpu and bfloat16 and gram_kernels.available():
         return _add_bfloat16_products(X, H)
-    if on_cpu or not exact:
-        X, exact = X.float(), False
+    # Only GPUs multiply bfloat16 to a float32 result in torch.
+    directly = bfloat16 and not on_cpu
+    X = X if directly else X.float()
     for start in range(0, len(H), _PANEL):
         stop = min(start + _PANEL, len(H))
-        panel, left, right = H[:stop, start:stop], X[:, :stop].T, X[:, start:stop]
-        if exact:
+        panel = H[:stop, start:stop]  # with all rows above it
+        left = X[:, :stop].T
+        right = X[:, start:stop]
+        if directly:
             panel += torch.mm(left, right, out_dtype=torch.float32)
         else:
             panel.addmm_(left, right)
@@ -93,10 +100,12 @@ def _add_products(X: Tensor, H: Tensor) -> None:
 
 def _add_bfloat16_products(X: Tensor, H: Tensor) -> None:
     panels = -(-len(H) // gram_kernels.WIDTH)
-    packed = np.empty((panels, -(-len(X) // 2), gram_kernels.WIDTH), np.uint32)
-    inputs, result = X.view(torch.uint16).numpy(), H.numpy()
+    pairs = -(-len(X) // 2)
+    packed = np.empty((panels, pairs, gram_kernels.WIDTH), np.uint32)
+    inputs = X.view(torch.uint16).numpy()  # numpy has no bfloat16
+    result = H.numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        # Each panel of columns is one thread's, so that their number does not change the sums.
+        # One thread computes a whole panel, so the number of threads does not change the sums.
         for work in (
             lambda first: gram_kernels.pack(inputs, packed, first, _SHARES),
             lambda first: gram_kernels.add_products(packed, result, first, _SHARES),

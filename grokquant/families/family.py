@@ -27,7 +27,7 @@ _READS = {part: parts[0] for parts in _SAME_INPUT for part in parts}
 
 
 def everywhere(table: Mapping[str, str]) -> Matrices:
-    """The same matrices in every layer."""
+    """`matrices` of a family whose layers all have the same ones."""
     return lambda config, layer: table
 
 
@@ -35,21 +35,25 @@ def everywhere(table: Mapping[str, str]) -> Matrices:
 class Family:
     """One model family.
 
-    `matrices` tells what may be quantized in a layer outside its routed experts, in the order of
-    the computation, as the ends of unit and checkpoint names. `experts` maps gate, up and down to
-    the ends of an expert's checkpoint names, `{expert}` standing for its number; `routed` says
-    which layers have experts (of a family that has any). All other tensors (router, norms,
-    embedding, biases) are carried over as they are; of these, `unquantized` names the ends of what
-    are linear modules in a layer with experts.
+    Quantizable matrices: `matrices` gives those of a layer outside its routed experts, in the order
+    of computation. `experts` maps gate, up and down to the suffixes of an expert's checkpoint
+    names, with `{expert}` for its number; `routed` tells which layers have experts. All other
+    tensors (router, norms, embedding, biases) are carried over unchanged; `unquantized` are the
+    suffixes of those that belong to linear modules in a layer with experts.
 
-    `aliases` are regular expressions with what stands for their matches in the family's own names:
-    other names in files, and those of transformers' modules. `fused` is the path of the experts'
-    module in a layer; its 3-D parameters hold [out, in] matrices, [in, out] if `transposed`, with
-    the rows of gate above those of up, in turns if `interleaved`. `biased` says whether experts
-    have biases. `fields` takes from a config.json, given with its path, what makes the model, and
-    raises InputError where it does not describe one; `only_own_fields` says that an output's
-    config.json holds nothing else. `architecture` is what that calls the model, if not by its
-    class. `notice` is a line that whoever uses the family is to see.
+    Names: `aliases` maps regular expressions to the family's own names; they match other names in
+    files and those of transformers' modules. `fused` is the path of the experts' module in a layer.
+    Its 3-D parameters, which transformers fuses, hold for each expert
+
+        gate_up_proj   [2 * inner, hidden]   rows of gate, then rows of up; g u g u if `interleaved`
+        down_proj      [hidden, inner]       both transposed if `transposed`
+
+    and biases if `biased`.
+
+    config.json: `fields` picks the fields that define the model, given the file's path and content;
+    it raises InputError if they describe no model of the family. `only_own_fields` keeps all other
+    fields out of an output's config.json. `architecture` is the model's name there, by default that
+    of its class. `notice` is a line to show to every user of the family.
     """
 
     name: str
@@ -71,16 +75,19 @@ class Family:
     layer_prefix: str = "model.layers.{layer}."
 
     def config(self, path: Path, content: dict) -> PreTrainedConfig:
-        """The transformers config of the config.json at `path`. Raises InputError."""
+        """The transformers config for the `content` of the config.json at `path`.
+
+        Raises InputError.
+        """
         fields = self.fields(path, content)
         try:
             return self.config_class(**fields)
-        except Exception as error:  # of several libraries, by a value that they do not expect
+        except Exception as error:  # of any class: transformers' and pydantic's checks of values
             raise InputError(f"{path}: {_line(error)}") from None
 
     def own_config(self, path: Path, content: dict) -> dict:
-        """The config.json at `path` as this family's own would be, whatever its architecture and
-        fields are called there. Raises InputError."""
+        """The `content` of a config.json in this family's own form, with its own names for the
+        architecture and the fields. Raises InputError."""
         own = self.fields(path, content)
         if not self.only_own_fields:
             own = content | own
@@ -109,14 +116,14 @@ class Family:
         return {part: prefix + end.format(expert=expert) for part, end in self.experts.items()}
 
     def expert_biases(self, layer: int, expert: int) -> dict[str, str]:
-        """Checkpoint names of an expert's biases by part; nothing where it has none."""
+        """Checkpoint names of an expert's biases by part; empty if it has none."""
         if not self.biased:
             return {}
         tensors = self.expert_tensors(layer, expert).items()
         return {part: tensor.removesuffix("weight") + "bias" for part, tensor in tensors}
 
     def routers(self, config: PreTrainedConfig) -> list[str]:
-        """Checkpoint names of the weights of routers, and of other gates before experts."""
+        """Checkpoint names of router weights, and of other gates in front of experts."""
         return [
             f"{self.layer_prefix.format(layer=layer)}{module}.weight"
             for layer in range(config.num_hidden_layers)
@@ -125,19 +132,19 @@ class Family:
         ]
 
     def parameter_name(self, layer: nn.Module, index: int, tensor: str) -> str:
-        """What the module of decoder layer `index` calls the checkpoint's `tensor`."""
+        """The name of the parameter in decoder layer `index` that holds a checkpoint tensor."""
         prefix = self.layer_prefix.format(layer=index)
         names = (name for name, _ in layer.named_parameters())
         return next(name for name in names if self.tensor_name(prefix + name) == tensor)
 
     def tensor_name(self, name: str) -> str:
-        """The family's own name of what a file or transformers calls `name`."""
+        """The family's own name for the tensor that a file or transformers calls `name`."""
         for pattern, replacement in self.aliases.items():
             name = re.sub(pattern, replacement, name)
         return name
 
     def working_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of a parameter in a model that works in `dtype`: some stay float32."""
+        """The dtype of a parameter in a model that computes in `dtype`: some stay float32."""
         fixed = getattr(self.model_class, "_keep_in_fp32_modules_strict", None) or ()
         return torch.float32 if any(part in name for part in fixed) else dtype
 
@@ -146,7 +153,7 @@ class Family:
         return cast(nn.ModuleList, model.base_model.layers)
 
     def experts_of(self, layer: nn.Module) -> Any:
-        """The experts module of a decoder layer, fused 3-D weights, or None if it is dense."""
+        """The module of a decoder layer's experts (fused 3-D weights), or None if it is dense."""
         try:
             return layer.get_submodule(self.fused)
         except AttributeError:
@@ -158,15 +165,15 @@ class Family:
         return (hidden, inner) if self.transposed else (inner, hidden)
 
     def join(self, gate: Tensor, up: Tensor) -> Tensor:
-        """gate and up [..., features] as the fused parameters have their rows."""
+        """gate and up [..., inner] as one [..., 2 * inner], in the order of fused parameters."""
         if self.interleaved:
             return torch.stack((gate, up), dim=-1).flatten(-2)
         return torch.cat((gate, up), dim=-1)
 
     def empty_model(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """The model with all parameters on the meta device: shapes, no memory.
+        """The model with all parameters on the meta device, where they take no memory.
 
-        Its buffers, such as rotary frequencies, are what transformers computes from the config.
+        Its buffers, such as rotary frequencies, have the values that transformers computes.
         """
         with torch.device("meta"):
             model = self.model_class(config).eval()
@@ -175,7 +182,7 @@ class Family:
             for name, buffer in buffers.items():
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
             if buffers:
-                model._init_weights(module)
+                model._init_weights(module)  # fills buffers from the config
         return model
 
 
@@ -184,16 +191,16 @@ def _matrix(place: str, tensor: str, layer: int, part: str, expert: int | None =
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__  # some are pages long
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Puts `value` in the place of the parameter called `name`."""
+    """Replaces the parameter called `name` by `value`."""
     parent, last = parameter_parent(module, name)
     setattr(parent, last, nn.Parameter(value, requires_grad=False))
 
 
 def parameter_parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The submodule that holds the parameter called `name`, and its last name there."""
+    """The submodule that holds the parameter called `name`, and the parameter's name in it."""
     path, _, last = name.rpartition(".")
     return module.get_submodule(path), last

@@ -1,6 +1,6 @@
-"""gpt-oss in bf16: experts with biases, whose files hold them transposed and interleaved.
+"""gpt-oss in bf16: experts with biases, stored transposed and interleaved.
 
-Per-expert names are those of the checkpoints that compressed-tensors knows.
+Names of single experts are those that compressed-tensors reads.
 """
 
 from transformers import GptOssConfig, GptOssForCausalLM

@@ -1,4 +1,4 @@
-"""Grok-1: names as SGLang, vLLM and llama.cpp's converter read them, and those of two ports."""
+"""Grok-1: the names that SGLang, vLLM and llama.cpp's converter read, and those of two ports."""
 
 from grokquant.families.family import Family, everywhere
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
@@ -13,7 +13,7 @@ EXPERTS = {
 _LAYER = r"^(model\.layers\.\d+\.)"
 _EXPERT = rf"{_LAYER}(block_sparse_moe\.experts\.\d+\.)"
 ALIASES = {
-    # keyfan/grok-1-hf keeps the names of the release.
+    # keyfan/grok-1-hf uses the names of the release.
     r"^transformer\.in_out_embed\.": "model.embed_tokens.",
     r"^transformer\.rms_norm\.": "model.norm.",
     r"^transformer\.decoder_layer\.": "model.layers.",
@@ -27,11 +27,11 @@ ALIASES = {
     rf"{_LAYER}rms_norm_3\.": r"\1post_moe_norm.",
     rf"{_LAYER}router\.": r"\1block_sparse_moe.gate.",
     rf"{_LAYER}moe\.(?=\d)": r"\1block_sparse_moe.experts.",
-    # hpcai-tech/grok-1 has modules of its own.
+    # hpcai-tech/grok-1 names its own modules.
     rf"{_LAYER}attn\.": r"\1self_attn.",
     rf"{_LAYER}moe_block\.": r"\1block_sparse_moe.",
     r"^(model\.(?:layers\.\d+\.\w+_)?norm)\.scale$": r"\1.weight",
-    # Both name an expert's matrices as the release does; gate is the one that GELU is applied to.
+    # Both name an expert's matrices as the release does; GELU is applied to gate, `linear`.
     rf"{_EXPERT}linear\.": r"\1\2w1.",
     rf"{_EXPERT}linear_v\.": r"\1\2w3.",
     rf"{_EXPERT}linear_1\.": r"\1\2w2.",

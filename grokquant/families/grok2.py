@@ -1,7 +1,7 @@
-"""Grok-2, experimental: it shares its architecture's name with Grok-1 and says `residual_moe`.
+"""Grok-2, experimental: its config.json names Grok-1's architecture and sets `residual_moe`.
 
-No released model code says what it computes; this follows SGLang's, with the names that it reads.
-Settings that it would compute otherwise are refused.
+There is no released model code. The computation and the names of tensors follow SGLang; settings
+that change the computation in ways not implemented here are refused.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ _OWN: Mapping[str, type] = {
     "router_logit_softcapping": float,
     "final_logit_softcapping": float,
 }
-# What else a config.json may say of the computation, and the values that are understood. `original`
-# is the rotary embedding as it is, whatever factors stand beside it.
+# Further settings of the computation, and their supported values. The rope type `original` is the
+# plain rotary embedding, even if the config also gives scaling factors.
 _UNDERSTOOD: Mapping[str, tuple] = {
     "rope_type": (None, "original", "default"),
     "rope_scaling": (None,),
@@ -34,7 +34,7 @@ _UNDERSTOOD: Mapping[str, tuple] = {
 def _fields(path: Path, content: dict) -> dict:
     for key, values in _UNDERSTOOD.items():
         if content.get(key) not in values:
-            raise InputError(f"{path}: {key} is {content[key]!r:.40}, which is not understood yet")
+            raise InputError(f"{path}: {key} is {content[key]!r:.40}, which is not supported yet")
     own = {key: positive_number(path, key, content.get(key), kind) for key, kind in _OWN.items()}
     length = content.get("attn_temperature_len", -1)
     if type(length) is not int or not (length == -1 or length > 1):
@@ -57,7 +57,7 @@ _NOT_SHARED = {*_OWN, *_UNDERSTOOD, "residual_moe", "attn_temperature_len", "tie
 
 
 def _with_scale(content: dict) -> dict:
-    """The usual scale of attention logits where the config gives none."""
+    """Adds the usual scale of attention logits, 1 / sqrt(head_dim), if the config has none."""
     match content:
         case {"head_dim": int(size)} if size > 0:
             return {"attn_output_multiplier": size**-0.5} | content
@@ -75,5 +75,5 @@ GROK_2 = Family(
     aliases=ALIASES,
     fused="block_sparse_moe.experts",
     fields=_fields,
-    notice="Grok-2 is experimental: its computation follows SGLang's, no released code says more",
+    notice="Grok-2 is experimental: without released model code, its computation follows SGLang's",
 )

@@ -1,8 +1,8 @@
 """Grok-2 in transformers' form, on top of Grok-1; transformers itself has neither.
 
-After the behaviour that SGLang publishes (its models/grok.py and its attention kernels), with no
-released model code to compare with: a dense MLP runs beside the experts, the logits of the router
-and of the head are capped by tanh, and attention logits of far positions grow with their logarithm.
+There is no released model code; this follows SGLang's models/grok.py and its attention kernels. A
+dense MLP runs beside the experts, the logits of the router and of the head are capped by tanh, and
+the attention logits of queries at far positions grow with the logarithm of the position.
 """
 
 from math import log2, sqrt
@@ -25,9 +25,9 @@ from grokquant.families.grok_model import (
 class Grok2Config(Grok1Config):
     """The published hyperparameters of Grok-2 are the defaults.
 
-    `intermediate_size` is that of the dense MLP. Attention logits of queries beyond position
-    `attn_temperature_len` are multiplied by log2(position) / log2(attn_temperature_len); -1 turns
-    that off.
+    `intermediate_size` belongs to the dense MLP, `moe_intermediate_size` to the experts. Attention
+    logits of queries beyond position `attn_temperature_len` are multiplied by log2(position) /
+    log2(attn_temperature_len); -1 turns that off.
     """
 
     # So says xAI's config.json. In transformers it names another model, which Auto classes would
@@ -58,7 +58,8 @@ def soft_capped(x: Tensor, cap: float) -> Tensor:
 
 class Grok2Attention(GrokAttention):
     def at_positions(self, logits: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
-        """Capped logits times the temperature of their queries."""
+        """Capped logits times the temperatures of their queries."""
+        # The temperatures follow the cosines and sines, see Grok2Model.position_tables.
         return logits * position_embeddings[2].unsqueeze(1)
 
 
@@ -76,11 +77,12 @@ class Grok2MoE(GrokMoE):
 
 
 class Grok2MLP(nn.Module):
-    """A gated GELU (tanh form), whose hidden units are computed in float32 as the experts' are."""
+    """A gated GELU (tanh form); like the experts, it computes hidden units in float32."""
 
     def __init__(self, config: Grok2Config) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden = config.hidden_size
+        inner = config.intermediate_size
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
@@ -91,7 +93,8 @@ class Grok2MLP(nn.Module):
 
 
 class Grok2DecoderLayer(GrokDecoderLayer):
-    attention_class, moe_class = Grok2Attention, Grok2MoE
+    attention_class = Grok2Attention
+    moe_class = Grok2MoE
 
     def __init__(self, config: Grok2Config, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -107,7 +110,7 @@ class Grok2Model(Grok1Model):
     _no_split_modules = ["Grok2DecoderLayer"]
 
     def position_tables(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """Cosines, sines, and the temperature of queries, float32 [batch, 1, time, 1]."""
+        """Cosines, sines, and the temperatures of queries, float32 [batch, 1, time, 1]."""
         temperature = torch.ones(position_ids.shape, device=position_ids.device)
         length = self.config.attn_temperature_len
         if length > 0:

@@ -2,7 +2,7 @@
 
 Follows the released JAX code: four norms a layer, attention logits capped by tanh, a float32 router
 whose top-2 gates are not renormalised, a gated GELU (tanh form) and a tied head with multipliers.
-The roundings to the working dtype stand where the JAX code has them.
+Values are rounded to the working dtype where the JAX code rounds them.
 """
 
 from math import sqrt
@@ -39,8 +39,8 @@ from grokquant.families.grok_tokenizer import Grok1Tokenizer
 class Grok1Config(PreTrainedConfig):
     """The published hyperparameters of Grok-1 are the defaults.
 
-    `attn_output_multiplier` scales the attention logits, before the tanh cap of
-    `attn_logit_softcapping`; the other two multiply the embedding and the logits.
+    `attn_output_multiplier` scales the attention logits before the tanh cap of
+    `attn_logit_softcapping`; the other two multipliers scale the embedding and the logits.
     """
 
     model_type = "grok-1"
@@ -95,7 +95,7 @@ def rope_tables(config: PreTrainedConfig, position_ids: Tensor) -> tuple[Tensor,
     half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position_ids.device)
     inverse_frequency = config.rope_theta ** (-half / config.head_dim)  # (head_dim/2)
     phase = position_ids[:, None, :, None].float() * inverse_frequency  # (batch, 1, time, hd/2)
-    phase = torch.cat((phase, phase), dim=-1)
+    phase = torch.cat((phase, phase), dim=-1)  # features i and i + hd/2 rotate alike
     return phase.cos(), phase.sin()
 
 
@@ -111,8 +111,10 @@ class GrokAttention(nn.Module):
 
     def __init__(self, config: Grok1Config, layer_idx: int) -> None:
         super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        hidden, head_dim = config.hidden_size, config.head_dim
+        self.config = config
+        self.layer_idx = layer_idx
+        hidden = config.hidden_size
+        head_dim = config.head_dim
         self.q_proj = nn.Linear(hidden, config.num_attention_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * head_dim, bias=False)
@@ -121,12 +123,13 @@ class GrokAttention(nn.Module):
     def forward(
         self,
         x: Tensor,  # (batch, time, hidden)
-        position_embeddings: tuple[Tensor, ...],  # cosines, sines and what follows from positions
+        position_embeddings: tuple[Tensor, ...],  # cosines, sines; Grok-2 adds temperatures
         attention_mask: Tensor | None,
         past_key_values: Cache | None = None,
     ) -> Tensor:
         batch, time, _ = x.shape
-        split, (cos, sin) = (batch, time, -1, self.config.head_dim), position_embeddings[:2]
+        split = (batch, time, -1, self.config.head_dim)
+        cos, sin = position_embeddings[:2]
         q = rotate(self.q_proj(x).view(split).transpose(1, 2), cos, sin)
         k = rotate(self.k_proj(x).view(split).transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(split).transpose(1, 2)  # (batch, kv_heads, time, head_dim)
@@ -144,7 +147,7 @@ class GrokAttention(nn.Module):
         return self.o_proj(attended)
 
     def at_positions(self, logits: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
-        """Capped logits as the positions of their queries change them: not at all."""
+        """Capped logits, changed by the positions of their queries in Grok-2 only."""
         return logits
 
 
@@ -173,13 +176,15 @@ class GrokExperts(nn.Module):
 
     def __init__(self, config: Grok1Config) -> None:
         super().__init__()
-        experts, hidden, inner = config.num_local_experts, config.hidden_size, config.expert_size
+        experts = config.num_local_experts
+        hidden = config.hidden_size
+        inner = config.expert_size
         self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        """Hidden units [tokens, inner] of gate beside up, computed in float32."""
+        """Hidden units [tokens, inner] of gate_up [tokens, 2 * inner], computed in float32."""
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
 
@@ -188,7 +193,7 @@ class GrokExperts(nn.Module):
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             inner = self._apply_gate(F.linear(x[token], self.gate_up_proj[expert]))
-            out = F.linear(inner, self.down_proj[expert]).float()
+            out = F.linear(inner, self.down_proj[expert]).float()  # (routed, hidden)
             weight = top_k_weights[token, slot, None].to(x.dtype).float()
             mixed.index_add_(0, token, out * weight)
         return mixed.to(x.dtype)
@@ -209,14 +214,15 @@ class GrokMoE(nn.Module):
 
 
 class GrokDecoderLayer(nn.Module):
-    """Norms before and after both sub-blocks, the second pair ahead of the residual sum."""
+    """h + norm(attention(norm(h))), then the same with experts: four norms."""
 
     attention_class: type[GrokAttention] = GrokAttention
     moe_class: type[GrokMoE] = GrokMoE
 
     def __init__(self, config: Grok1Config, layer_idx: int) -> None:
         super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
+        hidden = config.hidden_size
+        eps = config.rms_norm_eps
         self.self_attn = self.attention_class(config, layer_idx)
         self.block_sparse_moe = self.moe_class(config)
         self.pre_attn_norm = GrokRMSNorm(hidden, eps)
@@ -245,6 +251,7 @@ class Grok1PreTrainedModel(PreTrainedModel):
     config_class = Grok1Config
     base_model_prefix = "model"
     _no_split_modules = ["GrokDecoderLayer"]
+    # The JAX code keeps router and norms in float32.
     _keep_in_fp32_modules_strict = [
         "block_sparse_moe.gate",
         "pre_attn_norm",
@@ -258,13 +265,14 @@ class Grok1PreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers does it, but with InputError where that would make weights up."""
-        path, wanted = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        """As in transformers, but raises InputError where that would invent missing weights."""
+        path = pretrained_model_name_or_path
+        info_wanted = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
-            raise InputError(f"{path}: holds no {missing[0]}, transformers would draw it at random")
-        return (model, info) if wanted else model
+            raise InputError(f"{path}: {missing[0]} is missing; transformers would randomize it")
+        return (model, info) if info_wanted else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -316,7 +324,7 @@ class Grok1Model(Grok1PreTrainedModel):
         return self.norm(h)
 
     def position_tables(self, position_ids: Tensor) -> tuple[Tensor, ...]:
-        """What the layers get to know of positions [batch, time]."""
+        """The tables that layers need for positions [batch, time]."""
         return rope_tables(self.config, position_ids)
 
 
@@ -345,6 +353,7 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         h = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        # As in transformers: a number of last positions (0 keeps all), or indices.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, kept])
         logits = logits * torch.tensor(self.config.output_multiplier_scale, dtype=logits.dtype)
@@ -361,7 +370,8 @@ class Grok1ForCausalLM(Grok1PreTrainedModel, GenerationMixin):
 
 def _experts_of_files() -> list[WeightConverter | WeightRenaming]:
     """How files name what `GrokExperts` fuses: w1, w3 and w2 of every expert."""
-    stacked, experts = MergeModulelist(dim=0), "block_sparse_moe.experts"
+    stacked = MergeModulelist(dim=0)
+    experts = "block_sparse_moe.experts"
     gate_up = [f"{experts}.*.{part}.weight" for part in ("w1", "w3")]
     return [
         WeightConverter(gate_up, f"{experts}.gate_up_proj", [stacked, Concatenate(dim=1)]),

@@ -20,7 +20,7 @@ MIXTRAL = Family(
     unquantized=("block_sparse_moe.gate",),
     aliases={
         r"^(model\.layers\.\d+)\.mlp\.": r"\1.block_sparse_moe.",
-        # As quantizers call them that take transformers 5's fused experts apart.
+        # Quantizers that split transformers 5's fused experts write these names.
         rf"{_EXPERT}\.gate_proj\.": r"\1.w1.",
         rf"{_EXPERT}\.up_proj\.": r"\1.w3.",
         rf"{_EXPERT}\.down_proj\.": r"\1.w2.",

@@ -1,7 +1,12 @@
-"""Files name the same tensors in several ways: here a source gets the names of its family.
+"""Renames the tensors of a source to the names of its family; files use several.
 
-Other names are replaced, and the experts that transformers 5 fuses to one 3-D tensor appear one by
-one, each reading only its part of the file.
+The experts that transformers 5 fuses to one 3-D tensor are split, and each reads only its part of
+the file:
+
+    gate_up_proj   [experts, 2 * inner, hidden]    gate 0, gate 1, ..     up 0, up 1, ..
+      interleaved  [experts, 2 * inner, hidden]    gate 0, up 0, gate 1, up 1, ..
+    down_proj      [experts, hidden, inner]
+      transposed   the last two axes are swapped
 """
 
 import re
@@ -18,8 +23,9 @@ from grokquant.families.family import Family
 from grokquant.types import QTensor, Source, TensorRef
 
 _TIED = "but config.json ties the two"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# What a fused tensor holds of each expert.
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+# Parts of each expert in a fused tensor.
 _FUSED = {
     "gate_up_proj": ("gate", "up"),
     "down_proj": ("down",),
@@ -29,8 +35,10 @@ _FUSED = {
 
 
 def renamed(source: Source, family: Family) -> Source:
-    """`source` under the names of its family. Raises InputError where two tensors get one name or
-    fused experts have an impossible shape."""
+    """`source` with the names of its family.
+
+    Raises InputError if two tensors get the same name or fused experts have an impossible shape.
+    """
     fused = _fused_names(family)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
@@ -39,13 +47,13 @@ def renamed(source: Source, family: Family) -> Source:
         parts = _split(source, family, known, int(found[1]), found[2]) if found else [known]
         for part in parts:
             if part.name in tensors:
-                raise InputError(f"{source.path}: {part.name} is there under two names")
+                raise InputError(f"{source.path}: {part.name} occurs under two names")
             tensors[part.name] = part
     return replace(source, tensors=tensors)
 
 
 def _fused_names(family: Family) -> re.Pattern | None:
-    """Matches (layer, kind) in the names of fused experts."""
+    """A pattern for the names of fused experts; its groups are layer and kind."""
     if not family.experts:
         return None
     layer = re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)")
@@ -57,17 +65,20 @@ def _split(
     source: Source, family: Family, ref: TensorRef, layer: int, kind: str
 ) -> Iterator[TensorRef]:
     """The matrices [out, in] or biases [out] of single experts."""
-    parts, bias = _FUSED[kind], kind.endswith("_bias")
-    axis = 2 if family.transposed and not bias else 1
+    parts = _FUSED[kind]
+    bias = kind.endswith("_bias")
+    axis = 2 if family.transposed and not bias else 1  # of the output features
     if len(ref.shape) != (2 if bias else 3) or ref.shape[axis] % len(parts):
-        raise InputError(f"{source.path}: {ref.name} has shape {list(ref.shape)}, not of experts")
+        raise InputError(
+            f"{source.path}: {ref.name} has shape {list(ref.shape)}, which is not one of experts"
+        )
     rows = ref.shape[axis] // len(parts)
     shape = (rows,) if bias else (rows, ref.shape[3 - axis])
     for expert in range(ref.shape[0]):
         names = (family.expert_biases if bias else family.expert_tensors)(layer, expert)
         for number, part in enumerate(parts):
             step = len(parts) if family.interleaved else 1
-            first = number if step > 1 else number * rows
+            first = number if step > 1 else number * rows  # this part's first row
             load = _Part(ref, expert, axis, first, rows, step)
             size = prod(shape) * ref.dtype.itemsize
             yield TensorRef(names[part], shape, ref.dtype, size, load)
@@ -75,7 +86,7 @@ def _split(
 
 @dataclass(frozen=True)
 class _Part:
-    """Reads `rows` of one expert, every `step`-th from `first` on, along `axis` of the fused."""
+    """Reads `rows` rows of one expert, every `step`-th from `first` on, along a fused `axis`."""
 
     ref: TensorRef
     expert: int
@@ -85,8 +96,7 @@ class _Part:
     step: int
 
     def __call__(self) -> Tensor:
-        # Of rows in turns the file's reader takes all: it knows no steps.
-        whole = self.step > 1
+        whole = self.step > 1  # readers of files take no steps, so interleaved rows are all read
         wanted = slice(None) if whole else slice(self.first, self.first + self.rows)
         expert = slice(self.expert, self.expert + 1)
         index = (expert, slice(None), wanted) if self.axis == 2 else (expert, wanted)
@@ -96,18 +106,20 @@ class _Part:
 
 
 def with_tied_head(source: Source) -> Source:
-    """`source` without its head, of a model in which that is the embedding.
+    """`source` without its head, for a model that uses the embedding in its place.
 
-    Reading the embedding proves it: raises InputError where the two differ.
+    Reading the embedding compares the two and raises InputError if they differ.
     """
     tensors = dict(source.tensors)
-    embedding, head = tensors[EMBEDDING], tensors.pop(HEAD)
+    embedding = tensors[EMBEDDING]
+    head = tensors.pop(HEAD)
     if embedding.shape != head.shape:
         raise InputError(f"{source.path}: {HEAD} has shape {list(head.shape)}, {_TIED}")
 
     def load_rows(first: int, stop: int) -> Tensor:
-        rows, same = (_rows(ref, first, stop) for ref in (embedding, head))
-        if not torch.equal(rows.to(same.dtype), same):
+        rows = _rows(embedding, first, stop)
+        head_rows = _rows(head, first, stop)
+        if not torch.equal(rows.to(head_rows.dtype), head_rows):
             raise InputError(f"{source.path}: {HEAD} differs from {EMBEDDING}, {_TIED}")
         return rows
 
@@ -123,9 +135,9 @@ def with_tied_head(source: Source) -> Source:
 
 
 def without_biases(source: Source, names: list[str]) -> Source:
-    """`source` without biases that its model does not have: AutoGPTQ writes zeros there.
+    """`source` without biases that its model does not have: AutoGPTQ writes zeros for them.
 
-    Reading the matrix beside one proves that: raises InputError where it is not zero.
+    Reading the matrix beside a bias checks it and raises InputError if it is not zero.
     """
     tensors = dict(source.tensors)
     for name in names:

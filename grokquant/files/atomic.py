@@ -1,7 +1,8 @@
-"""Files that are whole or not there at all, even after a power cut.
+"""Files that are either whole or absent, even after a power cut.
 
-A file appears under its name by rename, after its bytes are on the disk; then its directory is
-synced. Temporary names are unique, so two writers never share one, whatever a lock says.
+    write .NAME.HOST.PROCESS.RANDOM.tmp -> sync it -> rename it to NAME -> sync the directory
+
+Temporary names are unique, so two writers never share one, even where locks do not work.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from uuid import uuid4
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A new name beside `path`; a file still there when the block ends is removed."""
+    """A new name beside `path`; a file left under it is removed when the block ends."""
     name = temporary_name(path)
     try:
         yield name
@@ -28,7 +29,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Gives the file `temporary` the name `path`, durably."""
+    """Renames the file `temporary` to `path`, durably."""
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
@@ -45,11 +46,12 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_record(path: Path, record: dict) -> None:
+    """Writes a JSON object with its checksum."""
     write_json(path, {"sha256": _digest(record), "record": record})
 
 
 def read_record(path: Path) -> dict | None:
-    """The record that `write_record` wrote; None if the file is missing or was changed."""
+    """The object that `write_record` wrote; None if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         record = value["record"]
@@ -74,33 +76,35 @@ def sha256(path: Path) -> str:
 
 
 def holds(path: Path, checksum: str) -> bool:
+    """Whether the file is there and has this checksum."""
     return path.is_file() and sha256(path) == checksum
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Removes temporary files whose writers are gone; those of other machines are left alone."""
+    """Removes temporary files of processes that have ended, but not those of other machines."""
     for path in directory.glob(f".*.{_host()}.*.tmp"):
-        if not _alive(int(path.name.split(".")[-3])):
+        process = int(path.name.split(".")[-3])
+        if not _alive(process):
             path.unlink(missing_ok=True)
 
 
 def _host() -> str:
-    return os.uname().nodename.replace(".", "-")
+    return os.uname().nodename.replace(".", "-")  # dots separate the parts of a temporary name
 
 
 def _alive(process: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(process, 0)  # signal 0 only asks whether the process exists
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
-    # With our own number, the file is that of an earlier process that had it before us.
+        pass  # it exists, but belongs to somebody else
+    # A file with our own number is from an earlier process whose number we were given.
     return process != os.getpid()
 
 
 def nearest_directory(path: Path) -> Path:
-    """`path` or the closest of its parents that exists."""
+    """`path` if it exists, else the closest parent that does."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 

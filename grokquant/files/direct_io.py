@@ -1,5 +1,13 @@
-"""Large files past the page cache: a stream of hundreds of gigabytes gains nothing from it, and to
-make room for each page in it costs more than the disk.
+"""Large files written past the page cache (O_DIRECT).
+
+Caching a stream of hundreds of gigabytes is useless, and making room for each page takes more time
+than the disk does. A piece is written in three parts, since direct writes begin and end at
+multiples of 4096:
+
+    offset                                              offset + len(data)
+    | head           | body                     | tail |
+    | through cache  | direct, 16 MB at a time  | cache |
+                     ^ multiples of 4096        ^
 """
 
 import hashlib
@@ -8,10 +16,10 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-_BLOCK = 4096  # what a disk writes at once; direct writes begin and end at multiples of it
-_CHUNK = 1 << 24
-_DIRECT = getattr(os, "O_DIRECT", 0)
-# Less than this is left to the page cache.
+_BLOCK = 4096  # the block size of disks
+_CHUNK = 1 << 24  # bytes of one write: large enough for full speed, small enough to copy
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
+# Smaller pieces go through the page cache, which is faster for them.
 LARGE = 1 << 25
 
 
@@ -25,14 +33,16 @@ class PlacedFile:
         self.path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._direct: int | None = None
-        self._hash, self._end = hashlib.sha256(), 0
+        self._hash = hashlib.sha256()
+        self._end = 0  # of the bytes hashed so far
 
     def write(self, offset: int, data: memoryview) -> None:
         if offset != self._end:
-            self._end = -1  # nothing comes there, so this is final
+            self._end = -1  # which no offset equals, so hashing is over for good
             self._place(offset, data)
             return
         self._end += len(data)
+        # Both release the interpreter's lock, so hashing costs no time beside writing.
         with ThreadPoolExecutor(1, "hash") as other:
             hashing = other.submit(self._hash.update, data)
             self._place(offset, data)
@@ -66,6 +76,7 @@ class PlacedFile:
 
     def _write_direct(self, offset: int, data: memoryview) -> None:
         assert self._direct is not None
+        # Direct writes also need memory aligned to the block size, which a mapping is.
         with mmap.mmap(-1, _CHUNK) as memory, memoryview(memory) as aligned:
             for start in range(0, len(data), _CHUNK):
                 part = data[start : start + _CHUNK]
@@ -75,12 +86,13 @@ class PlacedFile:
 
 
 def forget(descriptor: int, offset: int, count: int) -> None:
-    """Takes what was read out of the page cache, where the system can."""
+    """Drops these bytes of a file from the page cache, where the system supports that."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
-    while data:
+    while data:  # a write may accept fewer bytes than it is given
         written = os.pwrite(descriptor, data[:_CHUNK], offset)
-        data, offset = data[written:], offset + written
+        data = data[written:]
+        offset += written

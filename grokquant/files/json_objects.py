@@ -1,4 +1,4 @@
-"""JSON from strangers: one object, no key twice, one line of complaint."""
+"""JSON objects from outside: no key twice, every error in one line."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ def read_json_object(path: Path) -> dict:
     for key, value in content.items():
         try:
             json.dumps([key, value], ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:  # NaN, 1e999 or half a character could never be written again
+        except ValueError as error:  # Python reads NaN, 1e999 and half characters, JSON has none
             raise InputError(f"{path}: {key}: not valid JSON: {error}") from None
     return content
 
 
 def parse_json_object(raw: bytes, name: str) -> dict:
-    """The object that `raw` is. Raises InputError beginning with `name`."""
+    """Parses `raw` as one JSON object. Raises InputError that begins with `name`."""
     try:
         content = json.loads(raw, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -37,5 +37,5 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in content if keys.count(key) > 1)
-        raise ValueError(f"key {repeated!r} is there twice")
+        raise ValueError(f"key {repeated!r} occurs twice")
     return content

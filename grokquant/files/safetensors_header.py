@@ -1,6 +1,10 @@
-"""What stands before the data of a safetensors file, known before any data is.
+"""The header of a safetensors file, computed before there is any data.
 
-The library writes whole files only; ours grow tensor by tensor, each at its final place.
+The safetensors library writes whole files only; ours grow tensor by tensor, each at its final
+offset.
+
+    | 8 bytes: size of the JSON | JSON, padded with spaces to 8 bytes | tensor | tensor | ..
+    | header                                                          | offsets in JSON from here
 """
 
 import json
@@ -41,21 +45,22 @@ class FileLayout:
 
 
 def file_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> FileLayout:
-    """The file of tensors with these dtypes and shapes, in this order if all are aligned then, else
-    wide dtypes first.
+    """The layout of a file that holds tensors of these dtypes and shapes.
 
-    Format: github.com/huggingface/safetensors, "Format".
+    They keep their order if it aligns each tensor to the size of its values; else those with wide
+    dtypes come first. Format: github.com/huggingface/safetensors, "Format".
     """
     sizes = {name: prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
     names = list(tensors)
     starts = dict(zip(names, accumulate([0, *sizes.values()]), strict=False))
     if any(starts[name] % tensors[name][0].itemsize for name in names):
         names.sort(key=lambda name: -tensors[name][0].itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers expects it
     end = 0
     for name in names:
         dtype, shape = tensors[name]
-        starts[name], end = end, end + sizes[name]
+        starts[name] = end
+        end += sizes[name]
         entries[name] = {
             "dtype": _NAMES[dtype],
             "shape": list(shape),

@@ -90,8 +90,8 @@ class LayerQuantizer:
         if hidden is None:
             return None
         self.reference_inputs = hidden
-        mix = self.model.mix_experts(self.index, self._stored_expert)
-        self.reference_outputs = self.model.run_layer(self.index, hidden, mix)
+        combine = self.model.combine_experts(self.index, self._stored_expert)
+        self.reference_outputs = self.model.run_layer(self.index, hidden, combine)
         return self.reference_outputs
 
     def _stored_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
@@ -100,8 +100,8 @@ class LayerQuantizer:
     def _run_quantized(self, hidden: Tensor) -> Tensor:
         self.tokens_per_expert = []
         self._quantize_outside_experts(hidden)
-        mix = self.model.mix_experts(self.index, self._make_expert)
-        return self.model.run_layer(self.index, hidden, mix)
+        combine = self.model.combine_experts(self.index, self._make_expert)
+        return self.model.run_layer(self.index, hidden, combine)
 
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
         """Attention and dense MLPs, site by site in the order of the computation."""

@@ -9,26 +9,30 @@ import torch
 from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
-from grokquant.methods.kernels import LANES, STEP, Grid, Rows, round_rows
+from grokquant.methods.kernels import LANES, STEP, Grid, RowSource, round_rows
 from grokquant.types import QTensor
 
 # Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
 SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
-# Weights of a tile: few enough for the cache, enough for the interpreter not to be felt.
+# Weights of a tile: few enough for the cache, enough to hide the cost of Python's calls.
 _TILE = 3 << 19
 
 _T = TypeVar("_T")
+# Mantissa bits of float32 (23) that a scale loses when it is stored in this dtype.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 
 def least_scale(dtype: torch.dtype) -> float:
-    """The smallest scale of this dtype. float16 goes below its normal numbers, which are no smaller
-    than 6e-5: a group of 8-bit codes reaches that with weights of 0.008."""
+    """The smallest positive scale of this dtype.
+
+    float16 uses its subnormal numbers too: its normal ones end at 6e-5, which is the scale of a
+    group of 8-bit codes whose largest weight is 0.008.
+    """
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
 
 
 def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
-    """Whether `round_tile` is made for rounding W, or tiles of it, to `scheme`."""
+    """Whether `round_tile` supports rounding W, or tiles of it, to `scheme`."""
     matrix = W.codes if isinstance(W, QTensor) else W
     group_size = scheme.group_size or matrix.shape[1]
     return scheme.is_integer and matrix.device.type == "cpu" and group_size % STEP == 0
@@ -37,33 +41,41 @@ def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
 def round_tile(
     tile: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
 ) -> tuple[QTensor, np.ndarray]:
-    """Rounds [rows, in] to scales of the whole range, or to those that a search finds best.
+    """Rounds [rows, in] with scales that span each group's range, or the best ones of a `search`.
 
-    Also returns float64 [3]: the sums of squares of the errors and of the weights, and the number
-    of rows that are zero throughout.
+    Also returns float64 [3]: the sum of squared errors, the sum of squared weights, and the number
+    of rows that are zero throughout. The search weighs errors by `importance` [in].
     """
-    source = _rows(tile)
+    source = _row_source(tile)
     rows, columns = tile.shape
-    codes, sums = np.empty((rows, columns), np.int8), np.zeros(3)
-    scales, zeros = np.empty((2, rows, scheme.groups(columns)), np.float32)
-    candidates = len(SHRINKS) * (2 if scheme.symmetric else 1) if search else 1
+    groups = scheme.groups(columns)
+    codes = np.empty((rows, columns), np.int8)
+    scales = np.empty((rows, groups), np.float32)
+    zeros = np.empty((rows, groups), np.float32)
+    sums = np.zeros(3)
     weights = torch.ones(columns) if importance is None else importance.float().contiguous()
-    outputs = codes.view(np.uint32), scales, zeros, sums
-    round_rows(source, SHRINKS, candidates, _grid(scheme), weights.numpy(), *outputs)
+    outputs = (codes.view(np.uint32), scales, zeros, sums)
+    tried = _candidates(scheme) if search else 1
+    round_rows(source, SHRINKS, tried, _grid(scheme), weights.numpy(), *outputs)
     zero_points = None if scheme.symmetric else torch.from_numpy(zeros.astype(np.int8))
     stored = torch.from_numpy(scales).to(SCALE_DTYPES[scheme.scale_dtype])
     return QTensor(torch.from_numpy(codes), stored, scheme, zero_points), sums
 
 
+def _candidates(scheme: Scheme) -> int:
+    """Scales that a search tries: symmetric grids also try the lowest code for the peak."""
+    return len(SHRINKS) * (2 if scheme.symmetric else 1)
+
+
 def tile_rows(columns: int) -> int:
-    """How many rows to give to `round_tile` at once."""
+    """How many rows to give to `round_tile` at once, a multiple of LANES."""
     return max(_TILE // columns // LANES, 1) * LANES
 
 
 def quantize(
     W: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
 ) -> QTensor:
-    """All of W [out, in] as `round_tile` rounds it."""
+    """Rounds all of W [out, in] by `round_tile`, tile by tile."""
     rows, columns = W.shape
 
     def work(part: slice) -> QTensor:
@@ -75,37 +87,49 @@ def quantize(
 
 
 def in_tiles(rows: int, size: int, work: Callable[[slice], _T]) -> list[_T]:
-    """`work` for all tiles of `size` rows, on as many threads as torch uses; in their order."""
+    """Results of `work` for all tiles of `size` rows, in order, on as many threads as torch has."""
     tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(work, tiles))
 
 
-def _rows(tile: Tensor | QTensor) -> Rows:
+def _row_source(tile: Tensor | QTensor) -> RowSource:
     if isinstance(tile, QTensor):
+        # The kernels dequantize symmetric integers with bfloat16 scales, which are Grok-1's.
         plain = tile.scheme.is_integer and tile.zero_points is None
         if plain and tile.scales.dtype == torch.bfloat16:
-            codes = tile.codes.T if tile.codes.stride(0) == 1 else tile.codes.T.contiguous()
-            columns, rows = codes.shape
-            stride = codes.stride(0)
-            values = codes.as_strided(((columns - 1) * stride + rows,), (1,)).numpy()
-            group_size = columns // tile.scales.shape[1]
-            scales = (_bits(tile.scales.T).astype(np.uint32, order="C") << 16).view(np.float32)
-            return Rows(values, stride, scales, group_size)
+            return _stored_rows(tile)
         tile = tile.dequantize()
     values = _bits(tile) if tile.dtype == torch.bfloat16 else tile.float().numpy()
-    return Rows(np.ravel(values), tile.shape[1], np.empty((0, 0), np.float32), 0)
+    return RowSource(np.ravel(values), tile.shape[1], np.empty((0, 0), np.float32), 0)
+
+
+def _stored_rows(tile: QTensor) -> RowSource:
+    """The codes as they lie in memory, column after column; copied only if they lie otherwise."""
+    codes = tile.codes.T if tile.codes.stride(0) == 1 else tile.codes.T.contiguous()
+    columns, rows = codes.shape
+    stride = codes.stride(0)
+    # One flat view from the first code to the last, with the gaps between columns in it.
+    values = codes.as_strided(((columns - 1) * stride + rows,), (1,)).numpy()
+    group_size = columns // tile.scales.shape[1]
+    # A bfloat16 number is the upper half of the float32 one.
+    scales = (_bits(tile.scales.T).astype(np.uint32, order="C") << 16).view(np.float32)
+    return RowSource(values, stride, scales, group_size)
 
 
 def _bits(values: Tensor) -> np.ndarray:
+    """bfloat16 seen as uint16, since numpy has no bfloat16."""
     return values.view(torch.int16).numpy().view(np.uint16)
 
 
 def _grid(scheme: Scheme) -> Grid:
     dtype = SCALE_DTYPES[scheme.scale_dtype]
-    dropped, tiny, step = _DROPPED_BITS[dtype], torch.finfo(dtype).tiny, least_scale(dtype)
+    dropped = _DROPPED_BITS[dtype]
+    tiny = torch.finfo(dtype).tiny
+    step = least_scale(dtype)
+    # Just above half of the least subnormal number, which itself rounds to 0, the even one.
     least = np.nextafter(np.float32(step / 2), np.float32(1))
-    if step == tiny:
+    if step == tiny:  # no subnormal scales: the least number that rounds up to `tiny`
         least = np.float32(tiny * (1 - 2.0 ** (dropped - 24)))
     return Grid(
         qmin=np.float32(scheme.qmin),

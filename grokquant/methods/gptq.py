@@ -2,8 +2,14 @@
 
 Written in its equivalent LDLQ form (Chee et al., arXiv 2307.13304, theorem 6): with H = F D F^T and
 F unit upper triangular, column k is rounded at w_k + (W - Q)[:, :k] F[:k, k]. F comes from one
-Cholesky factorisation; no inverse is taken. Everything is float32. A Hessian may be block-diagonal:
-it comes as a list of squares, a full one as a list of one.
+Cholesky factorisation; no inverse is taken. Everything is float32. A Hessian is a list of the
+square blocks along its diagonal; a full one is a list of one block.
+
+Columns are rounded by recursive halving, so that most feedback is large matrix products:
+
+    | left half | right half |      1. round the left half (halved again, down to 64 columns)
+    |  W - Q  --> @ F ------->|      2. feed its errors back to the targets of the right half
+    |           |            |      3. round the right half
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -26,13 +32,14 @@ from grokquant.methods.spans import divisors, nearest_in_codebook
 from grokquant.types import QTensor
 
 _FLOAT = torch.float32.itemsize
-# Columns rounded one by one; the feedback between any more is a matrix product.
+# Columns rounded one by one; the feedback between more of them is a matrix product.
 _LEAF = 64
 # Rows rounded at once: bounds the working memory, and the products stay large.
 SLAB_ROWS = 4096
-# Sign combinations of rows that stand for all rows in ||W X||.
+# Random sign combinations of rows that replace the rows in ||W X||: a relative error of 1 percent.
 _PROBES = 128
-# Damping is raised this often, tenfold each time, before a Hessian counts as unusable.
+# How often damping is raised, tenfold each time, before a Hessian counts as unusable: from the
+# usual 0.01 of the mean to 10 times the mean, where hardly any feedback is left.
 _RETRIES = 3
 
 
@@ -69,8 +76,8 @@ class GptqSettings(ScaleSettings):
 class Factor:
     """A diagonal block of a Hessian in visiting order: H + shift I = F diag(D) F^T.
 
-    `columns` int64 [block] are the matrix columns in that order. Of `F` [block, block] only what
-    lies above the diagonal means anything. `D` is [block].
+    `columns` int64 [block] are the matrix columns in that order. `F` [block, block] is valid above
+    its diagonal only, which would be 1. `D` is [block].
     """
 
     columns: Tensor
@@ -81,10 +88,10 @@ class Factor:
 
 @dataclass(frozen=True)
 class Feedback:
-    """What rounding needs of a Hessian; gate and up share one.
+    """A factorised Hessian, as rounding needs it; gate and up share one.
 
-    `importance` [in] is the Hessian's diagonal, `damping` the largest share of its mean that was
-    added to the diagonal of a block.
+    `importance` [in] is the Hessian's diagonal. `damping` is what was added to the diagonal of a
+    block at most, as a share of the diagonal's mean.
     """
 
     factors: list[Factor]
@@ -93,14 +100,14 @@ class Feedback:
 
 
 def factorize(H: Tensor | list[Tensor], damping: float, act_order: bool) -> Feedback:
-    """Factors of a Hessian's diagonal blocks + damping * mean(diag H) * I. Raises UnusableHessian.
+    """Factorises the diagonal blocks of H + damping * mean(diag H) * I. Raises UnusableHessian.
 
-    The blocks of a list are overwritten and become the factors, so that a large Hessian never
-    exists twice; the list is left empty. A tensor is one block and is left alone.
+    Blocks in a list are overwritten and become the factors, so that a large Hessian never exists
+    twice; the list is left empty. A tensor is one block and is not changed.
     """
     blocks = [H.clone()] if isinstance(H, Tensor) else H
     importance = torch.cat([block.diagonal() for block in blocks])
-    # No entry of a Gram matrix exceeds its diagonal, so that is all there is to check.
+    # No entry of a Gram matrix exceeds the largest of its diagonal, so checking that is enough.
     if not torch.isfinite(importance).all():
         raise UnusableHessian("the Hessian is not finite")
     mean = importance.mean().item()
@@ -117,10 +124,11 @@ def factorize(H: Tensor | list[Tensor], damping: float, act_order: bool) -> Feed
 def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = "mse") -> Rounded:
     """Rounds W [out, in] column by column, each time with the feedback of the errors so far.
 
-    Scales are found before, in natural column order (static groups), so that the result needs no
-    group index whatever the order of the columns. Besides W and the result it takes the memory of
-    four float32 slabs of 4096 rows. The numerator of the output error is exact, the denominator up
-    to 128 rows; above, that many random combinations of the rows estimate it, to about a hundredth.
+    Scales are found first, in natural column order (static groups), so that the result needs no
+    group index, in whatever order columns are visited. Besides W and the result, this takes the
+    memory of four float32 slabs [4096, in]. The numerator of the output error is exact, and so is
+    the denominator for up to 128 rows; for more rows, 128 random combinations of them estimate it
+    to about one percent.
     """
     importance = feedback.importance if rule == "mse" else None
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
@@ -138,13 +146,13 @@ def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = 
 
 
 def _factorize_block(H: Tensor, start: int, shift: float, act_order: bool) -> Factor:
-    """The factor of H [block, block], the block of the columns from `start` on."""
+    """Factorises H [block, block], whose first column is column `start` of the matrix."""
     order = torch.arange(len(H), device=H.device)
     if act_order:
         order = H.diagonal().argsort(descending=True, stable=True)
         permute_(H, order)
     for attempt in range(_RETRIES + 1):
-        raised = shift * 10**attempt
+        raised = shift * 10**attempt  # the first attempt is not raised
         D = factorize_(H, raised)
         if D is not None:
             return Factor(order + start, H, D, raised)
@@ -154,12 +162,16 @@ def _factorize_block(H: Tensor, start: int, shift: float, act_order: bool) -> Fa
 
 
 def _output_energy(W: Tensor, feedback: Feedback) -> float:
-    """tr(W H W^T), of random combinations of the rows where there are more than _PROBES."""
+    """tr(W H W^T); estimated from random combinations of the rows if there are many.
+
+    F has replaced H in memory, so H is (F D F^T) - shift I here.
+    """
     probes = _probes(W)
     energy = 0.0
     for factor in feedback.factors:
-        F, Y = factor.F, probes[:, factor.columns]  # (probes, block)
-        for start in range(0, len(F), SLAB_ROWS):
+        F = factor.F
+        Y = probes[:, factor.columns]  # (probes, block)
+        for start in range(0, len(F), SLAB_ROWS):  # bounds the memory of YF
             part = slice(start, start + SLAB_ROWS)
             YF = Y[:, part] + Y[:, part] @ F[part, part].triu(1)
             YF.addmm_(Y[:, :start], F[:start, part])
@@ -169,7 +181,7 @@ def _output_energy(W: Tensor, feedback: Feedback) -> float:
 
 
 def _probes(W: Tensor) -> Tensor:
-    """A float32 matrix P of at most _PROBES rows for which P^T P is about W^T W."""
+    """A float32 matrix P [at most _PROBES, in] with P^T P close to W^T W."""
     if len(W) <= _PROBES:
         return W.float()
     generator = torch.Generator(W.device).manual_seed(0)
@@ -184,59 +196,69 @@ def _probes(W: Tensor) -> Tensor:
 class _Slab:
     """Some rows of W in the columns of a factor, while they are rounded.
 
-    All is transposed, [columns in visiting order, rows], so that a column is one line of memory.
-    `errors` holds the weights until a column is rounded, then W - Q; `targets` the weights with
-    what feedback they have got so far.
+    Everything is transposed, [columns in visiting order, rows], so that a column is contiguous in
+    memory. `errors` holds the weights until a column is rounded, then W - Q; `targets` holds the
+    weights with the feedback that they have received so far.
     """
 
     def __init__(self, W: Tensor, quantized: QTensor, rows: slice, factor: Factor) -> None:
-        self.factor, self.scheme, self.rows = factor, quantized.scheme, rows
+        self.factor = factor
+        self.scheme = quantized.scheme
+        self.rows = rows
         self.first = int(factor.columns.min())
         self.order = factor.columns - self.first
         last = self.first + len(self.order)
         self.errors = W[rows, self.first : last].T.contiguous()[self.order].float()
         self.targets = self.errors.clone()
         self.codes = torch.empty(self.errors.shape, dtype=torch.int8, device=W.device)
-        scales, zeros = quantized.scales[rows], quantized.zero_points
-        zeros = torch.zeros_like(scales) if zeros is None else zeros[rows]
-        self.groups = factor.columns // (W.shape[1] // scales.shape[1])
-        offsets = quantized.offsets
-        offsets = torch.zeros_like(scales) if offsets is None else offsets[rows]
-        levels = (divisors(scales, self.scheme.row.unit), zeros, offsets)
-        self.scales, self.zeros, self.offsets = (M.T.float().contiguous() for M in levels)
+        scales = quantized.scales[rows]
+        group_size = W.shape[1] // scales.shape[1]
+        self.groups = factor.columns // group_size  # the group of each column
+        # float32 [groups, rows]
+        self.scales = divisors(scales, self.scheme.row.unit).T.float().contiguous()
+        self.zeros = self._of_groups(quantized.zero_points)
+        self.offsets = self._of_groups(quantized.offsets)
         self.table = torch.tensor(self.scheme.row.table, device=W.device)
 
+    def _of_groups(self, values: Tensor | None) -> Tensor:
+        """The slab's rows of `values` [out, groups] as float32 [groups, rows]; zeros for None."""
+        if values is None:
+            return torch.zeros_like(self.scales)
+        return values[self.rows].T.float().contiguous()
+
     def round(self, threads: ThreadPoolExecutor | None) -> float:
-        """Rounds all; returns tr(E H E^T) of the errors E. Compiled where there are `threads`."""
-        loss = self._descend(0, len(self.codes), threads)
+        """Rounds all columns; returns tr(E H E^T) of the errors E.
+
+        The compiled kernel runs on `threads`; None stands for a device that is no CPU.
+        """
+        loss = self._descend(0, len(self.codes), threads)  # of H + shift I
         return loss - self.factor.shift * self.errors.norm().item() ** 2
 
     def store(self, codes: Tensor) -> None:
-        """Puts the rounded codes where they belong in `codes` int8 [out, in]."""
+        """Puts the rounded codes into their columns of `codes` int8 [out, in]."""
         natural = torch.empty_like(self.codes)
         natural[self.order] = self.codes
         codes[self.rows, self.first : self.first + len(natural)] = natural.T
 
     def _descend(self, start: int, stop: int, threads: ThreadPoolExecutor | None) -> float:
-        """Rounds these columns, whose targets hold the feedback of all others before them."""
+        """Rounds these columns, whose targets hold the feedback of all columns before `start`."""
         if stop - start <= _LEAF:
             part = slice(start, stop)
             return self._plain(part) if threads is None else self._compiled(part, threads)
         middle = (start + stop) // 2
         loss = self._descend(start, middle, threads)
-        factor = self.factor.F[start:middle, middle:stop]
-        self.targets[middle:stop].addmm_(factor.T, self.errors[start:middle])
+        F = self.factor.F[start:middle, middle:stop]  # (left half, right half)
+        self.targets[middle:stop].addmm_(F.T, self.errors[start:middle])
         return loss + self._descend(middle, stop, threads)
 
     def _compiled(self, part: slice, threads: ThreadPoolExecutor) -> float:
         count = self.codes.shape[1]
-        share = -(-count // torch.get_num_threads())
-        scheme, factor = self.scheme, self.factor
-        arrays = [M[part] for M in (self.errors, self.targets, self.codes, self.groups, factor.D)]
-        arrays += [factor.F[part, part].contiguous(), self.scales, self.zeros, self.offsets]
-        arrays.append(self.table)
-        arguments = [array.numpy() for array in arrays]
-        limits = float(scheme.qmin), float(scheme.qmax)
+        share = -(-count // torch.get_num_threads())  # rows for each thread
+        columns = (self.errors, self.targets, self.codes, self.groups, self.factor.D)
+        levels = (self.scales, self.zeros, self.offsets, self.table)
+        F = self.factor.F[part, part].contiguous()
+        arguments = [M.numpy() for M in (*(M[part] for M in columns), F, *levels)]
+        limits = (float(self.scheme.qmin), float(self.scheme.qmax))
 
         def round_rows(start: int) -> float:
             return round_columns(limits, (start, min(start + share, count)), *arguments)
@@ -246,9 +268,12 @@ class _Slab:
     def _plain(self, part: slice) -> float:
         """The same in PyTorch, for other devices than the CPU."""
         loss = torch.zeros((), device=self.codes.device)
-        F, D = self.factor.F, self.factor.D
+        F = self.factor.F
+        D = self.factor.D
         for k, group in enumerate(self.groups[part].tolist(), part.start):
-            scale, zero, offset = self.scales[group], self.zeros[group], self.offsets[group]
+            scale = self.scales[group]  # (rows,)
+            zero = self.zeros[group]
+            offset = self.offsets[group]
             if len(self.table):
                 code = nearest_in_codebook(self.targets[k] / scale, self.scheme)
                 value = self.table[code.long()] * scale

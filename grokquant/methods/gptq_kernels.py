@@ -1,6 +1,11 @@
 """The column loop of GPTQ on a CPU, compiled: rows are independent, so they fill the vector lanes.
 
-Everything is transposed, [columns, rows], so that neighbours in memory are neighbouring rows.
+Everything is transposed, [columns, rows], so that neighbours in memory are neighbouring rows:
+
+               row 0   row 1   ..  row 63        one tile
+    column 0   round ->->->->->->->->           1. a column is rounded for 64 rows at once,
+    column 1   += F[0, 1] * error                2. then its errors are fed back to the columns
+    column 2   += F[0, 2] * error                   below it, before the next one is rounded
 """
 
 import numpy as np
@@ -10,17 +15,37 @@ from numba import njit
 _LANES = 64
 
 
-@njit(nogil=True, cache=True)
+# A product and a sum may become one instruction; no other liberty is taken with the order of sums.
+_compiled = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+
+
+@_compiled
 def _nearest(table: np.ndarray, value: float) -> int:
-    """The place in `table` of what is nearest to `value`."""
+    """The index of the entry of `table` nearest to `value`, the first of equals."""
     best = 0
-    for place in range(1, len(table)):
-        if abs(table[place] - value) < abs(table[best] - value):
-            best = place
+    for index in range(1, len(table)):
+        if abs(table[index] - value) < abs(table[best] - value):
+            best = index
     return best
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+@_compiled
+def _load(targets: np.ndarray, start: int, lanes: int, tile: np.ndarray) -> None:
+    for column in range(len(tile)):
+        for lane in range(lanes):
+            tile[column, lane] = targets[column, start + lane]
+
+
+@_compiled
+def _feed_back(tile: np.ndarray, F: np.ndarray, column: int, error: np.ndarray) -> None:
+    """Adds the errors of `column` to the targets of all columns after it."""
+    for later in range(column + 1, len(tile)):
+        factor = F[column, later]
+        for lane in range(_LANES):  # a fixed count, which the compiler unrolls
+            tile[later, lane] += factor * error[lane]
+
+
+@_compiled
 def round_columns(
     limits: tuple[float, float],
     rows: tuple[int, int],
@@ -35,48 +60,48 @@ def round_columns(
     offsets: np.ndarray,
     table: np.ndarray,
 ) -> float:
-    """Rounds a block of columns of W for the rows from `rows[0]` to `rows[1]`.
+    """Rounds a block of columns of W for the rows from `rows[0]` to before `rows[1]`.
 
-    `errors` float32 [block, rows] comes in as the weights and goes out as W - Q, `codes` int8
-    [block, rows] goes out; `targets` float32 [block, rows] are the weights with the feedback of all
-    columns before; `F` [block, block] and `D` [block] are the unit upper factor and its pivots;
-    `scales`, `zero_points` and `offsets` are float32 [groups, rows], `groups` [block] names each
-    column's; `limits` are the ends of the grid. `table` has the values of a codebook, or none.
-    Returns the sum of D (target - Q)^2.
+    Reads `targets` float32 [block, rows], the weights with the feedback of all columns before the
+    block; `limits`, the lowest and highest code; `F` [block, block] and `D` [block], the unit upper
+    factor and its pivots; `scales`, `zero_points` and `offsets` float32 [groups, rows], where
+    `groups` [block] is the group of each column; and `table`, the values of a codebook, or empty.
+    Writes `codes` int8 [block, rows]. `errors` float32 [block, rows] holds W before and W - Q
+    after. Returns the sum of D (target - Q)^2.
     """
     block = targets.shape[0]
     tile = np.zeros((block, _LANES), np.float32)
     error = np.zeros(_LANES, np.float32)
     lost = np.zeros(_LANES, np.float32)
-    low, high = np.float32(limits[0]), np.float32(limits[1])
+    low = np.float32(limits[0])  # float64 would widen all that follows
+    high = np.float32(limits[1])
     loss = 0.0
     for start in range(rows[0], rows[1], _LANES):
         lanes = min(_LANES, rows[1] - start)
         lost[:] = 0
+        _load(targets, start, lanes, tile)
         for column in range(block):
-            for lane in range(lanes):
-                tile[column, lane] = targets[column, start + lane]
-        for column in range(block):
-            group, pivot = groups[column], D[column]
+            group = groups[column]
+            pivot = D[column]
+            # In one piece: LLVM does not vectorize it with the rounding in a function of its own.
             for lane in range(lanes):
                 row = start + lane
-                scale, zero = scales[group, row], zero_points[group, row]
+                target = tile[column, lane]
+                scale = scales[group, row]
+                zero = zero_points[group, row]
                 offset = offsets[group, row]
-                code = np.rint((tile[column, lane] - offset) / scale) + zero
+                code = np.rint((target - offset) / scale) + zero
                 code = min(max(code, low), high)
                 value = (code - zero) * scale + offset
                 if len(table):
-                    code = np.float32(_nearest(table, tile[column, lane] / scale))
+                    code = np.float32(_nearest(table, target / scale))
                     value = table[int(code)] * scale
-                miss = tile[column, lane] - value
+                miss = target - value
                 lost[lane] += pivot * miss * miss
                 error[lane] = errors[column, row] - value
                 errors[column, row] = error[lane]
                 codes[column, row] = np.int8(code)
-            for later in range(column + 1, block):
-                factor = F[column, later]
-                for lane in range(_LANES):  # a fixed count, which the compiler unrolls
-                    tile[later, lane] += factor * error[lane]
-        for lane in range(lanes):
+            _feed_back(tile, F, column, error)
+        for lane in range(lanes):  # in float64, as the sums of many rows
             loss += lost[lane]
     return loss

@@ -1,7 +1,17 @@
 """Compiled `rtn` for CPUs: reads, rounds and measures rows in one pass over their memory.
 
-`scales` says the same in torch operations, and the integers are equal bit for bit. 64 rows lie side
+`scales` does the same in torch operations, and the integers are equal bit for bit. 64 rows lie side
 by side, as they do in Grok-1's files, so that each step is one of whole vector registers.
+
+A block of weights while it is worked on, W [columns, LANES] float32, flat:
+
+    W[k * LANES + n]     column k of row n (a "lane")
+
+    | row 0, row 1, .., row 63 | row 0, row 1, .., row 63 | ..
+    | column 0                 | column 1                 |
+
+Many results are wrapped in `_f32` or `_u32`: numba widens to 64 bits where operands differ in kind
+or are integers, torch does not, and a wider intermediate result could round to another code.
 """
 
 from typing import NamedTuple
@@ -11,20 +21,36 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-LANES = 64  # rows done at once
-BLOCK = 128  # columns in the scratch memory: 32 KB of float32
+LANES = 64  # rows rounded together: four vector registers of 512 bits
+BLOCK = 128  # columns in the scratch memory: 32 KB of float32, which a first-level cache holds
 STEP = 8  # columns whose squared errors are added up first, as a tree
-_AHEAD = 32  # columns asked for before their turn, since they lie too far apart to be foreseen
+# Columns prefetched before their turn: in stored matrices they lie too far apart for the CPU to
+# foresee the next one.
+_AHEAD = 32
 
-_f32, _u32 = np.float32, np.uint32
+# Where `level` [5 * LANES] holds the numbers of each lane's grid.
+_INVERSE = 0 * LANES  # 1 / scale
+_SCALE = 1 * LANES
+_LOWEST = 2 * LANES  # lowest code - zero point
+_HIGHEST = 3 * LANES  # highest code - zero point
+_ZERO = 4 * LANES  # zero point
+
+_f32 = np.float32
+_u32 = np.uint32
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
+# For pieces of the outer loop: a call with many arrays would cost a tenth of a small group.
+_inlined = njit(nogil=True, cache=True, error_model="numpy", inline="always")
 
 
-class Rows(NamedTuple):
-    """Rows to round, all in one piece of memory with gaps of a fixed size.
+class RowSource(NamedTuple):
+    """Rows to round, in one piece of memory with gaps of a fixed size.
 
-    Either float32 rows (or bfloat16 ones, as uint16) that begin `stride` apart, or int8 columns
-    that do, with bfloat16 `scales` [groups, rows] widened to float32, for `group_size` columns.
+    Dense rows are float32, or bfloat16 seen as uint16; `scales` and `group_size` mean nothing then.
+    Stored matrices are int8 codes, column after column, with bfloat16 `scales` [groups, rows]
+    widened to float32, one for each `group_size` columns.
+
+        dense     row r, column k  at  values[r * stride + k]
+        stored    row r, column k  at  values[k * stride + r]
     """
 
     values: np.ndarray
@@ -34,10 +60,13 @@ class Rows(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """A scheme in numbers.
+    """A scheme in numbers, among them how its scale dtype rounds a float32 scale.
 
-    Scales are float32 without the bits below `unit`; `even` and `odd` are added before these are
-    cut off. Below `tiny` they are multiples of `step`; 1 below `least`; infinite from `limit` on.
+    `unit` is the last mantissa bit that the dtype keeps, as a bit of float32; `even` and `odd` are
+    what is added to a number, depending on that bit, before the lower bits are cut off, so that
+    ties go to even. Scales below `tiny`, the least normal number, are multiples of `step`, the
+    least positive one. Scales below `least` would be stored as 0 and become 1; from `limit` on they
+    are infinite.
     """
 
     qmin: np.float32
@@ -52,9 +81,18 @@ class Grid(NamedTuple):
     least: np.float32
 
 
+class _Part(NamedTuple):
+    """One group of columns, `start` to before `stop`, in `lanes` rows from `first` on."""
+
+    first: int
+    lanes: int
+    start: int
+    stop: int
+
+
 @_compiled
 def _rounded(x, unit, even, odd):
-    """float32 x without its bits below `unit`, ties to even; what is added carries into them."""
+    """float32 x without its bits below `unit`, ties to even. See `Grid` for `even` and `odd`."""
     bits = _f32(x).view(_u32)
     carry = odd if bits & unit else even
     return _u32(_u32(bits + carry) & _u32(-unit)).view(_f32)
@@ -65,6 +103,7 @@ def _stored(x, grid):
     """The scale as the file will hold it, 1 where that would be 0."""
     size = abs(x)
     value = _rounded(size, grid.unit, grid.even, grid.odd)
+    # Selections instead of branches, so that the compiler can use vectors.
     value = _f32(np.rint(_f32(size / grid.step)) * grid.step) if size < grid.tiny else value
     value = _f32(np.inf) if value >= grid.limit else value
     value = -value if x < 0 else value
@@ -73,13 +112,19 @@ def _stored(x, grid):
 
 @_compiled
 def _candidates(low, high, shrinks, grid, scales, zeros):
-    """The scales and zero points [candidates, LANES] to try for groups that span low..high."""
+    """Fills scales and zero points [candidates, LANES] to try for groups that span low..high.
+
+    A symmetric grid gets each shrink twice: once with the largest weight at the highest code, once
+    with it at the lowest code, which lies one step further out.
+    """
     for index in range(len(scales)):
         shrink = shrinks[index % len(shrinks)]
-        scale, zero = scales[index], zeros[index]
+        scale = scales[index]
+        zero = zeros[index]
         for n in range(LANES):
             if not grid.symmetric:
-                bottom, top = _f32(low[n] * shrink), _f32(high[n] * shrink)
+                bottom = _f32(low[n] * shrink)
+                top = _f32(high[n] * shrink)
                 scale[n] = _stored(_f32(_f32(top - bottom) / _f32(grid.qmax - grid.qmin)), grid)
                 offset = _f32(np.rint(_f32(grid.qmin - _f32(bottom / scale[n]))))
                 zero[n] = min(max(offset, grid.qmin), grid.qmax)
@@ -87,7 +132,7 @@ def _candidates(low, high, shrinks, grid, scales, zeros):
                 absmax = max(high[n], -low[n])
                 scale[n] = _stored(_f32(_f32(absmax * shrink) / grid.qmax), grid)
                 zero[n] = 0
-            else:  # the lowest code, one further out, goes to the side of the largest weight
+            else:  # a negative scale where the largest weight is positive
                 peak = -high[n] if high[n] >= -low[n] else -low[n]
                 scale[n] = _stored(_f32(_f32(peak / -grid.qmin) * shrink), grid)
                 zero[n] = 0
@@ -95,15 +140,17 @@ def _candidates(low, high, shrinks, grid, scales, zeros):
 
 @intrinsic
 def _prefetch(typing, array, index):
-    """Asks for array[index] to be in the cache soon; it may lie outside of the array."""
+    """Has the CPU load array[index] into the cache; the index may lie outside the array."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(prefetch, [address, number(0), number(3), number(1)])  # to read, near, data
+        pointer = ir.IntType(8).as_pointer()
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), pointer)
+        read, all_levels, data_cache = number(0), number(3), number(1)
+        builder.call(prefetch, [address, read, all_levels, data_cache])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -111,15 +158,18 @@ def _prefetch(typing, array, index):
 
 @_compiled
 def _load_stored(source, first, lanes, column, columns, W):
-    size, stop = source.group_size, column + columns
+    size = source.group_size
+    stop = column + columns
     for group in range(column // size, (stop - 1) // size + 1):
         scales = source.scales[group, first : first + lanes]
         for k in range(max(group * size, column), min((group + 1) * size, stop)):
-            at, to = k * source.stride + first, (k - column) * LANES
+            at = k * source.stride + first
             _prefetch(source.values, at + _AHEAD * source.stride)  # type: ignore[call-arg]
-            codes, line = source.values[at : at + lanes], W[to : to + LANES]
+            codes = source.values[at : at + lanes]
+            line = W[(k - column) * LANES : (k - column + 1) * LANES]
             for n in range(lanes):
                 value = _f32(_f32(codes[n]) * scales[n])
+                # To bfloat16, as the matrix is dequantized elsewhere: it drops 16 of 32 bits.
                 line[n] = _rounded(value, _u32(0x10000), _u32(0x7FFF), _u32(0x8000))
 
 
@@ -138,15 +188,16 @@ def _load_bfloat16(source, first, lanes, column, columns, W):
         at = (first + n) * source.stride + column
         row = source.values[at : at + columns]
         for k in range(columns):
-            W[k * LANES + n] = _u32(_u32(row[k]) << _u32(16)).view(_f32)
+            W[k * LANES + n] = _u32(_u32(row[k]) << _u32(16)).view(_f32)  # widened
 
 
 def _load(source, first, lanes, column, columns, W):
-    """`lanes` rows from `first` on of a block of columns, to W [columns, LANES]."""
+    """Reads `lanes` rows from `first` on, `columns` columns from `column` on, to W."""
 
 
 @overload(_load)
 def _load_any(source, first, lanes, column, columns, W):
+    """Chooses the loader at compile time, by the bits of a value."""
     load = {8: _load_stored, 16: _load_bfloat16, 32: _load_dense}[source[0].dtype.bitwidth]
     return lambda source, first, lanes, column, columns, W: load(
         source, first, lanes, column, columns, W
@@ -154,35 +205,58 @@ def _load_any(source, first, lanes, column, columns, W):
 
 
 @_compiled
+def _lowest(w, n):
+    """The least of STEP weights of lane n, as a tree: no step waits for the one before."""
+    ab = min(w[n], w[LANES + n])
+    cd = min(w[2 * LANES + n], w[3 * LANES + n])
+    ef = min(w[4 * LANES + n], w[5 * LANES + n])
+    gh = min(w[6 * LANES + n], w[7 * LANES + n])
+    return min(min(ab, cd), min(ef, gh))
+
+
+@_compiled
+def _highest(w, n):
+    """The largest of STEP weights of lane n."""
+    ab = max(w[n], w[LANES + n])
+    cd = max(w[2 * LANES + n], w[3 * LANES + n])
+    ef = max(w[4 * LANES + n], w[5 * LANES + n])
+    gh = max(w[6 * LANES + n], w[7 * LANES + n])
+    return max(max(ab, cd), max(ef, gh))
+
+
+@_compiled
 def _widen(W, columns, low, high):
-    """Lets low..high of each lane span the weights of a block."""
+    """Widens low..high of each lane to hold the weights of a block."""
     for step in range(columns // STEP):
         w = W[step * STEP * LANES : (step + 1) * STEP * LANES]
         for n in range(LANES):
-            a, b, c, d = w[n], w[LANES + n], w[2 * LANES + n], w[3 * LANES + n]
-            e, f, g, h = w[4 * LANES + n], w[5 * LANES + n], w[6 * LANES + n], w[7 * LANES + n]
-            bottom = min(min(min(a, b), min(c, d)), min(min(e, f), min(g, h)))
-            top = max(max(max(a, b), max(c, d)), max(max(e, f), max(g, h)))
-            low[n], high[n] = min(low[n], bottom), max(high[n], top)
+            low[n] = min(low[n], _lowest(w, n))
+            high[n] = max(high[n], _highest(w, n))
 
 
 @_compiled
 def _lost(w, level, n, weight):
-    """Squared error of w on the grid of lane n."""
-    code = np.rint(min(max(_f32(w * level[n]), level[2 * LANES + n]), level[3 * LANES + n]))
-    error = _f32(_f32(code * level[LANES + n]) - w)
+    """Weighted squared error of w on the grid of lane n.
+
+    The search multiplies by 1 / scale, which is faster than the division of `_multiple` and may
+    round a tie to the other side.
+    """
+    lowest = level[_LOWEST + n]
+    highest = level[_HIGHEST + n]
+    multiple = np.rint(min(max(_f32(w * level[_INVERSE + n]), lowest), highest))
+    error = _f32(_f32(multiple * level[_SCALE + n]) - w)
     return _f32(_f32(error * error) * weight)
 
 
 @_compiled
 def _set_level(scale, zero, grid, level):
-    """The grid of each lane: 1 / scale, scale, lowest and highest multiple of it, zero point."""
+    """Fills `level` with the grid of each lane."""
     for n in range(LANES):
-        level[n] = _f32(1) / scale[n]
-        level[LANES + n] = scale[n]
-        level[2 * LANES + n] = grid.qmin - zero[n]
-        level[3 * LANES + n] = grid.qmax - zero[n]
-        level[4 * LANES + n] = zero[n]
+        level[_INVERSE + n] = _f32(1) / scale[n]
+        level[_SCALE + n] = scale[n]
+        level[_LOWEST + n] = grid.qmin - zero[n]
+        level[_HIGHEST + n] = grid.qmax - zero[n]
+        level[_ZERO + n] = zero[n]
 
 
 @_compiled
@@ -202,6 +276,7 @@ def _add_errors(W, columns, importance, level, total, errors):
             g = _lost(w[6 * LANES + n], level, n, weight[6])
             h = _lost(w[7 * LANES + n], level, n, weight[7])
             total[n] += ((a + b) + (c + d)) + ((e + f) + (g + h))
+    # float32 within a block, float64 beyond: `scales` adds in the same order.
     for n in range(LANES):
         errors[n] += total[n]
 
@@ -209,48 +284,60 @@ def _add_errors(W, columns, importance, level, total, errors):
 @_compiled
 def _multiple(w, level, n):
     """code - zero point of w on the grid of lane n, nearest with ties to even."""
-    return np.rint(min(max(_f32(w / level[LANES + n]), level[2 * LANES + n]), level[3 * LANES + n]))
+    lowest = level[_LOWEST + n]
+    highest = level[_HIGHEST + n]
+    return np.rint(min(max(_f32(w / level[_SCALE + n]), lowest), highest))
 
 
 @_compiled
 def _square_of_error(w, multiple, scale, grid):
+    """(w - dequantized w)^2, dequantized in the scale dtype as engines do."""
     value = _rounded(_f32(multiple * scale), grid.unit, grid.even, grid.odd)
     error = _f32(w - value) if abs(value) < grid.limit else _f32(np.inf)
     return _f32(error * error)
 
 
 @_compiled
-def _round_block(W, columns, level, grid, sums, words):
-    """Words [columns / 4, LANES] of four codes each; adds to the sums of squares of the lanes."""
-    for word in range(columns // 4):
-        w = W[word * 4 * LANES : (word + 1) * 4 * LANES]
-        for n in range(LANES):
-            w0, w1, w2, w3 = w[n], w[LANES + n], w[2 * LANES + n], w[3 * LANES + n]
-            m0, m1 = _multiple(w0, level, n), _multiple(w1, level, n)
-            m2, m3 = _multiple(w2, level, n), _multiple(w3, level, n)
-            scale, zero = level[LANES + n], level[4 * LANES + n]
-            e0, e1 = _square_of_error(w0, m0, scale, grid), _square_of_error(w1, m1, scale, grid)
-            e2, e3 = _square_of_error(w2, m2, scale, grid), _square_of_error(w3, m3, scale, grid)
-            sums[n] += (e0 + e1) + (e2 + e3)
-            sums[LANES + n] += (w0 * w0 + w1 * w1) + (w2 * w2 + w3 * w3)
-            a = _u32(_u32(np.int32(m0 + zero)) & _u32(255))
-            b = _u32(_u32(_u32(np.int32(m1 + zero)) & _u32(255)) << _u32(8))
-            c = _u32(_u32(_u32(np.int32(m2 + zero)) & _u32(255)) << _u32(16))
-            d = _u32(_u32(np.int32(m3 + zero)) << _u32(24))
-            words[word * LANES + n] = _u32(_u32(a | b) | _u32(c | d))
+def _word(m0, m1, m2, m3, zero):
+    """Four codes of neighbouring columns as one word, so that memory holds int8 in their order.
+
+    bit  31 .. 24   23 .. 16   15 .. 8   7 .. 0
+         code 3     code 2     code 1    code 0
+    """
+    a = _u32(_u32(np.int32(m0 + zero)) & _u32(255))
+    b = _u32(_u32(_u32(np.int32(m1 + zero)) & _u32(255)) << _u32(8))
+    c = _u32(_u32(_u32(np.int32(m2 + zero)) & _u32(255)) << _u32(16))
+    d = _u32(_u32(np.int32(m3 + zero)) << _u32(24))
+    return _u32(_u32(a | b) | _u32(c | d))
 
 
 @_compiled
-def _search(W, columns, importance, grid, scales, zeros, level, total, errors):
-    """Adds what a block loses on each of the candidates."""
-    for index in range(len(scales)):
-        _set_level(scales[index], zeros[index], grid, level)
-        _add_errors(W, columns, importance, level, total, errors[index])
+def _round_block(W, columns, level, grid, squares, words):
+    """Fills words [columns / 4, LANES], flat; adds to the sums of squares of the lanes."""
+    for word in range(columns // 4):
+        w = W[word * 4 * LANES : (word + 1) * 4 * LANES]
+        for n in range(LANES):
+            w0 = w[n]
+            w1 = w[LANES + n]
+            w2 = w[2 * LANES + n]
+            w3 = w[3 * LANES + n]
+            m0 = _multiple(w0, level, n)
+            m1 = _multiple(w1, level, n)
+            m2 = _multiple(w2, level, n)
+            m3 = _multiple(w3, level, n)
+            scale = level[_SCALE + n]
+            e0 = _square_of_error(w0, m0, scale, grid)
+            e1 = _square_of_error(w1, m1, scale, grid)
+            e2 = _square_of_error(w2, m2, scale, grid)
+            e3 = _square_of_error(w3, m3, scale, grid)
+            squares[n] += (e0 + e1) + (e2 + e3)
+            squares[LANES + n] += (w0 * w0 + w1 * w1) + (w2 * w2 + w3 * w3)
+            words[word * LANES + n] = _word(m0, m1, m2, m3, level[_ZERO + n])
 
 
 @_compiled
 def _keep_best(errors, least, scales, zeros):
-    """Puts the first of the candidates with the least error in the place of number 0."""
+    """Moves the candidate of least error, the first of equals, to index 0."""
     least[:] = np.inf
     for index in range(len(errors)):
         for n in range(LANES):
@@ -258,6 +345,48 @@ def _keep_best(errors, least, scales, zeros):
                 least[n] = errors[index, n]
                 scales[0, n] = scales[index, n]
                 zeros[0, n] = zeros[index, n]
+
+
+@_inlined
+def _span(source, part, W, low, high):
+    """Finds the low..high of each lane; leaves the last block in W."""
+    low[:] = 0
+    high[:] = 0
+    for column in range(part.start, part.stop, BLOCK):
+        columns = min(BLOCK, part.stop - column)
+        _load(source, part.first, part.lanes, column, columns, W)
+        _widen(W, columns, low, high)
+
+
+@_inlined
+def _search(source, part, importance, grid, W, level, total, errors, scales, zeros):
+    """Adds up in `errors` what the part loses on each candidate."""
+    errors[:] = 0
+    for column in range(part.start, part.stop, BLOCK):
+        columns = min(BLOCK, part.stop - column)
+        if part.stop - part.start > BLOCK:  # a group of one block is still in W
+            _load(source, part.first, part.lanes, column, columns, W)
+        weights = importance[column:]
+        for index in range(len(scales)):
+            _set_level(scales[index], zeros[index], grid, level)
+            _add_errors(W, columns, weights, level, total, errors[index])
+
+
+@_inlined
+def _round_part(source, part, grid, W, level, squares, packed, words, sums):
+    """Rounds the part on the grids in `level`."""
+    for column in range(part.start, part.stop, BLOCK):
+        columns = min(BLOCK, part.stop - column)
+        if part.stop - part.start > BLOCK:
+            _load(source, part.first, part.lanes, column, columns, W)
+        squares[:] = 0
+        _round_block(W, columns, level, grid, squares, packed)
+        for n in range(part.lanes):
+            sums[0] += squares[n]
+            sums[1] += squares[LANES + n]
+            row = words[part.first + n, column // 4 : (column + columns) // 4]
+            for word in range(columns // 4):
+                row[word] = packed[word * LANES + n]
 
 
 @_compiled
@@ -270,44 +399,32 @@ def round_rows(source, shrinks, candidates, grid, importance, words, scales, zer
     """
     rows, groups = scales.shape
     size = len(importance) // groups
-    W, packed = np.zeros(BLOCK * LANES, _f32), np.empty(BLOCK // 4 * LANES, _u32)
-    low, high, peak = np.empty(LANES, _f32), np.empty(LANES, _f32), np.zeros(rows, _f32)
-    level, total, lost = np.empty(5 * LANES, _f32), np.empty(LANES, _f32), np.empty(2 * LANES, _f32)
-    tried, tried_zeros = np.empty((candidates, LANES), _f32), np.empty((candidates, LANES), _f32)
-    errors, least = np.empty((candidates, LANES), np.float64), np.empty(LANES, np.float64)
+    # Scratch memory, made once.
+    W = np.zeros(BLOCK * LANES, _f32)
+    packed = np.empty(BLOCK // 4 * LANES, _u32)
+    low = np.empty(LANES, _f32)
+    high = np.empty(LANES, _f32)
+    level = np.empty(5 * LANES, _f32)
+    tried = np.empty((candidates, LANES), _f32)  # scales, of which number 0 is chosen
+    tried_zeros = np.empty((candidates, LANES), _f32)
+    errors = np.empty((candidates, LANES), np.float64)
+    total = np.empty(LANES, _f32)
+    least = np.empty(LANES, np.float64)
+    squares = np.empty(2 * LANES, _f32)  # of the errors, then of the weights
+    peak = np.zeros(rows, _f32)
     for group in range(groups):
-        start, stop = group * size, (group + 1) * size
         for first in range(0, rows, LANES):
-            lanes = min(LANES, rows - first)
-            low[:], high[:], errors[:] = 0, 0, 0
-            for column in range(start, stop, BLOCK):
-                columns = min(BLOCK, stop - column)
-                _load(source, first, lanes, column, columns, W)
-                _widen(W, columns, low, high)
+            part = _Part(first, min(LANES, rows - first), group * size, (group + 1) * size)
+            _span(source, part, W, low, high)
             _candidates(low, high, shrinks, grid, tried, tried_zeros)
             if candidates > 1:
-                for column in range(start, stop, BLOCK):
-                    columns = min(BLOCK, stop - column)
-                    if size > BLOCK:  # else it is still there
-                        _load(source, first, lanes, column, columns, W)
-                    weights = importance[column:]
-                    _search(W, columns, weights, grid, tried, tried_zeros, level, total, errors)
+                _search(source, part, importance, grid, W, level, total, errors, tried, tried_zeros)
                 _keep_best(errors, least, tried, tried_zeros)
             _set_level(tried[0], tried_zeros[0], grid, level)
-            for column in range(start, stop, BLOCK):
-                columns = min(BLOCK, stop - column)
-                if size > BLOCK:
-                    _load(source, first, lanes, column, columns, W)
-                lost[:] = 0
-                _round_block(W, columns, level, grid, lost, packed)
-                for n in range(lanes):
-                    sums[0] += lost[n]
-                    sums[1] += lost[LANES + n]
-                    row = words[first + n, column // 4 : (column + columns) // 4]
-                    for word in range(columns // 4):
-                        row[word] = packed[word * LANES + n]
-            for n in range(lanes):
-                scales[first + n, group], zeros[first + n, group] = tried[0, n], tried_zeros[0, n]
+            _round_part(source, part, grid, W, level, squares, packed, words, sums)
+            for n in range(part.lanes):
+                scales[first + n, group] = tried[0, n]
+                zeros[first + n, group] = tried_zeros[0, n]
                 peak[first + n] = max(peak[first + n], max(high[n], -low[n]))
     for n in range(rows):
         sums[2] += peak[n] == 0

@@ -1,8 +1,12 @@
 """H = F D F^T in place, F unit upper triangular: the one factorisation that GPTQ needs.
 
-The Hessian of a wide matrix fills a good part of a machine, so nothing here makes a second one. The
-factorisation runs from the last column to the first and writes to the upper triangle only; until it
-has succeeded, the lower one and the saved diagonal still hold H.
+The Hessian of a wide matrix fills a good part of a machine's memory, so nothing here makes a second
+one. The factorisation runs from the last panel of columns to the first and writes to the upper
+triangle only; until it has succeeded, the lower triangle and the saved diagonal still hold H.
+
+    H = | above above |   1. corner: H minus the products of the rows of R to its right, then
+        |   .  corner |      a small Cholesky factorisation
+        |   .    .    |   2. above: the same products off, then solved by the corner's factor
 """
 
 import torch
@@ -15,31 +19,37 @@ _ROWS_AT_ONCE = 64
 
 
 def permute_(H: Tensor, order: Tensor) -> None:
-    """Makes H [n, n] H[order][:, order], in place."""
+    """Makes H [n, n] H[order][:, order], in place. `order` is int64 [n]."""
     for rows in H.split(_ROWS_AT_ONCE):
         rows.copy_(rows.gather(1, order.expand(len(rows), -1)))
-    source, moved = order.tolist(), [False] * len(order)
+    # Rows move along the cycles of the permutation, so that one saved row at a time is enough.
+    source = order.tolist()
+    moved = [False] * len(order)
     for first in range(len(source)):
         if moved[first] or source[first] == first:
             continue
-        saved, row = H[first].clone(), first
+        saved = H[first].clone()
+        row = first
         while source[row] != first:
             H[row] = H[source[row]]
-            moved[row], row = True, source[row]
-        H[row], moved[row] = saved, True
+            moved[row] = True
+            row = source[row]
+        H[row] = saved
+        moved[row] = True
 
 
 def factorize_(H: Tensor, shift: float) -> Tensor | None:
     """Factorises the symmetric H [n, n] + shift I.
 
-    Leaves F above the diagonal and returns D [n]. Where the sum is not positive definite, restores
-    H and returns None.
+    Leaves F above the diagonal of H and returns D [n]. If the sum is not positive definite,
+    restores H and returns None.
     """
     diagonal = H.diagonal().clone()
     H.diagonal().add_(shift)
     if not _cholesky_(H):
         _restore_(H, diagonal)
         return None
+    # R R^T = F D F^T with F = R diag(R)^-1 and D = diag(R)^2.
     pivots = H.diagonal().clone()
     for start, stop in _panels(H):
         H[:stop, start:stop].div_(pivots[start:stop])
@@ -47,9 +57,9 @@ def factorize_(H: Tensor, shift: float) -> Tensor | None:
 
 
 def _cholesky_(H: Tensor) -> bool:
-    """H = R R^T, R over the upper triangle of H. False where H is not positive definite."""
+    """Writes R of H = R R^T over H's upper triangle. False if H is not positive definite."""
     for start, stop in reversed(_panels(H)):
-        right = H[start:stop, stop:]  # rows of R that are done
+        right = H[start:stop, stop:]  # the finished part of these rows of R (panel, n - stop)
         corner = torch.addmm(H[start:stop, start:stop], right, right.T, alpha=-1)
         # Reversed in both directions, the usual lower factor becomes an upper one.
         L, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
@@ -63,7 +73,7 @@ def _cholesky_(H: Tensor) -> bool:
 
 
 def _restore_(H: Tensor, diagonal: Tensor) -> None:
-    """The symmetric matrix whose strict lower triangle H still holds."""
+    """Rebuilds the symmetric H from its strict lower triangle and the saved diagonal."""
     for start, stop in _panels(H):
         H[:start, start:stop] = H[start:stop, :start].T
         corner = H[start:stop, start:stop].tril_(-1)
@@ -72,4 +82,5 @@ def _restore_(H: Tensor, diagonal: Tensor) -> None:
 
 
 def _panels(H: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of each panel of columns."""
     return [(start, min(start + _PANEL, len(H))) for start in range(0, len(H), _PANEL)]

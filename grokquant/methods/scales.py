@@ -1,6 +1,6 @@
 """How the scale and zero point of a group are found, and rounding onto the grid they span.
 
-`kernels` does the same on CPUs, much faster; what is here is the reference, for any device.
+`kernels` does the same on CPUs, much faster; this is its reference, and runs on any device.
 """
 
 from functools import reduce
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 256
 
 
 def group_columns(W: Tensor, scheme: Scheme) -> Tensor:
-    """[out, in] seen as [out, groups, group_size]."""
+    """A view of W [out, in] as [out, groups, group_size]."""
     return W.unflatten(1, (scheme.groups(W.shape[1]), -1))
 
 
@@ -29,13 +29,13 @@ def find_scales(
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [out, groups] in the scale dtype and zero points int8 (None if symmetric) for W.
 
-    `absmax` spans the whole range of each group. `mse` shrinks that range in 21 steps and keeps the
-    step with the least squared error, each column weighted by `importance` [in] (the Hessian's
-    diagonal); a symmetric scale may then be negative, which lets -2^(bits-1) meet the largest
-    weight on either side.
+    The rule `absmax` spans the whole range of each group. `mse` shrinks that range in 21 steps and
+    keeps the step with the least squared error, each column weighted by `importance` [in] (the
+    Hessian's diagonal). It may make a symmetric scale negative: the lowest code, -2^(bits-1), then
+    stands for the largest weight, whatever its sign.
     """
     if importance is not None and importance.sum() == 0:
-        importance = None
+        importance = None  # all scales would lose nothing
     if compiled.can_round(W, scheme):
         found = compiled.quantize(W, scheme, rule == "mse", importance)
         return found.scales, found.zero_points
@@ -45,7 +45,7 @@ def find_scales(
 def search_scales(
     W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`find_scales` in torch operations, on the device of W."""
+    """The same as `find_scales` in torch operations, on the device of W."""
     if importance is None:
         importance = torch.ones(W.shape[1], device=W.device)
     groups = group_columns(importance.unsqueeze(0), scheme)  # (1, groups, group_size)
@@ -59,7 +59,7 @@ def search_scales(
 
 
 def round_to_grid(W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme) -> Tensor:
-    """Nearest codes of W on the grid, ties to even. Broadcasts; returns W's dtype."""
+    """The codes nearest to W on the grid, ties to even. Broadcasts; returns W's dtype."""
     codes = torch.round(W / scales)
     if zero_points is not None:
         codes = codes + zero_points
@@ -69,7 +69,10 @@ def round_to_grid(W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme:
 def quantize_nearest(
     W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme
 ) -> QTensor:
-    """Every weight of W [out, in] rounded to its nearest code."""
+    """Rounds every weight of W [out, in] to its nearest code.
+
+    `scales` and `zero_points` are [out, groups].
+    """
     wide = scales.float().unsqueeze(-1)  # (out, groups, 1)
     zeros = None if zero_points is None else zero_points.float().unsqueeze(-1)
     codes = round_to_grid(group_columns(W.float(), scheme), wide, zeros, scheme)
@@ -83,7 +86,8 @@ def _find_in_rows(
     candidates = _candidates(groups, scheme, rule)
     if len(candidates) == 1:
         return candidates[0]
-    best_error = torch.full(groups.shape[:2], torch.inf, dtype=torch.float64, device=groups.device)
+    shape = groups.shape[:2]
+    best_error = torch.full(shape, torch.inf, dtype=torch.float64, device=groups.device)
     best_scale, best_zero = candidates[0]
     for scale, zero_point in candidates:
         error = _squared_error(groups, importance, scale, zero_point, scheme)  # (rows, groups)
@@ -98,18 +102,22 @@ def _find_in_rows(
 def _candidates(
     groups: Tensor, scheme: Scheme, rule: ScaleRule
 ) -> list[tuple[Tensor, Tensor | None]]:
+    """The (scale, zero point) [rows, groups] that the rule tries, in the order of `kernels`."""
     shrinks = compiled.SHRINKS.tolist()
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    # The grid always has a code for 0, so the range includes it.
+    low = groups.amin(-1).clamp(max=0)  # (rows, groups)
+    high = groups.amax(-1).clamp(min=0)
     if not scheme.symmetric:
         tried = shrinks if rule == "mse" else shrinks[:1]
         return [_asymmetric(low * f, high * f, scheme) for f in tried]
     absmax = torch.maximum(high, -low)
     if rule == "absmax":
         return [(_stored(absmax / scheme.qmax, scheme), None)]
-    sign = torch.where(high >= -low, -1.0, 1.0)  # the code -2^(bits-1) goes to the peak's side
+    sign = torch.where(high >= -low, -1.0, 1.0)  # gives the lowest code the sign of the peak
     step = absmax * sign / -scheme.qmin
-    steps = [absmax * f / scheme.qmax for f in shrinks] + [step * f for f in shrinks]
-    return [(_stored(candidate, scheme), None) for candidate in steps]
+    at_highest = [absmax * f / scheme.qmax for f in shrinks]
+    at_lowest = [step * f for f in shrinks]
+    return [(_stored(scale, scheme), None) for scale in at_highest + at_lowest]
 
 
 def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -119,11 +127,11 @@ def _asymmetric(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tens
 
 
 def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
-    """The scale as the file will hold it; a group of zeros gets 1, so that nothing divides by 0."""
+    """The scale in its stored dtype; a group of zeros gets 1, so that nothing divides by 0."""
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     stored = scale.to(dtype)
-    tiny = stored.abs() < compiled.least_scale(dtype)
-    return torch.where(tiny, torch.ones_like(stored), stored)
+    too_small = stored.abs() < compiled.least_scale(dtype)
+    return torch.where(too_small, torch.ones_like(stored), stored)
 
 
 def _squared_error(
@@ -133,25 +141,29 @@ def _squared_error(
     zero_point: Tensor | None,
     scheme: Scheme,
 ) -> Tensor:
-    wide = scale.float().unsqueeze(-1)
-    low, high = scheme.qmin, scheme.qmax
+    """Weighted squared errors [rows, groups] of one candidate."""
+    wide = scale.float().unsqueeze(-1)  # (rows, groups, 1)
+    # Codes less the zero point; multiplied by 1 / scale, as the kernels do for speed.
     codes = torch.round(groups * (1 / wide))
     if zero_point is None:
-        codes = codes.clamp(low, high)
+        codes = codes.clamp(scheme.qmin, scheme.qmax)
     else:
         zeros = zero_point.float().unsqueeze(-1)
-        codes = codes.clamp(low - zeros, high - zeros)
+        codes = codes.clamp(scheme.qmin - zeros, scheme.qmax - zeros)
     return _sum_columns((codes * wide - groups).square() * importance)
 
 
 def _sum_columns(terms: Tensor) -> Tensor:
-    """Sums [rows, groups, group_size] over the last dimension, in the order of the kernels: float32
-    within 128 columns, float64 beyond, so that both find the same candidate best."""
+    """Sums [rows, groups, group_size] over the last dimension, in the order of the kernels.
+
+    They add in float32 within 128 columns and in float64 beyond; with the same order both choose
+    the same candidate.
+    """
     if terms.shape[-1] % kernels.STEP:
         return terms.sum(-1, dtype=torch.float64)
     total = torch.zeros(terms.shape[:2], dtype=torch.float64, device=terms.device)
     for block in terms.split(kernels.BLOCK, dim=-1):
-        sums = block.unflatten(-1, (-1, kernels.STEP))
+        sums = block.unflatten(-1, (-1, kernels.STEP))  # (rows, groups, steps, 8)
         while sums.shape[-1] > 1:
             sums = sums[..., ::2] + sums[..., 1::2]
         total += reduce(torch.add, sums.squeeze(-1).unbind(-1))

@@ -1,10 +1,16 @@
 """Running a model one block at a time, its experts one matrix at a time.
 
-The forward passes are the model's own. Every decoder layer of an empty model is replaced by a tap:
-it notes what the model hands to that layer, or passes on hidden states computed elsewhere. Experts
-run through transformers' experts registry: a first pass over all rows records what reaches them,
-`mix` computes all their outputs at once, a second pass puts these in place. So each expert is read
-once for all tokens, and a block needs no more memory than its attention and one expert.
+The forward passes are the model's own. Every decoder layer of an empty model is replaced by a tap,
+which notes what the model hands to that layer, or passes on hidden states computed elsewhere.
+
+Experts run through transformers' experts registry, in two passes over all rows:
+
+    pass 1   attention -> router -> experts record x, experts, gates and return zeros
+             combine: every expert, one after the other, for all tokens
+    pass 2   attention -> router -> experts return the outputs of combine
+
+So each expert is read once for all tokens, and a block needs no more memory than its attention and
+one expert.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +28,15 @@ from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
 
-STREAMED = "grokquant-streamed"
-# Of calibration: hidden states and weights. Hessians add its products up exactly, in float32.
+STREAMED = "grokquant-streamed"  # the name of our experts in transformers' registry
+# The dtype of hidden states and weights in calibration. Its products are exact in float32, in which
+# Hessians add them up.
 CALIBRATION_DTYPE = torch.bfloat16
+# Tokens in one forward pass: large matrix products, small activations.
 TOKENS_AT_ONCE = 2048
 
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 # inputs [tokens, hidden] -> outputs [tokens, hidden]
 Expert = Callable[[Tensor], Tensor]
 # (expert, inputs of all tokens [tokens, hidden], the tokens routed to it [routed]) -> the expert
@@ -37,9 +45,10 @@ MakeExpert = Callable[[int, Tensor, Tensor], Expert]
 
 @dataclass
 class Exchange:
-    """What passes between the experts of a running block and `mix`, of `tokens` tokens in all.
+    """Carries inputs and outputs between the experts of a running block and `combine`.
 
-    The first pass records into `recorded`, the second takes `outputs`; `position` counts tokens.
+    The first pass fills `recorded`, the arguments of `combine` for all `tokens`; the second one
+    returns its `outputs`. `position` counts the tokens of a pass.
     """
 
     tokens: int
@@ -49,18 +58,17 @@ class Exchange:
 
     def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
         part = slice(self.position, self.position + len(x))
-        self.position = part.stop % self.tokens
+        self.position = part.stop % self.tokens  # 0 again when the pass ends
         if self.outputs is not None:
             return self.outputs[part].to(x)
         given = (x, experts, gates)
         if not self.recorded:
-            shapes = [(self.tokens, *t.shape[1:]) for t in given]
             self.recorded = tuple(
-                t.new_empty(s, device=CPU) for t, s in zip(given, shapes, strict=True)
+                t.new_empty((self.tokens, *t.shape[1:]), device=CPU) for t in given
             )
         for whole, rows in zip(self.recorded, given, strict=True):
             whole[part] = rows
-        return torch.zeros_like(x)
+        return torch.zeros_like(x)  # nobody reads it: outputs of the first pass are thrown away
 
 
 def _streamed_experts(self: Any, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -74,9 +82,13 @@ ALL_EXPERTS_FUNCTIONS.register(STREAMED, _streamed_experts)
 class Rows:
     """Token ids [rows, time] that pass the blocks together, plain text unless there are branches.
 
-    With `branches` [rows, time] a row is several texts with one beginning: tokens of branch 0 are
-    that beginning, those of another branch see it and their own branch only. `positions` [rows,
-    time] are those of the tokens in their own text.
+    With `branches` [rows, time], a row is several texts that begin alike. Tokens of branch 0 are
+    the common beginning; those of another branch see it and their own branch only. `positions`
+    [rows, time] are the positions in the text that a token belongs to:
+
+        tokens      Paris is | a city | in France
+        branches    0     0  | 1 1    | 2  2
+        positions   0     1  | 2 3    | 2  3
     """
 
     tokens: Tensor
@@ -84,11 +96,14 @@ class Rows:
     positions: Tensor | None = None
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What may be seen: 0, else the least number [rows, 1, time, time]. `window` tokens back
-        are seen at most, the own one included; None sets no limit."""
+        """An additive attention mask [rows, 1, time, time]: 0 where a token sees another one.
+
+        A token sees at most `window` tokens back, itself included; None sets no limit.
+        """
         assert self.branches is not None and self.positions is not None
         back = self.positions.unsqueeze(2) - self.positions.unsqueeze(1)  # (rows, from, to)
-        own, other = self.branches.unsqueeze(2), self.branches.unsqueeze(1)
+        own = self.branches.unsqueeze(2)
+        other = self.branches.unsqueeze(1)
         seen = (back >= 0) & ((own == other) | (other == 0))
         if window is not None:
             seen &= back < window
@@ -96,7 +111,7 @@ class Rows:
         return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
     def split(self, size: int) -> Iterator["Rows"]:
-        """The same rows, `size` at a time."""
+        """Yields the rows, `size` at a time."""
         for start in range(0, len(self.tokens), size):
             yield self._each(lambda t: t[start : start + size])  # noqa: B023, called at once
 
@@ -110,9 +125,9 @@ class Rows:
 
 
 class Tap(nn.Module):
-    """Stands for a decoder layer: notes its arguments, passes on `hidden` if that is set.
+    """Takes the place of a decoder layer: notes its arguments, returns `hidden` if that is set.
 
-    Arguments are noted by layer: models give theirs to layers that look at all or at near tokens.
+    There is one for each layer, since models give other masks to layers with a sliding window.
     """
 
     def __init__(self) -> None:
@@ -122,15 +137,17 @@ class Tap(nn.Module):
         self.entered = torch.empty(0)
 
     def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.entered, self.arguments = h, (args, kwargs)
+        self.entered = h
+        self.arguments = (args, kwargs)
         return h if self.hidden is None else self.hidden
 
 
 class BlockwiseModel:
-    """A checkpoint that runs block by block. `dtype` is that of all arithmetic.
+    """A checkpoint that runs block by block, computing in `dtype` on `device`.
 
     Hidden states are [rows, time, hidden], in main memory; all rows have the same length.
-    Embedding and head, where equal, are shared with `twin`, a model of the same family.
+    Parameters outside the layers that equal those of `twin`, a model of the same family, are shared
+    with it: embedding, head and norm of a quantized model.
     """
 
     def __init__(
@@ -140,14 +157,21 @@ class BlockwiseModel:
         device: torch.device = CPU,
         twin: "BlockwiseModel | None" = None,
     ) -> None:
-        self.source, self.family = checkpoint.source, checkpoint.family
-        self.dtype, self.device = dtype, device
+        self.source = checkpoint.source
+        self.family = checkpoint.family
+        self.dtype = dtype
+        self.device = device
         self.config = deepcopy(checkpoint.config)
-        self.config._experts_implementation, self.config.use_cache = STREAMED, False
+        self.config._experts_implementation = STREAMED
+        self.config.use_cache = False
         self.model = self.family.empty_model(self.config)
         self.layers = self.family.layers(self.model)
         self.taps = [Tap() for _ in self.layers]
         self.model.base_model.layers = nn.ModuleList(self.taps)
+        self._fill_outside_layers(twin)
+
+    def _fill_outside_layers(self, twin: "BlockwiseModel | None") -> None:
+        """Reads the parameters of the model with taps: all but those of its layers."""
         others = dict(twin.model.named_parameters()) if twin else {}
         for name, _ in list(self.model.named_parameters()):
             self._fill(self.model, name, self.family.tensor_name(name))
@@ -156,26 +180,27 @@ class BlockwiseModel:
         self.model.tie_weights()
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = buffer.to(self.device)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states that enter the first block, of token ids [rows, time]."""
+        """The hidden states of token ids [rows, time] that enter the first block."""
         entered = []
         for rows in tokens.split(_rows_at_once(tokens)):
             self.model.base_model.forward(input_ids=rows.to(self.device))
             entered.append(self.taps[0].entered.cpu())
+        # Once more with a single row, so that the taps keep masks that broadcast over rows.
         first = tokens[:1].to(self.device)
-        self.model.base_model.forward(input_ids=first)  # leaves masks that broadcast over rows
+        self.model.base_model.forward(input_ids=first)
         return torch.cat(entered)
 
     def free_embedding(self) -> None:
-        """Gives the memory of everything outside the layers back; `embed` and `logits` are over."""
+        """Frees everything outside the layers; `embed` and `logits` no longer work."""
         nn.Module.to(self.model, "meta")
 
     @torch.no_grad()
     def load_layer(self, index: int) -> nn.Module:
-        """Layer `index` with everything but its experts in memory; they stay on the meta device."""
+        """Loads layer `index` but for its routed experts, which stay on the meta device."""
         layer = self.layers[index]
         prefix = self.family.layer_prefix.format(layer=index)
         experts = self.family.experts_of(layer)
@@ -186,25 +211,25 @@ class BlockwiseModel:
         return layer
 
     def free_layer(self, index: int) -> None:
-        """Gives the memory of layer `index` back."""
+        """Frees the memory of layer `index`."""
         self.layers[index].to("meta")
 
-    def run_layer(self, index: int, hidden: Tensor, mix: Mix) -> Tensor:
-        """Hidden states after layer `index`, whose experts, if it has any, `mix` computes.
+    def run_layer(self, index: int, hidden: Tensor, combine: Combine) -> Tensor:
+        """Hidden states [rows, time, hidden] after layer `index`.
 
-        `hidden` are the rows that were embedded last.
+        `combine` computes its experts, if it has any. `hidden` are the rows embedded last.
         """
-        return self._run_layer(index, [(None, hidden)], mix)[0]
+        return self._run_layer(index, [(None, hidden)], combine)[0]
 
     def run_batches(
-        self, index: int, batches: Sequence[Rows], hidden: Sequence[Tensor], mix: Mix
+        self, index: int, batches: Sequence[Rows], hidden: Sequence[Tensor], combine: Combine
     ) -> list[Tensor]:
         """The same for several batches of rows at once, each of a length of its own."""
-        return self._run_layer(index, list(zip(batches, hidden, strict=True)), mix)
+        return self._run_layer(index, list(zip(batches, hidden, strict=True)), combine)
 
     @torch.no_grad()
     def _run_layer(
-        self, index: int, batches: list[tuple[Rows | None, Tensor]], mix: Mix
+        self, index: int, batches: list[tuple[Rows | None, Tensor]], combine: Combine
     ) -> list[Tensor]:
         def run() -> Iterator[Iterator[Tensor]]:
             return (self._run_rows(index, hidden, rows) for rows, hidden in batches)
@@ -213,18 +238,19 @@ class BlockwiseModel:
         exchange = self._exchange(index, tokens)
         if exchange is None:
             return [torch.cat(list(parts)) for parts in run()]
-        for parts in run():
+        for parts in run():  # the first pass, which only records
             for _ in parts:
                 pass
-        recorded, exchange.recorded = exchange.recorded, ()
-        exchange.outputs = mix(*recorded)
+        recorded = exchange.recorded
+        exchange.recorded = ()  # so that its memory is free before the second pass
+        exchange.outputs = combine(*recorded)
         del recorded
         return [torch.cat(list(parts)) for parts in run()]
 
     @torch.no_grad()
     def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:
-        """What the matrix `tensor` (its checkpoint name) of layer `index` reads: [tokens, in]."""
-        self._exchange(index, hidden.shape[0] * hidden.shape[1])
+        """The inputs [tokens, in] of the matrix `tensor` (its checkpoint name) of layer `index`."""
+        self._exchange(index, hidden.shape[0] * hidden.shape[1])  # of which only pass 1 runs
         inputs: list[Tensor] = []
         layer = self.layers[index]
         linear, _ = parameter_parent(layer, self.family.parameter_name(layer, index, tensor))
@@ -238,13 +264,14 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def replace(self, index: int, tensor: str, value: Tensor) -> None:
-        """Puts `value` in the place of the layer's own `tensor` (its checkpoint name)."""
+        """Replaces the parameter of layer `index` that holds `tensor` (its checkpoint name)."""
         layer = self.layers[index]
         self._set(layer, self.family.parameter_name(layer, index, tensor), value)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits [rows, time, vocabulary] of what the last block returned."""
+        """Next-token logits [rows, time, vocabulary] from the last block's hidden states."""
+        # The tokens only give the shape: the last tap replaces what comes from them.
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
         self.taps[-1].hidden = hidden.to(self.device)
         logits = self.model(input_ids=tokens, use_cache=False).logits
@@ -252,34 +279,34 @@ class BlockwiseModel:
         return logits.cpu()
 
     def expert_weight(self, tensor: str) -> Tensor:
-        """One expert matrix [out, in] in the working dtype, read from the source."""
+        """Reads one expert matrix [out, in] from the source, in the working dtype."""
         return self.source.tensors[tensor].load_on(self.device).to(self.dtype)
 
     def expert_bias(self, index: int, number: int, part: str) -> Tensor | None:
-        """The bias of an expert matrix [out] in the working dtype, None where there is none."""
+        """The bias [out] of an expert matrix in the working dtype, or None."""
         name = self.family.expert_biases(index, number).get(part)
         return None if name is None else self.expert_weight(name)
 
-    def mix_experts(self, index: int, make_expert: MakeExpert) -> Mix:
-        """A mix that runs expert after expert on the tokens routed to it and adds the outputs."""
+    def combine_experts(self, index: int, make_expert: MakeExpert) -> Combine:
+        """A function that runs each expert on the tokens routed to it and adds up the outputs."""
 
-        def mix(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-            mixed = torch.zeros(x.shape, dtype=torch.float32)
-            gates = gates.to(x.dtype).float()
+        def combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            combined = torch.zeros(x.shape, dtype=torch.float32)
+            gates = gates.to(x.dtype).float()  # rounded as models round them
             for number in range(self.family.num_experts(self.config, index)):
                 token, slot = torch.where(experts == number)
                 expert = make_expert(number, x, token)
                 gate = gates[token, slot].unsqueeze(1)  # (routed, 1)
                 for part, share in self.parts(token, gate):
                     y = expert(x[part].to(self.device)).float().cpu()  # (part, hidden)
-                    mixed.index_add_(0, part, y * share)
-                del expert  # its matrices go before the next one's come
-            return mixed
+                    combined.index_add_(0, part, y * share)
+                del expert  # frees its matrices before the next ones are read
+            return combined
 
-        return mix
+        return combine
 
     def stored_expert(self, index: int, number: int) -> Expert:
-        """An expert as the checkpoint has it, read at once."""
+        """An expert as the checkpoint holds it; reads its three matrices."""
         names = self.family.expert_tensors(index, number)
         W_gate, W_up, W_down = (self.expert_weight(names[p]) for p in ("gate", "up", "down"))
         inner = self.hidden_units(index, number, W_gate, W_up)
@@ -287,28 +314,31 @@ class BlockwiseModel:
         return lambda x: F.linear(inner(x), W_down, bias)
 
     def attention_output(self, index: int) -> nn.Module:
-        """The matrix of layer `index` that makes what its attention adds to the residual."""
-        layer, prefix = self.layers[index], self.family.layer_prefix.format(layer=index)
+        """The module of layer `index` that projects the attention's output to the residual."""
+        layer = self.layers[index]
+        prefix = self.family.layer_prefix.format(layer=index)
         tensor = prefix + self.family.matrices(self.config, index)["attention.o"]
         return parameter_parent(layer, self.family.parameter_name(layer, index, tensor))[0]
 
     def hidden_units(self, index: int, number: int, W_gate: Tensor, W_up: Tensor) -> Expert:
-        """What an expert makes of inputs [tokens, hidden] before its down: [tokens, inner]."""
+        """The part of an expert before its down projection: [tokens, hidden] to [tokens, inner]."""
         gate_bias, up_bias = (self.expert_bias(index, number, part) for part in ("gate", "up"))
         experts = self.family.experts_of(self.layers[index])
 
         def inner(x: Tensor) -> Tensor:
-            gate, up = F.linear(x, W_gate, gate_bias), F.linear(x, W_up, up_bias)
+            gate = F.linear(x, W_gate, gate_bias)
+            up = F.linear(x, W_up, up_bias)
             return experts._apply_gate(self.family.join(gate, up))
 
         return inner
 
     @staticmethod
     def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Tensors of as many rows, some rows at a time; nothing of tensors without rows."""
+        """Splits tensors of the same number of rows alike; yields nothing if they have none."""
         yield from zip(*(t.split(TOKENS_AT_ONCE) for t in tensors if len(t)), strict=True)
 
     def _exchange(self, index: int, tokens: int) -> Exchange | None:
+        """Gives the experts of a layer a new exchange; None if it is dense."""
         experts = self.family.experts_of(self.layers[index])
         if experts is None:
             return None
@@ -316,19 +346,21 @@ class BlockwiseModel:
         return experts.exchange
 
     def _run_rows(self, index: int, hidden: Tensor, rows: Rows | None = None) -> Iterator[Tensor]:
-        """Outputs of the layer for all rows, some at a time; those embedded last if not given."""
+        """Yields the layer's outputs, some rows at a time. `rows` default to the last embedded."""
         size = _rows_at_once(hidden)
         parts = repeat(None) if rows is None else rows.split(size)
         for part, h in zip(parts, hidden.split(size), strict=False):
             if part is not None:
-                self._tell(part.to(self.device))
+                self._note_arguments(part.to(self.device))
             args, kwargs = self.taps[index].arguments
             out = self.layers[index](h.to(self.device), *args, **kwargs)
+            # Layers of some models return a tuple that begins with the hidden states.
             yield (out[0] if isinstance(out, tuple) else out).to(hidden.device)
 
-    def _tell(self, rows: Rows) -> None:
+    def _note_arguments(self, rows: Rows) -> None:
         """Has the taps note what the model hands to its layers for these rows."""
         if rows.branches is None:
+            # Masks and positions of plain text depend on its length only, so one row will do.
             self.model.base_model.forward(input_ids=rows.tokens[:1])
             return
         window = getattr(self.config, "sliding_window", None) or None
@@ -348,5 +380,5 @@ class BlockwiseModel:
 
 
 def _rows_at_once(rows: Tensor) -> int:
-    """Rows [rows, time, ...] in one forward pass: enough for the cores, few enough for memory."""
+    """How many of `rows` [rows, time, ...] to put through one forward pass."""
     return max(1, TOKENS_AT_ONCE // rows.shape[1])

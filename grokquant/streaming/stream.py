@@ -1,4 +1,4 @@
-"""One model and everything that is to pass through it, layer by layer, each layer read once."""
+"""All rows of an evaluation on their way through one model, layer by layer, each read once."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,11 @@ from grokquant.streaming.blocks import BlockwiseModel, Expert, Rows
 
 
 class View:
-    """What a layer does to `tokens`, some of all that pass it one after another.
+    """Watches one layer work on `tokens`, a slice of all tokens that pass it.
 
-    `attention` is the output of its attention [tokens, hidden]. In a layer with experts these get
-    `inputs` [tokens, hidden] with `gates` [tokens, k], the largest first, of the `experts`.
+    `attention` is its attention's output [tokens, hidden]. In a layer with experts, `inputs`
+    [tokens, hidden] are what reaches them, `experts` and `gates` [tokens, k] where the router sends
+    it, the largest gate first.
     """
 
     def __init__(self, tokens: slice) -> None:
@@ -26,11 +27,15 @@ class View:
         self._passed = 0
 
     def pass_attention(self, output: Tensor) -> None:
-        """Takes the next outputs [rows, time, hidden]; all tokens may come a second time."""
+        """Takes the next outputs [rows, time, hidden].
+
+        All tokens come a second time in a layer with experts; the slice ends before that.
+        """
         y = output.flatten(0, -2)  # (tokens, hidden)
+        # The part of `tokens` within these outputs.
         first, last = (
-            min(max(place - self._passed, 0), len(y))
-            for place in (self.tokens.start, self.tokens.stop)
+            min(max(token - self._passed, 0), len(y))
+            for token in (self.tokens.start, self.tokens.stop)
         )
         if last > first:
             self._outputs.append(y[first:last].cpu())
@@ -38,52 +43,56 @@ class View:
         self._passed += len(y)
 
     def route(self, x: Tensor, experts: Tensor, gates: Tensor) -> None:
-        """Takes what reaches the experts, of all tokens."""
-        kept = (t[self.tokens].clone() for t in (x, experts, gates))  # the rest may go
-        self.inputs, self.experts, self.gates = kept
+        """Takes the inputs and routes of all tokens."""
+        # Clones, so that the memory of all other tokens can be freed.
+        self.inputs = x[self.tokens].clone()
+        self.experts = experts[self.tokens].clone()
+        self.gates = gates[self.tokens].clone()
 
     def expert(self, number: int, expert: Expert, routed: Tensor) -> Expert:
-        """What is to run in the place of `expert`, on the tokens `routed` [tokens] to it."""
+        """The function to run instead of `expert` on the indices of tokens `routed` to it."""
         return expert
 
 
 class Stream:
-    """Batches of rows of a length of their own, on their way through `model`.
+    """Batches of rows, each of its own length, on their way through `model`.
 
-    `hidden` are the states of each batch [rows, time, hidden] after the layers that have run;
-    `chosen` the experts of the last one [tokens, k] for each batch, that with the largest gate
-    first, None where it was dense.
+    `hidden` are the states of each batch [rows, time, hidden] after the layers run so far. `chosen`
+    are the experts that the last layer's router chose, [tokens, k] for each batch, the largest gate
+    first; None if that layer is dense.
     """
 
     def __init__(self, model: BlockwiseModel, batches: Sequence[Rows]) -> None:
-        self.model, self.batches = model, batches
+        self.model = model
+        self.batches = batches
         self.hidden = [model.embed(rows.tokens) for rows in batches]
         self.chosen: tuple[Tensor, ...] | None = None
 
     def tokens_of(self, batch: int) -> slice:
-        """Which of all tokens are those of a batch."""
+        """The slice of all tokens that belongs to a batch."""
         sizes = [rows.tokens.numel() for rows in self.batches]
         return slice(sum(sizes[:batch]), sum(sizes[: batch + 1]))
 
     def run_layer(self, index: int, view: View | None = None) -> None:
-        """Takes all rows through layer `index`; `view` is shown what happens inside.
+        """Takes all rows through layer `index`, watched by `view`.
 
-        Raises InputError where the weights are so large that the states are not finite.
+        Raises InputError if the weights are so large that the states are not finite.
         """
-        model, view = self.model, view or View(slice(0, 0))
+        model = self.model
+        view = view or View(slice(0, 0))
         self.chosen = None
 
         def make_expert(number: int, x: Tensor, routed: Tensor) -> Expert:
             return view.expert(number, model.stored_expert(index, number), routed)
 
-        mix = model.mix_experts(index, make_expert)
+        combine = model.combine_experts(index, make_expert)
 
         def watched(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             order = gates.argsort(dim=-1, descending=True, stable=True)
             ranked = experts.gather(1, order)
             self.chosen = ranked.split([rows.tokens.numel() for rows in self.batches])
             view.route(x, ranked, gates.gather(1, order))
-            return mix(x, experts, gates)
+            return combine(x, experts, gates)
 
         model.load_layer(index)
         hook = model.attention_output(index).register_forward_hook(

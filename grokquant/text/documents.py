@@ -22,12 +22,13 @@ _INSTALL = 'it needs the eval extra: pip install "grokquant[eval]"'
 
 
 def load_documents(text: str, part: Literal["train", "calibration", "heldout"]) -> list[str]:
-    """The texts that `text` names, empty ones left out.
+    """The documents that `text` names, without empty ones.
 
-    `python-docs` is the text of this Python installation, of which `part` is taken. A .txt file is
-    one document; a .jsonl file holds one per line and a .parquet file one per row, both in `text`.
-    Everything else is `hub/name[:config[:split]]` for the datasets library (a directory will do for
-    the name), split `train` by default, column `text`. Raises InputError naming file and line.
+    `python-docs` is the text of this Python installation; `part` chooses documents of it. A .txt
+    file is one document; a .jsonl file holds one per line and a .parquet file one per row, both in
+    `text`. Anything else is `name[:config[:split]]` for the datasets library, where `name` is a
+    data set on the hub or a directory; the split is `train` by default, the column `text`. Raises
+    InputError naming file and line.
     """
     try:
         check_text(text)
@@ -46,9 +47,9 @@ def load_documents(text: str, part: Literal["train", "calibration", "heldout"]) 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Windows of a text: its `tokens` and the number of the document that each is from, from 0.
+    """Windows of a text, int64 [rows, length].
 
-    Both int64 [rows, length].
+    `tokens` are token ids, `documents` the index of the document that each token is from.
     """
 
     tokens: Tensor
@@ -62,19 +63,25 @@ def rows_of(
     length: int,
     seed: int | None,
 ) -> TextRows:
-    """`samples` windows of `length` tokens; fewer where the text has no more.
+    """`samples` windows of `length` tokens, or as many as the text has.
 
-    The documents' tokens are joined as they are, nothing between them, and cut into windows that
-    do not overlap. `seed` draws windows at random, in the order of the text; None takes the first
-    ones and reads no further than these. Raises InputError if there is not one whole window.
+    The documents' tokens are joined with nothing between them and cut into windows that do not
+    overlap:
+
+        | document 0 | document 1     | document 2  |
+        | window 0 | window 1 | window 2 | (rest)
+
+    With a `seed`, windows are drawn at random and returned in the order of the text. None takes the
+    first ones and reads no further. Raises InputError if the text is shorter than one window.
     """
     limit = samples * length if seed is None else None
     tokens, ends = _tokens(documents, tokenizer, limit)
     windows = len(tokens) // length
     if windows == 0:
-        raise InputError(f"the text has {len(tokens)} tokens, one row takes {length}")
+        raise InputError(f"the text has {len(tokens)} tokens, but one row needs {length}")
     whole = windows * length
     rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(windows, length)
+    # A token is from the first document that ends after it.
     numbers = torch.bucketize(torch.arange(whole), torch.tensor(ends), right=True).view_as(rows)
     if seed is None:
         return TextRows(rows[:samples], numbers[:samples])
@@ -97,9 +104,9 @@ def token_rows(
 def calibration_rows(
     settings: CalibrationSection, tokenizer: PreTrainedTokenizerBase, checkpoint: "Checkpoint"
 ) -> Tensor:
-    """The rows that a recipe calibrates with, int64 [samples, length]. Raises InputError.
+    """The calibration tokens of a recipe, int64 [samples, length]. Raises InputError.
 
-    Rows are no longer than the model has positions.
+    `length` is limited to the positions of the model.
     """
     length = min(settings.length, checkpoint.config.max_position_embeddings)
     documents = load_documents(settings.text, "calibration")
@@ -110,11 +117,11 @@ def calibration_rows(
 
 
 def text_digest(documents: Sequence[str]) -> str:
-    """SHA-256 of the documents and of where each of them ends, in hex."""
+    """SHA-256 of the documents and their boundaries, in hex."""
     digest = hashlib.sha256()
     for text in documents:
         encoded = text.encode()
-        digest.update(f"{len(encoded)}\n".encode())
+        digest.update(f"{len(encoded)}\n".encode())  # else ["ab"] and ["a", "b"] would be equal
         digest.update(encoded)
     return digest.hexdigest()
 
@@ -122,8 +129,12 @@ def text_digest(documents: Sequence[str]) -> str:
 def _tokens(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, limit: int | None
 ) -> "tuple[array[int], list[int]]":
-    """The tokens of all documents, and how many there are after each of them."""
-    tokens, ends = array("q"), []
+    """The joined tokens of the documents, and the position at which each document ends.
+
+    Stops after the document that reaches `limit` tokens.
+    """
+    tokens = array("q")  # 8 bytes a token, where a list takes 36
+    ends: list[int] = []
     for text in documents:
         tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
         ends.append(len(tokens))
@@ -172,10 +183,10 @@ def _read_dataset(data: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise InputError(f"{data}: {_INSTALL}") from None
-    name, config, split = [*data.split(":", maxsplit=2), "", ""][:3]
+    name, config, split = [*data.split(":", maxsplit=2), "", ""][:3]  # the last two are optional
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # of a dozen unrelated classes: network, cache, names, file formats
+    except Exception as error:  # of a dozen unrelated classes: network, cache, name, file format
         raise InputError(f"{data}: cannot be loaded: {_first_line(error)}") from None
     _check_columns(rows.column_names, data)
     for number, text in enumerate(rows["text"], start=1):
@@ -198,13 +209,13 @@ def _read_bytes(path: str) -> bytes:
 
 def _decoded(raw: bytes, where: str) -> str:
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")  # Windows programs begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
 
 
 def _checked(text: object, where: str) -> str:
-    """`text` if a tokenizer can take it: JSON may hold anything, even half a character."""
+    """Returns `text` if a tokenizer accepts it: JSON may hold other types or half a character."""
     if not isinstance(text, str):
         raise InputError(f'{where}: "text" should be a string, not {type(text).__name__}')
     try:

@@ -1,9 +1,9 @@
-"""The offline text: prose and docstrings that every Python installation carries.
+"""The offline text: prose and docstrings that come with every Python installation.
 
 A document is one topic of the language reference or all docstrings of one standard-library module.
-A document's part follows from a hash of its name alone, so no document is ever in two parts and
-parts stay put between Python versions. A paragraph that occurs twice is kept only the first time:
-topics quote each other and modules copy docstrings.
+Its part follows from a hash of its name alone, so that no document is in two parts and a document
+keeps its part in other Python versions. A repeated paragraph is kept only the first time: topics
+quote each other and modules copy docstrings.
 """
 
 import ast
@@ -16,21 +16,23 @@ from typing import Literal
 
 Part = Literal["train", "calibration", "heldout"]
 
-# Shares of documents in percent: train, calibration, held-out.
-_CALIBRATION_FROM, _HELDOUT_FROM = 80, 88
-# pydoc_data holds the topics once more, as code.
+# Parts in percent of documents: 80 to train the toy, 8 to calibrate, 12 held out to evaluate.
+_CALIBRATION_FROM = 80
+_HELDOUT_FROM = 88
+# pydoc_data holds the topics again, as code.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "pydoc_data"}
-# Characters below which a repeated paragraph is a common phrase, not a copy.
+# A repeated paragraph with fewer characters is a common phrase, not a copy.
 _SHORT = 40
 
 
 def documents(part: Part) -> list[str]:
-    """The texts of `part`, in the order of their names."""
+    """The documents of `part`, in the order of their names."""
     return [text for name, text in _all_documents() if part_of(name) == part]
 
 
 def part_of(name: str) -> Part:
-    """The part that the document called `name` belongs to."""
+    """The part of the document called `name`."""
+    # Python's own hash differs from process to process.
     share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
     if share < _CALIBRATION_FROM:
         return "train"
@@ -48,7 +50,7 @@ def _all_documents() -> tuple[tuple[str, str], ...]:
 
 
 def _unseen_paragraphs(text: str, seen: set[str]) -> str:
-    """`text` without the paragraphs that are in `seen`, to which it adds its own."""
+    """`text` without the paragraphs in `seen`; adds its own to them."""
     fresh = []
     for paragraph in text.split("\n\n"):
         words = " ".join(paragraph.split())
@@ -74,7 +76,7 @@ def _modules() -> Iterator[tuple[str, str]]:
 
 
 def is_covered(relative: Path) -> bool:
-    """Whether a standard-library file counts: tests and third-party packages do not."""
+    """Whether the text includes this file: it leaves out tests and third-party packages."""
     return not _SKIPPED_FOLDERS.intersection(relative.parts)
 
 
@@ -82,7 +84,7 @@ def _docstrings(path: Path) -> list[str]:
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return []
+        return []  # some installations carry files for other Python versions
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = (node for node in ast.walk(tree) if isinstance(node, holders))
     return [text.strip() for node in nodes if (text := ast.get_docstring(node)) and text.strip()]

@@ -20,13 +20,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     if len(tokenizer) > vocabulary:
         raise InputError(
             f"{checkpoint.source.tokenizer_files[0]}: {len(tokenizer)} tokens, "
-            f"the model's vocabulary has {vocabulary}"
+            f"but the model's vocabulary has {vocabulary}"
         )
     return tokenizer
 
 
 def write_tokenizer(source: Source, directory: Path) -> None:
-    """Copies the tokenizer's files and says in tokenizer_config.json how to read them."""
+    """Copies the tokenizer's files, with a tokenizer_config.json for transformers if missing."""
     files = {path.name: path for path in source.tokenizer_files}
     for name, path in files.items():
         with temporary(directory / name) as copy:
@@ -44,6 +44,7 @@ def _read(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{checkpoint.source.path}: no tokenizer.model or tokenizer.json beside it"
         )
+    # The original SentencePiece model first: a tokenizer.json is converted from it.
     path = files.get("tokenizer.model") or files.get("tokenizer.json") or next(iter(files.values()))
     return _open(path)
 
@@ -67,5 +68,6 @@ def _sentencepiece(path: Path) -> Grok1Tokenizer:
         "eos": model.eos_id(),
         "unk": model.unk_id(),
     }
+    # SentencePiece gives -1 for a special token that the model does not have.
     special = {f"{name}_token": model.id_to_piece(i) for name, i in ids.items() if i >= 0}
     return Grok1Tokenizer(vocab_file=str(path), **special)
