@@ -14,7 +14,7 @@ from grokquant.files.atomic import sha256
 from grokquant.grids import Scheme
 from grokquant.methods import METHODS
 from grokquant.recipe import Recipe, parse_recipe
-from grokquant.streaming.blocks import BlockwiseModel
+from grokquant.streaming.blocks import BlockwiseModel, Expert
 from grokquant.toy import TOY_PATH
 from grokquant.types import Matrix, Unit
 
@@ -45,8 +45,11 @@ def unit_of(
 
 def run_stored_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> Tensor:
     """Outputs of layer `index` for `hidden`, with its experts as the checkpoint has them."""
-    combine = model.combine_experts(index, lambda number, x, token: model.stored_expert(index, number))
-    return model.run_layer(index, hidden, combine)
+
+    def stored(number: int, x: Tensor, token: Tensor) -> Expert:
+        return model.stored_expert(index, number)
+
+    return model.run_layer(index, hidden, model.combine_experts(index, stored))
 
 
 def seal(output: Path) -> None:

@@ -366,7 +366,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     "architecture odd": (lambda s: edit_json(s / "config.json", architectures=[1]), "config.json"),
     "architecture missing": (
         lambda s: edit_json(s / "config.json", architectures=...),
-        "config.json: the architecture is not given",
+        "config.json: architectures must be a list of one name",
     ),
     "quant method unknown": (
         lambda s: edit_json(s / "config.json", quantization_config__quant_method="exl3"),

@@ -54,14 +54,12 @@ def family_of(source: "Source") -> "Family":
         case [str(name)] if name in FAMILIES:
             return _grok_2_or(FAMILIES[name], source)
         case [str(name)]:
-            found = f"{name!r} is not known"
+            found = f"the architecture {name!r} is not known"
         case _:
-            found = "must be a list of one name"
+            found = "architectures must be a list of one name"
     if isinstance(source.config.get("text_config"), dict):
         found += "; multimodal checkpoints are not supported"
-    raise InputError(
-        f"{source.path / 'config.json'}: the architecture {found} (known: {', '.join(FAMILIES)})"
-    )
+    raise InputError(f"{source.path / 'config.json'}: {found} (known: {', '.join(FAMILIES)})")
 
 
 def _grok_2_or(family: "Family", source: "Source") -> "Family":
