@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from grokquant.recipe import Recipe
 
 _EXIT_CODES = """
-Exit codes: 0 ok; 1 a quality or verification gate was missed; 2 the command, recipe or an input
-cannot be used; 130 interrupted.
+Exit codes: 0 success; 1 a quality or verification gate failed; 2 invalid command, recipe or input;
+130 interrupted.
 """
 
 
 class _Commands(click.Group):
-    """Turns our errors and interruptions into one line and an exit code, whatever command ran."""
+    """Turns errors and interruptions of any command into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
         for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore SIGINT in the background
@@ -36,17 +36,17 @@ class _Commands(click.Group):
             if isinstance(error, InputError) and (option := self._option(ctx, error.key)):
                 text = f"{option}: {error.text}"
         except BrokenPipeError:
-            raise  # whoever read the output has seen enough; click knows
+            raise  # the reader closed the pipe; click handles that
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             code, text = 2, f"{where}{error.strerror or error}"
         except KeyboardInterrupt:
-            code, text = 130, "interrupted, nothing was published"
+            code, text = 130, "interrupted; no output was written"
         click.echo(f"grokquant: {_printable(text)}", err=True)
         ctx.exit(code)
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
-        """The option that fills parameter `key` of the command that ran, as users type it."""
+        """The option, such as `--samples`, that sets parameter `key` of the invoked command."""
         command = self.commands.get(ctx.invoked_subcommand or "")
         for parameter in command.params if command else ():
             if isinstance(parameter, click.Option) and parameter.name == key:
@@ -55,21 +55,21 @@ class _Commands(click.Group):
 
 
 def _printable(text: str) -> str:
-    """One line whatever names a file has brought: no line breaks, no codes for the terminal."""
+    """`text` as one printable line: line breaks and control characters are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
 @click.version_option(__version__)
 def main() -> None:
-    """Quantize Grok-1 and its kind on a machine that cannot hold them, and prove what it cost.
+    """Quantize Grok-1 and similar models without loading them whole, and measure the loss.
 
     \b
-    grokquant quantize recipes/toy-int4.yaml            the embedded toy, a minute
-    grokquant eval runs/toy-int4 --reference toy        perplexity, KL divergence, routing
-    grokquant generate runs/toy-int4 --prompt "The "    text from the result
+    grokquant quantize recipes/toy-int4.yaml            quantize the embedded toy, in a minute
+    grokquant eval runs/toy-int4 --reference toy        measure perplexity, KL divergence, routing
+    grokquant generate runs/toy-int4 --prompt "The "    generate text with the result
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it at import
 
 
 _overrides = click.option(
@@ -77,15 +77,15 @@ _overrides = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Change a recipe key, e.g. --set model.path=DIR or --set quantize[0].bits=8.",
+    help="Override a recipe key, e.g. --set model.path=DIR or --set quantize[0].bits=8.",
 )
 _device = click.option(
     "--device",
     default="auto",
     show_default=True,
-    help="Where to compute: cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+    help="Device: cpu, cuda or cuda:N; auto uses a GPU if there is one.",
 )
-# As `recipe/schema.py` has them. Written out, since help must not wait for pydantic.
+# The formats of `recipe/schema.py`, repeated here so that --help does not import pydantic.
 _FORMATS = ("compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
@@ -99,11 +99,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 def quantize(
     recipe: str, overrides: tuple[str, ...], dry_run: bool, device: str, as_json: bool
 ) -> None:
-    """Quantize as RECIPE says, or go on where that was interrupted.
+    """Quantize as described by RECIPE, resuming if interrupted.
 
-    Prints the plan, then a line per block: its error, bits and least-fed expert. Ctrl-C finishes
-    the file in progress, twice stops at once; nothing that is finished is done again. The result
-    loads as the source does; its report has a row for every matrix.
+    Prints the plan, then one line per layer: its error, bits per weight and the fewest calibration
+    tokens of any expert. Ctrl-C stops after the current file, a second Ctrl-C immediately; finished
+    files are not redone. The result loads like the source, and its report has a row for every
+    matrix.
     """
     from grokquant.devices import device_of
     from grokquant.job import pipeline
@@ -130,9 +131,9 @@ def quantize(
 def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what quantize would do.
 
-    Every kind of matrix with its grid, and the size of the result to the byte, from file headers
-    alone; the memory that the run will take and at which step, and its time, from a probe of this
-    machine that lasts some seconds.
+    Prints the grid of each kind of matrix, the exact size of the result, the peak memory (and which
+    step needs it) and the estimated time. Sizes come from file headers alone, time and memory from
+    a probe of this machine that takes a few seconds.
     """
     from grokquant.recipe import load_recipe
 
@@ -144,13 +145,13 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option(
     "--format", "output_format", required=True, type=click.Choice(_FORMATS), help="Target format."
 )
-@click.option("--output", metavar="DIR", help="The new directory, RESULT-FORMAT by default.")
+@click.option("--output", metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
 @_json
 def convert(result: str, output_format: str, output: str | None, as_json: bool) -> None:
     """Repack RESULT into another format.
 
-    RESULT is a quantized checkpoint; its source is not needed. Codes and scales stay as they are,
-    bit by bit; what the format cannot hold so is refused and nothing is written.
+    RESULT is a quantized checkpoint; its source is not needed. Codes and scales are copied bit for
+    bit. If the format cannot hold them, the command fails and nothing is written.
     """
     from grokquant.job import pipeline
     from grokquant.job.convert import conversion_recipe
@@ -168,19 +169,34 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
 
 @main.command(name="eval")
 @click.argument("output")
-@click.option("--reference", required=True, metavar="PATH", help="The checkpoint it was made from.")
-@click.option("--text", metavar="TEXT", help="python-docs, a txt/jsonl/parquet file or hub data.")
-@click.option("--samples", type=click.IntRange(1), help="Number of windows of text to score.")
-@click.option("--windows", "samples", type=click.IntRange(1), hidden=True)  # its former name
-@click.option("--length", type=click.IntRange(8), help="Tokens per window.")
 @click.option(
-    "--suite", metavar="NAME", help="smoke, fidelity, tasks, grok-1 or a file: texts, tasks, gates."
+    "--reference", required=True, metavar="PATH", help="Checkpoint that OUTPUT was made from."
 )
-@click.option("--output", "directory", metavar="DIR", help="For reports, not OUTPUT/evaluation.")
-@click.option("--quick", is_flag=True, help="Do not measure each layer alone as well.")
-@click.option("--cache", metavar="DIR", help="Keep what the reference does for the next OUTPUT.")
 @click.option(
-    "--cache-size", default="20GB", show_default=True, metavar="SIZE", help="What DIR may take up."
+    "--text", metavar="TEXT", help="python-docs, a txt, jsonl or parquet file, or a dataset name."
+)
+@click.option("--samples", type=click.IntRange(1), help="Number of sequences to score.")
+@click.option("--windows", "samples", type=click.IntRange(1), hidden=True)  # former name
+@click.option("--length", type=click.IntRange(8), help="Tokens per sequence.")
+@click.option(
+    "--suite", metavar="NAME", help="Suite to run: smoke, fidelity, tasks, grok-1 or a YAML file."
+)
+@click.option(
+    "--output",
+    "directory",
+    metavar="DIR",
+    help="Directory for the reports  [default: OUTPUT/evaluation]",
+)
+@click.option("--quick", is_flag=True, help="Skip the per-layer isolation measurements.")
+@click.option(
+    "--cache", metavar="DIR", help="Cache the reference's results in DIR for later evaluations."
+)
+@click.option(
+    "--cache-size",
+    default="20GB",
+    show_default=True,
+    metavar="SIZE",
+    help="Maximum size of the cache.",
 )
 @_device
 @_json
@@ -198,13 +214,13 @@ def evaluate(
     device: str,
     as_json: bool,
 ) -> None:
-    """Compare OUTPUT with the checkpoint that it was made from.
+    """Compare OUTPUT with the checkpoint it was made from.
 
-    Perplexity, KL divergence and routing on the same tokens, as report.html and report.json. Both
-    models are streamed, neither has to fit in memory. Text, samples and length default to the
-    eval section of the recipe that OUTPUT was made by. A suite brings its own, tasks of lm-eval
-    besides, and thresholds: the exit code is 1 where one is missed. OUTPUT may be of other tools,
-    in a format that is known.
+    Measures perplexity, KL divergence and routing of both models on the same tokens and writes
+    report.html and report.json. Both models are streamed; neither has to fit in memory. Text,
+    samples and length default to the eval section of OUTPUT's recipe. A suite defines its own
+    texts, lm-eval tasks and thresholds; the exit code is 1 if the result misses a threshold. OUTPUT
+    may also come from another tool, in any supported format.
     """
     from grokquant.devices import device_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
@@ -241,14 +257,16 @@ def evaluate(
 @main.command()
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of tables.")
-@click.option("--output", "directory", metavar="DIR", help="Write compare.html and compare.json.")
+@click.option(
+    "--output", "directory", metavar="DIR", help="Also write compare.html and compare.json to DIR."
+)
 @_json
 def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_json: bool) -> None:
-    """Rank evaluated models by quality over size.
+    """Rank evaluated models by quality and size.
 
-    RUNS are directories that `grokquant eval` has put a report into, or report.json files, all of
-    one text and one reference. On the front nothing is both smaller and better; ties are told from
-    differences by drawing the documents again.
+    RUNS are directories evaluated by `grokquant eval`, or report.json files, all with the same text
+    and reference. Models on the Pareto front are not beaten on both size and quality; ties are
+    decided by bootstrap.
     """
     from grokquant.reporting.html.ranking_page import write_ranking
     from grokquant.reporting.ranking import rank_models
@@ -270,9 +288,9 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
 @click.argument("path")
 @_json
 def inspect(path: str, as_json: bool) -> None:
-    """Show what a checkpoint holds.
+    """Show the contents of a checkpoint.
 
-    Family, layers, experts, parameters, bytes, bits per weight and every tensor.
+    Prints family, layers, experts, parameters, bytes, bits per weight and every tensor.
     """
     from grokquant.reporting.inspection import describe
     from grokquant.reporting.terminal import print_description
@@ -287,34 +305,41 @@ def inspect(path: str, as_json: bool) -> None:
 @main.command()
 @click.argument("output")
 def verify(output: str) -> None:
-    """Prove that an output is intact.
+    """Check that an output is intact.
 
-    Checks the checksums, every matrix against its row in the report, and that values are finite.
+    Verifies the checksums, every matrix against its row in the report, and that all values are
+    finite.
     """
     from grokquant.job.verify import verify as check
 
-    click.echo(f"{output}: ok, {check(output)} quantized matrices as reported")
+    click.echo(f"{output}: ok, {check(output)} quantized matrices match the report")
 
 
 @main.command()
 @click.argument("path")
-@click.option("--prompt", required=True, help="The text to go on with.")
-@click.option("--tokens", default=64, show_default=True, type=click.IntRange(1), help="To add.")
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option(
+    "--tokens",
+    default=64,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Maximum number of new tokens.",
+)
 @click.option(
     "--temperature",
     default=0.0,
     show_default=True,
     type=click.FloatRange(0, 100),
-    help="How far from the likeliest token to stray; 0 always takes it.",
+    help="Sampling temperature; 0 is greedy decoding.",
 )
 @click.option(
     "--seed",
     default=0,
     show_default=True,
     type=click.IntRange(0, 2**63 - 1),
-    help="Draws the same text again; for a temperature above 0.",
+    help="Random seed for sampling.",
 )
-@click.option("--packed", is_flag=True, help="Leave matrices packed: less memory, more time.")
+@click.option("--packed", is_flag=True, help="Keep weights packed: less memory, slower.")
 @_device
 def generate(
     path: str,
@@ -327,7 +352,7 @@ def generate(
 ) -> None:
     """Generate text from a checkpoint that fits in memory.
 
-    PATH is a release, a bf16 Hugging Face directory, a quantized output or the word toy.
+    PATH is an xAI release, a bf16 Hugging Face directory, a quantized output or `toy`.
     """
     from grokquant.runtime.generate import generate_text
 
@@ -346,11 +371,11 @@ def _show_plan(recipe: "Recipe", as_json: bool) -> None:
     else:
         print_plan(plan)
         print_budget(budget)
-    check_disk(plan)  # after all is shown: whoever plans may have another disk in mind
+    check_disk(plan)  # last: the plan is shown even if this disk is too small
 
 
 def _print_tables(*tables: "Table") -> None:
-    """Tables on stdout; off a terminal nothing is cut or folded."""
+    """Prints tables on stdout; off a terminal no cell is cut or wrapped."""
     from rich.console import Console
 
     console = Console(soft_wrap=True)

@@ -194,9 +194,9 @@ def test_the_compiled_loop_of_gptq_agrees_with_the_plain_one(name, W, H, monkeyp
 @pytest.mark.parametrize(
     ("grid", "key", "complaint"),
     [
-        ("q4_k", {"group": 64}, "grid q4_k decides it"),
-        ("iq4_nl", {"group": 64}, "grid iq4_nl decides it"),
-        ("q3_k", {"bits": 3}, "grid q3_k decides it"),
+        ("q4_k", {"group": 64}, "fixed by grid q4_k"),
+        ("iq4_nl", {"group": 64}, "fixed by grid iq4_nl"),
+        ("q3_k", {"bits": 3}, "fixed by grid q3_k"),
         ("nf4", {"group": "channel"}, "grid nf4 has groups of 32, 64, 128, .*, 4096, not channel"),
         ("iq4", {}, "Input should be 'integer', 'nf4', .*'iq4_nl'"),
     ],

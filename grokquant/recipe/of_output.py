@@ -14,7 +14,7 @@ def settings_of(
     samples: int | None = None,
     length: int | None = None,
 ) -> EvalSection:
-    """The eval section of the recipe that made `output`, or the defaults, changed by what is given.
+    """The eval section of the recipe that made `output`, or the defaults, with the given changes.
 
     Raises InputError where that recipe or a given value cannot be used.
     """

@@ -1,5 +1,5 @@
-"""Recipes from files, `--set` overrides and Python values; every error is one line that names the
-place, the key and what was expected there."""
+"""Recipes from files, overrides and Python values. Every error is one line with the location, the
+key and what was expected there."""
 
 import difflib
 import json
@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Section)
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe file. Each override is `key.sub=value` (`quantize[0].bits=8`), its value YAML.
 
-    Raises InputError with one line: `file:line:column: key: problem`, or `--set key: problem`.
+    Raises InputError with one line: `file:line:column: key: problem`, or `override key: problem`.
     """
     return load_sections(path, Recipe, overrides)
 
@@ -64,15 +64,15 @@ def _read_text(path: str | Path) -> str:
 
 
 def _apply_override(values: dict, override: str) -> Loc:
-    """Sets one `key=value` in `values` and returns where."""
+    """Sets one `key=value` in `values` and returns its location."""
     key, equals, text = override.partition("=")
     parts = re.sub(r"\[(-?\d+)\]", r".\1", key.strip()).split(".")
     if not equals or "" in parts:
-        raise _input_error(f"--set {override}: ", "expected KEY=VALUE, as in quantize[0].bits=8")
+        raise _input_error(f"override {override}: ", "expected KEY=VALUE, as in quantize[0].bits=8")
     try:
         value = read_yaml(text).value
     except YamlProblem as problem:
-        raise _input_error(f"--set {key}: ", problem.text) from None
+        raise _input_error(f"override {key}: ", problem.text) from None
     container: Any = values
     loc: Loc = ()
     for part in parts[:-1]:
@@ -94,10 +94,10 @@ def _place(container: Any, part: str, loc: Loc, key: str) -> Any:
     if isinstance(container, dict):
         return part
     if not isinstance(container, list):
-        raise _input_error(f"--set {key}: ", f"{_dotted(loc)} holds no keys")
+        raise _input_error(f"override {key}: ", f"{_dotted(loc)} has no keys")
     if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(container):
-        text = f"{_dotted(loc)} is a list, its indices go from 0 to {len(container) - 1}"
-        raise _input_error(f"--set {key}: ", text)
+        text = f"{_dotted(loc)} is a list with indices from 0 to {len(container) - 1}"
+        raise _input_error(f"override {key}: ", text)
     return int(part)
 
 
@@ -110,14 +110,14 @@ class _Origin:
     overridden: tuple[Loc, ...] = ()
 
     def mark(self, loc: Loc, at_key: bool) -> Mark | None:
-        """Line and column of `loc` in the file, None if an override or a mapping brought it."""
+        """Line and column of `loc` in the file, None if it comes from an override or a mapping."""
         if self.document is None or self._is_overridden(loc, self.document):
             return None
         return self.document.mark(loc, at_key)
 
     def prefix(self, loc: Loc, at_key: bool) -> str:
         if self.document is not None and self._is_overridden(loc, self.document):
-            return "--set "
+            return "override "
         return _at(self.name, self.mark(loc, at_key))
 
     def _is_overridden(self, loc: Loc, document: Document) -> bool:
@@ -135,7 +135,7 @@ def _validated(values: dict, schema: type[S], origin: _Origin) -> S:
         errors = invalid.errors(include_url=False)
 
     def rank(error: ErrorDetails) -> tuple[bool, Mark]:
-        """What is there and wrong comes before what is missing: a typo causes both."""
+        """Wrong keys come before missing ones, because a typo causes both."""
         missing = error["type"] in ("missing", "too_short")
         return missing, origin.mark(_loc(error), _is_unknown(error)) or (0, 0)
 
@@ -186,7 +186,7 @@ def _section_at(loc: Loc, schema: type[Section]) -> type[Section]:
 
 
 def _suggestion(loc: Loc, schema: type[Section]) -> str:
-    """What may have been meant by the unknown key at `loc`."""
+    """Suggests a known key for the unknown key at `loc`."""
     known = list(_section_at(loc[:-1], schema).model_fields)
     if near := difflib.get_close_matches(str(loc[-1]), known, n=1):
         return f"unknown key, did you mean {_dotted((*loc[:-1], near[0]))}?"

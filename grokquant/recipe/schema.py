@@ -1,6 +1,6 @@
 """The keys of a recipe: what to make, never how to run.
 
-No device, rank or work folder is named here: the same recipe gives the same bytes everywhere.
+No key names a device, rank or work directory: a recipe gives the same bytes everywhere.
 """
 
 import io
@@ -32,12 +32,12 @@ TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 _SIZE_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
-# The keys of a rule that each method takes besides match and method, with what it takes if unset.
+# Keys that each method takes besides match and method, with their defaults.
 _METHOD_KEYS: dict[str, dict[str, Any]] = {
     name: {**method.grid_keys, **{key.name: key.default for key in fields(method.settings)}}
     for name, method in METHODS.items()
 }
-# Keys of earlier recipes, which are still read, and what they are called now.
+# Former names of keys, which are still accepted, and their present names.
 FORMER_KEYS = {"data": "text"}
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ else:  # names that pydantic lists in errors and in the schema
 
 
 def check_text(text: str) -> str:
-    """Returns `text` if it can name one: `python-docs`, a .txt, .jsonl or .parquet file, or
-    `hub/name[:config[:split]]` of the datasets library. Raises ValueError otherwise."""
+    """Returns `text` if it is a valid name of a text: `python-docs`, a .txt, .jsonl or .parquet
+    file, or `hub/name[:config[:split]]` of the datasets library. Raises ValueError otherwise."""
     is_file = Path(text).suffix.lower() in TEXT_SUFFIXES
     if text == "python-docs" or is_file or "/" in text.partition(":")[0]:
         return text
@@ -70,7 +70,7 @@ def parse_size(size: str) -> int:
     """Bytes of a size such as "5GB" (decimal) or "4GiB" (binary). Raises ValueError."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMG]i?B)", size.strip())
     if not match:
-        raise ValueError(f"expected a size such as 5GB or 500MB, or bytes, not {size[:40]!r}")
+        raise ValueError(f"expected a size with a unit, such as 500MB or 2GiB, not {size[:40]!r}")
     return int(float(match[1]) * _SIZE_UNITS[match[2]])
 
 
@@ -97,9 +97,9 @@ RowLength = Annotated[int, Field(ge=8)]
 
 
 class Section(BaseModel):
-    """Base of all parts of a recipe: frozen, strict about types, no unknown keys.
+    """Base of all sections of a recipe: frozen, strictly typed, without unknown keys.
 
-    The text below a key describes it, in the documentation too.
+    The string below a key is its description in the documentation.
     """
 
     model_config = ConfigDict(
@@ -112,56 +112,56 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """The checkpoint to start from."""
+    """The checkpoint to quantize."""
 
     path: PathText
-    """A release directory (the one that holds `ckpt-0`), a directory of safetensors with its
-    config.json, or `toy` for the small Grok inside the package."""
+    """A release directory (the parent of `ckpt-0`), a safetensors directory with a config.json, or
+    `toy` for the small Grok inside the package."""
     config: PathText | None = None
-    """A config.json for a release that carries none and is not Grok-1 itself."""
+    """A config.json for a release that has none and is not Grok-1."""
 
 
 class CalibrationSection(Section):
-    """The text that Hessians are taken from. Only `gptq` needs one."""
+    """The calibration text; only methods that need calibration data use it."""
 
     text: TextName = "python-docs"
     """`python-docs` (the documentation inside every Python installation), a .txt, .jsonl or
     .parquet file, or a name for the datasets library such as `hub/name:config:split`."""
     samples: Rows = 128
-    """Rows of tokens, or as many as the text has."""
+    """Number of calibration sequences; fewer if the text is too short."""
     length: RowLength = 2048
-    """Tokens in a row."""
+    """Tokens per sequence."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Draws the rows: the same seed gives the same rows and the same bytes."""
+    """Random seed for choosing the sequences; the same seed gives the same bytes."""
 
 
 class _Rule(Section):
-    """How the units that `match` names are stored; of several rules the first that matches counts.
+    """How the matrices that `match` selects are stored. The first matching rule applies.
 
-    Keys that a method does not take must be unset.
+    Keys that the method does not take must be unset.
     """
 
     match: Annotated[str, Field(min_length=1, max_length=200)]
-    """A glob over unit names such as `layers.3.experts.5.down`: `*` stands for anything, dots
-    included, `?` for one character, `[0-3]` for one of a set."""
+    """A glob over matrix names such as `layers.3.experts.5.down`: `*` matches any text, dots
+    included, `?` any character, `[0-3]` one character of a set."""
     method: str
     grid: GridName = "integer"
-    """`integer`, with `bits`, `group` and `symmetric` to choose, or one that has a name: `nf4`,
-    `fp4` and `llm_int8` of bitsandbytes, the others of llama.cpp."""
+    """`integer`, described by `bits`, `group` and `symmetric`, or a named grid: `nf4`, `fp4` and
+    `llm_int8` of bitsandbytes, the others of llama.cpp."""
     bits: Literal[2, 3, 4, 8] | None = None
-    """Bits of an integer; `rtn` and `gptq` need them."""
+    """Bits of an integer; required where a method rounds to `grid: integer`."""
     group: Literal[32, 64, 128, 256, "channel", "release"] | None = None
-    """Neighbouring input features that share a scale; `channel` is a whole row. `release`, of
-    `copy` alone, keeps the groups that are stored; a number cuts larger ones up and repeats their
-    scales, which changes no weight."""
+    """Number of neighbouring input features that share a scale; `channel` is a whole row.
+    `release`, for lossless methods only, keeps the stored groups; there a number splits larger
+    groups and repeats their scales, which changes no weight."""
     symmetric: bool = True
-    """Integers around zero; `false` adds a zero point to each group."""
+    """Integers symmetric around zero; `false` adds a zero point to each group."""
     scale_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """How scales are stored; unset, as the format of the output stores them."""
+    """Data type of the scales. Unset: the data type that the output format uses."""
 
     @property
     def settings(self) -> Any:
-        """The keys of the method itself, as the dataclass that it declares."""
+        """The settings of the method, as the dataclass that it declares."""
         declared = METHODS[self.method].settings
         return declared(**{key.name: getattr(self, key.name) for key in fields(declared)})
 
@@ -171,7 +171,7 @@ class _Rule(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
-        """Refuses keys that the method does not take, sets the others. null counts as unset."""
+        """Rejects keys that the method does not take and fills in defaults. null means unset."""
         method = values.get("method") if isinstance(values, dict) else None
         if not isinstance(method, str) or method not in _METHOD_KEYS:
             return values
@@ -179,12 +179,12 @@ class _Rule(Section):
         for key in given:
             if key in cls.model_fields and key not in {"match", "method", *_METHOD_KEYS[method]}:
                 takers = ", ".join(name for name, keys in _METHOD_KEYS.items() if key in keys)
-                text = f"method {method} does not take it (null unsets it), only {takers}"
+                text = f"not allowed with method {method}, only with {takers} (null unsets it)"
                 raise _rule_error(key, text)
         defaults = _METHOD_KEYS[method]
         if fixed := _fixed_keys(given.get("grid")):
             if key := next((key for key in fixed if key in given), None):
-                raise _rule_error(key, f"grid {given['grid']} decides it (null unsets it)")
+                raise _rule_error(key, f"fixed by grid {given['grid']} (null unsets it)")
             defaults = defaults | {"group": None}
         return defaults | given
 
@@ -192,9 +192,11 @@ class _Rule(Section):
     def _check_grid(self) -> "_Rule":
         if "grid" in METHODS[self.method].grid_keys:
             if self.bits is None and self.grid == "integer":
-                raise _rule_error("bits", f"method {self.method} needs it: 2, 3, 4 or 8")
+                raise _rule_error("bits", f"required by method {self.method}: 2, 3, 4 or 8")
             if self.group == "release":
-                raise _rule_error("group", "only method copy keeps the release's own groups")
+                raise _rule_error(
+                    "group", f"method {self.method} cannot keep the release's own groups"
+                )
             row = GRIDS[self.grid]
             if self.group and (None if self.group == "channel" else self.group) not in row.groups:
                 text = f"grid {self.grid} has groups of {row.group_names}, not {self.group}"
@@ -208,7 +210,7 @@ class _Rule(Section):
 
 
 def _fields_of_methods() -> dict[str, Any]:
-    """The fields of a rule that follow from the table of methods."""
+    """The fields of a rule that depend on the table of methods."""
     texts = ", ".join(f"`{name}` {method.text}" for name, method in METHODS.items())
     names = Literal[tuple(METHODS)]  # type: ignore[valid-type]
     described: dict[str, Any] = {"method": (names, Field(description=f"{texts}."))}
@@ -229,50 +231,49 @@ else:
 
 
 class ExpertsSection(Section):
-    """What becomes of experts that calibration seldom reached."""
+    """How experts with few calibration tokens are handled."""
 
     blend_tokens: Annotated[int, Field(ge=0)] | None = None
-    """With fewer routed tokens an expert's Hessian takes the Hessian of all tokens as its prior.
-    Unset: 4 x the input features of the matrix, or of its `hessian_block`."""
+    """Below this number of routed tokens, an expert's Hessian is blended with the Hessian of all
+    tokens. Unset: 4 x the input features of the matrix, or of its `hessian_block`."""
     min_tokens: Annotated[int, Field(ge=0)] = 32
-    """With fewer routed tokens the expert is rounded to nearest, which counts as a fallback."""
+    """Below this number of routed tokens, an expert is rounded to nearest, which is a fallback."""
 
 
 class OutputSection(Section):
-    """Where the result goes and in which format."""
+    """Where and in which format the result is written."""
 
     path: PathText
-    """The new directory; one that holds anything else is refused."""
+    """The new directory. A directory with other contents is rejected."""
     format: Literal[
         "compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16"
     ] = "compressed-tensors"
-    """The form on disk."""
+    """The format of the checkpoint on disk."""
     shard: ByteSize = 500 * 10**6
-    """A file holds whole experts of one layer, as many as fit into so many bytes (`500MB`,
-    `2GiB`), one at least. Files are what a run commits: one that is killed repeats no more than
-    it."""
+    """Maximum file size, such as `500MB` or `2GiB`. A file holds whole experts of one layer, at
+    least one. A run commits its output file by file, so a killed run repeats at most one file."""
 
 
 class EvalSection(Section):
-    """The held-out text that the result is compared with its source on."""
+    """The held-out text on which the result is compared with its source."""
 
     text: TextName = "python-docs"
-    """As `calibration.text`; of `python-docs` a part that calibration does not see."""
+    """Like `calibration.text`; `python-docs` has a part that calibration does not use."""
     samples: Rows = 64
-    """The first rows of the text, or as many as it has."""
+    """Number of sequences, from the start of the text; fewer if the text is too short."""
     length: RowLength = 2048
-    """Tokens in a row."""
+    """Tokens per sequence."""
 
 
 class Recipe(Section):
-    """One run: what goes in, how each unit is quantized, what comes out and how it is judged."""
+    """One run: the model, how each matrix is quantized, the output and its evaluation."""
 
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
     quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
     experts: ExpertsSection = ExpertsSection()
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """The largest share of units that may fall back to `rtn` before the run fails."""
+    """Largest share of matrices that may fall back to a simpler method; above it the run fails."""
     output: OutputSection
     eval: EvalSection = EvalSection()
 
@@ -282,7 +283,7 @@ class Recipe(Section):
         return next(matching, None)
 
     def to_yaml(self) -> str:
-        """The recipe with all defaults written out; `load_recipe` reads an equal one from it."""
+        """The recipe as YAML with all defaults; `load_recipe` reads the same recipe from it."""
         yaml = YAML()
         yaml.width = 1 << 30  # never fold a long path
         text = io.StringIO()
@@ -291,7 +292,7 @@ class Recipe(Section):
 
 
 def _fixed_keys(grid: object) -> tuple[str, ...]:
-    """The keys that a grid with a name decides by itself; some leave the group to the recipe."""
+    """The keys that a named grid fixes; with some grids the recipe still chooses the group."""
     if not isinstance(grid, str) or grid == "integer" or grid not in GRIDS:
         return ()
     fixed = ("bits", "symmetric", "scale_dtype")
