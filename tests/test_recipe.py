@@ -128,7 +128,8 @@ MISTAKES = [
     (
         "method: copy",
         "method: copy\n    bits: 4",
-        "9:11: quantize[1].bits: not allowed with method copy, only with rtn, gptq (null unsets it)",
+        "9:11: quantize[1].bits: not allowed with method copy, "
+        "only with rtn, gptq (null unsets it)",
     ),
     (
         "bits: 4",

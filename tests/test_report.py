@@ -25,9 +25,9 @@ from rich.console import Console
 
 from grokquant.errors import InputError
 from grokquant.evaluation.report import Report, parse_report, read_report
+from grokquant.humanize import count, number, percent, unbroken_size
 from grokquant.reporting.html.page import render_html, write_report
 from grokquant.reporting.json_pointer import Datum, datum_at, find_datum
-from grokquant.reporting.number_format import count, number, percent, size
 from grokquant.reporting.rows import bf16_bytes, markdown_table, terminal_table, verdict
 from grokquant.reporting.suite_tables import suite_tables, tasks_markdown
 
@@ -469,10 +469,10 @@ def test_verdict_says_which_way_and_what_may_be_chance() -> None:
         (number(-2e-9, 1e-3), "0.0000"),
         (percent(0.00412), "0.41 %"),
         (percent(-0.125, 3), "−12.5 %"),
-        (size(999), "999 B"),
-        (size(999_999), "1,000 kB"),
-        (size(4_106_824), "4.11 MB"),
-        (size(158_400_000_000), "158 GB"),
+        (unbroken_size(999), "999 B"),
+        (unbroken_size(999_999), "1,000 kB"),
+        (unbroken_size(4_106_824), "4.11 MB"),
+        (unbroken_size(158_400_000_000), "158 GB"),
         (count(314_071_000_000), "314 billion"),
         (count(12), "12"),
     ],

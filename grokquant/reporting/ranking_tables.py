@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.markup import escape
 from rich.table import Table
 
-from grokquant.reporting.number_format import number, percent, size
+from grokquant.humanize import number, percent, unbroken_size
 from grokquant.reporting.ranking import RankedModel, Ranking, Standing
 from grokquant.reporting.rows import markdown_cell, markdown_row, name_of
 from grokquant.reporting.suite_tables import with_error
@@ -72,7 +72,7 @@ def _cells(model: RankedModel) -> tuple[str, ...]:
         model.name,
         str(model.rank),
         f"{model.bits_per_weight:.3f}",
-        size(report.quantized.bytes),
+        unbroken_size(report.quantized.bytes),
         with_error(report.kld.mean),
         with_error(report.perplexity.ratio),
         percent(report.same_top_p.value, 4),

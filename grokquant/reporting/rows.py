@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from grokquant.evaluation.report import ComparedModel, Estimate, Report
+from grokquant.humanize import NBSP, number, rough, unbroken_size, with_unit
 from grokquant.reporting.json_pointer import Datum, value_at
-from grokquant.reporting.number_format import NBSP, number, rough, size, with_unit
 
 LOWER = "↓ lower"
 HIGHER = "↑ higher"
@@ -247,7 +247,7 @@ def terminal_table(report: Report) -> Table:
     table.add_section()
     bits = f"{report.quantized.bits_per_weight:.2f}"
     table.add_row("Bits per weight", bits, "", "", "", LOWER[:1])
-    table.add_row("Size", size(report.quantized.bytes), "", "", "", LOWER[:1])
+    table.add_row("Size", unbroken_size(report.quantized.bytes), "", "", "", LOWER[:1])
     return table
 
 
@@ -263,7 +263,7 @@ def markdown_table(report: Report) -> str:
         "|:--|--:|--:|--:|--:|:--|",
         *map(markdown_row, metrics),
         markdown_row(("Bits per weight", f"{model.bits_per_weight:.2f}", "", "", "", LOWER)),
-        markdown_row(("Size", size(model.bytes), "", "", "", LOWER)),
+        markdown_row(("Size", unbroken_size(model.bytes), "", "", "", LOWER)),
         "",
         markdown_cell(f"{_basis(report)}."),
         "",
@@ -278,8 +278,8 @@ def verdict(report: Report) -> str:
         f"{_perplexity_words(report.perplexity.ratio)}, the mean KL divergence is "
         f"{rough(report.kld.mean.value)}{NBSP}nats, and both models agree on the top token "
         f"{report.same_top_p.value * 100:.1f}{NBSP}% of the time. "
-        f"{model.bits_per_weight:.2f} bits per weight: {size(model.bytes)} instead of "
-        f"{size(bf16_bytes(model))} in bf16."
+        f"{model.bits_per_weight:.2f} bits per weight: {unbroken_size(model.bytes)} instead of "
+        f"{unbroken_size(bf16_bytes(model))} in bf16."
     )
 
 

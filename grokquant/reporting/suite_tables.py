@@ -13,7 +13,7 @@ from grokquant.evaluation.report import (
     TaskMetric,
     Tasks,
 )
-from grokquant.reporting.number_format import NBSP, number, percent, with_unit
+from grokquant.humanize import NBSP, number, percent, with_unit
 from grokquant.reporting.rows import HIGHER, LOWER, markdown_cell, markdown_row
 
 # By lm-eval's `higher_is_better`.

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from grokquant.evaluation.report import Report, Routing
+from grokquant.humanize import percent
 from grokquant.reporting.html import report_charts
 from grokquant.reporting.html.markup import (
     card,
@@ -17,7 +18,6 @@ from grokquant.reporting.html.markup import (
     table_row,
 )
 from grokquant.reporting.json_pointer import find_datum
-from grokquant.reporting.number_format import percent
 
 
 @dataclass(frozen=True)

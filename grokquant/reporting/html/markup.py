@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
+from grokquant.humanize import NBSP, number
 from grokquant.reporting.html.style import CSS
 from grokquant.reporting.json_pointer import Datum, JsonDocument, datum_at, find_datum
-from grokquant.reporting.number_format import NBSP, number
 from grokquant.reporting.rows import Row
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from grokquant.errors import InputError
 from grokquant.evaluation.report import JSON_NAME, ComparedModel, Report
 from grokquant.files.atomic import write_json, write_text
+from grokquant.humanize import NBSP, count, percent, unbroken_size
 from grokquant.reporting.html.layer_sections import (
     experts_section,
     layers_section,
@@ -36,7 +37,6 @@ from grokquant.reporting.html.suite_sections import (
     tasks_section,
     texts_section,
 )
-from grokquant.reporting.number_format import NBSP, count, percent, size
 from grokquant.reporting.rows import (
     LOWER,
     Row,
@@ -143,8 +143,8 @@ def _bits_tile(report: Report) -> str:
     return _tile_of(
         "Bits per weight",
         number_at(report, "/quantized/bits_per_weight", lambda bits: f"{bits:.2f}"),
-        f"{size(model.bytes)}, {better(LOWER)}",
-        f"{percent(model.bytes / max(plain, 1), 3)} of {size(plain)} in bf16",
+        f"{unbroken_size(model.bytes)}, {better(LOWER)}",
+        f"{percent(model.bytes / max(plain, 1), 3)} of {unbroken_size(plain)} in bf16",
     )
 
 

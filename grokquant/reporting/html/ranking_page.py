@@ -5,6 +5,15 @@ from html import escape
 from pathlib import Path
 
 from grokquant.evaluation.report import Report
+from grokquant.humanize import (
+    NBSP,
+    number,
+    percent,
+    rough,
+    short,
+    tick_percent,
+    unbroken_size,
+)
 from grokquant.reporting.html.charts import Series
 from grokquant.reporting.html.markup import (
     better,
@@ -28,15 +37,6 @@ from grokquant.reporting.html.ranking_charts import (
 )
 from grokquant.reporting.html.svg import Mark, mark_of
 from grokquant.reporting.json_pointer import datum_at, find_datum
-from grokquant.reporting.number_format import (
-    NBSP,
-    number,
-    percent,
-    rough,
-    short,
-    size,
-    tick_percent,
-)
 from grokquant.reporting.ranking import RankedModel, Ranking, Standing
 from grokquant.reporting.rows import HIGHER, LOWER, NEAR_ONE, name_of
 from grokquant.version import __version__
@@ -144,7 +144,7 @@ def _row(content: dict, model: _Model, routed: bool) -> list[str]:
     return [
         f'<span class="run">{legend_key(model.number)}{escape(model.ranked.name)}</span>',
         number_at(content, f"{pointer}/bits_per_weight", lambda bits: f"{bits:.2f}"),
-        number_at(content, f"{pointer}/bytes", lambda stored: size(int(stored))),
+        number_at(content, f"{pointer}/bytes", lambda stored: unbroken_size(int(stored))),
         estimate_at(content, f"{pointer}/kld"),
         estimate_at(content, f"{pointer}/perplexity_ratio"),
         estimate_at(content, f"{pointer}/same_top_p", "%"),

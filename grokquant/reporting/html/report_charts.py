@@ -4,6 +4,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from grokquant.evaluation.report import Layer, Report, Routing
+from grokquant.humanize import (
+    MINUS,
+    NBSP,
+    number,
+    percent,
+    rough,
+    short,
+    tick_percent,
+    unbroken_size,
+)
 from grokquant.reporting.html.charts import (
     BLUES,
     DIVERGING,
@@ -19,16 +29,6 @@ from grokquant.reporting.html.charts import (
 )
 from grokquant.reporting.html.svg import Mark, mark_of
 from grokquant.reporting.json_pointer import datum_at, find_datum
-from grokquant.reporting.number_format import (
-    MINUS,
-    NBSP,
-    number,
-    percent,
-    rough,
-    short,
-    size,
-    tick_percent,
-)
 from grokquant.reporting.rows import KLD_QUANTILES, QUANTILES, bf16_bytes, name_of
 
 _NAMED_SHARES = {"maximum": 1.0, "median": 0.5, "minimum": 0.0}
@@ -194,9 +194,9 @@ def sizes(report: Report) -> str:
     own = datum_at(report, "/quantized/bytes")
     theirs = datum_at(report, "/reference/bytes")
     bars = [
-        Bar(name_of(model), Mark(own.value, own), size(model.bytes)),
-        Bar(name_of(reference), Mark(theirs.value, theirs), size(reference.bytes)),
-        Bar("the same weights in bf16", Mark(bf16), size(bf16)),
+        Bar(name_of(model), Mark(own.value, own), unbroken_size(model.bytes)),
+        Bar(name_of(reference), Mark(theirs.value, theirs), unbroken_size(reference.bytes)),
+        Bar("the same weights in bf16", Mark(bf16), unbroken_size(bf16)),
     ]
     return horizontal_bars("Size of all tensors", bars)
 

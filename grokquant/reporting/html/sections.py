@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from html import escape
 
 from grokquant.evaluation.report import Report, UnitRow
+from grokquant.humanize import NBSP, number, percent, rough, unbroken_size
 from grokquant.reporting.html import report_charts
 from grokquant.reporting.html.markup import (
     card,
@@ -20,7 +21,6 @@ from grokquant.reporting.html.markup import (
     token_error_of,
     value_of,
 )
-from grokquant.reporting.number_format import NBSP, number, percent, rough, size
 from grokquant.reporting.rows import (
     KLD_QUANTILES,
     QUANTILES,
@@ -149,7 +149,8 @@ def weights_section(report: Report) -> str:
 
 
 def _size_words(report: Report) -> str:
-    words = f"All tensors, against the same weights in bf16 ({size(bf16_bytes(report.quantized))})."
+    bf16 = unbroken_size(bf16_bytes(report.quantized))
+    words = f"All tensors, against the same weights in bf16 ({bf16})."
     if stored_quantized(report.reference):
         words += " The reference is stored quantized, too; it was dequantized for the comparison."
     return words

@@ -5,8 +5,8 @@ from functools import partial
 from html import escape
 
 from grokquant.evaluation.report import Gate, Report, Task, TaskMetric, Tasks
+from grokquant.humanize import NBSP, number, rough
 from grokquant.reporting.html.markup import better, estimate_at, number_at, section, wide_table
-from grokquant.reporting.number_format import NBSP, number, rough
 from grokquant.reporting.rows import HIGHER, LOWER, NEAR_ONE
 from grokquant.reporting.suite_tables import (
     DIRECTIONS,
