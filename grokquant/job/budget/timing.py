@@ -33,7 +33,7 @@ _SAMPLES = 8
 _SAMPLE_BYTES = 1 << 26
 _WRITTEN_BYTES = 1 << 29
 _SMALL_LAYER = 1e12  # weights times tokens
-_START_AND_END = 1.0  # seconds for what does not grow: tokenizer, papers, proof
+_START_AND_END = 1.0  # seconds for what does not grow: tokenizer, metadata files, verification
 
 
 def expected_seconds(plan: Plan) -> float:
@@ -158,7 +158,8 @@ def _by_pieces(plan: Plan, tokens: int) -> float:
         unit = plan.units.get(matrix.name)
         seen = tokens if matrix.expert is None else routed
         rows, columns = plan.checkpoint.source.tensors[matrix.tensor].shape
-        seconds += _passes(matrix, unit) * seen * rows * columns / rates.products
+        passes = _passes(matrix, unit, plan.needs_reference)
+        seconds += passes * seen * rows * columns / rates.products
         if unit is None or not _needs_data(unit):
             continue
         site = (matrix.layer, matrix.expert, matrix.reads)
@@ -172,16 +173,17 @@ def _by_pieces(plan: Plan, tokens: int) -> float:
     return seconds
 
 
-def _passes(matrix: Matrix, unit: Unit | None) -> int:
-    """How often inputs go through a matrix.
+def _passes(matrix: Matrix, unit: Unit | None, reference: bool) -> int:
+    """How often inputs go through a matrix; `reference` says that the original model runs, too.
 
     A layer runs twice. The inputs of a site outside the experts are captured in another pass. gate
     and up of an expert run for the Hessian of down and for the outputs, down for the outputs alone.
     """
     if matrix.expert is not None:
-        return 1 if matrix.part == "down" else 2
+        own = 1 if matrix.part == "down" else 2
+        return own + reference
     captured = unit is not None and _needs_data(unit)
-    return 3 if captured else 2
+    return 2 + captured + 2 * reference
 
 
 def _solving(unit: Unit, piece: _Rounding, rates: _Rates, shared: bool) -> float:
