@@ -20,7 +20,7 @@ from grokquant.toy import TOY_PATH
 from grokquant.types import Matrix, Source, TensorRef
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# What older versions of transformers have stored although it follows from the config.
+# Tensors that older versions of transformers stored although they follow from the config.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
@@ -57,30 +57,32 @@ class Checkpoint:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all tensors, scales included, over the number of parameters."""
+        """Stored bits, scales included, per parameter."""
         return 8 * self.stored_bytes / self.parameters
 
 
 def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Checkpoint:
-    """Opens a checkpoint of any known kind and format; `toy` names the embedded toy.
+    """Opens a checkpoint of any supported kind and format; `toy` is the embedded toy.
 
-    Reads headers only. Raises InputError where something is missing or has the wrong shape.
+    Reads headers only. `config` replaces the checkpoint's own config.json. Raises InputError if
+    something is missing or has the wrong shape.
     """
-    place = TOY_PATH if str(path) == "toy" else Path(path)
+    directory = TOY_PATH if str(path) == "toy" else Path(path)
     config_path = Path(config) if config else None
-    source = containers.opened(open_source(place, config_path))
+    source = containers.opened(open_source(directory, config_path))
     family = family_of(source)
     source = renamed(formats.unpacked(source), family)
-    config_path = config_path or place / "config.json"
+    config_path = config_path or directory / "config.json"
     source = replace(source, config=family.own_config(config_path, source.config))
     checkpoint = Checkpoint(source, family, family.config(config_path, source.config))
     return _complete(checkpoint)
 
 
 def _complete(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with what its model needs, and nothing else. Raises InputError."""
-    source, path = checkpoint.source, checkpoint.source.path
-    # Before a model is built: it could have any number of layers.
+    """The checkpoint with the tensors that its model needs, and no others. Raises InputError."""
+    source = checkpoint.source
+    path = source.path
+    # First without a model, since the config could claim more layers than fit into memory.
     needed = (matrix.tensor for matrix in checkpoint.matrices())
     if missing := next((name for name in needed if name not in source.tensors), None):
         raise InputError(f"{path}: tensor {missing} is missing")
@@ -89,21 +91,27 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
         if name not in source.tensors:
             raise InputError(f"{path}: tensor {name} is missing")
         _check(path, source.tensors[name], shape)
-    source = _without_strangers(checkpoint, shapes.keys())
+    source = _without_unused(checkpoint, shapes.keys())
     return replace(checkpoint, source=source)
 
 
-def _without_strangers(checkpoint: Checkpoint, known: Set[str]) -> Source:
-    """The source with no tensors but `known` ones. What it loses follows from others: a tied head,
-    zeros. Raises InputError for anything else."""
-    source, model = checkpoint.source, checkpoint.family.name
+def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Source:
+    """The source without tensors that are not `known`.
+
+    Drops only what carries no information: a tied head, biases of zeros, computed buffers. Raises
+    InputError for any other tensor.
+    """
+    source = checkpoint.source
+    model = checkpoint.family.name
     if HEAD in source.tensors and HEAD not in known:
         source = with_tied_head(source)
-    strange = source.tensors.keys() - known
-    biases = {name for name in strange if _is_beside_packed(source, name)}
-    computed = {name for name in strange if _COMPUTED.search(name)}
-    if others := sorted(strange - biases - computed):
-        raise InputError(f"{source.path}: tensor {others[0]} has no place in a {model}")
+    unknown = source.tensors.keys() - known
+    biases = {name for name in unknown if _is_beside_packed(source, name)}
+    computed = {name for name in unknown if _COMPUTED.search(name)}
+    if others := sorted(unknown - biases - computed):
+        raise InputError(
+            f"{source.path}: unexpected tensor {others[0]}: {model} has no such parameter"
+        )
     source = without_biases(source, sorted(biases))
     tensors = {name: ref for name, ref in source.tensors.items() if name in known}
     return replace(source, tensors=tensors)
@@ -117,17 +125,19 @@ def _is_beside_packed(source: Source, name: str) -> bool:
 
 def _check(path: Path, ref: TensorRef, shape: tuple[int, ...]) -> None:
     if ref.shape != shape:
-        found, expected = list(ref.shape), f"config.json says {list(shape)}"
-        raise InputError(f"{path}: {ref.name} has shape {found}, {expected}")
+        raise InputError(
+            f"{path}: {ref.name} has shape {list(ref.shape)}, config.json says {list(shape)}"
+        )
     if ref.dtype not in _DTYPES:
         raise InputError(
-            f"{path}: {ref.name} is {ref.dtype}, and config.json says nothing of scales for it"
+            f"{path}: {ref.name} is {ref.dtype}, but config.json describes no scales for it"
         )
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Checkpoint names and shapes, experts one by one, as the family's own model has them."""
-    family, config = checkpoint.family, checkpoint.config
+    """Checkpoint names and shapes of the parameters of the family's model, experts one by one."""
+    family = checkpoint.family
+    config = checkpoint.config
     model = family.empty_model(config)
     layers = family.layers(model)
     fused = {id(p) for layer in layers for p in _experts_parameters(family, layer)}
@@ -140,7 +150,7 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         for expert in range(family.num_experts(config, layer)):
             inner, hidden = family.expert_shape(block)
             for part, name in family.expert_tensors(layer, expert).items():
-                shapes[name] = (hidden, inner) if part == "down" else (inner, hidden)
+                shapes[name] = (hidden, inner) if part == "down" else (inner, hidden)  # [out, in]
             for part, name in family.expert_biases(layer, expert).items():
                 shapes[name] = (hidden,) if part == "down" else (inner,)
     return shapes
