@@ -146,6 +146,6 @@ def _refuse_foreign(output: Path, source: Path) -> None:
     if output.resolve().is_mount():
         raise InputError(f"{output}: is a mount point; choose a directory inside it")
     if not output.is_dir():
-        raise InputError(f"{output}: is a file, but the output is a directory; choose another")
+        raise InputError(f"{output}: is a file, but the output must be a directory")
     if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
         raise InputError(f"{output}: is not empty and was not made by grokquant; choose another")
