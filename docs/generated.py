@@ -1,4 +1,4 @@
-"""What pages say that the code knows better: keys, fields, commands, formats, families, rooms.
+"""Page parts generated from the code: keys, fields, commands, formats, families, rooms.
 
 A page holds `<!-- generated: NAME -->`; a function of PARTS puts Markdown in its place when the
 site is built, so that none of it can fall behind.

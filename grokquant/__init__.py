@@ -1,7 +1,7 @@
-"""Quantizes Grok-1 and its kind, streamed block by block, and proves what it cost.
+"""Quantizes Grok-1 and similar models, streamed block by block, and measures the loss.
 
-The import is cheap: torch, transformers and our own rooms are imported by the first call that
-needs them. transformers knows our outputs all the same, see `runtime/registry.py`.
+The import is cheap: torch, transformers and most of this package are imported by the first call
+that needs them. transformers still recognizes our outputs, see `runtime/registry.py`.
 """
 
 from collections.abc import Mapping
@@ -45,9 +45,9 @@ def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
 
 
 def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> Path:
-    """Quantizes as a recipe (file, mapping or object) says; returns the output directory.
+    """Quantizes as described by a recipe (file, mapping or object); returns the output directory.
 
-    The same call continues a run that was interrupted.
+    The same call resumes an interrupted run.
     """
     from grokquant.devices import device_of
     from grokquant.job import pipeline
@@ -71,9 +71,9 @@ def evaluate(
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
     `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`.
-    A `suite`, shipped or from a file, has its own texts, besides tasks and thresholds; the outcome
-    of the thresholds is in the report. `quick` does not measure each layer alone. `cache` is a
-    directory of at most `cache_size` that keeps the reference's states for the next evaluation.
+    A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
+    which thresholds are met. `quick` skips the per-layer isolation measurements. `cache` is a
+    directory of at most `cache_size` that caches the reference's results for later evaluations.
     `data` is the former name of `text`. Raises InputError.
     """
     from warnings import warn

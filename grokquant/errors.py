@@ -1,4 +1,4 @@
-"""Errors a user can cause or must hear of: one line each, with the documented exit code."""
+"""Errors that a user can cause or must see: one line each, with the documented exit code."""
 
 
 class GrokquantError(Exception):
@@ -8,7 +8,7 @@ class GrokquantError(Exception):
 
 
 class InputError(GrokquantError):
-    """A file, recipe, option or directory that cannot be used (exit 2). The text names it.
+    """An unusable file, recipe, option or directory (exit 2). The text names it.
 
     `key` is the parameter at fault, by its name in Python; the command line shows its option.
     """
@@ -22,12 +22,12 @@ class InputError(GrokquantError):
 
 
 class GateError(GrokquantError):
-    """A quality or verification gate that the result missed (exit 1)."""
+    """The result failed a quality or verification gate (exit 1)."""
 
     exit_code = 1
 
 
 class Stopped(GrokquantError):
-    """A signal asked the run to stop, and it did, with everything committed kept (exit 130)."""
+    """A signal stopped the run; everything committed is kept (exit 130)."""
 
     exit_code = 130

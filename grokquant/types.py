@@ -99,11 +99,11 @@ class TensorRef:
     """A tensor of a checkpoint that has not been read yet.
 
     `shape` and `dtype` are those that `read()` returns: an expert of a stacked, transposed or
-    packed source tensor appears as one [out, in] matrix. `scheme` is set where the source itself
-    stores integers and scales. `stored_bytes` is what the tensor takes up at the source.
-    `load_rows` reads the rows from a first to before a second index, `load_into` reads into memory
-    that is given, uint8 and at least `stored_bytes`, `load_part` the part that an index of slices
-    selects; each where the source can.
+    packed source tensor appears as one [out, in] matrix. `scheme` is set if the source itself
+    stores integers and scales. `stored_bytes` is the size of the tensor at the source. Where the
+    source supports them, `load_rows` reads the rows from a first to before a second index, `load_into`
+    reads into a uint8 buffer of at least `stored_bytes`, and `load_part` reads the part selected by
+    a tuple of slices.
     """
 
     name: str
@@ -124,12 +124,12 @@ class TensorRef:
         return str(self.scheme or self.dtype).removeprefix("torch.")
 
     def read(self) -> Tensor:
-        """The dense tensor; integers are multiplied out in their scales' dtype."""
+        """The dense tensor; integers are dequantized in their scales' dtype."""
         tensor = self.load()
         return tensor.dequantize() if isinstance(tensor, QTensor) else tensor
 
     def load_on(self, device: torch.device) -> Tensor:
-        """As `read`, multiplied out on `device`: integers are what goes there."""
+        """As `read`, but dequantized on `device`, to which only the integers are copied."""
         tensor = self.load().to(device)
         return tensor.dequantize() if isinstance(tensor, QTensor) else tensor
 

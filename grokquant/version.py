@@ -1,4 +1,4 @@
-"""The version of the package, and how its outputs are signed. Imports nothing."""
+"""The version of the package and the marks of its outputs. Imports nothing."""
 
 __version__ = "0.1.0"
 

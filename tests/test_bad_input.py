@@ -478,7 +478,10 @@ def test_copy_from_a_source_without_integers(hf):
 
     edit_tensors(hf.source, multiply_out)
     message = hf.quantizing_fails()
-    assert message == "layers.0.attention.q: method copy needs a source that stores integers"
+    assert message == (
+        "layers.0.attention.q: method copy needs a quantized source, but it has bfloat16; "
+        "use keep or rtn"
+    )
 
 
 # --- recipes
@@ -578,7 +581,7 @@ def test_unusable_text(place, quantized, tiny_release, kind):
 def test_foreign_output_is_kept(place):
     place.out.mkdir()
     (place.out / "thesis.txt").write_text("years of work")
-    assert "out: is not empty and not a result of grokquant" in place.quantizing_fails()
+    assert "out: is not empty and was not made by grokquant" in place.quantizing_fails()
 
 
 def test_output_is_a_file(place):
@@ -603,7 +606,7 @@ def test_output_is_the_source(hf):
 def test_too_little_disk(place, monkeypatch):
     usage = shutil.disk_usage(place.root)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert "out: needs 1.62 MB, 1.00 MB are free" in place.quantizing_fails()
+    assert "out: needs 1.62 MB, but only 1.00 MB are free" in place.quantizing_fails()
 
 
 def test_an_earlier_result_survives_a_failure(place, quantized, monkeypatch):
@@ -627,7 +630,7 @@ def test_an_earlier_result_comes_back_if_the_new_one_cannot_take_its_name(
     monkeypatch.setattr(Path, "replace", replace)
     message = place.quantizing_fails()
     assert message == (
-        f"{place.out}: cannot be written: Input/output error; run the same command to continue"
+        f"{place.out}: cannot be written: Input/output error; run the same command to resume"
     )
 
 
@@ -753,7 +756,7 @@ def test_verify_of_damaged_papers(hf):
     [
         (["--prompt", ""], "--prompt: is empty"),
         (["--prompt", "caf\udce9"], "--prompt: is not UTF-8 text"),
-        (["--prompt", "x", "--tokens", 512], "--tokens: 512 after 1 of the prompt"),
+        (["--prompt", "x", "--tokens", 512], "--tokens: 512 after a prompt of 1 exceed the"),
         (["--prompt", "x", "--device", "abacus"], "device abacus: "),
         (["--prompt", "x", "--device", "meta"], "device meta: "),
     ],

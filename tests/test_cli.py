@@ -407,7 +407,7 @@ def test_interrupted_commands_exit_130(module, function, arguments, recipe, monk
     monkeypatch.setattr(import_module(f"grokquant.{module}"), function, interrupt)
     result = run(*(argument.format(recipe=recipe) for argument in arguments))
     assert (result.exit_code, result.stdout) == (130, "")
-    assert result.stderr == "grokquant: interrupted, nothing was published\n"
+    assert result.stderr == "grokquant: interrupted; no output was written\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -424,7 +424,7 @@ def test_signals_end_a_run_without_loss(number, recipe, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, ignored)
     assert (result.exit_code, result.stdout) == (130, "")
     assert result.stderr.splitlines()[-1] == (
-        "grokquant: stopped, 2 of 3 files are committed; run the same command to continue"
+        "grokquant: stopped, 2 of 3 files are done; run the same command to resume"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
@@ -459,7 +459,7 @@ def test_an_interrupted_process_leaves_nothing_but_what_is_committed(recipe, tmp
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=300)
     assert (process.returncode, stdout) == (130, "")
-    line = r"grokquant: stopped, ([12]) of 3 files are committed; run the same command to continue"
+    line = r"grokquant: stopped, ([12]) of 3 files are done; run the same command to resume"
     committed = re.fullmatch(line, stderr.splitlines()[-1])
     assert committed and "Traceback" not in stderr, stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]

@@ -223,7 +223,7 @@ def test_in_another_dtype(output_of):
 def test_a_packed_model_is_not_saved(output_of, tmp_path):
     path = output_of("mixtral")
     for model in (from_pretrained(path), grokquant.load(path, packed=True)[0]):
-        with pytest.raises(InputError, match="copy the directory it came from"):
+        with pytest.raises(InputError, match="copy its directory instead"):
             model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

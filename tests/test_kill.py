@@ -97,12 +97,12 @@ def test_interrupted_at_every_step(jobs, kind):
         assert status == 130, (step, job.stderr)
         if job.partial.exists():
             assert job.last_line == (
-                f"stopped, {len(job.committed())} of 12 files are committed; "
-                "run the same command to continue"
+                f"stopped, {len(job.committed())} of 12 files are done; "
+                "run the same command to resume"
             ), step
             assert not list(job.root.rglob("*.tmp")), step
         else:
-            assert job.last_line == "interrupted, nothing was published", step
+            assert job.last_line == "interrupted; no output was written", step
             assert list(job.root.iterdir()) == [], step
         job.finish()
 

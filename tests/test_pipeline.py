@@ -227,14 +227,14 @@ def test_a_lost_unit_fails_the_run(tiny_recipe, tmp_path, monkeypatch):
     from grokquant.job.verify import verify_against_plan
 
     output = pipeline.quantize(tiny_recipe())
-    with pytest.raises(GateError, match=f"{name}: planned as int8 g32 sym, the output has int4"):
+    with pytest.raises(GateError, match=f"{name}: planned as int8 g32 sym, but stored as int4"):
         verify_against_plan(output, plan)
 
 
 def test_an_unplanned_tensor_is_noticed(tiny_recipe):
     plan = build_plan(tiny_recipe())
     writer = ShardWriter(None, plan, None)  # type: ignore[arg-type]
-    with pytest.raises(GrokquantError, match="not what was planned"):
+    with pytest.raises(GrokquantError, match="differs from the plan"):
         writer.write({"model.norm.weight": torch.zeros(3)})
 
 
@@ -242,7 +242,7 @@ def test_foreign_directories_are_refused_and_kept(tiny_recipe, tmp_path):
     precious = tmp_path / "out" / "thesis.txt"
     precious.parent.mkdir()
     precious.write_text("years of work")
-    with pytest.raises(InputError, match="not empty and not a result of grokquant"):
+    with pytest.raises(InputError, match="not empty and was not made by grokquant"):
         pipeline.quantize(tiny_recipe())
     assert precious.read_text() == "years of work"
 

@@ -67,7 +67,7 @@ def layer_of(tensor: str) -> int | None:
 def test_a_small_disk_refuses_before_the_run(tiny_recipe, tmp_path, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(InputError, match="out: needs .* MB, 1.00 kB are free"):
+    with pytest.raises(InputError, match="out: needs .* MB, but only 1.00 kB are free"):
         check_disk(build_plan(tiny_recipe()))
 
 
@@ -95,7 +95,7 @@ def test_what_an_interrupted_run_has_written_needs_no_space(tiny_recipe, tmp_pat
         (EXPERTS | {"match": "layers.*.router"}, "matches no matrix"),
         (EXPERTS | {"match": "layers.2.*"}, "matches no matrix"),
         (ATTENTION | {"group": "channel"}, "layers.0.attention.o: copy to int8 channel sym is not"),
-        ({"match": "layers.*", "method": "keep"}, "nothing to do"),
+        ({"match": "layers.*", "method": "keep"}, "nothing to quantize"),
     ],
 )
 def test_rules_that_cannot_be_are_named(tiny_recipe, rule, words):

@@ -186,16 +186,16 @@ def test_a_run_of_something_else_is_refused_and_loses_nothing(own_job):
 
     def refused(complaint: str, *settings: str, changes: tuple[str, ...] = ()) -> None:
         assert job.run(*settings, changes=changes) == 2
-        start = f"{job.partial}: an interrupted run of something else: "
-        end = "; undo that to continue it, or remove that directory to start over"
+        start = f"{job.partial}: holds an interrupted run with other settings ("
+        end = "); restore them to resume it, or remove that directory to start over"
         found = job.last_line.removeprefix(start).removesuffix(end)
         assert re.fullmatch(complaint, found), job.last_line
         assert job.committed() == before and not job.out.exists()
 
-    refused(r"recipe\.quantize\[0\]\.bits was 4, is 8", "quantize[0].bits=8")
-    refused(r"recipe\.calibration\.seed was 0, is 1", "calibration.seed=1")
-    refused(r"recipe\.output\.shard was 20KB, is 30KB", "output.shard=30KB")
-    refused(r"version\.torch was \S+, is 9\.9\.9", changes=("other torch",))
+    refused(r"recipe\.quantize\[0\]\.bits was 4, now 8", "quantize[0].bits=8")
+    refused(r"recipe\.calibration\.seed was 0, now 1", "calibration.seed=1")
+    refused(r"recipe\.output\.shard was 20KB, now 30KB", "output.shard=30KB")
+    refused(r"version\.torch was \S+, now 9\.9\.9", changes=("other torch",))
 
     def with_changed(path: Path, change: Callable[[Path], None], complaint: str) -> None:
         kept = shutil.copytree(path.parent, job.home / "kept")  # times and all
@@ -210,11 +210,11 @@ def test_a_run_of_something_else_is_refused_and_loses_nothing(own_job):
     with_changed(
         source / "tokenizer.model", append_unknown_field, r"tokenizer\.tokenizer\.model was .*"
     )
-    other = r"config\.attn_output_multiplier was 0\.\d+, is 0\.5"
+    other = r"config\.attn_output_multiplier was 0\.\d+, now 0\.5"
     with_changed(source / "config.json", lambda path: other_multiplier(path.parent), other)
     text = (home / "text.txt").read_bytes()
     other_words(home / "text.txt")
-    refused(r"calibration text was [0-9a-f]{64}, is [0-9a-f]{64}")
+    refused(r"calibration text was [0-9a-f]{64}, now [0-9a-f]{64}")
     (home / "text.txt").write_bytes(text)
 
     # What changes no weight is free.
@@ -235,7 +235,7 @@ def test_what_is_not_a_work_directory_is_left_alone(jobs):
     job.partial.mkdir()
     (job.partial / "thesis.txt").write_text("years of work")
     assert job.run() == 2
-    complaint = f"{job.partial}: is not empty and not a run of grokquant; move it"
+    complaint = f"{job.partial}: is not empty and was not made by grokquant; move it"
     assert job.last_line == complaint
     assert (job.partial / "thesis.txt").read_text() == "years of work"
 
@@ -247,7 +247,7 @@ def test_the_second_of_two_runs_is_refused(jobs):
     job = jobs("gptq")
     first = job.start(step=f"open {FILES}04-of-00012.safetensors.tmp #1", how="pause", streams="1")
     assert job.run() == 2
-    holder = rf"another run is writing there: process {first} on \S+ since 20\S+ \S+"
+    holder = rf"another run is writing there \(process {first} on \S+ since 20\S+ \S+\)"
     assert re.fullmatch(rf"{job.partial}: {holder}", job.last_line)
     job.launcher.ask(**{"continue": first})
     assert job.wait(first) == 0
@@ -287,7 +287,7 @@ def test_a_signal_lets_the_file_in_progress_be_finished(jobs, how, changes):
     done = len(job.committed())
     assert done >= 5 and not list(job.root.rglob("*.tmp"))
     assert job.last_line == (
-        f"stopped, {done} of 12 files are committed; run the same command to continue"
+        f"stopped, {done} of 12 files are done; run the same command to resume"
     )
     job.finish()
 
@@ -297,9 +297,7 @@ def test_a_second_signal_stops_at_once(jobs):
     step = f"inside pwrite {FILES}03-of-00012.safetensors.tmp #3"
     assert job.run(step=step, how="interrupt twice") == 130
     assert len(job.committed()) == 2 and not list(job.root.rglob("*.tmp"))
-    assert job.last_line == (
-        "stopped, 2 of 12 files are committed; run the same command to continue"
-    )
+    assert job.last_line == ("stopped, 2 of 12 files are done; run the same command to resume")
     job.finish()
 
 
@@ -307,7 +305,7 @@ def test_a_signal_before_anything_is_committed_leaves_nothing(jobs):
     job = jobs("gptq")
     for step in ("open out.partial/lock #1", "replace out.partial/files/tokenizer.model #1"):
         assert job.run(step=step, how="terminate") == 130
-        assert job.last_line == "interrupted, nothing was published"
+        assert job.last_line == "interrupted; no output was written"
         assert list(job.root.iterdir()) == []
 
 

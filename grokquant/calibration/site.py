@@ -59,7 +59,7 @@ class Site:
         return own.blocks
 
     def once(self, key: object, make: Callable[[], T]) -> T:
-        """What `make` returns; made again only if `key` is not that of the last call.
+        """The result of `make`, cached until `key` changes.
 
         Factors take the memory of a Hessian, so the old ones go before new ones are made.
         """

@@ -1,7 +1,7 @@
-"""Where the parts of an output lie in files, and how a reader finds them again.
+"""Where the parts of an output are stored in files, and how a reader finds them.
 
 A new container is one module with a `Container` and a line in `CONTAINERS`, under the name of the
-format that needs it; all other formats lie in safetensors files.
+format that needs it; all other formats use safetensors files.
 """
 
 from grokquant.containers import gguf, safetensors
@@ -17,5 +17,5 @@ def container_of(name: str) -> Container:
 
 
 def opened(source: Source) -> Source:
-    """`source` under the usual names, whatever its files call the tensors."""
+    """`source` with the usual tensor names, whatever names its files use."""
     return container_of(source.kind).opened(source)

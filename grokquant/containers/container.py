@@ -1,4 +1,4 @@
-"""What a container is, and its nouns: planned files, their tensors, and the slots of parts in them.
+"""The interface of a container: planned files, their tensors, and the slots of parts in them.
 
 A part is a tensor as the run computes it or carries it over; its slot is rows of a stored tensor:
 
@@ -43,7 +43,7 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a part goes: to rows of `tensor` from `first_row` on.
+    """Where a part is stored: in rows of `tensor`, from `first_row` on.
 
     Values are converted to `dtype` unless it is None. With `heads`, the rows of that number of
     heads are stored with the two halves of each head interleaved, as ggml rotates them.
@@ -93,8 +93,8 @@ class Container:
 
     `lay_out(source, groups, schemes, shard)` plans files of at most `shard` bytes, or of one group,
     none of which spans two layers; `schemes` are the grids of the matrices by tensor name. It
-    raises InputError for what such files cannot hold.
-    `sidecar_files(layout)` are the JSON files that lie beside the weights, by name.
+    raises InputError for parts that such files cannot hold.
+    `sidecar_files(layout)` are the JSON files beside the weights, by name.
     `opened(source)` presents the tensors of such files under their usual names.
     """
 

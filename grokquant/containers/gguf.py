@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: its names, its metadata, the experts of a layer stacked to one tensor.
+"""GGUF files for llama.cpp: its names and metadata, the experts of a layer in one tensor.
 
 Several files are a split as llama.cpp makes them; it loads the first and finds the others.
 """
@@ -54,8 +54,8 @@ def lay_out(
 ) -> OutputLayout:
     """One file, or a split of several if they exceed `shard` bytes.
 
-    Raises InputError where llama.cpp does not know the family, or the experts of a layer differ in
-    their grid.
+    Raises InputError if llama.cpp does not know the family, or if the experts of a layer have
+    different grids.
     """
     locations = _locations(architecture_of(source), source.config)
     slots: dict[str, Slot] = {}
@@ -79,7 +79,7 @@ def lay_out(
 
 
 def opened(source: Source) -> Source:
-    """`source` with llama.cpp's names and stacks turned back into the usual names and matrices."""
+    """`source` with the usual names and matrices instead of llama.cpp's names and stacks."""
     refs = {}
     for name, location in _locations(architecture_of(source), source.config).items():
         if location.name in source.tensors:
@@ -89,7 +89,7 @@ def opened(source: Source) -> Source:
 
 
 def _locations(architecture: Architecture, config: dict) -> dict[str, _Location]:
-    """Where llama.cpp stores each tensor that a model with this config may have, by usual name."""
+    """Where llama.cpp stores each tensor of a model with this config, by usual name."""
     locations = {name: _Location(stored) for name, stored in OUTSIDE.items()}
     experts = _experts(architecture, config)
     for layer in range(config["num_hidden_layers"]):
@@ -126,7 +126,7 @@ def _stacked(part: PlannedTensor, location: _Location, schemes: Mapping[str, Sch
         _, values, size = TYPES[kind]
         shape = (shape[0], shape[1] // size * values)
     else:
-        # As the converter of llama.cpp does: vectors and routers in single precision.
+        # Like llama.cpp's converter: vectors and routers in single precision.
         single = len(shape) == 1 or "ffn_gate_inp" in location.name
         kind = "F32" if single else _TYPE_OF[part.dtype]
     stacked = shape if location.expert is None else (location.experts, *shape)
@@ -146,7 +146,7 @@ def _type_of(scheme: Scheme) -> str:
 
 
 def _planned(tensor: GgufTensor) -> PlannedTensor:
-    """A tensor as it lies in the file: the matrices of a stack are rows below each other."""
+    """A tensor as stored in the file; the matrices of a stack follow each other as rows."""
     dtype = DENSE.get(tensor.type, torch.uint8)
     columns = tensor.shape[-1] if tensor.type in DENSE else tensor.row_bytes
     if len(tensor.shape) == 1:
@@ -185,7 +185,7 @@ def _metadata(source: Source) -> Iterator[tuple[str, Value]]:
 
 
 def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
-    """The tensor `name`, all or one expert of what is stored."""
+    """The tensor `name`: a whole stored tensor, or one expert of it."""
     dense = stored.dtype != torch.uint8
     name = name if dense else name + _BLOCKS
     slot = Slot(location.name, heads=location.heads)

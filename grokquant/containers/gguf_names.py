@@ -17,9 +17,9 @@ LAYER = "model.layers.{layer}."
 class Architecture:
     """A family under llama.cpp's names. `{expert}` in a name stands for all experts, as one stack.
 
-    `within` maps the endings of names in a layer, `settings` the keys of metadata to fields of the
-    config. `required` are values that the config must have for llama.cpp to compute the same. The
-    matrices in `rotated` have the rows of each head interleaved; the field there counts the heads.
+    `within` maps the endings of names in a layer, `settings` the metadata keys to fields of the
+    config. `required` are config values without which llama.cpp would compute something else. The
+    matrices in `rotated` have the rows of each head interleaved; the field is the number of heads.
     """
 
     name: str
@@ -125,7 +125,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(source: Source) -> Architecture:
-    """Raises InputError where llama.cpp does not know the model or would compute it differently."""
+    """Raises InputError if llama.cpp does not know the model or would compute it differently."""
     names = source.config.get("architectures") or [None]
     found = ARCHITECTURES.get(str(names[0]))
     if found is None:
@@ -149,7 +149,7 @@ def _check_rotary(path: Path, config: dict) -> None:
 
 
 def setting(config: dict, name: str) -> int | float | None:
-    """A field of a config, wherever transformers may keep it; None where it is not set."""
+    """A field of a config, wherever transformers keeps it; None if unset."""
     if name == "rope_theta":
         return (config.get("rope_parameters") or config).get(name, 10000.0)
     if name == "head_dim" and config.get(name) is None:

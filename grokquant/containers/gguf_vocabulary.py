@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, from the files beside the checkpoint."""
+"""The tokenizer metadata of a GGUF file, made from the tokenizer files of the checkpoint."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ _USER_DEFINED = 4
 _UNUSED = 5
 _BYTE = 6
 
-# How texts are cut before merging: patterns of tokenizer.json files and llama.cpp's names for them
+# How texts are split before merging: patterns of tokenizer.json files and llama.cpp's names
 # (src/llama-vocab.cpp). ByteLevel alone has GPT-2's built in.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -77,7 +77,7 @@ def _byte_level(path: Path, size: int) -> dict[str, Value]:
         cut = _cut(content["pre_tokenizer"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
-            f"{path}: not a byte-level BPE tokenizer, gguf supports no other"
+            f"{path}: not a byte-level BPE tokenizer, the only kind that gguf supports"
         ) from None
     if cut is None:
         known = ", ".join(("gpt-2", *_PATTERNS.values()))
@@ -98,7 +98,7 @@ def _byte_level(path: Path, size: int) -> dict[str, Value]:
 
 
 def _cut(pre_tokenizer: dict) -> str | None:
-    """llama.cpp's name for this way to cut texts, None where it may have none."""
+    """llama.cpp's name for this way to split texts, None if it has none."""
     *before, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         return None

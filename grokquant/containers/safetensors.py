@@ -1,4 +1,4 @@
-"""safetensors shards with an index: every part is a tensor of its own name."""
+"""safetensors shards with an index: every part is a tensor with its own name."""
 
 from collections.abc import Mapping
 
@@ -19,7 +19,7 @@ from grokquant.types import Source
 def lay_out(
     source: Source, groups: list[Group], schemes: Mapping[str, Scheme], shard: int
 ) -> OutputLayout:
-    """Groups in order, joined to files of at most `shard` bytes; no file spans two layers."""
+    """Files of at most `shard` bytes with the groups in order; no file spans two layers."""
     parts = split(groups, shard)
     files = tuple(
         PlannedFile(

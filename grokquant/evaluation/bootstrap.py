@@ -1,8 +1,8 @@
 """Standard errors and confidence intervals from a bootstrap over documents.
 
-Tokens of one document are alike, so whole documents are drawn again with replacement, not tokens. A
-document enters with the sums over its tokens: every figure that follows from sums is found for
-thousands of resamples by one matrix product. Both models keep the same documents in each resample,
+Tokens within a document are correlated, so whole documents, not tokens, are resampled with
+replacement. A document contributes the sums over its tokens: one matrix product gives every figure that follows
+from sums for thousands of resamples. Both models keep the same documents in each resample,
 so differences and ratios are paired.
 """
 

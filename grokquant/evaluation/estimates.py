@@ -32,7 +32,7 @@ Figure = Callable[[dict[str, FloatArray]], FloatArray]
 
 class _Sample:
     """The scored tokens of a text: `columns` of per-token figures [tokens] by name, and the sums of
-    each column over the tokens of each cluster, which are drawn again."""
+    each column over the tokens of each cluster, which are resampled."""
 
     def __init__(self, figures: TokenFigures, documents: Tensor) -> None:
         self.columns = {

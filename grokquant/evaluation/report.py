@@ -364,7 +364,7 @@ class PairedAccuracy(_Part):
     quantized: Share
     """Accuracy of the quantized model."""
     difference: Estimate
-    """quantized - reference, with items drawn again in pairs."""
+    """quantized - reference, with items resampled in pairs."""
     lost: Count
     """Items that only the reference gets right."""
     gained: Count

@@ -1,4 +1,4 @@
-"""Another form for a finished result: its codes and scales as they are, or a refusal."""
+"""Repacks a finished result into another format: with the same codes and scales, or not at all."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from grokquant.recipe.of_output import settings_of
 
 
 def conversion_recipe(result: str | Path, output_format: str, output: str | Path) -> Recipe:
-    """The recipe that takes every matrix of `result` over as it is stored.
+    """The recipe that carries over every matrix of `result` as it is stored.
 
-    Running it repacks codes and scales bit by bit, and refuses where `output_format` cannot hold
-    them; `bf16` multiplies them out. Raises InputError where `result` is no quantized checkpoint.
+    Running it repacks codes and scales bit for bit, and fails if `output_format` cannot hold them;
+    `bf16` dequantizes them. Raises InputError if `result` is not a quantized checkpoint.
     """
     units = dict(open_checkpoint(result).units())
     kept = [name for name, ref in units.items() if ref.scheme is None]
     if len(kept) == len(units):
-        raise InputError(f"{result}: holds no quantized matrix to convert")
+        raise InputError(f"{result}: has no quantized matrices to convert")
     rules = [{"match": name, "method": "keep"} for name in kept]
-    known = FORMATS.get(output_format)  # parsing the recipe refuses others
+    known = FORMATS.get(output_format)  # parsing the recipe rejects others
     dense = known is not None and not known.holds_quantized
     rules.append({"match": "*", "method": "keep" if dense else "copy"})
     return parse_recipe(
@@ -35,5 +35,5 @@ def conversion_recipe(result: str | Path, output_format: str, output: str | Path
 
 
 def _eval_settings(result: Path) -> dict:
-    """What the recipe of `result` says of evaluation."""
+    """The eval section of the recipe that made `result`."""
     return settings_of(result).model_dump() if (result / REPORT_NAME).is_file() else {}

@@ -1,4 +1,5 @@
-"""What decides the bytes of a run, none of which may change before it is continued."""
+"""The fingerprint of a run: everything that determines its bytes, and must not change before it is
+resumed."""
 
 import hashlib
 from importlib.metadata import version
@@ -15,10 +16,10 @@ _PACKAGES = ("grokquant", "numba", "torch", "transformers")
 
 
 def identity_of(plan: Plan, rows: Tensor | None) -> dict:
-    """Recipe, config and files of the source (size and time of change), tokenizer, calibration
+    """Recipe, config and files of the source (size and modification time), tokenizer, calibration
     rows, versions of packages.
 
-    `rows` are the calibration tokens [rows, time], None where none are needed. JSON values only.
+    `rows` are the calibration tokens [rows, time], or None if the run needs none. JSON values only.
     """
     source = plan.checkpoint.source
     recipe = plan.recipe.model_dump(mode="json", exclude_none=True, exclude=_FREE)
@@ -34,6 +35,6 @@ def identity_of(plan: Plan, rows: Tensor | None) -> dict:
 
 
 def stamp(path: Path) -> str:
-    """Size and time of change: reading 300 GB to be sure would cost as much as the run."""
+    """Size and modification time; hashing 300 GB would take as long as the run."""
     status = path.stat()
     return f"{status.st_size} bytes of {status.st_mtime_ns}"

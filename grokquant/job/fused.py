@@ -1,5 +1,4 @@
-"""A matrix by a method that needs no data, from where it is stored to its packed form, in one pass
-over memory."""
+"""Rounds and packs a matrix by a method without calibration, in one pass over memory."""
 
 from collections.abc import Callable, Mapping
 from math import isfinite
@@ -24,9 +23,8 @@ def round_and_pack(
 ) -> tuple[dict[str, Tensor], Errors]:
     """Rounds `stored` [out, in] by the unit's method and packs it, tile by tile on all cores.
 
-    Returns the tensors of the format's `packed_layout`, which are `parts` if given (then their
-    contents are lost). Raises InputError for weights that are not finite and for scales that the
-    grid cannot hold.
+    Returns the tensors of the format's `packed_layout`; `parts`, if given, are overwritten and
+    returned. Raises InputError for non-finite weights and for scales that the grid cannot hold.
     """
     layout = output_format.packed_layout(unit.tensor, unit.shape, unit.scheme)
     filled = dict(parts or {name: torch.empty(s, dtype=d) for name, (d, s) in layout.items()})
@@ -60,14 +58,14 @@ def _round_tiles(
     try:
         errors = sum(compiled.in_tiles(rows, size, work), Errors())
     except InexactScale as reason:
-        raise InputError(f"{unit.tensor}: copy is not lossless, {reason}") from None
+        raise InputError(f"{unit.tensor}: copy would not be lossless: {reason}") from None
     if not isfinite(errors.squared_error + errors.squared_norm) or not _finite_scales(stored):
         raise not_finite(unit.tensor, stored, unit.scheme)
     return errors
 
 
 def not_finite(tensor: str, stored: Tensor | QTensor, scheme: Scheme) -> InputError:
-    """What is wrong with a matrix whose weights or errors have no finite sum of squares."""
+    """The error for a matrix whose weights or errors have no finite sum of squares."""
     count = 0
     first = [0, 0]
     peak = 0.0

@@ -18,9 +18,9 @@ from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Expert
 from grokquant.types import QTensor, Unit, UnitReport
 
-# What the Hessian of all tokens is worth in that of a starved expert, in tokens per input feature.
+# Weight of the Hessian of all tokens in that of a starved expert, in tokens per input feature.
 _PRIOR_TOKENS_PER_FEATURE = 0.1
-# Below this many routed tokens per input feature an expert's own Hessian counts as starved.
+# An expert with fewer routed tokens per input feature than this counts as starved.
 _BLEND_TOKENS_PER_FEATURE = 4
 
 Emit = Callable[[Unit, QTensor, UnitReport], None]
@@ -28,17 +28,17 @@ Committed = Callable[[Unit], QTensor | None]
 
 
 def is_starved(limits: ExpertsSection, tokens: int, features: int) -> bool:
-    """Whether a Hessian of so few tokens over so many features needs that of all tokens as well."""
+    """Whether a Hessian of `tokens` over `features` must be blended with that of all tokens."""
     floor = limits.blend_tokens
     return tokens < (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor)
 
 
 class LayerQuantizer:
     """Layer `index` of a plan. Every unit goes to `emit` when it is final; units that `committed`
-    knows are taken as they are.
+    returns are reused.
 
-    `run` fills `tokens_per_expert`, and `revised` with the tensors that a method changed although
-    they are carried over. It is what methods see as their `Layer`.
+    `run` fills `tokens_per_expert`, and `revised` with the carried-over tensors that a method
+    changed. Methods see it as their `Layer`.
     """
 
     inputs: Tensor
@@ -150,14 +150,14 @@ class LayerQuantizer:
         return lambda x: F.linear(hidden_units(x), W_down, bias)
 
     def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
-        """The rows `token` of x, all of them by default, some at a time on the model's device."""
+        """The rows `token` of x (default: all), some at a time on the model's device."""
         device = self.model.device
         if token is None:
             return lambda: (part.to(device) for (part,) in self.model.parts(x))
         return lambda: (x[part].to(device) for (part,) in self.model.parts(token))
 
     def _everyones_hessian(self, x: Tensor, block: int | None) -> Hessian:
-        """The Hessian of all tokens, made for the first starved expert of the layer."""
+        """The Hessian of all tokens, computed when the first expert of the layer is starved."""
         if block not in self._everyone:
             self._everyone[block] = accumulate(self._inputs(x)(), x.shape[1], block)
         return self._everyone[block]
@@ -171,7 +171,7 @@ class LayerQuantizer:
         features: int,
         everyone: BuildHessian,
     ) -> Site:
-        """The site that `part` of an expert reads, and what stands in for tokens it lacks."""
+        """The site that `part` of an expert reads, with a prior if it has too few tokens."""
         limits = self.plan.recipe.experts
         if tokens < limits.min_tokens:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
@@ -184,13 +184,13 @@ class LayerQuantizer:
         )
 
     def _span(self, expert: int, part: str, features: int) -> int:
-        """How many of a matrix's input features the feedback of one of them can reach."""
+        """The number of input features that share one block of the Hessian."""
         unit = self._unit(expert, part)
         block = METHODS[unit.method].hessian_block(unit.settings) if unit else None
         return min(block or features, features)
 
     def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
-        """The matrix that the layer goes on with: quantized where planned, else as it is."""
+        """The matrix for the rest of the layer: quantized if planned, else unchanged."""
         unit = self._unit(expert, part)
         if unit is None:
             return self.model.expert_weight(self._tensor(expert, part))
@@ -217,11 +217,11 @@ class LayerQuantizer:
         return quantized
 
     def _committed(self, unit: Unit) -> QTensor | None:
-        """The unit as an earlier run committed it; a layer that is held is made again whole."""
+        """The unit as an earlier run committed it; a held layer is always redone as a whole."""
         return None if self._hold else self.committed(unit)
 
     def _revise(self) -> None:
-        """Takes what methods change now that the whole layer has run."""
+        """Applies the changes that methods make after the whole layer has run."""
         for rounding in self._rounding.values():
             revision = rounding.revise()
             for name, quantized in revision.codes.items():
@@ -231,7 +231,7 @@ class LayerQuantizer:
                 self.model.replace(self.index, tensor, value)
 
     def _revised_report(self, name: str, quantized: QTensor) -> UnitReport:
-        """The report of a unit that was revised; the error of its outputs is no longer known."""
+        """The report of a revised unit; its output error is no longer known."""
         start = perf_counter()
         unit = self.plan.units[name]
         errors = errors_of(self.original(unit.tensor), quantized)

@@ -1,4 +1,4 @@
-"""Who may write: makes and locks the work directory of an output, or says why it is not ours."""
+"""Creates and locks the work directory of an output, or says why it cannot be used."""
 
 import fcntl
 import os
@@ -16,11 +16,11 @@ from grokquant.job.workdir import LOCK, RUN, WorkDirectory
 
 @contextmanager
 def work_directory(output: Path, source: Path, identity: dict) -> Iterator[WorkDirectory]:
-    """The work directory of `output`, ours alone; new, or that of an interrupted run.
+    """The locked work directory of `output`: a new one, or that of an interrupted run.
 
-    Removed at the end if nothing is committed in it. Raises InputError if `output` holds what is
-    not ours or the checkpoint `source`, if another process writes there, or if the run that was
-    interrupted is not described by `identity`.
+    It is removed at the end if nothing is committed in it. Raises InputError if `output` holds
+    foreign files or the checkpoint `source`, if another process writes there, or if the interrupted
+    run has another `identity`.
     """
     _refuse_foreign(output, source)
     output, path = output.resolve(), work_path(output)
@@ -39,18 +39,18 @@ def work_directory(output: Path, source: Path, identity: dict) -> Iterator[WorkD
         names = [str(name) for name in (error.filename, error.filename2) if name]
         if names and not any(_concerns(work, Path(name).absolute()) for name in names):
             raise InputError(f"{names[0]}: {why}") from error
-        hint = "; run the same command to continue" if work.sums else ""
+        hint = "; run the same command to resume" if work.sums else ""
         raise InputError(f"{output}: cannot be written: {why}{hint}") from error
 
 
 def _concerns(work: WorkDirectory, path: Path) -> bool:
-    """Whether `path` is what is written, or a directory above it."""
+    """Whether `path` is inside the work directory or the output, or a directory above them."""
     written = (work.path, work.output)
     return any(path.is_relative_to(place) or place.is_relative_to(path) for place in written)
 
 
 def _begin(work: WorkDirectory, identity: dict) -> None:
-    """Makes what a work directory holds, or checks that what is there belongs to this run."""
+    """Creates the contents of a work directory, or checks that they belong to this run."""
     work.give_back()
     before = atomic.read_record(work.path / RUN)
     same = before is not None and {k: before.get(k) for k in identity} == identity
@@ -69,11 +69,11 @@ def _begin(work: WorkDirectory, identity: dict) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Makes and locks a work directory. Where locks do not work, two runs do the same twice."""
+    """Creates and locks a work directory. Without file locks, two runs may do the same work."""
     descriptor = _open_lock(path)
     try:
         holder = f"process {os.getpid()} on {os.uname().nodename} since {time.strftime('%F %T')}"
-        with suppress(OSError):  # a full disk; others are told less then
+        with suppress(OSError):  # a full disk: others see no holder then
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{holder}\n".encode(), 0)
         yield
@@ -82,7 +82,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> int:
-    """The descriptor of the lock that is ours; raises InputError naming who has it."""
+    """The descriptor of the acquired lock. Raises InputError naming the process that holds it."""
     while True:
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -91,9 +91,9 @@ def _open_lock(path: Path) -> int:
         except BlockingIOError:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            raise InputError(f"{path}: another run is writing there: {holder}") from None
+            raise InputError(f"{path}: another run is writing there ({holder})") from None
         except OSError:
-            return descriptor  # this filesystem knows no locks
+            return descriptor  # this filesystem has no locks
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
                 return descriptor
@@ -107,20 +107,20 @@ def _refuse_other(path: Path, before: dict | None, now: dict) -> None:
         if before.get(field) != now[field]:
             changed = _difference(field, before.get(field), now[field])
             raise InputError(
-                f"{path}: an interrupted run of something else: {changed}; "
-                "undo that to continue it, or remove that directory to start over"
+                f"{path}: holds an interrupted run with other settings ({changed}); "
+                "restore them to resume it, or remove that directory to start over"
             )
 
 
 def _difference(name: str, before: object, now: object) -> str:
-    """The first place at which two values differ: recipe.quantize[0].bits was 4, is 8."""
+    """The first difference between two values: recipe.quantize[0].bits was 4, now 8."""
     if isinstance(before, dict) and isinstance(now, dict):
         key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
         return _difference(f"{name}.{key}", before.get(key), now.get(key))
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         index = next(i for i in range(len(now)) if before[i] != now[i])
         return _difference(f"{name}[{index}]", before[index], now[index])
-    return f"{name} was {before}, is {now}"
+    return f"{name} was {before}, now {now}"
 
 
 def _refuse_strange(path: Path) -> None:
@@ -128,11 +128,11 @@ def _refuse_strange(path: Path) -> None:
         raise InputError(f"{path}: is in the way; move it or choose another output")
     begun = path.exists() and not (path / RUN).is_file()
     if begun and not all(map(_of_a_beginning, path.iterdir())):
-        raise InputError(f"{path}: is not empty and not a run of grokquant; move it")
+        raise InputError(f"{path}: is not empty and was not made by grokquant; move it")
 
 
 def _of_a_beginning(path: Path) -> bool:
-    """Whether `path` may be there before run.json is."""
+    """Whether `path` may exist before run.json does."""
     if path.is_dir():
         return path.name in ("files", "journal") and not any(path.iterdir())
     return path.name == LOCK or (path.name.startswith(f".{RUN}.") and path.suffix == ".tmp")
@@ -146,6 +146,6 @@ def _refuse_foreign(output: Path, source: Path) -> None:
     if output.resolve().is_mount():
         raise InputError(f"{output}: is a mount point; choose a directory inside it")
     if not output.is_dir():
-        raise InputError(f"{output}: is a file, the output needs a directory")
+        raise InputError(f"{output}: is a file, but the output must be a directory")
     if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
-        raise InputError(f"{output}: is not empty and not a result of grokquant; choose another")
+        raise InputError(f"{output}: is not empty and was not made by grokquant; choose another")

@@ -1,4 +1,4 @@
-"""The papers of an output: config, resolved recipe, report by unit, tokenizer files, model card."""
+"""The metadata files of an output: config, resolved recipe, report, tokenizer, model card."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -14,15 +14,15 @@ from grokquant.types import UnitReport
 from grokquant.version import MARK, OWN
 
 _NOT_COPIED = ("auto_map", "dtype", "quantization_config")
-# The evaluation table of the card stands between these; `grokquant eval` fills it.
+# `grokquant eval` writes the evaluation table of the card between these.
 TABLE_START = "<!-- evaluation -->"
 TABLE_END = "<!-- /evaluation -->"
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a run did: a report per unit, tokens per expert layer by layer, and the calibration
-    rows and their length (nothing where no data was needed)."""
+    """The record of a run: a report per unit, tokens per expert layer by layer, and number and
+    length of the calibration rows (empty if none were needed)."""
 
     units: list[UnitReport]
     tokens_per_expert: list[list[int]]
@@ -30,13 +30,13 @@ class Record:
 
 
 def write_tokenizer(directory: Path, plan: Plan) -> None:
-    """First of all, so that a broken tokenizer costs no night."""
+    """Written first, so that a broken tokenizer ends the run at once."""
     tokenizer.write_tokenizer(plan.checkpoint.source, directory)
 
 
 def write(directory: Path, plan: Plan, record: Record) -> None:
-    """Writes the papers of a finished run into `directory`; config.json, which makes a directory
-    loadable, last."""
+    """Writes the metadata files of a finished run into `directory`. config.json comes last, since
+    it makes the directory loadable."""
     container = container_of(plan.recipe.output.format)
     config = output_config(plan)
     others = container.sidecar_files(plan.output_layout) | plan.format.sidecar_files(config)
@@ -50,7 +50,7 @@ def write(directory: Path, plan: Plan, record: Record) -> None:
 
 
 def output_config(plan: Plan) -> dict:
-    """The source's config with what was quantized how."""
+    """The source's config with a description of the quantization."""
     matrices = plan.checkpoint.matrices()
     kept = [m.tensor for m in matrices if m.tensor not in plan.unit_of_tensor]
     routers = plan.checkpoint.family.routers(plan.checkpoint.config)
@@ -73,7 +73,7 @@ def generation_config(plan: Plan) -> dict:
 
 
 def quantization_report(plan: Plan, record: Record) -> dict:
-    """What was done, a row per unit. Times are left out: the same run gives the same bytes."""
+    """The report, one row per unit. It has no times, so that equal runs give equal bytes."""
     return {
         "schema": "grokquant.quantization/1",
         "family": plan.checkpoint.family.name,
@@ -91,7 +91,7 @@ def quantization_report(plan: Plan, record: Record) -> dict:
 
 
 def scheme_counts(reports: list[UnitReport]) -> dict[str, int]:
-    """How many matrices have which grid by which method: {"int4 g128 sym (gptq)": 96}."""
+    """The number of matrices per grid and method: {"int4 g128 sym (gptq)": 96}."""
     return dict(Counter(f"{r.scheme} ({r.method})" for r in reports))
 
 
@@ -101,7 +101,7 @@ def model_card(plan: Plan, reports: list[UnitReport]) -> str:
     rows = "\n".join(f"| {scheme} | {n} |" for scheme, n in scheme_counts(reports).items())
     licence = f"license: {source.licence}\n" if source.licence else ""
     fallen = [f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback]
-    fallbacks = "\n".join(["", "Rounded without data, and why:", "", *fallen, ""] if fallen else [])
+    fallbacks = "\n".join(["", "Fallbacks to round-to-nearest:", "", *fallen, ""] if fallen else [])
     return f"""---
 base_model: {name}
 base_model_relation: quantized
@@ -115,7 +115,7 @@ quantized_by: grokquant
 
 A quantized {plan.checkpoint.family.name} of {plan.checkpoint.parameters:,} weights, \
 {plan.bits_per_weight:.2f} bits per weight ({size(plan.output_bytes)}), made by grokquant \
-from `{name}`. "bf16" below is that source with its stored integers multiplied out.
+from `{name}`. "bf16" below means that source, with any stored integers dequantized.
 
 ## What was quantized
 
@@ -123,13 +123,13 @@ from `{name}`. "bf16" below is that source with its stored integers multiplied o
 |---|---|
 {rows}
 
-Router, norms and embedding are as in the source{_kept_sentence(plan)}. Every matrix has a row in
-`{REPORT_NAME}`; `recipe.yaml` makes the same files again.
+Router, norms and embedding are not quantized{_kept_sentence(plan)}. `{REPORT_NAME}`
+has a row for every quantized matrix; `recipe.yaml` reproduces these files.
 {fallbacks}
 ## Evaluation
 
 {TABLE_START}
-Not evaluated yet: `grokquant eval` of this directory against its source fills this in.
+Not evaluated yet. `grokquant eval` with the source as reference writes the table here.
 {TABLE_END}
 
 ## Loading
@@ -143,7 +143,7 @@ model, tokenizer = grokquant.load("{Path(plan.recipe.output.path).name}")
 
 
 def fill_evaluation(directory: Path, table: str) -> None:
-    """Puts `table` into the model card of an output of ours."""
+    """Writes `table` into the model card of an output, if it has a place for it."""
     path = directory / CARD_NAME
     if not path.is_file():
         return
@@ -155,13 +155,13 @@ def fill_evaluation(directory: Path, table: str) -> None:
 
 
 def _base_name(plan: Plan) -> str:
-    """What the source is called: the last folder of its path that is not ckpt-0."""
+    """The name of the source: the last folder of its path other than ckpt-0."""
     path = Path(plan.recipe.model.path).absolute()
     return path.parent.name if path.name == "ckpt-0" else path.name
 
 
 def _kept_sentence(plan: Plan) -> str:
-    return f", and so are {len(plan.kept)} matrices that the recipe keeps" if plan.kept else ""
+    return f", nor are {len(plan.kept)} matrices that the recipe keeps" if plan.kept else ""
 
 
 def _row(report: UnitReport) -> dict:

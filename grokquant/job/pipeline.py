@@ -1,8 +1,8 @@
-"""The story of `grokquant quantize`: from a recipe to a smaller checkpoint that is proved complete.
+"""The run of `grokquant quantize`: from a recipe to a smaller checkpoint, verified as complete.
 
-Plan; take up what an interrupted run has committed; then block by block, on the calibration tokens
-as the quantized blocks before it left them: load, quantize, run, write, free. Then prove that every
-planned unit is there, and publish.
+Plan; recover the committed files of an interrupted run; then block by block, on the outputs of the
+quantized blocks before it: load, quantize, run, write, free. Then verify that every planned unit is
+there, and publish.
 """
 
 from collections import defaultdict, deque
@@ -40,7 +40,7 @@ from grokquant.types import QTensor, TensorRef, Unit, UnitReport
 
 
 class Progress(Protocol):
-    """What a run tells its spectators."""
+    """Callbacks of a run."""
 
     def planned(self, plan: Plan) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
@@ -51,7 +51,7 @@ class Progress(Protocol):
 
 
 class Silence:
-    """Progress that nobody watches."""
+    """No-op progress."""
 
     def planned(self, plan: Plan) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
@@ -64,9 +64,9 @@ class Silence:
 def quantize(recipe: Recipe, progress: Progress | None = None, device: torch.device = CPU) -> Path:
     """Quantizes as `recipe` says and returns the output directory.
 
-    Arithmetic happens on `device`. The same call continues a run that was interrupted. Raises
-    InputError for input that cannot be used, GateError where a gate is missed and Stopped after a
-    signal; in any of these cases nothing appears under the output's name.
+    Arithmetic happens on `device`. The same call resumes an interrupted run. Raises InputError for
+    unusable input, GateError if a gate fails and Stopped after a signal; in each of these cases
+    nothing appears under the output's name.
     """
     progress = progress or Silence()
     plan = build_plan(recipe)
@@ -97,7 +97,7 @@ def _fill(
     stop: StopRequest,
     device: torch.device,
 ) -> None:
-    """Brings everything that is to be published into the work directory."""
+    """Writes the whole output into the work directory."""
     stop.busy = lambda: False
     stop.check()
     metadata.write_tokenizer(work.files, plan)
@@ -121,7 +121,7 @@ def _fill(
 
 @dataclass
 class Run:
-    """What a run works with. Every finished unit passes through `emit`.
+    """The state of a run. Every finished unit passes through `emit`.
 
     `reports` are those of all units so far, `busy` the seconds spent reading and computing where
     both overlap with writing.
@@ -161,8 +161,8 @@ class Run:
     def write_kept(self, tensors: list[str], revised: Mapping[str, Tensor]) -> None:
         """Carries tensors over: router, norms, embedding, matrices that are kept.
 
-        They stay as they are but for those that a method has `revised`. No source hands out values
-        that are not finite.
+        They are unchanged except for those that a method has `revised`. Sources raise InputError
+        for non-finite values.
         """
         for name in tensors:
             if self.work.committed(self.plan.file_of[name]):
@@ -183,13 +183,14 @@ class Run:
             named = "; ".join(f"{report.name}: {report.fallback}" for report in fallen[:3])
             raise GateError(
                 f"{len(fallen)} of {units} matrices fell back to rtn, "
-                f"max_fallbacks = {limit:g} allows {int(limit * units)} ({named})"
+                f"max_fallbacks = {limit:g} allows {int(limit * units)} ({named}); "
+                "raise max_fallbacks to accept them"
             )
 
     def read_ahead(self, units: list[Unit]) -> Generator[Tensor | QTensor, None, None]:
-        """What is stored of each unit; the next one is read while one is worked on.
+        """The stored matrix of each unit; the next one is read while one is rounded.
 
-        Each takes the memory of the last but one.
+        Two buffers take turns.
         """
         refs = [self.plan.checkpoint.source.tensors[unit.tensor] for unit in units]
         largest = max((ref.stored_bytes for ref in refs), default=0)
@@ -255,7 +256,7 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
 
 
 def _without_data(run: Run) -> None:
-    """Reading, computing and writing overlap: the disk is what this waits for."""
+    """Reading, computing and writing overlap, so that the disk is the bottleneck."""
     left = [unit for unit in run.plan.units.values() if unit.name not in run.work.reports]
     with closing(run.read_ahead(left)) as stored:
         for index in range(run.plan.checkpoint.config.num_hidden_layers):
@@ -274,7 +275,7 @@ def _calibration_rows(plan: Plan) -> Tensor | None:
 
 
 def _first_open_layer(plan: Plan, work: WorkDirectory) -> int | None:
-    """The first layer with something left to do, None if there is none; 0 before the layers."""
+    """The first unfinished layer, None if all are done. Tensors outside the layers count as 0."""
     layers = plan.checkpoint.config.num_hidden_layers
     left = [file.layer or 0 for file in plan.files if not work.committed(file)]
     if plan.needs_calibration and len(work.tokens_per_expert) < layers:
@@ -284,6 +285,6 @@ def _first_open_layer(plan: Plan, work: WorkDirectory) -> int | None:
 
 def _where_it_stands(plan: Plan, work: WorkDirectory) -> str:
     if not work.sums:
-        return "interrupted, nothing was published"
-    done = f"{len(work.sums)} of {len(plan.files)} files are committed"
-    return f"stopped, {done}; run the same command to continue"
+        return "interrupted; no output was written"
+    done = f"{len(work.sums)} of {len(plan.files)} files are done"
+    return f"stopped, {done}; run the same command to resume"

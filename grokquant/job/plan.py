@@ -1,4 +1,4 @@
-"""Decides everything before anything is spent: which matrix gets which grid, and its size."""
+"""Decides everything before any work is done: the grid of each matrix, the size of each file."""
 
 import shutil
 from collections.abc import Iterator
@@ -26,9 +26,9 @@ from grokquant.types import Unit
 class Plan:
     """A recipe applied to a checkpoint.
 
-    `units` are the matrices to quantize by unit name; `kept` names the quantizable matrices that
-    stay as they are; `parts` is what the run computes or carries over, by name, and `output_layout`
-    where it goes.
+    `units` are the matrices to quantize, by name; `kept` names the quantizable matrices that are
+    not quantized; `parts` are the tensors that the run computes or carries over, by name, and
+    `output_layout` says where they go.
     """
 
     recipe: Recipe
@@ -66,7 +66,7 @@ class Plan:
 
     @cached_property
     def needs(self) -> set[Needs]:
-        """What the methods of the units must see."""
+        """The data that the methods of the units need."""
         return {METHODS[unit.method].needs for unit in self.units.values()}
 
     @property
@@ -82,7 +82,7 @@ class Plan:
         return self._units_by_layer.get(layer, [])
 
     def sites_outside_experts(self, layer: int) -> list[list[Unit]]:
-        """Units of a layer outside its experts, those together that read the same input."""
+        """Units of a layer outside its experts, grouped by the input that they read."""
         sites: dict[str, list[Unit]] = {}
         for unit in self.units_of(layer):
             if unit.expert is None:
@@ -106,7 +106,7 @@ class Plan:
 
     @property
     def carried_over(self) -> list[str]:
-        """Checkpoint tensors that are in the output as they are."""
+        """Checkpoint tensors that the output holds unchanged."""
         return [name for names in self._kept_by_layer.values() for name in names]
 
     @property
@@ -115,7 +115,7 @@ class Plan:
         return self._kept_by_layer[None]
 
     def kept_in_layer(self, index: int) -> list[str]:
-        """Checkpoint tensors of a layer that are carried over as they are."""
+        """Checkpoint tensors of a layer that are carried over unchanged."""
         return self._kept_by_layer[index]
 
     @cached_property
@@ -135,15 +135,15 @@ class Plan:
 def build_plan(recipe: Recipe) -> Plan:
     """Opens the checkpoint of `recipe` (headers only) and applies its rules.
 
-    Raises InputError naming the rule or unit where a rule matches nothing or a grid does not fit a
-    matrix. Whether the output has room is left to `check_disk`.
+    Raises InputError naming the rule or unit if a rule matches nothing or a grid does not fit a
+    matrix. `check_disk` checks the free space.
     """
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
     output_format = FORMATS[recipe.output.format]
     units = planned_units(recipe, checkpoint, output_format)
     kept = tuple(matrix.name for matrix in checkpoint.matrices() if matrix.name not in units)
     if not units and not output_format.holds_dense:
-        raise InputError("recipe: quantize: every matrix is kept, there is nothing to do")
+        raise InputError("recipe: quantize: every matrix is kept, so there is nothing to quantize")
     planned = {unit.tensor: unit for unit in units.values()}
     groups = _part_groups(checkpoint, planned, output_format)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
@@ -156,7 +156,7 @@ def build_plan(recipe: Recipe) -> Plan:
 def _part_groups(
     checkpoint: Checkpoint, planned: dict[str, Unit], output_format: Format
 ) -> list[Group]:
-    """(layer, parts) of what must not be split, in the order in which they will come."""
+    """(layer, parts) of each group that must not be split, in the order of the run."""
     order = {tensor: number for number, tensor in enumerate(planned)}
     groups = []
     for layer, names in _groups(checkpoint):
@@ -169,7 +169,7 @@ def _part_groups(
 
 
 def _groups(checkpoint: Checkpoint) -> Iterator[tuple[int | None, list[str]]]:
-    """(layer, checkpoint names) of what must not be split: an expert, the rest of a layer."""
+    """(layer, checkpoint names) of each group that must not be split: an expert, or the rest."""
     family = checkpoint.family
     for layer, names in tensors_by_layer(checkpoint).items():
         if layer is None:
@@ -188,7 +188,7 @@ def _groups(checkpoint: Checkpoint) -> Iterator[tuple[int | None, list[str]]]:
 def _stored_as(
     checkpoint: Checkpoint, name: str, planned: dict[str, Unit], output_format: Format
 ) -> Iterator[PlannedTensor]:
-    """What the output holds of the checkpoint's tensor `name`."""
+    """The tensors that store the checkpoint's tensor `name` in the output."""
     unit = planned.get(name)
     ref = checkpoint.source.tensors[name]
     layout = {name: (ref.dtype, ref.shape)}
@@ -199,7 +199,7 @@ def _stored_as(
 
 
 def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
-    """Checkpoint names layer by layer, in the order in which they are written; None is outside."""
+    """Checkpoint names by layer, in the order of writing; None stands for outside the layers."""
     layers = range(checkpoint.config.num_hidden_layers)
     owners = {checkpoint.family.layer_prefix.format(layer=layer): layer for layer in layers}
     depth = checkpoint.family.layer_prefix.count(".")
@@ -211,13 +211,13 @@ def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
 
 
 def work_path(output: Path) -> Path:
-    """The directory in which a run works until `output` is whole."""
+    """The directory in which a run works until `output` is complete."""
     output = output.resolve()  # "." has no name; a link leads to the disk that is meant
     return output.with_name(output.name + ".partial")
 
 
 def check_disk(plan: Plan) -> None:
-    """Raises InputError where the output's disk has too little room for what is still to come."""
+    """Raises InputError if the output's disk has too little space for the rest of the output."""
     output = Path(plan.recipe.output.path)
     free = shutil.disk_usage(nearest_directory(output)).free
     of_interrupted_run = (work_path(output) / "files" / file.name for file in plan.files)
@@ -225,5 +225,5 @@ def check_disk(plan: Plan) -> None:
     if plan.output_bytes - written > free:
         raise InputError(
             f"{output}: needs {size(plan.output_bytes - written)}, "
-            f"{size(free)} are free on that disk"
+            f"but only {size(free)} are free on its disk"
         )

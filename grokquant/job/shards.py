@@ -1,4 +1,4 @@
-"""The weight files of an output: each grows at its final size and place until it is complete."""
+"""The weight files of an output, written part by part until each is complete."""
 
 import os
 from collections import deque
@@ -23,7 +23,7 @@ from grokquant.types import UnitReport
 CARD_NAME = "README.md"
 REPORT_NAME = "quantization-report.json"
 SUMS_NAME = "SHA256SUMS"
-# So many tensors may wait for the disk: bounds memory, keeps the disk busy.
+# Tensors that may wait for the disk: enough to keep it busy, few enough to bound memory.
 _WAITING = 2
 
 # (planned file, its complete temporary file, that file's sha256 if known, the reports of its units)
@@ -42,9 +42,8 @@ class _Growing:
 class ShardWriter:
     """Writes parts to their places in any order and commits each file once it is complete.
 
-    Writing and committing happen in a thread of their own, in the order of the calls; what goes
-    wrong there is raised by a later call. `seconds` is how long that thread was busy, `incomplete`
-    names the files that were begun.
+    A thread writes and commits in the order of the calls; its errors are raised by a later call.
+    `seconds` is how long that thread was busy, `incomplete` names the files in progress.
     """
 
     def __init__(self, directory: Path, plan: Plan, commit: Commit) -> None:
@@ -59,18 +58,18 @@ class ShardWriter:
         self._thread = ThreadPoolExecutor(1, "writer")
 
     def write(self, tensors: Mapping[str, Tensor], report: UnitReport | None = None) -> None:
-        """Whole parts by name. `report` is that of the unit they stand for."""
+        """Writes whole parts by name. `report` is that of the unit they belong to."""
         for name, tensor in tensors.items():
             planned = self.plan.parts[name]
             if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
-                raise GrokquantError(f"{name}: not what was planned; this is a bug")
+                raise GrokquantError(f"{name}: dtype or shape differs from the plan; this is a bug")
             self.write_rows(name, 0, tensor, report)
             report = None
 
     def write_rows(
         self, name: str, first: int, rows: Tensor, report: UnitReport | None = None
     ) -> None:
-        """Rows of the part `name`, the first of which has the index `first`."""
+        """Writes rows of the part `name`, starting at row `first`."""
         file, place = self.plan.file_of[name], self.plan.slots[name]
         stored, rows = self.stored[place.tensor], place.stored(rows)
         first += place.first_row
@@ -84,7 +83,7 @@ class ShardWriter:
         self._waiting.append(self._thread.submit(self._write, file, offset, rows, report))
 
     def drain(self) -> None:
-        """Waits until everything is written; all complete files are committed then."""
+        """Waits until everything is written and all complete files are committed."""
         while self._waiting:
             self._waiting.popleft().result()
 
@@ -97,7 +96,7 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Removes what is incomplete. Where nothing is, what still waits completes a file."""
+        """Removes incomplete files. If there are none, pending writes complete the last file."""
         self._thread.shutdown(cancel_futures=bool(self.incomplete))
         for growing in self._growing.values():
             growing.stored.close()
@@ -107,7 +106,7 @@ class ShardWriter:
         self, file: PlannedFile, offset: int, rows: Tensor, report: UnitReport | None
     ) -> None:
         if self._failed:
-            return  # what was raised ends the run; a file with a hole must not become complete
+            return  # the error ends the run; a file with a hole must not become complete
         start = perf_counter()
         self._failed = True
         growing = self._growing.get(file.name) or self._begin(file)
@@ -138,9 +137,9 @@ class ShardWriter:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
-    """A safetensors file, written tensor by tensor without a copy in memory; not synced.
+    """Writes a safetensors file tensor by tensor, without a copy in memory; does not sync it.
 
-    Returns its sha256 if that is known.
+    Returns its sha256 if known.
     """
     layout = file_layout({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     stored = PlacedFile(path)
@@ -154,7 +153,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_writable(directory: Path) -> None:
-    """Raises InputError where `directory` can neither be written to nor made."""
+    """Raises InputError if `directory` can neither be written to nor created."""
     place = nearest_directory(directory)
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError(f"{directory}: cannot be written")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the unit in progress is finished first; a second one stops at once."""
+"""Ctrl-C and SIGTERM: the first lets the current file finish, the second stops immediately."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -11,28 +11,28 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether the run is to stop. `busy` says whether something is in progress that is better
-    finished, as making the work directory at the start; `notify` tells the user so."""
+    """Whether a stop was requested. `busy` says whether work is in progress that should be finished
+    first, such as creating the work directory; `notify` tells the user that it will be."""
 
     def __init__(self, notify: Callable[[], None]) -> None:
         self.requested, self.notify = False, notify
         self.busy: Callable[[], bool] = lambda: True
 
     def check(self) -> None:
-        """Raises Stopped if that was asked for and no unit is in progress."""
+        """Raises Stopped if a stop was requested and no work is in progress."""
         if self.requested and not self.busy():
-            raise Stopped("interrupted, nothing was published")
+            raise Stopped("interrupted; no output was written")
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested or not self.busy():
-            raise Stopped("interrupted, nothing was published")
+            raise Stopped("interrupted; no output was written")
         self.requested = True
         self.notify()
 
 
 @contextmanager
 def stopping(notify: Callable[[], None]) -> Iterator[StopRequest]:
-    """Signals become requests inside the block. Only the main thread can do that."""
+    """Turns signals into stop requests inside the block. Only the main thread can do that."""
     request = StopRequest(notify)
     try:
         before = [signal.signal(number, request.handle) for number in _SIGNALS]

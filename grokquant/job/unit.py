@@ -1,4 +1,4 @@
-"""One unit by its method, and what there is to say about it afterwards."""
+"""Rounds one unit by its method and reports on it."""
 
 from math import isfinite, prod
 from time import perf_counter
@@ -26,7 +26,7 @@ from grokquant.types import QTensor, TensorRef, Unit, UnitReport
 def round_without_data(
     unit: Unit, stored: Tensor | QTensor, output_format: Format
 ) -> tuple[dict[str, Tensor], UnitReport]:
-    """One matrix by a method that needs nothing, packed for the disk, and its report.
+    """Rounds and packs one matrix by a method without calibration; returns it with its report.
 
     Raises InputError for weights that cannot be rounded.
     """
@@ -42,9 +42,9 @@ def round_unit(
     site: Site | None,
     device: torch.device = CPU,
 ) -> tuple[QTensor, UnitReport]:
-    """One matrix in a layer that calibration tokens pass, and its report.
+    """Rounds one matrix of a layer during calibration; returns it with its report.
 
-    A method without a usable Hessian makes way for its fallback, and the report names the reason.
+    Without a usable Hessian the method's fallback is used, and the report gives the reason.
     Raises InputError for weights that cannot be rounded.
     """
     start = perf_counter()
@@ -109,7 +109,7 @@ def stored_bits(scheme: Scheme, shape: tuple[int, int]) -> int:
 
 
 def _fall_back(unit: Unit, W: Tensor) -> Rounded:
-    """The unit by the method that takes the place of its own, with the same settings."""
+    """Rounds the unit by the fallback of its method, with the same settings."""
     fallback = METHODS[unit.method].fallback
     assert fallback is not None, f"{unit.method} needs data and has no fallback"
     return fallback.round(W, unit.scheme, unit.settings, None)

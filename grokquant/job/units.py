@@ -28,7 +28,7 @@ def planned_units(recipe: Recipe, checkpoint: Checkpoint, output_format: Format)
 def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
     """The index of the rule that decides each matrix, by name; None where no rule matches.
 
-    Raises InputError for a rule that decides nothing: it would be left out in silence.
+    Raises InputError for a rule that decides nothing: otherwise it would be ignored silently.
     """
     names = [matrix.name for matrix in checkpoint.matrices()]
     decided = {name: recipe.rule_index(name) for name in names}
@@ -38,7 +38,7 @@ def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
         if not any(rule.matches(name) for name in names):
             raise InputError(
                 f"{key} matches no matrix of {recipe.model.path} "
-                f"(they are called like {names[0]} or {names[-1]})"
+                f"(names look like {names[0]} or {names[-1]})"
             )
         if index not in taken:
             raise InputError(f"{key} never applies: earlier rules cover every matrix it matches")
@@ -61,7 +61,7 @@ def _unit(
             f"{name}: {columns} input features are not divisible by group {scheme.group_size}"
         )
     if lossless and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
-        raise InputError(f"{name}: copy to {scheme} is not lossless, the source has {ref.scheme}")
+        raise InputError(f"{name}: copy to {scheme} is not lossless: the source has {ref.scheme}")
     if reason := output_format.refusal(scheme, (rows, columns)):
         raise InputError(f"{name}: {output_format.name} cannot hold it: {reason}")
     return Unit(
@@ -89,7 +89,10 @@ def _copied(name: str, ref: TensorRef, rule: Rule, output_format: Format) -> Sch
     and keep their dtype where the format has it."""
     rows, columns = ref.shape
     if ref.scheme is None:
-        raise InputError(f"{name}: method copy needs a source that stores integers")
+        raise InputError(
+            f"{name}: method copy needs a quantized source, but it has {ref.stored_as}; "
+            "use keep or rtn"
+        )
     if not ref.scheme.is_integer:
         return ref.scheme
     stored = ref.scheme.group_size or columns

@@ -1,4 +1,4 @@
-"""Proof that an output holds what was planned: every unit present, on its grid, intact."""
+"""Checks that an output is as planned: every unit present, on its grid, intact."""
 
 import json
 from collections.abc import Mapping
@@ -21,12 +21,12 @@ def verify_against_plan(directory: Path, plan: Plan) -> None:
 def verify(directory: str | Path) -> int:
     """Checks a finished output: checksums, every unit of its report, finite values.
 
-    Returns the number of matrices checked. Raises GateError naming the first thing that is wrong
-    and InputError where `directory` is not an output.
+    Returns the number of matrices checked. Raises GateError naming the first problem, and
+    InputError where `directory` is not an output.
     """
     path = Path(directory)
     if not (path / REPORT_NAME).is_file():
-        raise InputError(f"{path}: has no {REPORT_NAME}, it is not an output of grokquant")
+        raise InputError(f"{path}: has no {REPORT_NAME}, so it is not a finished output")
     _check_sums(path)
     expected = _reported_schemes(path)
     try:
@@ -47,7 +47,7 @@ def _check_sums(path: Path) -> None:
         if Path(name).name != name or not (path / name).is_file():
             raise GateError(f"{path / name}: is missing")
         if sha256(path / name) != expected:
-            raise GateError(f"{path / name}: its checksum is not the one in {SUMS_NAME}")
+            raise GateError(f"{path / name}: does not match its checksum in {SUMS_NAME}")
 
 
 def _reported_schemes(path: Path) -> dict[str, Scheme]:
@@ -62,12 +62,12 @@ def _check_units(checkpoint: Checkpoint, expected: Mapping[str, Scheme]) -> None
     found = {name: ref.scheme for name, ref in checkpoint.units()}
     for name, scheme in expected.items():
         if name not in found:
-            raise GateError(f"{name}: planned but not in the output")
+            raise GateError(f"{name}: planned, but missing from the output")
         if found[name] != scheme:
-            raise GateError(f"{name}: planned as {scheme}, the output has {found[name] or 'bf16'}")
+            raise GateError(f"{name}: planned as {scheme}, but stored as {found[name] or 'bf16'}")
 
 
 def _check_values(checkpoint: Checkpoint) -> None:
-    """Reads every tensor, which no source does of one that holds non-finite values."""
+    """Reads every tensor; sources raise InputError for non-finite values."""
     for ref in checkpoint.source.tensors.values():
         ref.load()

@@ -1,13 +1,13 @@
-"""The directory of a run that is not finished, `OUT.partial`: what is committed there stays.
+"""The work directory of an unfinished run, `OUT.partial`. Committed files stay there.
 
-    run.json         what the run is made of; nothing else may continue it
-    lock             who is writing
-    journal/         a record of each committed file: checksum and reports; of the hidden states
+    run.json         the fingerprint of the run; only an equal run may resume it
+    lock             names the process that is writing
+    journal/         a record of each committed file, with checksum and reports, and of the states
     hidden-N         the calibration tokens' hidden states before layer N
-    files/           what becomes OUT, by rename, when everything is there
+    files/           becomes OUT, by rename, when it is complete
 
-A file is committed by rename after its bytes are on disk, then its record is in the same way. So at
-any instant a file without a record is to be made again, and one with a record is whole.
+A file is committed by rename after its bytes are on disk, then its record in the same way. So at
+any time, a file with a record is complete, and one without a record must be rebuilt.
 """
 
 import shutil
@@ -35,17 +35,17 @@ RUN, LOCK, HIDDEN, REPLACED = "run.json", "lock", "hidden", "replaced"
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states [rows, time, hidden] of the calibration tokens between two layers: in the model
-    as it is quantized, and in the original where a method asks for that."""
+    """Hidden states [rows, time, hidden] of the calibration tokens between two layers: those of the
+    quantized model, and those of the original if a method needs them."""
 
     hidden: Tensor
     reference: Tensor | None = None
 
 
 class WorkDirectory:
-    """An open work directory. `reports` are those of all committed units, `damaged` names what was
-    no longer as it had been committed and is made again, `tokens_per_expert` is what calibration
-    brought to the experts of the layers so far."""
+    """An open work directory. `reports` has a report for each committed unit, `damaged` the
+    names of files that changed since they were committed and will be rebuilt, `tokens_per_expert`
+    the calibration tokens of each expert, layer by layer."""
 
     def __init__(self, path: Path, output: Path) -> None:
         self.path, self.output = path, output
@@ -58,7 +58,7 @@ class WorkDirectory:
 
     @property
     def published(self) -> bool:
-        """Whether the output has its name already, so that only this directory is left to go."""
+        """Whether the output has its final name; only this directory is left to be removed then."""
         run, sums = atomic.read_record(self.path / RUN) or {}, self.output / SUMS_NAME
         if self.files.exists() or not sums.is_file():
             return False
@@ -72,7 +72,7 @@ class WorkDirectory:
     def commit(
         self, file: PlannedFile, temporary: Path, checksum: str | None, reports: list[UnitReport]
     ) -> None:
-        """Puts a complete file in its place for good, with its record."""
+        """Moves a complete file to its final place, then writes its record."""
         checksum = checksum or atomic.sha256(temporary)
         atomic.commit(temporary, self.files / file.name)
         record = {"sha256": checksum, "units": [asdict(report) for report in reports]}
@@ -83,7 +83,7 @@ class WorkDirectory:
         return file.name in self.sums
 
     def read(self, plan: Plan, names: list[str]) -> dict[str, Tensor]:
-        """Parts that are committed."""
+        """Reads committed parts."""
         return {name: self._read(plan, name) for name in names}
 
     def _read(self, plan: Plan, name: str) -> Tensor:
@@ -93,11 +93,11 @@ class WorkDirectory:
         offset = file.layout.offsets[place.tensor] + place.first_row * row
         raw = np.fromfile(path, np.uint8, whole, offset=offset)
         if len(raw) < whole:
-            raise InputError(f"{path}: has changed during the run: it is shorter")
+            raise InputError(f"{path}: was truncated during the run")
         return place.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
 
     def recover(self, plan: Plan) -> None:
-        """Takes up what is committed and intact; what is not will be made again."""
+        """Finds the committed files that are intact; damaged ones will be rebuilt."""
         for directory in (self.path, self.files, self.journal):
             atomic.remove_abandoned(directory)
         for file in plan.files:
@@ -123,7 +123,7 @@ class WorkDirectory:
             self.damaged.append(path.name)
 
     def save_states(self, layer: int, states: States | None) -> None:
-        """The states before `layer`, None after the last; tokens per expert with them."""
+        """Saves the states before `layer` (None after the last) and the tokens per expert."""
         path = self.path / f"{HIDDEN}-{layer}"
         checksum = None
         if states is not None:
@@ -138,7 +138,7 @@ class WorkDirectory:
                 old.unlink(missing_ok=True)
 
     def load_states(self, at_most: int) -> tuple[int, States] | None:
-        """What `save_states` saved last, if that is whole and of layer `at_most` or before."""
+        """The states saved last, if they are intact and of layer `at_most` or an earlier one."""
         if self._hidden is None or self._hidden[0] > at_most:
             return None
         layer, path = self._hidden
@@ -154,7 +154,7 @@ class WorkDirectory:
         atomic.write_text(self.files / SUMS_NAME, text)
 
     def publish(self) -> None:
-        """Gives the output its name; an earlier result makes way only then."""
+        """Gives the output its final name and only then replaces an earlier result."""
         run = atomic.read_record(self.path / RUN) or {}
         complete = atomic.sha256(self.files / SUMS_NAME)
         atomic.write_record(self.path / RUN, run | {"complete": complete})
@@ -171,19 +171,19 @@ class WorkDirectory:
         atomic.sync(self.output.parent)
 
     def give_back(self) -> None:
-        """Puts an earlier result back in its place if it made way for one that did not come."""
+        """Restores an earlier result that was moved away for a new one that never came."""
         replaced = self.path / REPLACED
         if replaced.exists() and not self.output.exists():
             replaced.replace(self.output)
 
     def clear(self) -> None:
-        """Removes everything but what says whose the directory is."""
+        """Removes everything but the fingerprint and the lock."""
         for path in self.path.iterdir():
             if path.name not in (RUN, LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def remove(self) -> None:
-        """Removes the directory, last of all what says whose it is, should this be cut short."""
+        """Removes the directory, fingerprint and lock last, in case this is interrupted."""
         self.clear()
         for name in (RUN, LOCK):
             (self.path / name).unlink(missing_ok=True)
@@ -191,7 +191,7 @@ class WorkDirectory:
             self.path.rmdir()
 
     def _temporaries(self) -> Iterator[Path]:
-        """Of another run, where a lock does not keep it out."""
+        """Temporary files of another run, on filesystems without locks."""
         return self.files.glob(".*.tmp")
 
     def _remember(self, file: PlannedFile, record: dict) -> None:

@@ -1,4 +1,4 @@
-"""How a matrix is rounded onto a grid. A new method is a file here and a row in `METHODS`."""
+"""Methods that round a matrix onto a grid. A new one is a module here and a row in `METHODS`."""
 
 from grokquant.methods.copy import COPY
 from grokquant.methods.gptq import GPTQ

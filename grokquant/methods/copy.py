@@ -1,4 +1,4 @@
-"""Lossless: the integers and scales of the source are taken as they are, never derived again."""
+"""Lossless: keeps the integers and scales of the source; nothing is recomputed."""
 
 from dataclasses import replace
 
@@ -8,19 +8,19 @@ from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.methods.method import TILE_ROWS, Errors, Method
 from grokquant.types import QTensor
 
-# Rows copied at once from where they lie in memory, few enough for the cache.
+# Rows copied at once, few enough for the cache.
 _COPY_ROWS = 512
 
 
 class InexactScale(ValueError):
-    """A stored scale is no number of the dtype that it is to be copied to."""
+    """A stored scale has no exact value in the dtype that it should be copied to."""
 
 
 def copy_quantized(stored: QTensor, scheme: Scheme) -> QTensor:
     """The stored codes under `scheme`, whose groups must divide the stored ones.
 
-    Smaller groups repeat the stored scale, and another dtype holds the same number, so that every
-    weight keeps its value. Raises InexactScale where one cannot.
+    Smaller groups repeat the stored scale, and scales are converted exactly, so that every weight
+    keeps its value. Raises InexactScale if a scale cannot be converted exactly.
     """
     columns = stored.codes.shape[1]
     repeats, rest = divmod(scheme.groups(columns), stored.scales.shape[1])
@@ -33,8 +33,8 @@ def copy_quantized(stored: QTensor, scheme: Scheme) -> QTensor:
 
 
 def can_copy(stored: Scheme, scheme: Scheme, in_features: int) -> bool:
-    """Whether `scheme` can hold a tensor stored as `stored` without any change of value, if its
-    scale dtype can hold the scales."""
+    """Whether `scheme` can hold a tensor stored as `stored` without changing a value, provided that
+    its scale dtype can hold the scales."""
     same_grid = replace(scheme, group_size=stored.group_size, scale_dtype=stored.scale_dtype)
     groups, stored_groups = scheme.groups(in_features), stored.groups(in_features)
     return same_grid == stored and groups % stored_groups == 0
@@ -51,7 +51,7 @@ def _in_dtype(scales: Tensor, name: str) -> Tensor:
 
 class Copy(Method):
     name = "copy"
-    text = "takes the source's integers as they are"
+    text = "keeps the source's quantized weights unchanged"
     grid_keys = {"group": "release", "scale_dtype": None}
     lossless = True
 

@@ -83,9 +83,9 @@ def _search_step(
 
 
 def _step(values: Tensor, scheme: Scheme, most: int) -> Tensor:
-    """A float16 step for each block (as float32 [rows, blocks, 1]), such that no value [rows,
-    groups] is more than `most` steps. Small ones are below float16's normal numbers, where one that
-    is rounded down would cut off much."""
+    """The float16 step of each block, as float32 [rows, blocks, 1], such that every value [rows,
+    groups] is at most `most` steps. It is rounded up: below float16's normal numbers, rounding down
+    would clip large values."""
     assert scheme.group_size is not None
     groups = scheme.row.block_columns // scheme.group_size
     largest = values.unflatten(1, (-1, groups)).abs().amax(-1, keepdim=True) / most
@@ -108,8 +108,8 @@ def _refine(
     whole: tuple[Tensor, ...],
     limits: tuple[int, int],
 ) -> tuple[Tensor, ...]:
-    """Whole numbers, moved by one up or down where the scales and offsets that `spans` makes of
-    them err less, now that they are rounded."""
+    """The numbers in `whole`, each moved by one up or down if that lowers the error of the scales
+    and offsets that `spans` computes from them."""
     best = whole
     least = torch.full(groups.shape[:2], torch.inf, device=groups.device)
     for moves in product((0, -1, 1), repeat=len(whole)):

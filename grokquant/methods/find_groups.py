@@ -1,4 +1,4 @@
-"""Levels of grids whose groups each store their own scale, and offset where they have one."""
+"""Levels of grids whose groups store their own scale, and their own offset if they have one."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from grokquant.methods.spans import Spans, divisors, nearest_in_codebook
 
 
 def find_absmax(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
-    """Scales that the largest weight of a group is stored as, or that times one of SHRINKS."""
+    """Scales equal to the largest weight of each group, or to that times one of SHRINKS."""
     absmax = groups.abs().amax(-1)  # (rows, groups)
     scales = torch.where(absmax == 0, 1.0, absmax)
     best = scales
@@ -46,6 +46,6 @@ def find_range(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule)
 
 
 def find_table(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
-    """A scale for each group, a float16 held as float32, so that values are as llama.cpp's."""
+    """A scale for each group: a float16 held as float32, so that values equal llama.cpp's."""
     scales = fit_table(groups, weights, scheme, rule)
     return Spans(scales.to(torch.float16).float())

@@ -1,8 +1,8 @@
-"""Scales and offsets of the least squared error for each group, before they are stored.
+"""Scales and offsets with the least squared error for each group, before they are stored.
 
-`groups` [rows, groups, group_size] are the weights, `weights` [1, groups, group_size] what an error
-of each column costs. Ranges are stretched in steps as llama.cpp does it (ggml-quants.c), and the
-scale is fitted each time to the codes that it gives.
+`groups` [rows, groups, group_size] are the weights, `weights` [1, groups, group_size] the cost of
+an error in each column. Ranges are stretched in steps, as in llama.cpp (ggml-quants.c), and each
+time the scale is fitted to the resulting codes.
 """
 
 from itertools import product
@@ -50,8 +50,8 @@ def fit_range(
 
 
 def fit_symmetric(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Tensor:
-    """Scales [rows, groups] of codes around 0. A negative scale lets the lowest code, which reaches
-    one step further, meet a weight above 0."""
+    """Scales [rows, groups] of codes around 0. With a negative scale, the lowest code, which
+    reaches one step further, represents a positive weight."""
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))  # (rows, groups, 1)
     best = peak.abs().squeeze(-1) / scheme.qmax
     if rule == "absmax":
@@ -70,8 +70,8 @@ def fit_symmetric(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRu
 
 
 def fit_table(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Tensor:
-    """Scales [rows, groups] of a table. The largest weight of a group meets the entry furthest out,
-    or with `mse` one end of the table or the other, whose scale then may be negative."""
+    """Scales [rows, groups] of a table. The largest weight of a group is scaled to the entry with
+    the largest magnitude; with `mse` to either end of the table, so the scale may be negative."""
     table = scheme.row.table
     low = min(table)
     high = max(table)

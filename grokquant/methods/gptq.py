@@ -50,8 +50,8 @@ class GptqSettings(ScaleSettings):
     act_order: Annotated[
         bool,
         Field(
-            description="Round the columns with the strongest inputs first. Groups stay where they "
-            "are, so it costs nothing at run time."
+            description="Rounds the columns with the strongest inputs first. Groups keep their "
+            "columns, so this costs nothing at inference."
         ),
     ] = True
     damping: Annotated[
@@ -59,15 +59,15 @@ class GptqSettings(ScaleSettings):
         Field(
             gt=0,
             le=1,
-            description="Share of the Hessian's mean diagonal that is added to it, so that it can "
-            "be inverted.",
+            description="Added to the Hessian's diagonal, as a share of its mean, so that the "
+            "Hessian can be inverted.",
         ),
     ] = 0.01
     hessian_block: Annotated[
         Annotated[int, Field(ge=32)] | None,
         Field(
-            description="Limits the feedback to blocks of this many input features (unset: all of "
-            "them), which takes less memory and time in proportion."
+            description="Limits error feedback to blocks of this many input features (unset: all), "
+            "which reduces memory and time in proportion."
         ),
     ] = None
 

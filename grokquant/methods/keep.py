@@ -1,11 +1,11 @@
-"""Not a method of rounding, but a row like theirs: the matrix stays as it is."""
+"""Not a rounding method, but a row of the same table: the matrix is not quantized."""
 
 from grokquant.methods.method import Method
 
 
 class Keep(Method):
     name = "keep"
-    text = "leaves units in bfloat16"
+    text = "stores the matrix unquantized, in bfloat16"
     quantizes = False
 
 

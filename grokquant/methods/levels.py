@@ -1,4 +1,4 @@
-"""The levels of a matrix: found by the function that its grid names, then rounded to."""
+"""Finds the levels of a matrix, by the finder of its grid, and rounds to them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from grokquant.methods.scales import ScaleRule, find_scales, group_columns, roun
 from grokquant.methods.spans import Spans, divisors, nearest_in_codebook
 from grokquant.types import QTensor
 
-# Weights searched at once: 512 KB in float32, so that temporaries stay in the cache.
+# Weights searched at once: 512 KB in float32, so temporaries stay in the cache.
 _AT_ONCE = 1 << 17
 
 # Finds the levels of W [out, in], columns weighted by `importance` [in].
@@ -65,8 +65,8 @@ class Levels:
 def find_levels(
     W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
 ) -> Levels:
-    """Levels for W [out, in]: those that span the whole range of each group (`absmax`), or those of
-    the least squared error that a search finds (`mse`), columns weighted by `importance` [in]."""
+    """Levels for W [out, in]: `absmax` spans the whole range of each group, `mse` searches for the
+    least squared error, with columns weighted by `importance` [in]."""
     return Levels(scheme, FINDERS[scheme.row.finder](W, scheme, rule, importance))
 
 
@@ -91,7 +91,7 @@ def _by_rows(find: FindInGroups) -> Finder:
     return find_all
 
 
-# By the name that a row of GRIDS has.
+# By the `finder` of a row of GRIDS.
 FINDERS: dict[FinderName, Finder] = {
     "integers": _find_integers,
     "absmax": _by_rows(find_absmax),

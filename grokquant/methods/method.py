@@ -1,7 +1,7 @@
-"""What a method of rounding is: an object that recipe, plan, run and documentation read.
+"""The interface of a rounding method, which recipe, plan, run and documentation read.
 
-A method works layer by layer (`LayerRounding`); one that looks at a matrix at a time, as most do,
-only says how it rounds it. It is pure: no files, no model, no progress.
+A method works layer by layer (`LayerRounding`). Most methods look at one matrix at a time and only
+define how to round it. Methods are pure: no files, no model, no progress.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,12 +17,12 @@ from grokquant.grids import Scheme
 from grokquant.types import QTensor, Unit
 
 T = TypeVar("T")
-# Rows rounded at once where no kernel says better: bounds the float32 copies.
+# Rows rounded at once, unless a kernel has its own number: bounds the float32 copies.
 TILE_ROWS = 2048
 
 
 class Needs(Enum):
-    """What a method must see besides the weights."""
+    """The data that a method needs besides the weights."""
 
     NOTHING = "no calibration"
     HESSIAN = "the inputs of each matrix"
@@ -30,12 +30,12 @@ class Needs(Enum):
 
 
 class UnusableHessian(ValueError):
-    """The statistics of a site cannot be used; the text says why."""
+    """The statistics of a site are unusable; the text says why."""
 
 
 @dataclass(frozen=True)
 class NoSettings:
-    """The settings of a method that has none."""
+    """The settings of a method without settings."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Cost:
-    """What rounding one matrix takes besides the matrix, its codes and the Hessian.
+    """The cost of rounding one matrix, besides the matrix, its codes and the Hessian.
 
     `working_bytes` of memory. Multiply-adds of large products: `shared_products` once for all
     matrices of a site, `products` for each.
@@ -100,7 +100,7 @@ class Site(Protocol):
         ...
 
     def once(self, key: object, make: Callable[[], T]) -> T:
-        """What `make` returns; made again only if `key` is not that of the last call."""
+        """The result of `make`, cached until `key` changes."""
         ...
 
 
@@ -126,8 +126,8 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class Revision:
-    """What a method changes when the whole layer has run: codes by unit name, and values of tensors
-    that are carried over (router, norms) by checkpoint name."""
+    """The changes of a method after the whole layer has run: codes by unit name, and values of
+    carried-over tensors (router, norms) by checkpoint name."""
 
     codes: Mapping[str, QTensor] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -136,9 +136,9 @@ class Revision:
 class Method:
     """A row of `METHODS`; a new one is a subclass that overrides what differs.
 
-    `settings` is a frozen dataclass; its fields are the keys that a rule may give for this method,
-    with their types, bounds, defaults and texts (pydantic's `Field`). `grid_keys` are the keys
-    about the grid that it takes, with their defaults.
+    `text` describes the method in the documentation. `settings` is a frozen dataclass; its fields
+    are the recipe keys of this method, with types, bounds, defaults and descriptions (pydantic's
+    `Field`). `grid_keys` are the keys about the grid that it takes, with their defaults.
     """
 
     name: str
@@ -146,13 +146,13 @@ class Method:
     settings: type = NoSettings
     grid_keys: Mapping[str, object] = {}
     needs: Needs = Needs.NOTHING
-    # False: the matrix is carried over as it is.
+    # False: the matrix is carried over unquantized.
     quantizes: bool = True
     # True: the grid is the source's own, and no weight changes.
     lossless: bool = False
-    # True: `revise` may change what was rounded, so the layer is held until it has run.
+    # True: `revise` may change rounded matrices, so they are held until the layer has run.
     revises: bool = False
-    # What takes the place of this method where a site cannot be used.
+    # Replaces this method if a site is unusable.
     fallback: "Method | None" = None
 
     def round(self, W: Tensor, scheme: Scheme, settings: Any, site: Site | None) -> Rounded:
@@ -168,19 +168,19 @@ class Method:
         return quantized, errors_of(W, quantized, torch.float64)
 
     def tile_rows(self, columns: int, on_cpu: bool) -> int:
-        """How many rows to give to `round_tile` at once."""
+        """The number of rows for one call of `round_tile`."""
         return TILE_ROWS
 
     def hessian_block(self, settings: Any) -> int | None:
-        """Columns in a diagonal block of the Hessian that it asks for; None for all."""
+        """Columns in each diagonal block of the Hessian; None for one block."""
         return None
 
     def cost(self, rows: int, columns: int, settings: Any) -> Cost:
-        """What rounding W [rows, columns] takes; by default float32 copies of some tiles."""
+        """The cost of rounding W [rows, columns]; by default float32 copies of some tiles."""
         return Cost(working_bytes=8 * min(rows, TILE_ROWS) * columns * torch.float32.itemsize)
 
     def begin_layer(self, layer: Layer) -> "LayerRounding":
-        """What rounds the units of one layer."""
+        """The object that rounds the units of one layer."""
         return LayerRounding(self, layer)
 
 
@@ -192,11 +192,11 @@ class LayerRounding:
         self.layer = layer
 
     def round(self, unit: Unit, W: Tensor, site: Site | None) -> Rounded:
-        """Rounds one matrix, with which the layer goes on. Raises UnusableHessian."""
+        """Rounds one matrix; the layer continues with the result. Raises UnusableHessian."""
         return self.method.round(W, unit.scheme, unit.settings, site)
 
     def revise(self) -> Revision:
-        """Changes what was rounded, when the layer has run; for methods that say `revises`."""
+        """Changes rounded matrices after the layer has run; for methods with `revises`."""
         return Revision()
 
 
@@ -206,7 +206,7 @@ def dense(W: Tensor | QTensor) -> Tensor:
 
 
 def errors_of(W: Tensor, quantized: QTensor, dtype: torch.dtype = torch.float32) -> Errors:
-    """What rounding did to W [out, in]; tile by tile of rows, whose sums are taken in `dtype`."""
+    """The errors of rounding W [out, in], computed tile by tile with sums in `dtype`."""
     errors = Errors()
     for start in range(0, len(W), TILE_ROWS):
         part = slice(start, start + TILE_ROWS)

@@ -14,7 +14,7 @@ from grokquant.methods.method import TILE_ROWS, Errors, Method, Rounded, Site
 from grokquant.methods.scales import ScaleRule, quantize_nearest, search_scales
 from grokquant.types import QTensor
 
-# Keys about the grid that every method takes which rounds, and their defaults.
+# Keys about the grid that every rounding method takes, and their defaults.
 GRID_KEYS: Mapping[str, object] = {
     "grid": "integer",
     "bits": None,
@@ -26,13 +26,13 @@ GRID_KEYS: Mapping[str, object] = {
 
 @dataclass(frozen=True)
 class ScaleSettings:
-    """The keys of methods that find scales themselves."""
+    """The keys of methods that search scales themselves."""
 
     scale: Annotated[
         ScaleRule,
         Field(
-            description="`absmax` spans the largest weight of a group, `mse` searches the scale "
-            "of the least squared error."
+            description="`absmax` scales to the largest weight of a group; `mse` searches for the "
+            "scale with the least squared error."
         ),
     ] = "mse"
 
@@ -45,7 +45,7 @@ def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -
 
 
 def quantize_with_torch(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
-    """`quantize_rtn` on any device and for any group size; the kernels' reference."""
+    """`quantize_rtn` on any device and for any group size; the reference for the kernels."""
     dense = W.dequantize() if isinstance(W, QTensor) else W
     if scheme.is_integer:
         return quantize_nearest(dense, *search_scales(dense, scheme, rule), scheme)

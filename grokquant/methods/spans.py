@@ -1,4 +1,4 @@
-"""What spans the grid of each group, and rounding onto it."""
+"""The scales, zero points and offsets that define the grid of each group, and rounding to it."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +11,7 @@ from grokquant.grids import Scheme
 
 @dataclass(frozen=True)
 class Spans:
-    """All of a QTensor but its codes: which values the codes of each group stand for."""
+    """All of a QTensor but its codes: the values that the codes of each group represent."""
 
     scales: Tensor
     zero_points: Tensor | None = None
@@ -35,14 +35,14 @@ def _cat(parts: list[Tensor | None]) -> Tensor | None:
 
 
 def divisors(scales: Tensor, unit: float = 1.0) -> Tensor:
-    """Steps from code to code, float32, to divide by. A group with a scale of 0 holds only its
-    offset, whatever its codes are."""
+    """float32 steps between codes, safe to divide by. All codes of a group with a scale of 0
+    represent its offset."""
     steps = scales.float() * unit
     return torch.where(scales == 0, torch.finfo(torch.float32).tiny, steps)
 
 
 def nearest_in_codebook(values: Tensor, scheme: Scheme) -> Tensor:
-    """int8 codes of the entries of the scheme's table that are nearest to `values`."""
+    """int8 codes of the table entries of `scheme` nearest to `values`."""
     table = torch.tensor(scheme.row.table, device=values.device)
     ordered, places = table.sort()
     middles = (ordered[1:] + ordered[:-1]) / 2
@@ -50,7 +50,7 @@ def nearest_in_codebook(values: Tensor, scheme: Scheme) -> Tensor:
 
 
 def nearest_values(values: Tensor, scheme: Scheme) -> Tensor:
-    """What `values` become on the grid with a scale of 1. A table must hold integers.
+    """`values` rounded to the grid with a scale of 1. A table must hold integers.
 
     Entries of such a table meet halfway at multiples of 1/2, so each half step has one nearest
     entry: looking it up is 20 times as fast as a search.

@@ -1,4 +1,4 @@
-"""Text from a checkpoint, to see with one's own eyes that it still speaks."""
+"""Generates text from a checkpoint, as a quick check of it."""
 
 from typing import Any, cast
 
@@ -17,20 +17,21 @@ def generate_text(
     device: str = "cpu",
     packed: bool = False,
 ) -> str:
-    """`prompt` and up to `tokens` more; greedy below temperature 0.001. `packed` is that of `load`.
-    Raises InputError."""
+    """`prompt` continued by up to `tokens` new tokens; greedy below temperature 0.001. `packed` is
+    passed to `load`. Raises InputError."""
     if not prompt:
         raise InputError("is empty", "prompt")
     if any("\ud800" <= character <= "\udfff" for character in prompt):  # undecoded bytes
         raise InputError("is not UTF-8 text", "prompt")
     model, tokenizer = load(path, device, packed=packed)
     if tokenizer is None:
-        raise InputError(f"{path}: has no tokenizer beside it, text cannot be generated")
+        raise InputError(f"{path}: has no tokenizer, so it cannot generate text")
     encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
     length, positions = encoded.input_ids.shape[1], model.config.max_position_embeddings
     if length + tokens > positions:
         raise InputError(
-            f"{tokens} after {length} of the prompt, the model has {positions} positions", "tokens"
+            f"{tokens} after a prompt of {length} exceed the model's {positions} positions",
+            "tokens",
         )
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature >= 0.001 else {}

@@ -1,4 +1,4 @@
-"""Loading a whole checkpoint into memory as a transformers model, whatever its form on disk."""
+"""Loads a whole checkpoint of any format into memory as a transformers model."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ def load(
     """The model in `dtype` and its tokenizer (None if there is none beside it).
 
     `path` is a release, a bf16 Hugging Face directory or a quantized output; `toy` names the
-    embedded toy. Quantized matrices are multiplied out, or each time that they are used if
-    `packed`, which takes less memory and more time. Raises InputError.
+    embedded toy. Quantized matrices are dequantized once, or on every use if `packed`, which takes
+    less memory and more time. Raises InputError.
     """
     place = device_of(device)
     checkpoint = open_checkpoint(path)
@@ -52,8 +52,8 @@ def build_model(
 def fill_model(
     model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Reads all parameters and packed matrices, tensor by tensor, to where they lie in memory;
-    those that have none yet get it on `device`."""
+    """Reads all parameters and packed matrices in place, tensor by tensor; those without memory are
+    allocated on `device`."""
     family, tensors = checkpoint.family, checkpoint.source.tensors
     for index, layer in enumerate(family.layers(model)):
         _fill_experts(checkpoint, index, layer, device, dtype)
@@ -63,7 +63,7 @@ def fill_model(
     for name, parameter in list(model.named_parameters()):
         ref = tensors.get(family.tensor_name(name))
         if ref is None:
-            continue  # of fused experts
+            continue  # part of fused experts
         kind = family.working_dtype(name, dtype)
         if parameter.dtype == kind and not parameter.is_meta:
             parameter.copy_(ref.read())
@@ -75,7 +75,7 @@ def fill_model(
 def _fill_experts(
     checkpoint: Checkpoint, index: int, layer: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Fuses the experts of a layer to the parameters of its own class, expert by expert."""
+    """Fuses the experts of a layer into the parameters of its class, expert by expert."""
     family, experts = checkpoint.family, checkpoint.family.experts_of(layer)
     if experts is None:
         return

@@ -1,4 +1,4 @@
-"""Quantized matrices that stay packed in memory and are multiplied out whenever they are used."""
+"""Quantized matrices that stay packed in memory and are dequantized on every use."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,13 +17,13 @@ from grokquant.types import QTensor, TensorRef
 
 
 class PackedMatrix(nn.Module):
-    """A matrix as `format` stores it, as codes with scales where that cannot, dense in `dtype`
-    where the checkpoint has no codes of it.
+    """A matrix as `format` stores it; as codes and scales if the format cannot hold it; dense in
+    `dtype` if the checkpoint has no codes for it.
 
-    Its parts are buffers without memory until `read`, so that they count where sizes are planned.
+    Its parts are buffers without memory until `read`, so that size estimates include them.
     """
 
-    _is_hf_initialized = True  # transformers is to leave it alone
+    _is_hf_initialized = True  # keeps transformers from initializing it
 
     def __init__(self, ref: TensorRef, format: Format | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class PackedMatrix(nn.Module):
             self.register_buffer(f"part{number}", part, persistent=False)
 
     def read(self, device: torch.device) -> None:
-        """Fills the parts from the file; those that have no memory yet get it on `device`."""
+        """Fills the parts from the file; those without memory are allocated on `device`."""
         for number, part in enumerate(self._parts(self.ref.load()).values()):
             buffer = self.get_buffer(f"part{number}")
             if buffer.is_meta:
@@ -45,7 +45,7 @@ class PackedMatrix(nn.Module):
                 buffer.copy_(part)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix multiplied out [out, in]."""
+        """The dequantized matrix [out, in]."""
         scheme, parts = self.ref.scheme, list(self.buffers())
         if scheme is None:
             return parts[0].to(dtype)
@@ -88,7 +88,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedStack(nn.Module):
-    """Stands for a fused parameter of experts: a model takes one expert's matrix at a time."""
+    """Replaces a fused parameter of experts; the model takes one expert's matrix at a time."""
 
     _is_hf_initialized = True
 
@@ -103,10 +103,10 @@ class PackedStack(nn.Module):
 
 
 def pack_model(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Puts packed modules in the place of everything that the checkpoint has quantized, and of all
-    experts of a layer where one of them is. They have no memory before `read`.
+    """Replaces all matrices that the checkpoint stores quantized by packed modules, and all experts
+    of a layer if one of them is quantized. They have no memory before `read`.
 
-    Such a model refuses `save_pretrained`, which would leave them out.
+    Such a model refuses `save_pretrained`, which would omit them.
     """
     stored_in = format_of(checkpoint.source)
     format = stored_in if isinstance(stored_in, Format) else None
@@ -117,7 +117,7 @@ def pack_model(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> 
 
 
 def _refuse_to_save(*arguments: object, **options: object) -> None:
-    raise InputError("a model of packed matrices cannot be saved; copy the directory it came from")
+    raise InputError("a model with packed weights cannot be saved; copy its directory instead")
 
 
 def _pack_linears(

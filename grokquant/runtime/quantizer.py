@@ -1,9 +1,9 @@
-"""The quantizer that loads our outputs in transformers, packed.
+"""The quantizer that loads our outputs in transformers without dequantizing them.
 
 Without it transformers dequantizes the outputs that it can read, and reads some wrongly without a
-word: where a layer's experts have several grids, all get the same one, and the experts of gpt-oss
-are drawn at random. So our quantizer takes every output, whatever quant_method its config.json has
-to show to engines.
+warning: if the experts of a layer have several grids, all get the same one, and the experts of
+gpt-oss are initialized randomly. So our quantizer loads every output, whatever quant_method its
+config.json shows to engines.
 """
 
 import tempfile

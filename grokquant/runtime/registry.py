@@ -1,4 +1,4 @@
-"""How transformers learns of our outputs without being imported for it.
+"""Registers our formats with transformers without importing it.
 
 `import grokquant` has to be cheap, and `from_pretrained` has to know our outputs whichever of the
 two packages is imported first. So we wait for the modules of transformers that hold its tables of

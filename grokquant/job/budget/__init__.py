@@ -1,4 +1,4 @@
-"""What a run will take of disk, memory and time, told before it begins."""
+"""Estimates of the memory and time of a run, before it begins."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,12 @@ class Budget:
 
 
 def budget_of(plan: Plan) -> Budget:
-    """Probes this machine for some seconds with samples of the source and the calibration text."""
+    """Probes this machine for a few seconds with samples of the source and the calibration text."""
     before = resident_bytes()
     step = peak_step(plan)
     seconds = expected_seconds(plan)
     peak = before + step.bytes
     if plan.needs_calibration and is_small(plan):
-        # Then a whole layer was the probe, which shows what formulas leave out.
+        # The probe ran a whole layer, so its peak includes what the formulas leave out.
         peak = max(peak, resident_bytes(peak=True))
     return Budget(step, peak + _THREADS, seconds)

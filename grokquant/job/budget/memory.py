@@ -20,7 +20,7 @@ FLOAT = torch.float32.itemsize
 
 @dataclass(frozen=True)
 class Step:
-    """A moment of the run: what it holds then, and the recipe key that would make that less."""
+    """A step of the run: the bytes it holds, and the recipe key that lowers them."""
 
     name: str
     bytes: int
@@ -34,7 +34,7 @@ def peak_step(plan: Plan) -> Step:
 
 
 def resident_bytes(peak: bool = False) -> int:
-    """What this process takes now, its libraries included, or took at its peak so far."""
+    """Memory of this process, libraries included: now, or at its peak so far."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         fields = dict(line.split(":", 1) for line in lines)
@@ -44,7 +44,7 @@ def resident_bytes(peak: bool = False) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What can still be taken of the memory of `device` without pushing anything out."""
+    """Free memory of `device`, without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -56,7 +56,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _copying(plan: Plan) -> Step:
-    """Tensors that are carried over: one block being read, two waiting, one being written."""
+    """Carried-over tensors: one block is read, two wait, one is written."""
     kept = [plan.checkpoint.source.tensors[name] for name in plan.carried_over]
     blocks = [(_block_bytes(ref), ref.name) for ref in kept]
     largest, name = max(blocks, default=(0, ""))
@@ -69,14 +69,14 @@ def _block_bytes(ref: TensorRef) -> int:
 
 
 def _without_data(plan: Plan) -> Iterator[Step]:
-    """A matrix as stored and the next one; packed, one in work and one at the disk."""
+    """Two stored matrices, this and the next; two packed ones, this and the one being written."""
     for unit in plan.units.values():
         stored = plan.checkpoint.source.tensors[unit.tensor].stored_bytes
         yield Step(f"{unit.name}: rounding", 2 * stored + 2 * plan.packed_bytes(unit), None)
 
 
 def _calibrated(plan: Plan) -> Iterator[Step]:
-    """What calibration holds all the time, then a layer's experts with their Hessians."""
+    """The embedding; then each unit of a layer, beside all that calibration holds throughout."""
     settings = plan.recipe.calibration
     config = plan.checkpoint.config
     tokens = settings.samples * min(settings.length, config.max_position_embeddings)
@@ -99,7 +99,7 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     method = METHODS[unit.method]
     size = CALIBRATION_DTYPE.itemsize
     weights = rows * columns
-    # The matrix as stored (int8), multiplied out (bfloat16) and rounded (int8).
+    # The matrix as stored (int8), dequantized (bfloat16) and rounded (int8).
     own = weights * (1 + 2 + 1) + method.cost(rows, columns, unit.settings).working_bytes
     hessian = 0
     if method.needs is not Needs.NOTHING:

@@ -1,4 +1,4 @@
-"""The time of a run: that of the real code on small pieces of this model, on this machine."""
+"""The time of a run, estimated by running the real code on small pieces of this model here."""
 
 import os
 from collections import Counter
@@ -33,7 +33,7 @@ _SAMPLES = 8
 _SAMPLE_BYTES = 1 << 26
 _WRITTEN_BYTES = 1 << 29
 _SMALL_LAYER = 1e12  # weights times tokens
-_START_AND_END = 1.0  # seconds for what does not grow: tokenizer, metadata files, verification
+_START_AND_END = 1.0  # seconds of fixed work: tokenizer, metadata files, verification
 
 
 def expected_seconds(plan: Plan) -> float:
@@ -60,14 +60,14 @@ def _calibrating(plan: Plan) -> float:
 
 
 def is_small(plan: Plan) -> bool:
-    """Whether a whole layer is done with its calibration in seconds."""
+    """Whether calibrating and quantizing a whole layer takes only seconds."""
     settings = plan.recipe.calibration
     weights = sum(prod(unit.shape) for unit in plan.units_of(0))
     return settings.samples * settings.length * weights < _SMALL_LAYER
 
 
 def _one_layer(plan: Plan, rows: Tensor) -> float:
-    """Seconds of the first layer, done as in the run and thrown away."""
+    """Seconds of the first layer, quantized as in the run and discarded."""
     start = perf_counter()
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE)
     hidden = model.embed(rows)
@@ -111,7 +111,7 @@ def _piece(ref: TensorRef, rows: int, columns: int) -> torch.Tensor | QTensor:
 
 @dataclass(frozen=True)
 class _Rates:
-    """What this machine does in a second: multiply-adds of the model's products and of Hessians."""
+    """Multiply-adds per second on this machine, in the model's products and in Hessians."""
 
     products: float
     hessians: float
@@ -130,7 +130,7 @@ class _Rounding:
 
 @dataclass(kw_only=True)
 class _ProbeSite(Site):
-    """A site whose Hessian `H` is made beforehand, so that its time is not taken for rounding's."""
+    """A site whose Hessian `H` is computed beforehand, so that rounding is timed without it."""
 
     H: Tensor
 
@@ -174,7 +174,7 @@ def _by_pieces(plan: Plan, tokens: int) -> float:
 
 
 def _passes(matrix: Matrix, unit: Unit | None, reference: bool) -> int:
-    """How often inputs go through a matrix; `reference` says that the original model runs, too.
+    """How many times inputs pass through a matrix; `reference`: the original model runs as well.
 
     A layer runs twice. The inputs of a site outside the experts are captured in another pass. gate
     and up of an expert run for the Hessian of down and for the outputs, down for the outputs alone.
@@ -187,7 +187,7 @@ def _passes(matrix: Matrix, unit: Unit | None, reference: bool) -> int:
 
 
 def _solving(unit: Unit, piece: _Rounding, rates: _Rates, shared: bool) -> float:
-    """Seconds of rounding a unit, with what its site shares if that is still to be made."""
+    """Seconds of rounding a unit, including the work shared by its site if `shared`."""
     rows, columns = unit.shape
     cost = METHODS[unit.method].cost(rows, columns, unit.settings)
     scale = rows * columns / piece.weights
@@ -214,7 +214,7 @@ def _hessian(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> f
 
 
 def _rates(plan: Plan, tokens: int) -> _Rates:
-    """The products of a run, on `tokens` inputs of a piece of a matrix."""
+    """The rates of products, measured on a piece of a matrix with `tokens` inputs."""
     unit = next(unit for unit in plan.units.values() if _needs_data(unit))
     rows, columns = (min(size, _PIECE) for size in unit.shape)
     W, X = _random_piece(rows, columns, tokens)
@@ -257,7 +257,7 @@ def _needs_data(unit: Unit) -> bool:
 
 
 def _read_rate(files: tuple[Path, ...]) -> float:
-    """Bytes per second of reading at places all over the source."""
+    """Bytes per second of reading at offsets spread over the source."""
     largest = sorted(files, key=lambda path: path.stat().st_size)[-_SAMPLES:]
     read = 0
     start = perf_counter()
