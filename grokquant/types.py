@@ -101,9 +101,9 @@ class TensorRef:
     `shape` and `dtype` are those that `read()` returns: an expert of a stacked, transposed or
     packed source tensor appears as one [out, in] matrix. `scheme` is set if the source itself
     stores integers and scales. `stored_bytes` is the size of the tensor at the source. Where the
-    source supports them, `load_rows` reads the rows from a first to before a second index, `load_into`
-    reads into a uint8 buffer of at least `stored_bytes`, and `load_part` reads the part selected by
-    a tuple of slices.
+    source supports them, `load_rows` reads the rows from a first to before a second index,
+    `load_into` reads into a uint8 buffer of at least `stored_bytes`, and `load_part` reads the part
+    selected by a tuple of slices.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Standard errors and confidence intervals from a bootstrap over documents.
 
 Tokens within a document are correlated, so whole documents, not tokens, are resampled with
-replacement. A document contributes the sums over its tokens: one matrix product gives every figure that follows
-from sums for thousands of resamples. Both models keep the same documents in each resample,
+replacement. A document contributes the sums over its tokens: one matrix product gives every figure
+that follows from sums for thousands of resamples. Both models keep the same documents in each resample,
 so differences and ratios are paired.
 """
 
