@@ -2,8 +2,8 @@
 
 Tokens within a document are correlated, so whole documents, not tokens, are resampled with
 replacement. A document contributes the sums over its tokens: one matrix product gives every figure
-that follows from sums for thousands of resamples. Both models keep the same documents in each resample,
-so differences and ratios are paired.
+that follows from sums for thousands of resamples. Both models keep the same documents in each
+resample, so differences and ratios are paired.
 """
 
 from collections.abc import Callable
