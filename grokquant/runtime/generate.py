@@ -27,7 +27,8 @@ def generate_text(
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer, so it cannot generate text")
     encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-    length, positions = encoded.input_ids.shape[1], model.config.max_position_embeddings
+    length = encoded.input_ids.shape[1]
+    positions = model.config.max_position_embeddings
     if length + tokens > positions:
         raise InputError(
             f"{tokens} after a prompt of {length} exceed the model's {positions} positions",

@@ -54,7 +54,8 @@ def fill_model(
 ) -> None:
     """Reads all parameters and packed matrices in place, tensor by tensor; those without memory are
     allocated on `device`."""
-    family, tensors = checkpoint.family, checkpoint.source.tensors
+    family = checkpoint.family
+    tensors = checkpoint.source.tensors
     for index, layer in enumerate(family.layers(model)):
         _fill_experts(checkpoint, index, layer, device, dtype)
     for module in model.modules():
@@ -76,7 +77,8 @@ def _fill_experts(
     checkpoint: Checkpoint, index: int, layer: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Fuses the experts of a layer into the parameters of its class, expert by expert."""
-    family, experts = checkpoint.family, checkpoint.family.experts_of(layer)
+    family = checkpoint.family
+    experts = family.experts_of(layer)
     if experts is None:
         return
     count = family.num_experts(checkpoint.config, index)
@@ -101,7 +103,9 @@ def _fused(checkpoint: Checkpoint, names: dict[str, str], end: str) -> dict[str,
     family = checkpoint.family
     part = {key: checkpoint.source.tensors[name].read() for key, name in names.items()}
     turned = {key: value.T if value.ndim == 2 else value for key, value in part.items()}
-    gate_up, down = family.join(turned["gate"], turned["up"]), turned["down"]  # (.., out)
+    gate_up = family.join(turned["gate"], turned["up"])  # (.., out)
+    down = turned["down"]
     if not family.transposed and gate_up.ndim == 2:
-        gate_up, down = gate_up.T, down.T
+        gate_up = gate_up.T
+        down = down.T
     return {f"gate_up_{end}": gate_up, f"down_{end}": down}

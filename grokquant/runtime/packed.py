@@ -27,7 +27,9 @@ class PackedMatrix(nn.Module):
 
     def __init__(self, ref: TensorRef, format: Format | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.ref, self.format, self.dtype = ref, format, dtype
+        self.ref = ref
+        self.format = format
+        self.dtype = dtype
         self.shape: tuple[int, int] = (ref.shape[0], ref.shape[1])
         if format and (ref.scheme is None or format.refusal(ref.scheme, self.shape)):
             self.format = None
@@ -46,7 +48,8 @@ class PackedMatrix(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix [out, in]."""
-        scheme, parts = self.ref.scheme, list(self.buffers())
+        scheme = self.ref.scheme
+        parts = list(self.buffers())
         if scheme is None:
             return parts[0].to(dtype)
         if self.format is None:
@@ -81,7 +84,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, packed: PackedMatrix, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.packed, self.bias = packed, bias
+        self.packed = packed
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.packed.dense(x.dtype), self.bias)
@@ -139,7 +143,8 @@ def _pack_experts(
     format: Format | None,
     dtype: torch.dtype,
 ) -> None:
-    family, tensors = checkpoint.family, checkpoint.source.tensors
+    family = checkpoint.family
+    tensors = checkpoint.source.tensors
     count = family.num_experts(checkpoint.config, index)
     names = [family.expert_tensors(index, expert) for expert in range(count)]
     refs = [{part: tensors[name] for part, name in of_one.items()} for of_one in names]
