@@ -10,8 +10,9 @@ from torch import Tensor
 from grokquant.files import atomic
 from grokquant.job.plan import Plan
 
-# Keys of a recipe that change no weight.
+# Keys of a recipe that change no weight, so that a run may be resumed with other values.
 _FREE = {"max_fallbacks", "eval"}
+# Their versions may change roundings.
 _PACKAGES = ("grokquant", "numba", "torch", "transformers")
 
 

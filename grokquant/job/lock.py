@@ -22,9 +22,10 @@ def work_directory(output: Path, source: Path, identity: dict) -> Iterator[WorkD
     foreign files or the checkpoint `source`, if another process writes there, or if the interrupted
     run has another `identity`.
     """
-    _refuse_foreign(output, source)
-    output, path = output.resolve(), work_path(output)
-    _refuse_strange(path)
+    _check_output(output, source)
+    path = work_path(output)
+    output = output.resolve()
+    _check_path(path)
     work = WorkDirectory(path, output)
     try:
         with _locked(path):
@@ -57,7 +58,7 @@ def _begin(work: WorkDirectory, identity: dict) -> None:
     if same and work.published:
         return
     if work.started and not work.published:
-        _refuse_other(work.path, before, identity)
+        _check_same(work.path, before, identity)
     else:
         work.clear()
         atomic.write_record(work.path / RUN, identity)
@@ -97,10 +98,10 @@ def _open_lock(path: Path) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
                 return descriptor
-        os.close(descriptor)  # of a run that has just removed it
+        os.close(descriptor)
 
 
-def _refuse_other(path: Path, before: dict | None, now: dict) -> None:
+def _check_same(path: Path, before: dict | None, now: dict) -> None:
     if before is None:
         raise InputError(f"{path / RUN}: is damaged; remove {path} to start over")
     for field in now:
@@ -123,7 +124,8 @@ def _difference(name: str, before: object, now: object) -> str:
     return f"{name} was {before}, now {now}"
 
 
-def _refuse_strange(path: Path) -> None:
+def _check_path(path: Path) -> None:
+    """Raises InputError if something other than a work directory is at `path`."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path}: is in the way; move it or choose another output")
     begun = path.exists() and not (path / RUN).is_file()
@@ -138,9 +140,10 @@ def _of_a_beginning(path: Path) -> bool:
     return path.name == LOCK or (path.name.startswith(f".{RUN}.") and path.suffix == ".tmp")
 
 
-def _refuse_foreign(output: Path, source: Path) -> None:
+def _check_output(output: Path, source: Path) -> None:
+    """Raises InputError unless `output` is free, or holds an earlier result to replace."""
     if source.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"{output}: holds the model itself; choose another")
+        raise InputError(f"{output}: holds the model itself; choose another output")
     if not output.exists():
         return
     if output.resolve().is_mount():

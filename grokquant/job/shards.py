@@ -32,7 +32,7 @@ Commit = Callable[[PlannedFile, Path, str | None, list[UnitReport]], None]
 
 @dataclass
 class _Growing:
-    """A file that still lacks `missing` bytes of its tensors."""
+    """A file in progress that still lacks `missing` bytes of its tensors."""
 
     stored: PlacedFile
     missing: int
@@ -40,14 +40,16 @@ class _Growing:
 
 
 class ShardWriter:
-    """Writes parts to their places in any order and commits each file once it is complete.
+    """Writes packed tensors to their places in any order and commits each file once complete.
 
     A thread writes and commits in the order of the calls; its errors are raised by a later call.
     `seconds` is how long that thread was busy, `incomplete` names the files in progress.
     """
 
     def __init__(self, directory: Path, plan: Plan, commit: Commit) -> None:
-        self.directory, self.commit, self.plan = directory, commit, plan
+        self.directory = directory
+        self.plan = plan
+        self.commit = commit
         self.stored = {t.name: t for file in plan.files for t in file.tensors}
         self.unwritten = {f.name: sum(t.bytes for t in f.tensors) for f in plan.files}
         self.incomplete: set[str] = set()
@@ -64,7 +66,7 @@ class ShardWriter:
             if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
                 raise GrokquantError(f"{name}: dtype or shape differs from the plan; this is a bug")
             self.write_rows(name, 0, tensor, report)
-            report = None
+            report = None  # once is enough
 
     def write_rows(
         self, name: str, first: int, rows: Tensor, report: UnitReport | None = None
@@ -108,7 +110,7 @@ class ShardWriter:
         if self._failed:
             return  # the error ends the run; a file with a hole must not become complete
         start = perf_counter()
-        self._failed = True
+        self._failed = True  # until this write has succeeded
         growing = self._growing.get(file.name) or self._begin(file)
         growing.stored.write(offset, _bytes_of(rows))
         growing.missing -= rows.nbytes

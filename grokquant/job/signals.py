@@ -15,7 +15,9 @@ class StopRequest:
     first, such as creating the work directory; `notify` tells the user that it will be."""
 
     def __init__(self, notify: Callable[[], None]) -> None:
-        self.requested, self.notify = False, notify
+        self.notify = notify
+        self.requested = False
+        # Until the run says otherwise: the work directory is being made.
         self.busy: Callable[[], bool] = lambda: True
 
     def check(self) -> None:
@@ -24,6 +26,7 @@ class StopRequest:
             raise Stopped("interrupted; no output was written")
 
     def handle(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. Raises Stopped at a second signal, or if nothing is in progress."""
         if self.requested or not self.busy():
             raise Stopped("interrupted; no output was written")
         self.requested = True
@@ -36,7 +39,7 @@ def stopping(notify: Callable[[], None]) -> Iterator[StopRequest]:
     request = StopRequest(notify)
     try:
         before = [signal.signal(number, request.handle) for number in _SIGNALS]
-    except ValueError:
+    except ValueError:  # Python sets handlers in the main thread only
         yield request
         return
     try:

@@ -44,6 +44,7 @@ def _check_sums(path: Path) -> None:
         raise GateError(f"{sums}: is missing")
     for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         expected, _, name = line.partition("  ")
+        # A name with a directory in it is damage, and could lead out of the output.
         if Path(name).name != name or not (path / name).is_file():
             raise GateError(f"{path / name}: is missing")
         if sha256(path / name) != expected:

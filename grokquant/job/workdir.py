@@ -30,7 +30,10 @@ from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, SUMS_NAME, write_tensors
 from grokquant.types import UnitReport
 
-RUN, LOCK, HIDDEN, REPLACED = "run.json", "lock", "hidden", "replaced"
+RUN = "run.json"
+LOCK = "lock"
+HIDDEN = "hidden"
+REPLACED = "replaced"  # an earlier output while the new one takes its name
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,10 @@ class WorkDirectory:
     the calibration tokens of each expert, layer by layer."""
 
     def __init__(self, path: Path, output: Path) -> None:
-        self.path, self.output = path, output
-        self.files, self.journal = path / "files", path / "journal"
+        self.path = path
+        self.output = output
+        self.files = path / "files"
+        self.journal = path / "journal"
         self.sums: dict[str, str] = {}
         self.reports: dict[str, UnitReport] = {}
         self.damaged: list[str] = []
@@ -101,25 +106,25 @@ class WorkDirectory:
         for directory in (self.path, self.files, self.journal):
             atomic.remove_abandoned(directory)
         for file in plan.files:
-            place = self.journal / f"{file.name}.json"
-            record = atomic.read_record(place)
+            record_path = self.journal / f"{file.name}.json"
+            record = atomic.read_record(record_path)
             if record and atomic.holds(self.files / file.name, record["sha256"]):
                 self._remember(file, record)
-            elif place.exists():
+            elif record_path.exists():
                 self.damaged.append(file.name)
         self._recover_hidden()
 
     def _recover_hidden(self) -> None:
-        place = self.journal / f"{HIDDEN}.json"
-        record = atomic.read_record(place)
+        record_path = self.journal / f"{HIDDEN}.json"
+        record = atomic.read_record(record_path)
         if record is None:
-            self.damaged += [HIDDEN] if place.exists() else []
+            self.damaged += [HIDDEN] if record_path.exists() else []
             return
         self.tokens_per_expert = record["tokens_per_expert"]
         path = self.path / f"{HIDDEN}-{record['layer']}"
         if record["sha256"] and atomic.holds(path, record["sha256"]):
-            self._hidden = record["layer"], path
-        elif record["sha256"]:
+            self._hidden = (record["layer"], path)
+        elif record["sha256"]:  # None after the last layer, where no states are saved
             self.damaged.append(path.name)
 
     def save_states(self, layer: int, states: States | None) -> None:
@@ -146,7 +151,7 @@ class WorkDirectory:
         return layer, States(**saved)
 
     def write_sums(self) -> None:
-        """SHA256SUMS of everything but the card, which people edit. `sha256sum -c` reads it."""
+        """Writes SHA256SUMS of all files but the card, which people edit. For `sha256sum -c`."""
         free = {SUMS_NAME, CARD_NAME, *(path.name for path in self._temporaries())}
         files = sorted(p for p in self.files.iterdir() if p.name not in free)
         sums = ((self.sums.get(p.name) or atomic.sha256(p), p.name) for p in files)
@@ -165,7 +170,7 @@ class WorkDirectory:
             for path in self._temporaries():
                 path.unlink(missing_ok=True)
             self.files.replace(self.output)
-        except BaseException:  # a signal too
+        except BaseException:  # signals included
             self.give_back()
             raise
         atomic.sync(self.output.parent)
@@ -187,7 +192,7 @@ class WorkDirectory:
         self.clear()
         for name in (RUN, LOCK):
             (self.path / name).unlink(missing_ok=True)
-        with suppress(OSError):  # another run may have come
+        with suppress(OSError):  # another run may have begun there
             self.path.rmdir()
 
     def _temporaries(self) -> Iterator[Path]:

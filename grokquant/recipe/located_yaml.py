@@ -1,7 +1,7 @@
-"""YAML 1.2 read into plain values that remember their line and column.
+"""YAML 1.2 read into plain values, with the line and column of each.
 
 Only what a recipe needs: mappings with text keys, lists and scalars. Anchors, aliases, tags, merge
-keys and duplicate keys are refused, so what is read is what is written, once.
+keys and duplicate keys are refused, so that every value stands in the file exactly once.
 """
 
 import re
@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-Loc = tuple[str | int, ...]  # the way to a value: ("quantize", 1, "bits")
+Loc = tuple[str | int, ...]  # the path to a value: ("quantize", 1, "bits")
 Mark = tuple[int, int]  # line and column, both from 1
 
 _TAG = "tag:yaml.org,2002:"
@@ -21,11 +21,12 @@ _BOOLS = {"true": True, "false": False}
 
 
 class YamlProblem(Exception):
-    """YAML that cannot be read: `text` says why, `mark` where, if that is known."""
+    """YAML that cannot be read: `text` says why and `mark` where, if that is known."""
 
     def __init__(self, text: str, mark: Mark | None = None):
         super().__init__(text)
-        self.text, self.mark = text, mark
+        self.text = text
+        self.mark = mark
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Document:
     values: dict[Loc, Mark]
 
     def mark(self, loc: Loc, at_key: bool = False) -> Mark | None:
-        """Where `loc` stands, or the innermost mapping or list that should have held it."""
+        """The mark of `loc`, or of the innermost mapping or list that should have held it."""
         if at_key and loc in self.keys:
             return self.keys[loc]
         while loc and loc not in self.values:
@@ -86,7 +87,8 @@ class _Reader:
             self.keys[(*loc, key)] = mark
             mapping[key] = self.value(value_node, (*loc, key))
             if value_node.tag == _TAG + "null" and not value_node.value:
-                self.values[(*loc, key)] = mark  # an empty value stands wherever the next key does
+                # YAML puts an empty value where the next key begins; we put it at its own key.
+                self.values[(*loc, key)] = mark
         return mapping
 
 
@@ -102,15 +104,17 @@ def _scalar(node: Node, mark: Mark) -> Any:
 
 
 def _integer(text: str) -> int:
+    """1_000, 0x10, 0o17 or 0b1; with a leading 0 alone, digits stay decimal in YAML 1.2."""
     digits = text.replace("_", "")
     return int(digits, 0 if re.match(r"[-+]?0[box]", digits) else 10)
 
 
 def _real(text: str) -> float:
+    """As Python writes it: YAML's .inf and .nan have a dot."""
     return float(re.sub(r"\.(inf|nan)", r"\1", text.replace("_", "").lower()))
 
 
-# Dates stay text: no key of a recipe is one, but a directory may be named after one.
+# Dates stay text: no key of a recipe takes one, but a directory may be named by one.
 _SCALARS: dict[str, Callable[[str], Any]] = {
     _TAG + "str": str,
     _TAG + "timestamp": str,

@@ -16,6 +16,7 @@ from grokquant.errors import InputError
 from grokquant.recipe.located_yaml import Document, Loc, Mark, YamlProblem, read_yaml
 from grokquant.recipe.schema import FORMER_KEYS, Recipe, Section
 
+# Recipes are short; a larger file was named by mistake, such as one with weights.
 _MAX_BYTES = 1_000_000
 
 S = TypeVar("S", bound=Section)
@@ -30,7 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_sections(path: str | Path, schema: type[S], overrides: Sequence[str] = ()) -> S:
-    """Reads a YAML file that has the keys of `schema`, with the errors of `load_recipe`."""
+    """Reads a YAML file with the keys of `schema`; overrides and errors as in `load_recipe`."""
     try:
         document = read_yaml(_read_text(path))
     except YamlProblem as problem:
@@ -43,7 +44,7 @@ def load_sections(path: str | Path, schema: type[S], overrides: Sequence[str] = 
 
 
 def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
-    """A recipe from Python values. Raises InputError: `recipe: key: problem`."""
+    """A recipe from Python values. Raises InputError, `recipe: key: problem`."""
     if not isinstance(mapping, Mapping):
         raise InputError(f"recipe: expected a mapping of keys, not {type(mapping).__name__}")
     return _validated(dict(mapping), Recipe, _Origin("recipe"))
@@ -66,6 +67,7 @@ def _read_text(path: str | Path) -> str:
 def _apply_override(values: dict, override: str) -> Loc:
     """Sets one `key=value` in `values` and returns its location."""
     key, equals, text = override.partition("=")
+    # quantize[0].bits and quantize.0.bits are the same key.
     parts = re.sub(r"\[(-?\d+)\]", r".\1", key.strip()).split(".")
     if not equals or "" in parts:
         raise _input_error(f"override {override}: ", "expected KEY=VALUE, as in quantize[0].bits=8")
@@ -89,7 +91,7 @@ def _apply_override(values: dict, override: str) -> Loc:
     return (*loc, place)
 
 
-def _place(container: Any, part: str, loc: Loc, key: str) -> Any:
+def _step(container: Any, part: str, loc: Loc, key: str) -> Any:
     """`part` of the overridden `key` as a key or index of `container`, the value at `loc`."""
     if isinstance(container, dict):
         return part
@@ -121,11 +123,12 @@ class _Origin:
         return _at(self.name, self.mark(loc, at_key))
 
     def _is_overridden(self, loc: Loc, document: Document) -> bool:
-        def brought(override: Loc) -> bool:
-            above = override[: len(loc)] == loc and loc not in document.values
-            return above or loc[: len(override)] == override
+        def covers(override: Loc) -> bool:
+            # It set a key below `loc`, which the file does not have, or `loc` or a key above it.
+            below = override[: len(loc)] == loc and loc not in document.values
+            return below or loc[: len(override)] == override
 
-        return any(brought(override) for override in self.overridden)
+        return any(covers(override) for override in self.overridden)
 
 
 def _validated(values: dict, schema: type[S], origin: _Origin) -> S:
@@ -147,6 +150,7 @@ def _validated(values: dict, schema: type[S], origin: _Origin) -> S:
 
 
 def _loc(error: ErrorDetails) -> Loc:
+    """Where the error is; the schema's own checks of a rule name a key in their context."""
     if error["type"] == "rule":
         return (*error["loc"], error["ctx"]["key"])
     return error["loc"]
@@ -203,6 +207,7 @@ def _quote(value: object) -> str:
 
 
 def _dotted(loc: Loc) -> str:
+    """A location as people write it: quantize[1].bits."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
 
 
@@ -211,4 +216,4 @@ def _at(name: str, mark: Mark | None) -> str:
 
 
 def _input_error(prefix: str, text: str) -> InputError:
-    return InputError(" ".join((prefix + text).split()))
+    return InputError(" ".join((prefix + text).split()))  # YAML's own texts have several lines
