@@ -92,14 +92,18 @@ class WorkDirectory:
         return {name: self._read(plan, name) for name in names}
 
     def _read(self, plan: Plan, name: str) -> Tensor:
-        file, place, part = plan.file_of[name], plan.slots[name], plan.parts[name]
-        path, dtype = self.files / file.name, place.dtype or part.dtype
-        row, whole = (prod(shape) * dtype.itemsize for shape in (part.shape[1:], part.shape))
-        offset = file.layout.offsets[place.tensor] + place.first_row * row
+        file = plan.file_of[name]
+        slot = plan.slots[name]
+        part = plan.parts[name]
+        path = self.files / file.name
+        dtype = slot.dtype or part.dtype
+        row = prod(part.shape[1:]) * dtype.itemsize
+        whole = prod(part.shape) * dtype.itemsize
+        offset = file.layout.offsets[slot.tensor] + slot.first_row * row
         raw = np.fromfile(path, np.uint8, whole, offset=offset)
         if len(raw) < whole:
             raise InputError(f"{path}: was truncated during the run")
-        return place.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
+        return slot.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
 
     def recover(self, plan: Plan) -> None:
         """Finds the committed files that are intact; damaged ones will be rebuilt."""

@@ -78,17 +78,18 @@ def _apply_override(values: dict, override: str) -> Loc:
     container: Any = values
     loc: Loc = ()
     for part in parts[:-1]:
-        place = _place(container, part, loc, key)
-        if isinstance(container, dict) and container.get(place) is None:
-            container[place] = {}
-        container, loc = container[place], (*loc, place)
+        step = _step(container, part, loc, key)
+        if isinstance(container, dict) and container.get(step) is None:
+            container[step] = {}
+        container = container[step]
+        loc = (*loc, step)
     last = FORMER_KEYS.get(parts[-1], parts[-1])
     for former, now in FORMER_KEYS.items():
         if now == last and isinstance(container, dict):
             container.pop(former, None)
-    place = _place(container, last, loc, key)
-    container[place] = value
-    return (*loc, place)
+    step = _step(container, last, loc, key)
+    container[step] = value
+    return (*loc, step)
 
 
 def _step(container: Any, part: str, loc: Loc, key: str) -> Any:
