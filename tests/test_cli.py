@@ -94,7 +94,7 @@ def test_help_tells_commands_examples_and_exit_codes():
         assert line.endswith(".") and not line.endswith("...")  # no description is cut
     text = " ".join(text.split())
     assert "grokquant quantize recipes/toy-int4.yaml" in text
-    for code in ("0 ok", "1 a quality", "2 the command", "130 interrupted"):
+    for code in ("0 success", "1 a quality", "2 invalid command", "130 interrupted"):
         assert code in text
 
 
@@ -355,7 +355,7 @@ def test_verify(output, tmp_path):
     shard.write_bytes(raw)
     result = run("verify", damaged)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"grokquant: {shard}: its checksum")
+    assert result.stderr.startswith(f"grokquant: {shard}: does not match its checksum")
 
 
 def test_generate(output):
