@@ -1,9 +1,9 @@
-"""The command line. stdout carries results, stderr progress; errors are one line."""
+"""The command line. stdout carries results, stderr progress; errors are one line.
 
-import json
+Commands import what they need when they run: help and usage errors answer without waiting for it.
+"""
+
 import os
-import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,6 +26,8 @@ class _Commands(click.Group):
     """Turns our errors and interruptions into one line and an exit code, whatever command ran."""
 
     def invoke(self, ctx: click.Context) -> object:
+        import signal
+
         for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore SIGINT in the background
             signal.signal(number, signal.default_int_handler)
         try:
@@ -152,6 +154,8 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
     RESULT is a quantized checkpoint; its source is not needed. Codes and scales stay as they are,
     bit by bit; what the format cannot hold so is refused and nothing is written.
     """
+    from pathlib import Path
+
     from grokquant.job import pipeline
     from grokquant.job.convert import conversion_recipe
     from grokquant.reporting.terminal import RunProgress
@@ -206,6 +210,8 @@ def evaluate(
     besides, and thresholds: the exit code is 1 where one is missed. OUTPUT may be of other tools,
     in a format that is known.
     """
+    from pathlib import Path
+
     from grokquant.devices import device_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
@@ -250,6 +256,8 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
     one text and one reference. On the front nothing is both smaller and better; ties are told from
     differences by drawing the documents again.
     """
+    from pathlib import Path
+
     from grokquant.reporting.html.ranking_page import write_ranking
     from grokquant.reporting.ranking import rank_models
     from grokquant.reporting.ranking_tables import markdown, terminal_tables
@@ -361,4 +369,6 @@ def _print_tables(*tables: "Table") -> None:
 
 
 def _print_json(value: object) -> None:
+    import json
+
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
