@@ -1,17 +1,19 @@
 """Quantizes Grok-1 and similar models, streamed block by block, and measures the loss.
 
-The import is cheap: torch, transformers and most of this package are imported by the first call
-that needs them. transformers still recognizes our outputs, see `runtime/registry.py`.
+The import is cheap, since the command line begins with it: torch, transformers, even pathlib are
+imported by the first call that needs them. transformers still recognizes our outputs, see
+`runtime/registry.py`.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grokquant.runtime.registry import register as _register
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from grokquant.evaluation.report import Report
     from grokquant.job.plan import Plan
     from grokquant.recipe import Recipe
@@ -44,7 +46,7 @@ def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
     return build_plan(_as_recipe(recipe))
 
 
-def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> Path:
+def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> "Path":
     """Quantizes as described by a recipe (file, mapping or object); returns the output directory.
 
     The same call resumes an interrupted run.
@@ -56,15 +58,15 @@ def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> P
 
 
 def evaluate(
-    quantized: str | Path,
-    reference: str | Path,
+    quantized: "str | Path",
+    reference: "str | Path",
     text: str | None = None,
     samples: int | None = None,
     length: int | None = None,
     device: str = "auto",
     suite: str | None = None,
     quick: bool = False,
-    cache: str | Path | None = None,
+    cache: "str | Path | None" = None,
     cache_size: str = "20GB",
     data: str | None = None,
 ) -> "Report":

@@ -1,9 +1,9 @@
-"""The command line. stdout carries results, stderr progress; errors are one line."""
+"""The command line. stdout carries results, stderr progress; errors are one line.
 
-import json
+Commands import what they need when they run: help and usage errors answer without waiting for it.
+"""
+
 import os
-import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,6 +26,8 @@ class _Commands(click.Group):
     """Turns errors and interruptions of any command into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
+        import signal
+
         for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore SIGINT in the background
             signal.signal(number, signal.default_int_handler)
         try:
@@ -153,6 +155,8 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
     RESULT is a quantized checkpoint; its source is not needed. Codes and scales are copied bit for
     bit. If the format cannot hold them, the command fails and nothing is written.
     """
+    from pathlib import Path
+
     from grokquant.job import pipeline
     from grokquant.job.convert import conversion_recipe
     from grokquant.reporting.terminal import RunProgress
@@ -222,6 +226,8 @@ def evaluate(
     texts, lm-eval tasks and thresholds; the exit code is 1 if the result misses a threshold. OUTPUT
     may also come from another tool, in any supported format.
     """
+    from pathlib import Path
+
     from grokquant.devices import device_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
@@ -268,6 +274,8 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
     and reference. Models on the Pareto front are not beaten on both size and quality; ties are
     decided by bootstrap.
     """
+    from pathlib import Path
+
     from grokquant.reporting.html.ranking_page import write_ranking
     from grokquant.reporting.ranking import rank_models
     from grokquant.reporting.ranking_tables import markdown, terminal_tables
@@ -386,4 +394,6 @@ def _print_tables(*tables: "Table") -> None:
 
 
 def _print_json(value: object) -> None:
+    import json
+
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))

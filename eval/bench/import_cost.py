@@ -2,8 +2,8 @@
 
     python eval/bench/import_cost.py [--rounds N]
 
-Every round starts each program once, so that a busy moment of the machine meets all of them.
-Prints a JSON line each: the median over rounds, and its ratio to that of the bare import.
+Every round starts each program once; ratios are of one round, so that a busy moment of the machine
+meets both sides. Prints a JSON line each, medians over the rounds.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import sys
 from statistics import median
 from time import perf_counter
 
-from measure import GROKQUANT, conditions
+from measure import conditions
 
 PYTHON = [sys.executable, "-c"]
+GROKQUANT = [*PYTHON, "from grokquant.cli import main; main()"]  # as the installed script does
 BARE = {name: [*PYTHON, f"import {name}"] for name in ("click", "torch")}
 # Program -> the bare import that it is measured against, and its command.
 PROGRAMS = {
@@ -33,27 +34,27 @@ def seconds(command: list[str]) -> float:
     return perf_counter() - start
 
 
-def medians(rounds: int) -> dict[str, float]:
-    """Seconds of every program and bare import."""
+def measured(rounds: int) -> list[dict[str, float]]:
+    """Seconds of every program and bare import, round by round."""
     commands = BARE | {what: command for what, (_, command) in PROGRAMS.items()}
     for command in commands.values():
         seconds(command)  # reads the files into the page cache and compiles modules
-    taken = [{what: seconds(command) for what, command in commands.items()} for _ in range(rounds)]
-    return {what: median(times[what] for times in taken) for what in commands}
+    return [{what: seconds(command) for what, command in commands.items()} for _ in range(rounds)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    found = medians(parser.parse_args().rounds)
+    rounds = measured(parser.parse_args().rounds)
     for what, (bare, _) in PROGRAMS.items():
         line = {
             "bench": "import_cost",
             "what": what,
             "against": f"import {bare}",
-            "seconds": found[what],
-            "against_seconds": found[bare],
-            "ratio": found[what] / found[bare],
+            "seconds": median(taken[what] for taken in rounds),
+            "against_seconds": median(taken[bare] for taken in rounds),
+            "ratio": median(taken[what] / taken[bare] for taken in rounds),
+            "rounds": len(rounds),
         }
         print(json.dumps(line | conditions()), flush=True)
 
