@@ -95,6 +95,7 @@ def _open_lock(path: Path) -> int:
             raise InputError(f"{path}: another run is writing there ({holder})") from None
         except OSError:
             return descriptor  # this filesystem has no locks
+        # A run that ended meanwhile may have removed the file that we locked: then try again.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK)):
                 return descriptor
@@ -129,11 +130,11 @@ def _check_path(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path}: is in the way; move it or choose another output")
     begun = path.exists() and not (path / RUN).is_file()
-    if begun and not all(map(_of_a_beginning, path.iterdir())):
+    if begun and not all(map(_precedes_run, path.iterdir())):
         raise InputError(f"{path}: is not empty and was not made by grokquant; move it")
 
 
-def _of_a_beginning(path: Path) -> bool:
+def _precedes_run(path: Path) -> bool:
     """Whether `path` may exist before run.json does."""
     if path.is_dir():
         return path.name in ("files", "journal") and not any(path.iterdir())

@@ -40,7 +40,7 @@ class _Growing:
 
 
 class ShardWriter:
-    """Writes packed tensors to their places in any order and commits each file once complete.
+    """Writes packed tensors to their slots in any order and commits each file once complete.
 
     A thread writes and commits in the order of the calls; its errors are raised by a later call.
     `seconds` is how long that thread was busy, `incomplete` names the files in progress.
@@ -66,17 +66,19 @@ class ShardWriter:
             if (tensor.dtype, tuple(tensor.shape)) != (planned.dtype, planned.shape):
                 raise GrokquantError(f"{name}: dtype or shape differs from the plan; this is a bug")
             self.write_rows(name, 0, tensor, report)
-            report = None  # once is enough
+            report = None  # noted once for all tensors of the unit
 
     def write_rows(
         self, name: str, first: int, rows: Tensor, report: UnitReport | None = None
     ) -> None:
         """Writes rows of the part `name`, starting at row `first`."""
-        file, place = self.plan.file_of[name], self.plan.slots[name]
-        stored, rows = self.stored[place.tensor], place.stored(rows)
-        first += place.first_row
+        file = self.plan.file_of[name]
+        slot = self.plan.slots[name]
+        stored = self.stored[slot.tensor]
+        rows = slot.stored(rows)
+        first += slot.first_row  # in a tensor that stacks several experts
         count = stored.shape[0] if stored.shape else 1
-        offset = file.layout.offsets[place.tensor] + first * stored.bytes // count
+        offset = file.layout.offsets[slot.tensor] + first * stored.bytes // count
         self.unwritten[file.name] -= rows.nbytes
         change = self.incomplete.add if self.unwritten[file.name] else self.incomplete.discard
         change(file.name)
@@ -156,8 +158,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
 
 def check_writable(directory: Path) -> None:
     """Raises InputError if `directory` can neither be written to nor created."""
-    place = nearest_directory(directory)
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    existing = nearest_directory(directory)
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise InputError(f"{directory}: cannot be written")
 
 

@@ -64,7 +64,8 @@ class WorkDirectory:
     @property
     def published(self) -> bool:
         """Whether the output has its final name; only this directory is left to be removed then."""
-        run, sums = atomic.read_record(self.path / RUN) or {}, self.output / SUMS_NAME
+        run = atomic.read_record(self.path / RUN) or {}
+        sums = self.output / SUMS_NAME
         if self.files.exists() or not sums.is_file():
             return False
         return run.get("complete") == atomic.sha256(sums)
@@ -151,6 +152,7 @@ class WorkDirectory:
         if self._hidden is None or self._hidden[0] > at_most:
             return None
         layer, path = self._hidden
+        # Clones, since tensors are mapped from a file that the next layer removes.
         saved = {name: tensor.clone() for name, tensor in load_file(path).items()}
         return layer, States(**saved)
 
