@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,19 @@ from grokquant.checkpoint import open_checkpoint
 from grokquant.containers.container import Slot
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
-from grokquant.files.gguf_header import GgufTensor, Short, Signed, gguf_layout, read_tensors
+from grokquant.files.gguf_header import DENSE as DENSE_TYPES
+from grokquant.files.gguf_header import (
+    TYPES,
+    GgufTensor,
+    Short,
+    Signed,
+    gguf_layout,
+    read_tensors,
+)
+from grokquant.formats.gguf_blocks import unpack_blocks
+from grokquant.grids import GRIDS
 from grokquant.job import pipeline
+from grokquant.sources import gguf_directory
 from grokquant.types import Source
 
 DENSE = {"match": "*", "method": "keep"}
@@ -86,6 +98,113 @@ def test_damaged_files_are_named(written, tmp_path, damage, complaint):
     path.write_bytes(damage(written[0].read_bytes()))
     with pytest.raises(InputError, match=f"bad.gguf: .*{complaint}"):
         read_tensors(path)
+
+
+def gguf_file(pairs: bytes, count: int, tensors: list[tuple[str, int]], alignment: int) -> bytes:
+    """A file with float32 tensors of 8 values at these offsets; the value at each is its number."""
+    infos = b""
+    for name, offset in tensors:
+        infos += struct.pack("<Q", len(name)) + name.encode()
+        infos += struct.pack("<IQIQ", 1, 8, 0, offset)
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), count) + pairs + infos
+    header += bytes(-len(header) % alignment)
+    end = max(offset for _, offset in tensors) + alignment
+    return header + np.arange(end // 4, dtype=np.float32).tobytes()
+
+
+def alignment_pair(value: int, kind: int = 4) -> bytes:
+    key = b"general.alignment"
+    return struct.pack("<Q", len(key)) + key + struct.pack("<II", kind, value)
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 128, 256, 4096, 16384])
+def test_data_lie_where_the_alignment_of_the_file_says(tmp_path, alignment):
+    path = tmp_path / "x.gguf"
+    places = [("a", 0), ("b", max(32, alignment)), ("c", 2 * max(32, alignment))]
+    path.write_bytes(gguf_file(alignment_pair(alignment), 1, places, max(32, alignment)))
+    expected = {t.name: int(t.data_offset) for t in GGUFReader(path).tensors}
+    assert {t.name: t.offset for t in read_tensors(path)} == expected
+
+
+@pytest.mark.parametrize("value", [0, 1, 4, 24, 33, 48, 1 << 21, 1 << 31])
+def test_an_impossible_alignment_is_refused(tmp_path, value):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_file(alignment_pair(value), 1, [("a", 0)], 32))
+    with pytest.raises(InputError, match=f"general.alignment is {value}, not a power of two"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("places", "complaint"),
+    [
+        ([("a", 0), ("b", 0)], "tensor 'b' is said to begin"),
+        ([("a", 0), ("b", 16)], "tensor 'b' is said to begin"),
+        ([("a", 32), ("b", 0)], "tensor 'a' is said to begin"),
+        ([("a", 0), ("b", 64)], "tensor 'b' is said to begin"),
+        ([("a", 0), ("a", 32)], "tensor 'a' occurs twice"),
+        ([("a", 0), ("b", 1 << 63)], "tensor 'b' is said to begin"),
+    ],
+)
+def test_tensors_that_overlap_or_leave_holes_are_refused(tmp_path, places, complaint):
+    path = tmp_path / "x.gguf"
+    raw = gguf_file(b"", 0, [(name, min(offset, 64)) for name, offset in places], 32)
+    for name, offset in places:
+        raw = raw.replace(
+            name.encode() + struct.pack("<IQIQ", 1, 8, 0, min(offset, 64)),
+            name.encode() + struct.pack("<IQIQ", 1, 8, 0, offset),
+        )
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=f"x.gguf: .*{complaint}"):
+        read_tensors(path)
+
+
+def pair(key: bytes, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key + value
+
+
+@pytest.mark.parametrize(
+    ("pairs", "count", "complaint"),
+    [
+        (alignment_pair(32, 5), 1, "general.alignment has type 5"),
+        (alignment_pair(32) * 2, 2, "key 'general.alignment' occurs twice"),
+        (pair(b"a", struct.pack("<I", 99)), 1, "unknown type 99"),
+        (pair(b"a", struct.pack("<IIQ", 9, 9, 1) * 2000), 1, "array of type 9"),
+        (pair(b"a", struct.pack("<IIQ", 9, 8, 1 << 40)), 1, "strings in its header"),
+        (pair(b"a", struct.pack("<IIQ", 9, 4, 1 << 40)), 1, "items in its header"),
+        (pair(b"a", struct.pack("<IQ", 8, 1 << 40)), 1, "bytes of a string"),
+        (b"", 1 << 30, "pairs in its header"),
+    ],
+)
+def test_headers_that_would_take_all_time_or_memory_are_refused(tmp_path, pairs, count, complaint):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(gguf_file(pairs, count, [("a", 0)], 32))
+    with pytest.raises(InputError, match=complaint):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("kind", [name for name in TYPES if name not in DENSE_TYPES])
+def test_scales_that_are_not_finite_are_named(tmp_path, kind, value):
+    """Each float16 of a block, wherever its kind of block has them."""
+    grid = GRIDS[kind.lower()]
+    found = []
+    for byte in range(0, grid.block_bytes - 1, 2):
+        blocks = np.zeros((2, grid.block_bytes), np.uint8)
+        blocks[1, byte : byte + 2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)
+        tensor = GgufTensor("a", kind, (2, grid.block_columns))
+        path = tmp_path / "x.gguf"
+        path.write_bytes(gguf_layout({}, [tensor]).header + blocks.tobytes())
+        rows = torch.from_numpy(blocks).view(2, 1, -1)
+        quantized = unpack_blocks(grid.name, rows, grid.scheme)
+        try:
+            gguf_directory._ref(path, read_tensors(path)[0]).load()
+        except InputError as error:
+            assert "x.gguf: tensor 'a' holds non-finite scales" in str(error)
+            found.append(byte)
+            assert not quantized.dequantize().isfinite().all()
+        else:
+            assert quantized.dequantize().isfinite().all()
+    assert found
 
 
 def test_heads_are_interleaved_and_back():

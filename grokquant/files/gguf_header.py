@@ -3,14 +3,16 @@
     | GGUF | version | tensors | pairs |     counts in 64 bits, the version in 32, little endian
     | key, type, value | ..                  the metadata
     | name, dimensions, type, offset | ..    one for each tensor; offsets count from the data
-    | padding to 32 bytes | data             each tensor padded to 32 bytes
+    | padding | data                         data and tensors begin at multiples of 32 bytes,
+                                             or of `general.alignment` where a pair says so
 
 Format: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
+import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -18,10 +20,12 @@ from typing import BinaryIO
 import torch
 
 from grokquant.errors import InputError
+from grokquant.files.regular import open_regular
 from grokquant.files.safetensors_header import FileLayout
 from grokquant.grids import GRIDS
 
 ALIGNMENT = 32
+ALIGNMENT_KEY = "general.alignment"
 # Names of ggml types with their numbers, values per block and bytes per block.
 TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)} | {
     grid.name.upper(): (grid.ggml_type, grid.block_columns, grid.block_bytes)
@@ -30,6 +34,19 @@ TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)} | {
 }
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BY_NUMBER = {number: name for name, (number, _, _) in TYPES.items()}
+# Where a block holds float16 values, by byte: layouts in formats/gguf_blocks.py.
+FLOAT16_AT: dict[str, tuple[int, ...]] = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "IQ4_NL": (0,),
+    "Q6_K": (208,),
+    "Q5_K": (0, 2),
+    "Q4_K": (0, 2),
+    "IQ4_XS": (0,),
+    "Q3_K": (108,),
+    "Q2_K": (80, 82),
+}
 # Types of metadata values, by GGUF's numbers.
 _UINT16 = 2
 _UINT32 = 4
@@ -40,8 +57,16 @@ _STRING = 8
 _ARRAY = 9
 # Bytes of a value, by the number of its type; strings and arrays are not of one size.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-# The largest count in a header that we believe: a larger one is damage and would fill the memory.
-_MOST = 1 << 26
+# What a header may hold; more is damage, or an attack on memory and time. The largest vocabularies
+# have 800,000 strings with their merges, the longest strings are chat templates.
+_MOST_PAIRS = 1 << 16
+_MOST_TENSORS = 100_000
+_MOST_ITEMS = 1 << 24
+_MOST_STRINGS = 1 << 21
+_LONGEST_STRING = 1 << 24
+_MOST_HEADER_BYTES = 1 << 28
+# Files with 16 KiB pages exist; nothing is known of more than this.
+_LARGEST_ALIGNMENT = 1 << 20
 
 # A metadata value. An int is stored as uint32; other integers are `Short` or `Signed`.
 Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
@@ -98,72 +123,141 @@ def gguf_layout(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) ->
 
 def read_tensors(path: Path) -> list[GgufTensor]:
     """The tensors of a file, read from its header alone. Raises InputError if it is damaged."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        header = _Header(file)
         try:
-            tensors = _read_infos(file)
-        except (struct.error, ValueError, KeyError, OverflowError) as error:
+            tensors = header.read()
+        except (struct.error, ValueError, OverflowError) as error:
             raise InputError(f"{path}: not a readable GGUF file: {error}") from None
-        start = _aligned(file.tell())
-    placed = [GgufTensor(t.name, t.type, t.shape, start + t.offset) for t in tensors]
-    for tensor in placed:
-        if tensor.offset + tensor.bytes > size:
-            raise InputError(f"{path}: truncated: {tensor.name} ends after the file")
+        start = _aligned(file.tell(), header.alignment)
+    placed = [replace(tensor, offset=start + tensor.offset) for tensor in tensors]
+    _check_places(path, placed, start, header.alignment, size)
     return placed
 
 
-def _read_infos(file: BinaryIO) -> list[GgufTensor]:
-    if (magic := file.read(4)) != b"GGUF":
-        raise ValueError(f"it begins with {magic!r}")
-    version, tensors, pairs = struct.unpack("<IQQ", file.read(20))
-    if version != 3:
-        raise ValueError(f"version {version} is not supported, only 3 is")
-    for _ in range(_counted(pairs)):
-        _read_string(file)
-        _skip(file, *struct.unpack("<I", file.read(4)))
-    return [_read_info(file) for _ in range(_counted(tensors))]
+def _check_places(
+    path: Path, tensors: list[GgufTensor], start: int, alignment: int, size: int
+) -> None:
+    """Raises InputError unless each tensor begins where the one before it ends, as llama.cpp wants
+    it, and ends within the file."""
+    expected = start
+    for tensor in tensors:
+        if tensor.offset != expected:
+            raise InputError(
+                f"{path}: tensor {tensor.name!r} is said to begin at byte {tensor.offset}, but the "
+                f"one before it ends at {expected}: the file is damaged, download it again"
+            )
+        if tensor.offset + tensor.bytes > size:
+            raise InputError(f"{path}: truncated: {tensor.name} ends after the file")
+        expected += _aligned(tensor.bytes, alignment)
 
 
-def _read_info(file: BinaryIO) -> GgufTensor:
-    name = _read_string(file)
-    (dims,) = struct.unpack("<I", file.read(4))
-    if not 0 < dims <= 4:
-        raise ValueError(f"{name!r} has {dims} dimensions")
-    shape = struct.unpack(f"<{dims}Q", file.read(8 * dims))
-    number, offset = struct.unpack("<IQ", file.read(12))
-    if number not in _BY_NUMBER:
-        raise ValueError(f"{name!r} has unknown type {number} (known: {', '.join(TYPES)})")
-    if shape[0] % TYPES[_BY_NUMBER[number]][1]:
-        raise ValueError(f"{name!r}: rows of {shape[0]} values do not divide into blocks")
-    return GgufTensor(name, _BY_NUMBER[number], tuple(reversed(shape)), offset)
+class _Header:
+    """Reads a header from its first byte. Raises ValueError and struct.error for damage."""
 
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.alignment = ALIGNMENT
+        self.strings = 0
 
-def _skip(file: BinaryIO, kind: int) -> None:
-    """Skips a value of type `kind`."""
-    if kind == _STRING:
-        _read_string(file)
-    elif kind == _ARRAY:
-        inner, count = struct.unpack("<IQ", file.read(12))
+    def read(self) -> list[GgufTensor]:
+        """All tensors, with offsets that count from the data."""
+        if (magic := self.file.read(4)) != b"GGUF":
+            raise ValueError(f"it begins with {magic!r}")
+        version, tensors, pairs = self.unpack("<IQQ")
+        if version != 3:
+            raise ValueError(f"version {version} is not supported, only 3 is")
+        self.read_pairs(_counted(pairs, _MOST_PAIRS, "pairs"))
+        count = _counted(tensors, _MOST_TENSORS, "tensors")
+        found = [self.read_info() for _ in range(count)]
+        names: set[str] = set()
+        for tensor in found:
+            if tensor.name in names:
+                raise ValueError(f"tensor {tensor.name!r} occurs twice")
+            names.add(tensor.name)
+        return found
+
+    def read_pairs(self, count: int) -> None:
+        """Skips the metadata, but for the alignment."""
+        keys: set[str] = set()
+        for _ in range(count):
+            key = self.read_string()
+            if key in keys:
+                raise ValueError(f"key {key!r} occurs twice")
+            keys.add(key)
+            (kind,) = self.unpack("<I")
+            if key == ALIGNMENT_KEY:
+                self.alignment = self.read_alignment(kind)
+            else:
+                self.skip(kind)
+
+    def read_alignment(self, kind: int) -> int:
+        if kind != _UINT32:
+            raise ValueError(f"{ALIGNMENT_KEY} has type {kind}, not {_UINT32} (uint32)")
+        (value,) = self.unpack("<I")
+        if not 8 <= value <= _LARGEST_ALIGNMENT or value & (value - 1):
+            raise ValueError(
+                f"{ALIGNMENT_KEY} is {value}, not a power of two from 8 to {_LARGEST_ALIGNMENT}"
+            )
+        return value
+
+    def read_info(self) -> GgufTensor:
+        name = self.read_string()
+        (dims,) = self.unpack("<I")
+        if not 0 < dims <= 4:
+            raise ValueError(f"{name!r} has {dims} dimensions")
+        shape = self.unpack(f"<{dims}Q")
+        number, offset = self.unpack("<IQ")
+        if number not in _BY_NUMBER:
+            raise ValueError(f"{name!r} has unknown type {number} (known: {', '.join(TYPES)})")
+        if 0 in shape or prod(shape) >= 1 << 63:
+            raise ValueError(f"{name!r} has shape {list(shape)}")
+        if shape[0] % TYPES[_BY_NUMBER[number]][1]:
+            raise ValueError(f"{name!r}: rows of {shape[0]} values do not divide into blocks")
+        return GgufTensor(name, _BY_NUMBER[number], tuple(reversed(shape)), offset)
+
+    def skip(self, kind: int) -> None:
+        """Skips a value of type `kind`."""
+        if kind == _STRING:
+            self.read_string()
+        elif kind in _SIZES:
+            self.take(_SIZES[kind])
+        elif kind == _ARRAY:
+            self.skip_array()
+        else:
+            raise ValueError(f"it has a value of unknown type {kind}")
+
+    def skip_array(self) -> None:
+        inner, count = self.unpack("<IQ")
         if inner in _SIZES:
-            file.seek(_SIZES[inner] * _counted(count), 1)
-            return
-        for _ in range(_counted(count)):
-            _skip(file, inner)
-    else:
-        file.seek(_SIZES[kind], 1)
+            self.take(_SIZES[inner] * _counted(count, _MOST_ITEMS, "items"))
+        elif inner == _STRING:
+            for _ in range(_counted(count, _MOST_STRINGS, "strings")):
+                self.read_string()
+        else:
+            raise ValueError(f"it has an array of type {inner}, which is not supported")
+
+    def read_string(self) -> str:
+        self.strings = _counted(self.strings + 1, _MOST_STRINGS, "strings")
+        (length,) = self.unpack("<Q")
+        raw = self.take(_counted(length, _LONGEST_STRING, "bytes of a string"))
+        return raw.decode("utf-8", "replace")
+
+    def unpack(self, layout: str) -> tuple[int, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def take(self, count: int) -> bytes:
+        raw = self.file.read(count)
+        if len(raw) < count:
+            raise ValueError("it ends within its header")
+        _counted(self.file.tell(), _MOST_HEADER_BYTES, "bytes")
+        return raw
 
 
-def _read_string(file: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    raw = file.read(_counted(length))
-    if len(raw) < length:
-        raise ValueError("it ends within its header")
-    return raw.decode("utf-8", "replace")
-
-
-def _counted(count: int) -> int:
-    if count > _MOST:
-        raise ValueError(f"it counts {count} items in its header")
+def _counted(count: int, most: int, what: str) -> int:
+    if count > most:
+        raise ValueError(f"it counts {count} {what} in its header (limit {most})")
     return count
 
 
@@ -201,5 +295,5 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _aligned(size: int, alignment: int = ALIGNMENT) -> int:
+    return -(-size // alignment) * alignment

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.files.gguf_header import DENSE, GgufTensor, read_tensors
+from grokquant.files.gguf_header import DENSE, FLOAT16_AT, TYPES, GgufTensor, read_tensors
 from grokquant.files.json_objects import read_json_object
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
@@ -75,7 +75,19 @@ def _read(
     rows = torch.from_numpy(raw).view(dtype).view(stop - first, columns)
     if not all_finite(rows):
         raise InputError(f"{path}: tensor {tensor.name!r} holds non-finite values")
+    _refuse_nonfinite_scales(path, tensor, rows)
     return rows
+
+
+def _refuse_nonfinite_scales(path: Path, tensor: GgufTensor, rows: Tensor) -> None:
+    """Raises InputError where a scale or offset of a block is NaN or infinite."""
+    if tensor.type in DENSE:
+        return
+    blocks = rows.view(-1, TYPES[tensor.type][2])  # (blocks, bytes)
+    for byte in FLOAT16_AT[tensor.type]:
+        scales = blocks[:, byte : byte + 2].contiguous().view(torch.float16)
+        if not all_finite(scales):
+            raise InputError(f"{path}: tensor {tensor.name!r} holds non-finite scales")
 
 
 KIND = SourceKind(

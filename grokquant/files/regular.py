@@ -1,0 +1,46 @@
+"""Files of others: only regular ones, and never more of them than is expected.
+
+A FIFO would wait for ever, a device never ends, and a sparse file of gigabytes is a few bytes on
+disk but fills the memory of whoever reads it whole.
+"""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from grokquant.errors import InputError
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file. Raises InputError naming `path` and what it is instead."""
+    try:
+        # A FIFO without a writer would block a plain open.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:  # a name with a null byte
+        raise InputError(f"{str(path)!r}: cannot be read: not a name of a file") from None
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise InputError(f"{path}: is {_KINDS.get(kind, 'special')}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """All bytes of a regular file. Raises InputError where there are more than `most`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        raw = b"" if size > most else file.read(most + 1)
+    if size > most or len(raw) > most:
+        raise InputError(f"{path}: has {max(size, len(raw))} bytes, expected at most {most}")
+    return raw
