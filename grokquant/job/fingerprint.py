@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from grokquant.errors import InputError
 from grokquant.files import atomic
 from grokquant.job.plan import Plan
 
@@ -33,6 +34,18 @@ def identity_of(plan: Plan, rows: Tensor | None) -> dict:
         "calibration text": calibration,
         "version": {package: version(package) for package in _PACKAGES},
     }
+
+
+def refuse_changed_source(plan: Plan, identity: dict) -> None:
+    """Raises InputError if a file of the source has changed since `identity_of` looked at it."""
+    source = plan.checkpoint.source
+    known = identity["source"]
+    for path in source.weight_files:
+        if not path.is_file() or stamp(path) != known[path.name]:
+            raise InputError(
+                f"{path}: has changed during the run, so the result may be a mixture; remove "
+                f"{plan.recipe.output.path}.partial and quantize again"
+            )
 
 
 def stamp(path: Path) -> str:

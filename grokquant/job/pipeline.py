@@ -23,7 +23,7 @@ from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
 from grokquant.formats import Format
 from grokquant.job import metadata
-from grokquant.job.fingerprint import identity_of
+from grokquant.job.fingerprint import identity_of, refuse_changed_source
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.lock import work_directory
 from grokquant.job.plan import Plan, build_plan, check_disk
@@ -75,13 +75,15 @@ def quantize(recipe: Recipe, progress: Progress | None = None, device: torch.dev
     rows = _calibration_rows(plan)
     output = Path(recipe.output.path)
     source = plan.checkpoint.source.path
+    identity = identity_of(plan, rows)
     with (
         stopping(progress.stopping) as stop,
-        work_directory(output, source, identity_of(plan, rows)) as work,
+        work_directory(output, source, identity) as work,
     ):
         try:
             if not work.published:
                 _fill(plan, work, rows, progress, stop, device)
+                refuse_changed_source(plan, identity)
                 stop.busy = lambda: True  # nothing is left to stop
                 work.publish()
         except Stopped:

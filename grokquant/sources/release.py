@@ -19,6 +19,7 @@ from grokquant.errors import InputError
 from grokquant.grids import Scheme
 from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
+from grokquant.sources.holes import contradiction, find_hole
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
 from grokquant.types import QTensor, Source, TensorRef
@@ -28,6 +29,7 @@ FILE_PATTERN = re.compile(r"tensor(\d{5})_(\d{3})")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 CHUNK_ROWS = 4096  # rows searched at a time for the first non-finite value
 MAX_LAYERS = 8000  # file names have five digits
+DAMAGED = "the file is not whole: compare its checksum and download it again"
 
 EMBEDDING = "language_model/in_out_embed"
 FINAL_NORM = "language_model/rms_norm"
@@ -238,6 +240,7 @@ def _load_transposed(item: _Stored) -> Tensor:
 def _load_rows(item: _Stored, first: int, stop: int) -> Tensor:
     rows = read_array(item.path, item.weight, first, stop)
     _refuse_nonfinite(item, rows, "", first)
+    _refuse_holes(item, rows, first)
     return rows
 
 
@@ -262,11 +265,18 @@ def _load_quantized(item: _Stored, expert: int | None, into: Tensor | None = Non
     first, stop = (0, None) if expert is None else (expert, expert + 1)
     weight = read_array(item.path, item.weight, first, stop, into)
     scales = read_array(item.path, item.scales, first, stop)
+    _refuse_holes(item, weight.flatten(0, -2), first * item.weight.shape[-2])
     if expert is not None:
         weight = weight[0]  # (in, out)
         scales = scales[0]  # (groups, out)
-    _refuse_nonfinite(item, scales, " scales" if expert is None else f" scales of expert {expert}")
+    _refuse_nonfinite(item, scales, f" scales{_of(expert)}")
+    if complaint := contradiction(weight, scales):
+        raise InputError(f"{item.path}: {item.name}{_of(expert)}: {complaint}; {DAMAGED}")
     return QTensor(weight.T, scales.T, _scheme(len(weight), len(scales)))
+
+
+def _of(expert: int | None) -> str:
+    return "" if expert is None else f" of expert {expert}"
 
 
 def _scheme(columns: int, groups: int) -> Scheme:
@@ -289,6 +299,19 @@ def _refuse_nonfinite(item: _Stored, values: Tensor, what: str, first_row: int =
     if count:
         raise InputError(
             f"{item.path}: {item.name}{what}: {count} values are NaN or infinite, first at {first}"
+        )
+
+
+def _refuse_holes(item: _Stored, rows: Tensor, first_row: int) -> None:
+    """Raises InputError with the bytes of the file that were never written; `rows` are [.., n]."""
+    raw = rows.view(-1).view(torch.uint8).numpy()
+    row_bytes = rows.shape[-1] * rows.dtype.itemsize
+    hole = find_hole(raw, row_bytes)
+    if hole is not None:
+        start = item.weight.offset + first_row * row_bytes
+        raise InputError(
+            f"{item.path}: {item.name}: bytes {start + hole.start} to {start + hole.stop - 1} are "
+            f"all zero; {DAMAGED}"
         )
 
 
