@@ -184,7 +184,7 @@ RELEASES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "shard is a directory": (
         lambda s: (leaf(s, 3).unlink(), leaf(s, 3).mkdir()),
-        "tensor00003_000: not a file",
+        "tensor00003_000: cannot be read: it is a directory, not a file",
     ),
     "dangling shard": (
         lambda s: (leaf(s, 3).unlink(), leaf(s, 3).symlink_to("nowhere")),
@@ -536,7 +536,10 @@ def test_wrong_recipe(place, text, complaint):
 
 
 def test_recipe_is_a_directory(place):
-    assert place.fails("plan", place.source) == f"{place.source}: Is a directory"
+    assert (
+        place.fails("plan", place.source)
+        == f"{place.source}: cannot be read: it is a directory, not a file"
+    )
 
 
 def test_group_that_does_not_divide(place):
@@ -557,7 +560,7 @@ TEXTS = {
     "field": ("text.jsonl", b'{"txt": "a"}\n', "text.jsonl:1: expected a JSON object with the"),
     "number": ("text.jsonl", b'{"text": 3}\n', 'text.jsonl:1: "text" should be a string'),
     "parquet": ("text.parquet", b"PAR1PAR1", "text.parquet: cannot be read as parquet"),
-    "directory": ("text.txt", None, "text.txt: Is a directory"),
+    "directory": ("text.txt", None, "text.txt: cannot be read: it is a directory"),
 }
 
 

@@ -185,9 +185,9 @@ def test_mistakes_name_line_column_and_key(
         (b"# nothing\n", "model: required, but missing"),
         (b"model: \xff\n", "not UTF-8 text (byte 7)"),
         (b"model: \x07\n", "special characters are not allowed"),
-        (b"a" * 1_000_001, "larger than 1000000 bytes, not a recipe"),
+        (b"a" * 1_000_001, "larger than 1000000 bytes, the limit for such a file"),
         (b"a: " + b"[" * 1000, "nested too deeply"),
-        (None, "No such file or directory"),
+        (None, "cannot be read: No such file or directory"),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, raw: bytes | None, expected: str) -> None:
@@ -200,7 +200,7 @@ def test_files_that_are_no_recipes(tmp_path: Path, raw: bytes | None, expected: 
 
 
 def test_directory_is_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Is a directory"):
+    with pytest.raises(InputError, match="it is a directory"):
         load_recipe(tmp_path)
 
 

@@ -88,7 +88,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="not valid JSON"):
         read_report(tmp_path)
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import random
 import struct
-import time
 from pathlib import Path
 
 import pytest
@@ -113,12 +112,50 @@ def test_only_tensors_of_the_index_are_shown(sharded):
 
 
 def test_links_into_a_download_cache(sharded):
+    cache = sharded.parent / "models--o--n"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots").mkdir()
+    snapshot = sharded.rename(cache / "snapshots" / "7de1a6a")
+    for shard in SHARDS:
+        (snapshot / shard).rename(cache / "blobs" / shard[:11])
+        (snapshot / shard).symlink_to(f"../../blobs/{shard[:11]}")
+    assert torch.equal(open_source(snapshot).tensors["b.weight"].read(), TENSORS[0]["b.weight"])
+    (sharded.parent / "by-name").symlink_to(snapshot)
+    assert (
+        open_source(sharded.parent / "by-name").tensors.keys()
+        == open_source(snapshot).tensors.keys()
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "config.json", "tokenizer.json", SHARDS[0], "notes", "sub/x"]
+)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_link_out_of_the_directory_is_refused(sharded, name, relative):
+    private = sharded.parent / "private"
+    link = sharded / name
+    link.parent.mkdir(exist_ok=True)
+    if link.exists():
+        link.rename(private)
+    else:
+        private.write_text("secret")
+    link.symlink_to(os.path.relpath(private, link.parent) if relative else private)
+    message = refusal(sharded)
+    assert message.startswith(f"{link}: is a link that leads out") and str(private) in message
+
+
+def test_links_within_the_directory_and_blobs_of_nobody(sharded):
+    (sharded / "more").mkdir()
+    (sharded / SHARDS[0]).rename(sharded / "more" / "x")
+    (sharded / SHARDS[0]).symlink_to("more/x")
+    open_source(sharded)
+    (sharded / "loop").symlink_to("loop")
+    open_source(sharded)
     blobs = sharded.parent / "blobs"
     blobs.mkdir()
-    for shard in SHARDS:
-        (sharded / shard).rename(blobs / shard[:11])
-        (sharded / shard).symlink_to(f"../blobs/{shard[:11]}")
-    assert torch.equal(open_source(sharded).tensors["b.weight"].read(), TENSORS[0]["b.weight"])
+    (sharded / SHARDS[1]).rename(blobs / "y")
+    (sharded / SHARDS[1]).symlink_to("../blobs/y")
+    assert "leads out" in refusal(sharded)
 
 
 def test_no_file_stays_open(sharded):
@@ -165,7 +202,7 @@ def test_missing_shard(sharded):
     (sharded / SHARDS[1]).unlink()
     assert f"{SHARDS[1]}: no such file" in refusal(sharded)
     (sharded / SHARDS[1]).mkdir()
-    assert f"{SHARDS[1]}: no such file" in refusal(sharded)
+    assert f"{SHARDS[1]}: cannot be read: it is a directory" in refusal(sharded)
     (sharded / SHARDS[1]).rmdir()
     (sharded / SHARDS[1]).symlink_to("nowhere")
     assert f"{SHARDS[1]}: no such file" in refusal(sharded)
@@ -291,13 +328,13 @@ def test_shorter_than_a_length(single, size):
     assert "truncated" in refusal(single)
 
 
-def test_too_many_tensors(single):
+def test_too_many_tensors(single, monkeypatch):
     empty = '{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
     header = "{" + ",".join(f'"{i}":{empty}' for i in range(100_001)) + "}"
     write_raw(single, header.encode())
-    started = time.process_time()
+    # Counted before the library sees it, which would take seconds and memory.
+    monkeypatch.setattr("grokquant.sources.safetensors_directory.safe_open", None)
     assert "100001 tensors" in refusal(single)
-    assert time.process_time() - started < 2
 
 
 def test_truncated_anywhere(single):

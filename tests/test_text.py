@@ -117,7 +117,10 @@ def test_txt_is_one_document(tmp_path: Path) -> None:
     assert message(path) == f"{path}: not UTF-8 text (byte 3)"
     path.write_text(" \n")
     assert message(path) == f"{path}: holds no text"
-    assert message(tmp_path / "b.txt") == f"{tmp_path}/b.txt: No such file or directory"
+    assert (
+        message(tmp_path / "b.txt")
+        == f"{tmp_path}/b.txt: cannot be read: No such file or directory"
+    )
 
 
 def test_jsonl_is_a_document_per_line(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """The tokenizer metadata of a GGUF file, made from the tokenizer files of the checkpoint."""
 
-import json
 from pathlib import Path
 
 import sentencepiece
 
 from grokquant.errors import InputError
 from grokquant.files.gguf_header import Value
+from grokquant.files.json_objects import read_json_object
 from grokquant.types import Source
 
 # llama.cpp's numbers for kinds of tokens (enum llama_token_type).
@@ -69,7 +69,7 @@ def _kind(model: sentencepiece.SentencePieceProcessor, number: int) -> int:
 def _byte_level(path: Path, size: int) -> dict[str, Value]:
     """Byte-level BPE, the tokenizer of GPT-2 and its successors."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         model = content["model"]
         added = content.get("added_tokens") or []
         numbers = {int(number): token for token, number in model["vocab"].items()}

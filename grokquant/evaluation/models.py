@@ -1,6 +1,5 @@
 """The two models of an evaluation: whether they can be compared, and their rows in the report."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation.report import ComparedModel, UnitRow
+from grokquant.files.json_objects import read_json_object
 from grokquant.grids import Scheme
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import Matrix
@@ -59,7 +59,7 @@ def unit_rows(checkpoint: Checkpoint) -> tuple[UnitRow, ...]:
     if not path.is_file():
         return ()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["units"]
+        rows = read_json_object(path)["units"]
         matrices = {matrix.name: matrix for matrix in checkpoint.matrices()}
         return tuple(_unit_row(row, matrices[row["name"]]) for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -5,13 +5,13 @@ are fractions; only tables and pages say percent. The text below a field is its 
 JSON schema (`Report.model_json_schema()`) and in the documentation.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grokquant.errors import InputError
+from grokquant.files.json_objects import read_json_object
 
 SCHEMA: Literal["grokquant.evaluation/2"] = "grokquant.evaluation/2"
 JSON_NAME = "report.json"
@@ -520,12 +520,7 @@ class Report(TextFigures, ReportHeader):
 def read_report(path: Path) -> Report:
     """Reads a report from `report.json` or the directory that holds it. Raises InputError."""
     path = path / JSON_NAME if path.is_dir() else path
-    try:
-        return parse_report(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON: {error}") from error
+    return parse_report(read_json_object(path), str(path))
 
 
 def parse_report(content: object, origin: str) -> Report:

@@ -20,7 +20,8 @@ from typing import BinaryIO
 import torch
 
 from grokquant.errors import InputError
-from grokquant.files.regular import open_regular
+from grokquant.files.impostors import impostor
+from grokquant.files.regular import open_regular, read_head
 from grokquant.files.safetensors_header import FileLayout
 from grokquant.grids import GRIDS
 
@@ -129,6 +130,8 @@ def read_tensors(path: Path) -> list[GgufTensor]:
         try:
             tensors = header.read()
         except (struct.error, ValueError, OverflowError) as error:
+            if what := impostor(read_head(path, 200)):
+                raise InputError(f"{path}: {what}") from None
             raise InputError(f"{path}: not a readable GGUF file: {error}") from None
         start = _aligned(file.tell(), header.alignment)
     placed = [replace(tensor, offset=start + tensor.offset) for tensor in tensors]

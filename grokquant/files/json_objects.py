@@ -1,41 +1,69 @@
-"""JSON objects from outside: no key twice, every error in one line."""
+"""JSON objects from outside: of bounded size and depth, no key twice, every error in one line."""
 
 import json
+import re
+from itertools import accumulate
 from pathlib import Path
 
 from grokquant.errors import InputError
+from grokquant.files.impostors import impostor
+from grokquant.files.regular import read_regular
+
+# Far above any real file: the largest tokenizers have 40 MB and 1,500,000 values, headers of models
+# with 100,000 tensors 800,000.
+MAX_BYTES = 64_000_000
+MAX_VALUES = 4_000_000
+MAX_DEPTH = 64
+_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_STEP = {"{": 1, "[": 1, "}": -1, "]": -1}
 
 
 def read_json_object(path: Path) -> dict:
     """The object in a JSON file. Raises InputError naming the file."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    content = parse_json_object(raw, str(path))
+    content = parse_json_object(read_regular(path, MAX_BYTES), str(path))
     for key, value in content.items():
         try:
             json.dumps([key, value], ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:  # Python reads NaN, 1e999 and half characters, JSON has none
-            raise InputError(f"{path}: {key}: not valid JSON: {error}") from None
+        except ValueError as error:  # Python reads 1e999 and half characters, JSON has none
+            raise InputError(f"{path}: {key[:80]}: not valid JSON: {error}") from None
     return content
 
 
 def parse_json_object(raw: bytes, name: str) -> dict:
     """Parses `raw` as one JSON object. Raises InputError that begins with `name`."""
     try:
-        content = json.loads(raw, object_pairs_hook=_unique)
+        text = raw.decode("utf-8-sig")
+        _check_extent(text)
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
+        if what := impostor(raw):
+            raise InputError(f"{name}: {what}") from None
         raise InputError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{name}: expected a JSON object")
     return content
 
 
+def _check_extent(text: str) -> None:
+    """Raises ValueError where parsing would take much memory, or more depth than any file has."""
+    punctuation = _STRING.sub("", text)
+    if punctuation.count(",") >= MAX_VALUES:
+        raise ValueError(f"it has more than {MAX_VALUES} values")
+    steps = (_STEP[bracket] for bracket in re.findall(r"[][{}]", punctuation))
+    if max(accumulate(steps), default=0) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in content if keys.count(key) > 1)
-        raise ValueError(f"key {repeated!r} occurs twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {key[:80]!r} occurs twice")
+            seen.add(key)
     return content
+
+
+def _refuse_constant(name: str) -> object:
+    raise ValueError(f"{name} is no number of JSON")

@@ -32,7 +32,7 @@ def open_regular(path: Path) -> BinaryIO:
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
-        raise InputError(f"{path}: is {_KINDS.get(kind, 'special')}, not a file")
+        raise InputError(f"{path}: cannot be read: it is {_KINDS.get(kind, 'special')}, not a file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -42,5 +42,11 @@ def read_regular(path: Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         raw = b"" if size > most else file.read(most + 1)
     if size > most or len(raw) > most:
-        raise InputError(f"{path}: has {max(size, len(raw))} bytes, expected at most {most}")
+        raise InputError(f"{path}: larger than {most} bytes, the limit for such a file")
     return raw
+
+
+def read_head(path: Path, most: int) -> bytes:
+    """The first bytes of a regular file, at most `most`. Raises InputError."""
+    with open_regular(path) as file:
+        return file.read(most)

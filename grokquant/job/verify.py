@@ -1,15 +1,19 @@
 """Checks that an output is as planned: every unit present, on its grid, intact."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import GateError, InputError
 from grokquant.files.atomic import sha256
+from grokquant.files.json_objects import read_json_object
+from grokquant.files.links import refuse_links_out
+from grokquant.files.regular import read_regular
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
 from grokquant.job.shards import REPORT_NAME, SUMS_NAME
+
+_MAX_SUMS = 16_000_000  # a line has 80 bytes, a model at most some thousand files
 
 
 def verify_against_plan(directory: Path, plan: Plan) -> None:
@@ -27,6 +31,7 @@ def verify(directory: str | Path) -> int:
     path = Path(directory)
     if not (path / REPORT_NAME).is_file():
         raise InputError(f"{path}: has no {REPORT_NAME}, so it is not a finished output")
+    refuse_links_out(path)
     _check_sums(path)
     expected = _reported_schemes(path)
     try:
@@ -42,7 +47,8 @@ def _check_sums(path: Path) -> None:
     sums = path / SUMS_NAME
     if not sums.is_file():
         raise GateError(f"{sums}: is missing")
-    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+    raw = read_regular(sums, _MAX_SUMS)
+    for line in raw.decode("utf-8", "replace").splitlines():
         expected, _, name = line.partition("  ")
         # A name with a directory in it is damage, and could lead out of the output.
         if Path(name).name != name or not (path / name).is_file():
@@ -53,9 +59,12 @@ def _check_sums(path: Path) -> None:
 
 def _reported_schemes(path: Path) -> dict[str, Scheme]:
     try:
-        report = json.loads((path / REPORT_NAME).read_text(encoding="utf-8"))
+        report = read_json_object(path / REPORT_NAME)
         return {row["name"]: Scheme(**row["scheme"]) for row in report["units"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except InputError as error:
+        text = str(error).removeprefix(f"{path / REPORT_NAME}: ").removeprefix("cannot be read: ")
+        raise GateError(f"{path / REPORT_NAME}: cannot be read: {text}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise GateError(f"{path / REPORT_NAME}: cannot be read: {error}") from None
 
 

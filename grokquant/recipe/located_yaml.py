@@ -56,6 +56,8 @@ def read_yaml(text: str) -> Document:
         raise YamlProblem("nested too deeply") from None
     except YAMLError as error:
         raise _explained(error) from None
+    except (ValueError, OverflowError) as error:  # "\UFFFFFFFF" is no character
+        raise YamlProblem(f"not valid YAML: {error}") from None
     return Document(value, reader.keys, reader.values)
 
 

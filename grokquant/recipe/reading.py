@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from grokquant.errors import InputError
+from grokquant.files.regular import read_regular
 from grokquant.recipe.located_yaml import Document, Loc, Mark, YamlProblem, read_yaml
 from grokquant.recipe.schema import FORMER_KEYS, Recipe, Section
 
@@ -51,13 +52,7 @@ def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
 
 
 def _read_text(path: str | Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise _input_error(f"{path}: ", getattr(error, "strerror", None) or str(error)) from None
-    if len(raw) > _MAX_BYTES:
-        raise _input_error(f"{path}: ", f"larger than {_MAX_BYTES} bytes, not a recipe")
+    raw = read_regular(Path(path), _MAX_BYTES)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

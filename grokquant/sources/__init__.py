@@ -6,6 +6,7 @@ A new kind of source is one module with a `SourceKind` and a line in `SOURCE_KIN
 from pathlib import Path
 
 from grokquant.errors import InputError
+from grokquant.files.links import refuse_links_out
 from grokquant.sources import gguf_directory, release, safetensors_directory
 from grokquant.sources.kind import SourceKind
 from grokquant.types import Source
@@ -23,7 +24,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens the checkpoint in directory `path`; `config_path` replaces its config.json.
 
-    Raises InputError where `path` is not a checkpoint of a known kind or is a broken one.
+    Raises InputError where `path` is not a checkpoint of a known kind or is a broken one, and where
+    a link in it leads elsewhere.
     """
     try:
         if not path.exists():
@@ -32,6 +34,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
             raise InputError(f"{path}: is a file, expected the directory of a checkpoint")
         if not any(path.iterdir()):
             raise InputError(f"{path}: the directory is empty")
+        refuse_links_out(path)
         for kind in SOURCE_KINDS:
             if kind.recognizes(path):
                 return kind.open_source(path, config_path)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.files.direct_io import LARGE, forget
+from grokquant.files.impostors import impostor
+from grokquant.files.regular import open_regular, read_head
 from grokquant.sources import pickle_objects as objects
 from grokquant.sources.pickle_objects import ArrayHeader, Blob, Malformed, require
 
@@ -39,11 +41,11 @@ def read_headers(path: Path) -> tuple[ArrayHeader, ...]:
     Raises InputError naming the file for anything that the release's writer does not produce.
     """
     try:
-        if not path.is_file():
-            raise InputError(f"{path}: not a file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return walk(file)
     except Malformed as error:
+        if what := impostor(read_head(path, 200)):
+            raise InputError(f"{path}: {what}") from None
         raise InputError(f"{path}: not a Grok-1 tensor file: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None

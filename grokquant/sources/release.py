@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.files.links import refuse_link_out
 from grokquant.grids import Scheme
 from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
@@ -130,7 +131,10 @@ def _checkpoint_directory(path: Path) -> Path:
 
 
 def _first_file(places: list[Path], name: str) -> Path | None:
-    return next((place / name for place in places if (place / name).is_file()), None)
+    found = next((place / name for place in places if (place / name).is_file()), None)
+    if found:
+        refuse_link_out(found, found.parent)
+    return found
 
 
 def _is_tensor_file(path: Path) -> bool:

@@ -3,17 +3,21 @@
 Tensors appear raw, under their names and in their dtypes; `formats` unpacks quantized ones.
 """
 
+import glob
 import math
 import re
 from collections.abc import Mapping
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.files.impostors import impostor
 from grokquant.files.json_objects import parse_json_object, read_json_object
+from grokquant.files.regular import open_regular, read_head
 from grokquant.files.safetensors_header import DTYPES
 from grokquant.sources import presharded
 from grokquant.sources.finite import all_finite
@@ -27,6 +31,7 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 # Far above any real checkpoint; more is damage, or an attack on memory.
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 100_000
+_FRONT_BYTES = 65_536  # of a model card: its front matter has a few hundred
 # Where older writers describe their quantization, if config.json does not, and their quant_method.
 OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 TOKENIZER_FILES = (
@@ -137,22 +142,29 @@ def _open_shard(path: Path, names: list[str] | None) -> list[TensorRef]:
 
 def _check_header(path: Path) -> set[str]:
     """Names in the header, once it is known to be safe for the safetensors library."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise InputError(f"{path}: header of {length} bytes (limit {MAX_HEADER_BYTES})")
-            raw = file.read(length)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if not path.exists():
+        raise InputError(f"{path}: no such file{_unfinished(path)}")
+    with open_regular(path) as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if length > MAX_HEADER_BYTES:
+            what = impostor(start + file.read(200))
+            raise InputError(
+                f"{path}: {what or f'header of {length} bytes (limit {MAX_HEADER_BYTES})'}"
+            )
+        raw = file.read(length)
     if not raw or len(raw) < length:
         raise InputError(f"{path}: truncated: {len(raw)} of the {length} bytes of its header")
     names = parse_json_object(raw, f"{path}: header").keys() - {"__metadata__"}
     if not 0 < len(names) <= MAX_TENSORS:
         raise InputError(f"{path}: {len(names)} tensors, expected 1 to {MAX_TENSORS}")
     return names
+
+
+def _unfinished(path: Path) -> str:
+    """What to say of a missing file whose download has begun."""
+    begun = sorted(path.parent.glob(f"{glob.escape(path.name)}*.incomplete"))
+    return f"; {begun[0].name} is an unfinished download of it, download it again" if begun else ""
 
 
 def _ref(path: Path, name: str, stored) -> TensorRef:
@@ -194,10 +206,14 @@ def licence_of(card: Path) -> str | None:
     """The value of `license:` in the front matter of a model card."""
     if not card.is_file():
         return None
-    text = card.read_text(encoding="utf-8", errors="replace")
-    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    found = front and re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", front[1], re.MULTILINE)
-    return found[1] if found else None
+    head = read_head(card, _FRONT_BYTES).decode("utf-8", "replace")
+    first, *lines = head.splitlines() or [""]
+    if first.rstrip() != "---" or "---" not in (line[:3] for line in lines):
+        return None
+    for line in takewhile(lambda line: not line.startswith("---"), lines):
+        if found := re.match(r"license:[ \t]*[\"']?([\w.+-]+)", line):
+            return found[1]
+    return None
 
 
 KIND = SourceKind(

@@ -13,11 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grokquant.errors import InputError
+from grokquant.files.regular import read_regular
 from grokquant.recipe import CalibrationSection, check_text
 
 if TYPE_CHECKING:
     from grokquant.checkpoint import Checkpoint
 
+# A text is read whole; the largest that people evaluate on have some hundred megabytes.
+_MAX_TEXT_BYTES = 2_000_000_000
+_MAX_LINE_BYTES = 64_000_000
 _INSTALL = 'it needs the eval extra: pip install "grokquant[eval]"'
 
 
@@ -150,6 +154,8 @@ def _read_txt(path: str) -> Iterator[str]:
 def _read_jsonl(path: str) -> Iterator[str]:
     for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
         where = f"{path}:{number}"
+        if len(line) > _MAX_LINE_BYTES:
+            raise InputError(f"{where}: longer than {_MAX_LINE_BYTES} bytes, not a document")
         text = _decoded(line, where)
         if not text.strip():
             continue
@@ -201,10 +207,7 @@ READERS: dict[str, Callable[[str], Iterator[str]]] = {
 
 
 def _read_bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return read_regular(Path(path), _MAX_TEXT_BYTES)
 
 
 def _decoded(raw: bytes, where: str) -> str:
