@@ -27,6 +27,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
+from grokquant.formats.patterns import pattern
 from grokquant.formats.reading import check_packed, packed_tensor, validated
 from grokquant.formats.targets import check_target, targets_of
 from grokquant.grids import Scheme
@@ -272,7 +273,7 @@ class _Config(BaseModel):
         changed by the first `dynamic` rule that matches."""
         found = {key: getattr(self, key) for key in _Grid.model_fields}
         for rule, changes in (self.dynamic or {}).items():
-            if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), stem):
+            if not rule.startswith("-:") and pattern(rule.removeprefix("+:")).match(stem):
                 given = changes.model_dump() if isinstance(changes, _Grid) else {}
                 found |= {key: value for key, value in given.items() if value is not None}
                 break

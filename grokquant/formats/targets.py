@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from grokquant.formats.patterns import pattern
 from grokquant.version import OWN
 
 Value = TypeVar("Value")
@@ -49,7 +50,7 @@ def own_config(
 def matches(stem: str, target: str) -> bool:
     """Whether `target` matches the module `stem`."""
     if target.startswith("re:"):
-        return re.match(target[3:], stem) is not None
+        return pattern(target[3:]).match(stem)
     return target in (stem, "Linear") or stem.endswith("." + target)
 
 
@@ -60,11 +61,12 @@ def first_match(stem: str, targets: Iterable[tuple[str, Value]]) -> Value | None
 
 
 def check_target(target: str) -> str:
-    """Returns `target`. Raises ValueError where it claims to be a regular expression but is not."""
+    """Returns `target`. Raises ValueError where it claims to be a regular expression but is not, or
+    is one that is not supported."""
     try:
         matches("", target)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"not a regular expression that can be used: {error}") from None
     return target
 
 
