@@ -4,6 +4,7 @@ Commands import what they need when they run: help and usage errors answer witho
 """
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -20,6 +21,8 @@ _EXIT_CODES = """
 Exit codes: 0 success; 1 a quality or verification gate failed; 2 invalid command, recipe or input;
 130 interrupted.
 """
+
+_LONGEST_LINE = 2000  # of an error: names and values in it come from files
 
 
 class _Commands(click.Group):
@@ -56,9 +59,15 @@ class _Commands(click.Group):
         return None
 
 
+def _visible(text: str) -> str:
+    """`text` without what a terminal would act on; lines and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
 def _printable(text: str) -> str:
-    """`text` as one printable line: line breaks and control characters are escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """`text` as one printable line of bounded length: control characters are escaped."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_LONGEST_LINE])
+    return line if len(text) <= _LONGEST_LINE else f"{line}..."
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
@@ -364,7 +373,8 @@ def generate(
     """
     from grokquant.runtime.generate import generate_text
 
-    click.echo(generate_text(path, prompt, tokens, temperature, seed, device, packed))
+    text = generate_text(path, prompt, tokens, temperature, seed, device, packed)
+    click.echo(_visible(text) if sys.stdout.isatty() else text)
 
 
 def _show_plan(recipe: "Recipe", as_json: bool) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from conftest import ATTENTION, EXPERTS
 
 import grokquant
-from grokquant.cli import main
+from grokquant.cli import _printable, _visible, main
 from grokquant.formats import FORMATS
 
 ROOT = Path(grokquant.__file__).parents[1]
@@ -466,3 +466,9 @@ def test_an_interrupted_process_leaves_nothing_but_what_is_committed(recipe, tmp
     files = [path.name for path in (tmp_path / "out.partial" / "files").iterdir()]
     assert sum(name.startswith("model-") for name in files) == int(committed[1])
     assert not any(name.endswith(".tmp") for name in files)
+
+
+def test_what_is_shown_of_files_does_not_act_on_the_terminal():
+    assert _visible("a\x1b]0;x\x07\tb\n") == "a\\x1b]0;x\\x07\tb\n"
+    assert _printable("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
+    assert len(_printable("\x1b" * 20_000_000)) < 10_000

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +115,19 @@ def test_layers_of_a_checkpoint_are_told_apart(copy):
         assert norm.tolist() == [layer] * 64
 
 
+def bytes_read() -> int:
+    """What this process has read from files so far."""
+    first = Path("/proc/self/io").read_text().splitlines()[0]
+    return int(first.removeprefix("rchar: "))
+
+
 def test_published_total_size_and_shapes_open_without_config(tmp_path):
     """All 770 files in full size, with holes in place of the weights."""
     total = write_hollow_grok_1(tmp_path)
     assert total == 318_239_886_140
-    started = time.process_time()
+    before = bytes_read()
     source = open_source(tmp_path)
-    assert time.process_time() - started < 5
+    assert bytes_read() - before < 770 * 65_536  # headers
     assert source.licence == "apache-2.0"
     assert source.config["num_hidden_layers"] == 64
     assert source.config["head_dim"] == 128 and source.config["num_key_value_heads"] == 8

@@ -23,17 +23,28 @@ _KINDS = {
 def open_regular(path: Path) -> BinaryIO:
     """Opens a regular file. Raises InputError naming `path` and what it is instead."""
     try:
-        # A FIFO without a writer would block a plain open.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open(path, "rb", opener=_at_once)  # noqa: SIM115  (the caller closes it)
+    except IsADirectoryError:
+        raise _refusal(path, stat.S_IFDIR) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:  # a name with a null byte
         raise InputError(f"{str(path)!r}: cannot be read: not a name of a file") from None
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
     if kind != stat.S_IFREG:
-        os.close(descriptor)
-        raise InputError(f"{path}: cannot be read: it is {_KINDS.get(kind, 'special')}, not a file")
-    return os.fdopen(descriptor, "rb")
+        file.close()
+        raise _refusal(path, kind)
+    return file
+
+
+def _at_once(name: str, flags: int) -> int:
+    """Opens without waiting: a FIFO that nobody writes to would block."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
+def _refusal(path: Path, kind: int) -> InputError:
+    what = _KINDS.get(kind, "special")
+    return InputError(f"{path}: cannot be read: it is {what}, not a file")
 
 
 def read_regular(path: Path, most: int) -> bytes:

@@ -136,13 +136,14 @@ class _Automaton:
         self.steps += 1
         if self.steps > MAX_STATES:
             raise ValueError("too large")
-        for item in reversed(list(items)):
-            end = self._item(*item, end)
+        for operator, value in reversed(list(items)):
+            end = self._item(operator, value, end)
         return end
 
     def _item(self, operator: Any, value: Any, end: int) -> int:
         if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT):
-            return self._repeat(*value, end)
+            least, most, inner = value
+            return self._repeat(least, most, inner, end)
         if operator is _constants.SUBPATTERN:
             _, added, removed, inner = value
             if added or removed:
