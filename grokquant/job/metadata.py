@@ -29,9 +29,9 @@ class Record:
     calibration_rows: tuple[int, ...]
 
 
-def write_tokenizer(directory: Path, plan: Plan) -> None:
-    """Written first, so that a broken tokenizer ends the run at once."""
-    tokenizer.write_tokenizer(plan.checkpoint.source, directory)
+def write_tokenizer(directory: Path, plan: Plan) -> list[str]:
+    """Written first, so that a broken tokenizer ends the run at once. Returns contradictions."""
+    return tokenizer.write_tokenizer(plan.checkpoint.source, directory)
 
 
 def write(directory: Path, plan: Plan, record: Record) -> None:
