@@ -117,6 +117,8 @@ def json_with_map(directory: Path) -> None:
 def template_file(directory: Path) -> None:
     json_with_map(directory)
     (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("tools " + TEMPLATE)
 
 
 def template_list(directory: Path) -> None:

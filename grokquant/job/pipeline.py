@@ -102,7 +102,7 @@ def _fill(
     """Writes the whole output into the work directory."""
     stop.busy = lambda: False
     stop.check()
-    for line in metadata.write_tokenizer(work.files, plan):
+    for line in metadata.write_beside(work.files, plan):
         progress.note(line)
     work.recover(plan)
     if work.sums or work.damaged:
