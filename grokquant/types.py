@@ -3,7 +3,7 @@
 Matrices are always [out, in] here, whatever a checkpoint stores.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,8 @@ class Source:
     tokenizer_files: tuple[Path, ...] = ()
     weight_files: tuple[Path, ...] = ()
     licence: str | None = None
+    # Files that an output takes over as they are, by their names relative to `path`.
+    beside: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import run_stored_layer
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from shipped_tokenizers import json_with_config, write_json
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
@@ -15,6 +16,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation import likelihoods
 from grokquant.families import FAMILIES
 from grokquant.job import pipeline
+from grokquant.job.verify import verify
 from grokquant.recipe import parse_recipe
 from grokquant.reporting.publish import publish
 from grokquant.runtime.load import load
@@ -142,6 +144,40 @@ def test_quantize_evaluate_load_and_generate(saved, family, text_file, tmp_path)
     model, tokenizer = grokquant.load(output)
     assert tokenizer is not None
     assert model.generate(TOKENS[:1, :8], max_new_tokens=4).shape == (1, 12)
+
+
+# What quantization changes in a config, and what transformers adds when it loads one.
+CHANGED = ("quantization_config", "transformers_version", "_name_or_path")
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_lies_beside_the_weights_comes_along(saved, family, dtype, tmp_path):
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_pretrained(saved(family)[1], dtype=dtype).save_pretrained(source)
+    json_with_config(source)
+    wanted = {"eos_token_id": [2, 5], "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+    write_json(source / "generation_config.json", wanted)
+    for name in ("LICENSE", "NOTICE.txt", "preprocessor_config.json", "LICENSE.py"):
+        (source / name).write_text("{}")
+    rule = {"match": "layers.*", "method": "rtn", "bits": 8, "group": 32}
+    output = {"path": str(tmp_path / "out")}
+    content = {"model": {"path": str(source)}, "quantize": [rule], "output": output}
+    made = pipeline.quantize(parse_recipe(content))
+    verify(made)
+    configs = [AutoConfig.from_pretrained(path).to_dict() for path in (source, made)]
+    for config in configs:
+        for key in CHANGED:
+            config.pop(key, None)
+    assert configs[0] == configs[1]
+    assert f"torch.{configs[1]['dtype']}" == str(dtype)
+    assert open_checkpoint(made).source.tensors["model.embed_tokens.weight"].dtype == dtype
+    loaded = [GenerationConfig.from_pretrained(path).to_dict() for path in (source, made)]
+    assert loaded[0] == loaded[1] == grokquant.load(made)[0].generation_config.to_dict()
+    assert wanted.items() <= loaded[1].items()
+    for name in ("LICENSE", "NOTICE.txt", "preprocessor_config.json", "tokenizer_config.json"):
+        assert (made / name).read_bytes() == (source / name).read_bytes()
+    assert not (made / "LICENSE.py").exists()
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -241,7 +241,9 @@ def test_a_matrix_that_is_nowhere_is_missed(dense, tmp_path):
             open_checkpoint(tmp_path / "part")
 
 
-BYTES = {"type": "ByteLevel", "add_prefix_space": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+DIGITS = {"type": "Digits", "individual_digits": False}
 
 
 @pytest.mark.parametrize(
@@ -250,15 +252,19 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False}
         (BYTES, "gpt-2"),
         (BYTES | {"use_regex": False}, None),
         (BYTES | {"add_prefix_space": True}, None),
-        ({"type": "Metaspace", "replacement": "▁"}, None),
-        ({"type": "Sequence", "pretokenizers": [{"type": "Digits"}, BYTES]}, None),
+        (METASPACE, None),
+        ({"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}, None),
     ],
 )
 def test_only_known_cuts_are_written(tmp_path, pre_tokenizer, cut):
     """llama.cpp cuts texts by the name that the file gives: another one would change the tokens."""
     path = tmp_path / "tokenizer.json"
-    model = {"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
-    added = [{"id": 3, "content": "<s>", "special": True}, {"id": 4, "content": "<x>"}]
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    added = [
+        plain | {"id": 3, "content": "<s>", "special": True},
+        plain | {"id": 4, "content": "<x>"},
+    ]
     content = {"model": model, "added_tokens": added, "pre_tokenizer": pre_tokenizer}
     path.write_text(json.dumps(content))
     source = Source(tmp_path, "safetensors", {"vocab_size": 6}, {}, tokenizer_files=(path,))

@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
+from grokquant.families.grok_tokenizer import Grok1Tokenizer
 from grokquant.runtime.load import build_model
 from grokquant.text import python_docs
 from grokquant.text.documents import load_documents, token_rows
-from grokquant.text.tokenizer import Grok1Tokenizer, load_tokenizer
+from grokquant.text.tokenizer import load_tokenizer
 from grokquant.toy import TOY_PATH
 from grokquant.toy.release_writer import write_release
 

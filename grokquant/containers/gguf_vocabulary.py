@@ -1,12 +1,13 @@
 """The tokenizer metadata of a GGUF file, made from the tokenizer files of the checkpoint."""
 
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from grokquant.errors import InputError
+from grokquant.families.tokenizer import SENTENCEPIECE, VOCABULARIES, read_tokenizer
 from grokquant.files.gguf_header import Value
-from grokquant.files.json_objects import read_json_object
 from grokquant.types import Source
 
 # llama.cpp's numbers for kinds of tokens (enum llama_token_type).
@@ -16,6 +17,9 @@ _CONTROL = 3
 _USER_DEFINED = 4
 _UNUSED = 5
 _BYTE = 6
+# Scores of tokens that SentencePiece does not know, as the converter of llama.cpp has them.
+_ADDED_SCORE = -1000.0
+_PADDING_SCORE = -10000.0
 
 # How texts are split before merging: patterns of tokenizer.json files and llama.cpp's names
 # (src/llama-vocab.cpp). ByteLevel alone has GPT-2's built in.
@@ -30,12 +34,17 @@ def vocabulary(source: Source) -> dict[str, Value]:
     No beginning-of-text token is added, so that texts are scored as in other engines.
     """
     files = {path.name: path for path in source.tokenizer_files}
-    if "tokenizer.model" in files:
-        found = _sentencepiece(files["tokenizer.model"], source.config["vocab_size"])
-    elif "tokenizer.json" in files:
-        found = _byte_level(files["tokenizer.json"], source.config["vocab_size"])
-    else:
+    if files.keys().isdisjoint(VOCABULARIES):
         return {"tokenizer.ggml.model": "none"}
+    tokenizer: Any = read_tokenizer(source)
+    size = source.config["vocab_size"]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend else None
+    if SENTENCEPIECE in files and (content is None or _cut_of(content) is None):
+        found = _sentencepiece(files[SENTENCEPIECE], tokenizer, size)
+    else:
+        path = next(files[name] for name in VOCABULARIES if name in files)
+        found = _byte_level(path, content or {}, size)
     special = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
     for name, field in special.items():
         if isinstance(number := source.config.get(field), int):
@@ -43,15 +52,28 @@ def vocabulary(source: Source) -> dict[str, Value]:
     return found | {"tokenizer.ggml.add_bos_token": False}
 
 
-def _sentencepiece(path: Path, size: int) -> dict[str, Value]:
+def _sentencepiece(path: Path, tokenizer: Any, size: int) -> dict[str, Value]:
+    """The tokens under their ids in `tokenizer`, with the scores of the SentencePiece model."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    known = range(model.vocab_size())
-    kinds = [_kind(model, number) for number in known]
+    pieces = {model.id_to_piece(number): number for number in range(model.vocab_size())}
+    tokens = [f"[PAD{number}]" for number in range(size)]
+    scores = [_PADDING_SCORE] * size
+    kinds = [_UNUSED] * size
+    for token, number in tokenizer.get_vocab().items():
+        if number >= size:
+            raise InputError(f"{path}: {number + 1} tokens, but vocab_size is {size}")
+        tokens[number] = token
+        piece = pieces.get(token)
+        scores[number] = _ADDED_SCORE if piece is None else model.get_score(piece)
+        kinds[number] = _NORMAL if piece is None else _kind(model, piece)
+    for number, added in tokenizer.added_tokens_decoder.items():
+        if kinds[number] == _NORMAL:
+            kinds[number] = _CONTROL if added.special else _USER_DEFINED
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": _filled([model.id_to_piece(n) for n in known], size),
-        "tokenizer.ggml.scores": [model.get_score(n) for n in known] + [-1e4] * (size - len(known)),
-        "tokenizer.ggml.token_type": kinds + [_UNUSED] * (size - len(known)),
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.unknown_token_id": model.unk_id(),
     }
 
@@ -66,10 +88,9 @@ def _kind(model: sentencepiece.SentencePieceProcessor, number: int) -> int:
     return next((kind for kind, holds in checks.items() if holds(number)), _NORMAL)
 
 
-def _byte_level(path: Path, size: int) -> dict[str, Value]:
-    """Byte-level BPE, the tokenizer of GPT-2 and its successors."""
+def _byte_level(path: Path, content: dict, size: int) -> dict[str, Value]:
+    """Byte-level BPE, the tokenizer of GPT-2 and its successors; `content` as in tokenizer.json."""
     try:
-        content = read_json_object(path)
         model = content["model"]
         added = content.get("added_tokens") or []
         numbers = {int(number): token for token, number in model["vocab"].items()}
@@ -97,6 +118,11 @@ def _byte_level(path: Path, size: int) -> dict[str, Value]:
     }
 
 
+def _cut_of(content: dict) -> str | None:
+    cutting = content.get("pre_tokenizer")
+    return _cut(cutting) if cutting else None
+
+
 def _cut(pre_tokenizer: dict) -> str | None:
     """llama.cpp's name for this way to split texts, None if it has none."""
     *before, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
@@ -107,7 +133,3 @@ def _cut(pre_tokenizer: dict) -> str | None:
     if len(before) > 1 or before[0]["type"] != "Split" or last.get("use_regex", True):
         return None
     return _PATTERNS.get(str(before[0]["pattern"].get("Regex")))
-
-
-def _filled(tokens: list[str], size: int) -> list[str]:
-    return tokens + [f"[PAD{number}]" for number in range(len(tokens), size)]

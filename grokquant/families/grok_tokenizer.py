@@ -8,3 +8,7 @@ class Grok1Tokenizer(SentencePieceBackend):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         return self.sp_model.decode_pieces(tokens)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        # Models have rows for more tokens than there are; transformers decodes those to nothing.
+        return self.sp_model.id_to_piece(index) if index < self.vocab_size else ""

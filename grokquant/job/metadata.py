@@ -1,11 +1,14 @@
 """The metadata files of an output: config, resolved recipe, report, tokenizer, model card."""
 
+import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from grokquant.containers import container_of
-from grokquant.files.atomic import write_json, write_text
+from grokquant.files.atomic import commit, temporary, write_json, write_text
 from grokquant.humanize import size
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
@@ -13,6 +16,7 @@ from grokquant.text import tokenizer
 from grokquant.types import UnitReport
 from grokquant.version import MARK, OWN
 
+GENERATION_CONFIG = "generation_config.json"
 _NOT_COPIED = ("auto_map", "dtype", "quantization_config")
 # `grokquant eval` writes the evaluation table of the card between these.
 TABLE_START = "<!-- evaluation -->"
@@ -29,9 +33,17 @@ class Record:
     calibration_rows: tuple[int, ...]
 
 
-def write_tokenizer(directory: Path, plan: Plan) -> None:
-    """Written first, so that a broken tokenizer ends the run at once."""
-    tokenizer.write_tokenizer(plan.checkpoint.source, directory)
+def write_beside(directory: Path, plan: Plan) -> list[str]:
+    """Copies what lies beside the source's weights.
+
+    Done first, so that a broken tokenizer ends the run at once. Returns contradictions.
+    """
+    for name, path in plan.checkpoint.source.beside.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        with temporary(directory / path.name) as copy:
+            shutil.copyfile(path, copy)
+            commit(copy, directory / name)
+    return tokenizer.write_tokenizer(plan.checkpoint.source, directory)
 
 
 def write(directory: Path, plan: Plan, record: Record) -> None:
@@ -45,7 +57,8 @@ def write(directory: Path, plan: Plan, record: Record) -> None:
     write_text(directory / "recipe.yaml", plan.recipe.to_yaml())
     write_json(directory / REPORT_NAME, quantization_report(plan, record))
     write_text(directory / CARD_NAME, model_card(plan, record.units))
-    write_json(directory / "generation_config.json", generation_config(plan))
+    if GENERATION_CONFIG not in plan.checkpoint.source.beside:
+        write_json(directory / GENERATION_CONFIG, generation_config(plan))
     write_json(directory / "config.json", config)
 
 
@@ -57,13 +70,22 @@ def output_config(plan: Plan) -> dict:
     unquantized = [name.removesuffix(".weight") for name in [*kept, *routers]] + ["lm_head"]
     source = plan.checkpoint.source.config
     fields = {key: value for key, value in source.items() if key not in _NOT_COPIED}
-    fields["torch_dtype"] = "bfloat16"
+    fields["torch_dtype"] = str(kept_dtype(plan)).removeprefix("torch.")
     # transformers would look for other files than gguf's, and for other names of biased experts.
     loaded_by_us = plan.format.needs_own_loader or plan.checkpoint.family.biased
     if plan.units or loaded_by_us:
         described = plan.format.quantization_config(plan.units.values(), unquantized)
         fields["quantization_config"] = described | {MARK: OWN}
     return fields
+
+
+def kept_dtype(plan: Plan) -> torch.dtype:
+    """That of most bytes which are carried over as they are: embedding, head, kept matrices."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name, ref in plan.checkpoint.source.tensors.items():
+        if name not in plan.unit_of_tensor and ref.dtype.is_floating_point:
+            sizes[ref.dtype] += ref.stored_bytes
+    return max(sizes, key=sizes.__getitem__, default=torch.bfloat16)
 
 
 def generation_config(plan: Plan) -> dict:

@@ -51,7 +51,7 @@ def _check_sums(path: Path) -> None:
     for line in raw.decode("utf-8", "replace").splitlines():
         expected, _, name = line.partition("  ")
         # A name with a directory in it is damage, and could lead out of the output.
-        if Path(name).name != name or not (path / name).is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (path / name).is_file():
             raise GateError(f"{path / name}: is missing")
         if sha256(path / name) != expected:
             raise GateError(f"{path / name}: does not match its checksum in {SUMS_NAME}")

@@ -159,8 +159,9 @@ class WorkDirectory:
     def write_sums(self) -> None:
         """Writes SHA256SUMS of all files but the card, which people edit. For `sha256sum -c`."""
         free = {SUMS_NAME, CARD_NAME, *(path.name for path in self._temporaries())}
-        files = sorted(p for p in self.files.iterdir() if p.name not in free)
-        sums = ((self.sums.get(p.name) or atomic.sha256(p), p.name) for p in files)
+        files = sorted(p for p in self.files.rglob("*") if p.is_file() and p.name not in free)
+        names = (path.relative_to(self.files).as_posix() for path in files)
+        sums = ((self.sums.get(name) or atomic.sha256(self.files / name), name) for name in names)
         text = "".join(f"{checksum}  {name}\n" for checksum, name in sums)
         atomic.write_text(self.files / SUMS_NAME, text)
 

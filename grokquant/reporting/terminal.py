@@ -136,6 +136,9 @@ class _LayerBar:
         self.start = time.monotonic()
         self.task: TaskID | None = None
 
+    def note(self, line: str) -> None:
+        self.console.print(line)
+
     def begin(self, description: str, total: int) -> None:
         self.bar.start()
         self.task = self.bar.add_task(description, total=total)
@@ -238,9 +241,6 @@ class LayerProgress(_LayerBar):
         if figures.router_set is not None:
             line += f", same experts for {figures.router_set:.1%} of tokens"
         self.advance(line)
-
-    def note(self, line: str) -> None:
-        self.console.print(line)
 
 
 def _error_of(reports: list[UnitReport]) -> str:

@@ -26,7 +26,7 @@ def generate_text(
     model, tokenizer = load(path, device, packed=packed)
     if tokenizer is None:
         raise InputError(f"{path}: has no tokenizer, so it cannot generate text")
-    encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    encoded: Any = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = encoded.input_ids.shape[1]
     positions = model.config.max_position_embeddings
     if length + tokens > positions:

@@ -8,7 +8,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import device_of
+from grokquant.errors import InputError
 from grokquant.families.family import set_parameter
+from grokquant.files.json_objects import read_json_object
 from grokquant.runtime.packed import PackedMatrix, pack_model
 from grokquant.text.tokenizer import load_tokenizer
 
@@ -44,8 +46,19 @@ def build_model(
     nn.Module.to(model, device)  # buffers
     if checkpoint.num_experts:
         model.set_experts_implementation("eager")
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.generation_config = _generation_config(checkpoint, model)
     return model
+
+
+def _generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> GenerationConfig:
+    """End tokens and sampling as the file beside the model has them, else as config.json."""
+    path = checkpoint.source.beside.get("generation_config.json")
+    if path is None:
+        return GenerationConfig.from_model_config(model.config)
+    try:
+        return GenerationConfig.from_dict(read_json_object(path))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {error}".splitlines()[0]) from None
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.files.gguf_header import DENSE, FLOAT16_AT, TYPES, GgufTensor, read_tensors
 from grokquant.files.json_objects import read_json_object
+from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.safetensors_directory import TOKENIZER_FILES, licence_of
@@ -47,6 +48,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         tokenizer_files=tuple(file for file in beside if file.is_file()),
         weight_files=tuple(files),
         licence=licence_of(path / "README.md"),
+        beside=files_beside(path),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.files.links import refuse_link_out
 from grokquant.grids import Scheme
+from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
 from grokquant.sources.holes import contradiction, find_hole
@@ -123,6 +124,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         tokenizer_files=tuple(file for file in tokenizer if file),
         weight_files=tuple(leaf.path for leaf in stored),
         licence="apache-2.0" if published else None,
+        beside=files_beside(path),
     )
 
 

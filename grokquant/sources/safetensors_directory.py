@@ -20,6 +20,7 @@ from grokquant.files.json_objects import parse_json_object, read_json_object
 from grokquant.files.regular import open_regular, read_head
 from grokquant.files.safetensors_header import DTYPES
 from grokquant.sources import presharded
+from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.types import Source, TensorRef
@@ -72,6 +73,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         tokenizer_files=tuple(file for file in files if file.is_file()),
         weight_files=tuple(path / file for file in by_file),
         licence=licence_of(path / "README.md"),
+        beside=files_beside(path),
     )
 
 

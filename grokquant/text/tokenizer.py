@@ -1,73 +1,89 @@
-"""The tokenizer that belongs to a checkpoint."""
+"""The tokenizer that belongs to a checkpoint, and its files in an output."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.families.grok_tokenizer import Grok1Tokenizer
+from grokquant.families.tokenizer import SENTENCEPIECE, VOCABULARIES, read_tokenizer
 from grokquant.files.atomic import commit, temporary, write_json
+from grokquant.files.json_objects import read_json_object
 from grokquant.types import Source
+
+# transformers finds a tokenizer's class by one of these.
+_NAMES_ITS_CLASS = ("tokenizer.json", "tokenizer_config.json")
+_NAMES_SPECIAL_TOKENS = {"tokenizer_config.json", "special_tokens_map.json"}
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint. Raises InputError if there is none or it does not fit."""
-    tokenizer = _read(checkpoint)
+    source = checkpoint.source
+    tokenizer = read_tokenizer(source)
     vocabulary = checkpoint.config.vocab_size
     if len(tokenizer) > vocabulary:
         raise InputError(
-            f"{checkpoint.source.tokenizer_files[0]}: {len(tokenizer)} tokens, "
+            f"{source.tokenizer_files[0]}: {len(tokenizer)} tokens, "
             f"but the model's vocabulary has {vocabulary}"
         )
     return tokenizer
 
 
-def write_tokenizer(source: Source, directory: Path) -> None:
-    """Copies the tokenizer's files, with a tokenizer_config.json for transformers if missing."""
+def write_tokenizer(source: Source, directory: Path) -> list[str]:
+    """Copies the tokenizer's files. Where transformers has no tokenizer for the type of model, a
+    SentencePiece model gets a tokenizer_config.json. Returns what its files disagree about."""
     files = {path.name: path for path in source.tokenizer_files}
     for name, path in files.items():
         with temporary(directory / name) as copy:
             shutil.copyfile(path, copy)
             commit(copy, directory / name)
-    if "tokenizer.model" in files and "tokenizer_config.json" not in files:
-        tokenizer = _open(files["tokenizer.model"])
+    if not files.keys() & set(VOCABULARIES):
+        return []  # read by code of its own, or none
+    tokenizer = read_tokenizer(source)
+    unknown = source.config.get("model_type") not in TOKENIZER_MAPPING_NAMES
+    if SENTENCEPIECE in files and files.keys().isdisjoint(_NAMES_ITS_CLASS) and unknown:
         config = {"tokenizer_class": type(tokenizer).__name__} | tokenizer.special_tokens_map
         write_json(directory / "tokenizer_config.json", config)
+    return list(_disagreements(files, tokenizer))
 
 
-def _read(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    files = {path.name: path for path in checkpoint.source.tokenizer_files}
-    if not files:
-        raise InputError(
-            f"{checkpoint.source.path}: no tokenizer.model or tokenizer.json beside it"
-        )
-    # The original SentencePiece model first: a tokenizer.json is converted from it.
-    path = files.get("tokenizer.model") or files.get("tokenizer.json") or next(iter(files.values()))
-    return _open(path)
+def _disagreements(files: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Where two files beside a checkpoint contradict each other, and which of them counts."""
+    known = tokenizer.get_vocab()
+    if SENTENCEPIECE in files and "tokenizer.json" in files:
+        yield from _other_pieces(files[SENTENCEPIECE], known)
+    if "added_tokens.json" in files:
+        path = files["added_tokens.json"]
+        yield from _other_ids(path, read_json_object(path), known, "the tokenizer")
+    for file in sorted(_NAMES_SPECIAL_TOKENS & files.keys()):
+        named = read_json_object(files[file])
+        for name in _SPECIAL_TOKENS:
+            token = named.get(name)
+            content = token.get("content") if isinstance(token, dict) else token
+            if isinstance(content, str) and content != (used := getattr(tokenizer, name)):
+                yield f"{files[file]}: {name} is {content!r}, but the tokenizer uses {used!r}"
 
 
-def _open(path: Path) -> PreTrainedTokenizerBase:
+def _other_pieces(path: Path, known: dict[str, int]) -> Iterator[str]:
     try:
-        if path.name == "tokenizer.model":
-            return _sentencepiece(path)
-        return PreTrainedTokenizerFast(tokenizer_file=str(path))
-    except Exception as error:  # both libraries raise bare exceptions for a broken file
-        raise InputError(
-            f"{path}: cannot be read as a tokenizer: {error}".splitlines()[0]
-        ) from None
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        yield f"{path}: is damaged, but tokenizer.json is used"
+        return
+    pieces = {model.id_to_piece(number): number for number in range(model.vocab_size())}
+    yield from _other_ids(path, pieces, known, "tokenizer.json")
 
 
-def _sentencepiece(path: Path) -> Grok1Tokenizer:
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ids = {
-        "pad": model.pad_id(),
-        "bos": model.bos_id(),
-        "eos": model.eos_id(),
-        "unk": model.unk_id(),
-    }
-    # SentencePiece gives -1 for a special token that the model does not have.
-    special = {f"{name}_token": model.id_to_piece(i) for name, i in ids.items() if i >= 0}
-    return Grok1Tokenizer(vocab_file=str(path), **special)
+def _other_ids(path: Path, theirs: dict, known: dict[str, int], counts: str) -> Iterator[str]:
+    differing = [token for token, number in theirs.items() if known.get(token) != number]
+    if differing:
+        token = differing[0]
+        yield (
+            f"{path}: {token!r} has id {theirs[token]}, but {counts}, which is used, "
+            f"has {known.get(token)}; so for {len(differing)} of {len(theirs)} tokens"
+        )

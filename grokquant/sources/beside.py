@@ -1,0 +1,22 @@
+"""What lies beside the weights of a model and belongs to it: an output gets a copy as it is."""
+
+from pathlib import Path
+
+_NAMES = (
+    "generation_config.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "additional_chat_templates/*.jinja")
+# A file called LICENSE.py is code.
+_TEXTS = {"", ".txt", ".md", ".rst", ".html", ".pdf", ".json", ".jinja"}
+
+
+def files_beside(path: Path) -> dict[str, Path]:
+    """The files that an output takes over as they are, by their names relative to `path`."""
+    named = [path / name for name in _NAMES]
+    found = [file for pattern in _PATTERNS for file in sorted(path.glob(pattern))]
+    files = [file for file in (*named, *found) if file.is_file() and file.suffix in _TEXTS]
+    return {file.relative_to(path).as_posix(): file for file in files}
