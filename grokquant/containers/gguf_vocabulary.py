@@ -1,5 +1,6 @@
 """The tokenizer metadata of a GGUF file, made from the tokenizer files of the checkpoint."""
 
+import json
 from pathlib import Path
 from typing import Any
 
