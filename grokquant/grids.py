@@ -84,7 +84,8 @@ class Grid:
     scales, and 0 .. 2^bits-1 where `unsigned`. `scale_bits` is what a file stores of a scale, and
     of an offset.
 
-    `ggml_type` is llama.cpp's number of the grid, `block_columns` the input features of its blocks.
+    `ggml_type` is llama.cpp's number of the grid, `float16_at` the bytes at which its blocks hold a
+    float16, `block_columns` the input features of its blocks.
     In a block of several groups scales and offsets are small integers, times a float16 each that
     the block stores once: its header. The scales of a QTensor are the products, in `scale_dtype`.
     A grid that `is_integer` is the grid `integer` under llama.cpp's name.
@@ -104,6 +105,7 @@ class Grid:
     scale_bits: int = FLOAT16_BITS
     block_columns: int = 0
     ggml_type: int | None = None
+    float16_at: tuple[int, ...] = ()
     is_integer: bool = False
 
     @property
@@ -192,44 +194,44 @@ GRIDS = {
         # llama.cpp, blocks of one group.
         Grid(
             "q8_0", 8, 32, _INT8_FORMATS, "integers", "float16",
-            block_columns=32, ggml_type=8, is_integer=True,
+            block_columns=32, ggml_type=8, float16_at=(0,), is_integer=True,
         ),
         Grid(
             "q4_0", 4, 32, _INTEGER_FORMATS, "integers", "float16",
-            block_columns=32, ggml_type=2, is_integer=True,
+            block_columns=32, ggml_type=2, float16_at=(0,), is_integer=True,
         ),
         Grid(
             "q4_1", 4, 32, _GGUF, "range", "float16", symmetric=False,
-            unsigned=True, block_columns=32, ggml_type=3,
+            unsigned=True, block_columns=32, ggml_type=3, float16_at=(0, 2),
         ),
         Grid(
             "iq4_nl", 4, 32, _GGUF, "table", table=_IQ4_TABLE,
-            unsigned=True, block_columns=32, ggml_type=20,
+            unsigned=True, block_columns=32, ggml_type=20, float16_at=(0,),
         ),
         # llama.cpp, blocks of 256 columns with a header.
         Grid(
             "q6_k", 6, 16, _GGUF, "block_scales",
-            scale_bits=8, block_columns=SUPER_BLOCK, ggml_type=14,
+            scale_bits=8, block_columns=SUPER_BLOCK, ggml_type=14, float16_at=(208,),
         ),
         Grid(
             "q5_k", 5, 32, _GGUF, "block_minima", symmetric=False, unsigned=True,
-            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=13,
+            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=13, float16_at=(0, 2),
         ),
         Grid(
             "q4_k", 4, 32, _GGUF, "block_minima", symmetric=False, unsigned=True,
-            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=12,
+            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=12, float16_at=(0, 2),
         ),
         Grid(
             "iq4_xs", 4, 32, _GGUF, "block_scales", table=_IQ4_TABLE, unsigned=True,
-            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=23,
+            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=23, float16_at=(0,),
         ),
         Grid(
             "q3_k", 3, 16, _GGUF, "block_scales",
-            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=11,
+            scale_bits=6, block_columns=SUPER_BLOCK, ggml_type=11, float16_at=(108,),
         ),
         Grid(
             "q2_k", 2, 16, _GGUF, "block_minima", symmetric=False, unsigned=True,
-            scale_bits=4, block_columns=SUPER_BLOCK, ggml_type=10,
+            scale_bits=4, block_columns=SUPER_BLOCK, ggml_type=10, float16_at=(80, 82),
         ),
     )
 }  # fmt: skip

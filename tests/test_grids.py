@@ -27,6 +27,7 @@ from grokquant.types import QTensor, Unit
 
 LLAMA_CPP = [name for name, grid in GRIDS.items() if grid.ggml_type is not None]
 ROWS, COLUMNS = 32, 512
+NAN = torch.full((1,), torch.nan, dtype=torch.float16)
 STEM = "model.layers.0.mlp.up_proj"
 # Integers need bits; those of 32 columns and float16 scales are Q4_0 and Q8_0 in llama.cpp.
 RULES = {name: {"grid": name} for name in GRIDS if name != "integer"}
@@ -302,3 +303,21 @@ def test_importance_decides_the_search(name, W):
         error = find_levels(W, scheme, "mse", given).nearest(W).dequantize() - W
         lost.append((error.square() * importance).sum().item())
     assert lost[1] < 0.8 * lost[0]
+
+
+@pytest.mark.parametrize("name", LLAMA_CPP)
+def test_rows_say_where_blocks_hold_float16(name):
+    """Only there can a block hold what is not finite; any other byte may have any value."""
+    grid = GRIDS[name]
+    size = grid.block_bytes
+    blocks = torch.arange(4 * size, dtype=torch.int32).mul(73).to(torch.uint8).view(4, size)
+    for byte in grid.float16_at:
+        blocks[:, byte : byte + 2] = torch.ones(1, dtype=torch.float16).view(torch.uint8)
+    kind = GGMLQuantizationType[name.upper()]
+    assert torch.from_numpy(quants.dequantize(blocks.numpy(), kind)).isfinite().all()
+    assert grid.float16_at
+    for byte in grid.float16_at:
+        damaged = blocks.clone()
+        damaged[0, byte : byte + 2] = NAN.view(torch.uint8)
+        values = torch.from_numpy(quants.dequantize(damaged.numpy(), kind))
+        assert not values[0].isfinite().all() and values[1:].isfinite().all()

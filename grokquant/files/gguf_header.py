@@ -35,19 +35,6 @@ TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)} | {
 }
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BY_NUMBER = {number: name for name, (number, _, _) in TYPES.items()}
-# Where a block holds float16 values, by byte: layouts in formats/gguf_blocks.py.
-FLOAT16_AT: dict[str, tuple[int, ...]] = {
-    "Q8_0": (0,),
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "IQ4_NL": (0,),
-    "Q6_K": (208,),
-    "Q5_K": (0, 2),
-    "Q4_K": (0, 2),
-    "IQ4_XS": (0,),
-    "Q3_K": (108,),
-    "Q2_K": (80, 82),
-}
 # Types of metadata values, by GGUF's numbers.
 _UINT16 = 2
 _UINT32 = 4

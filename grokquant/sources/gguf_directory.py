@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.files.gguf_header import DENSE, FLOAT16_AT, TYPES, GgufTensor, read_tensors
+from grokquant.files.gguf_header import DENSE, TYPES, GgufTensor, read_tensors
 from grokquant.files.json_objects import read_json_object
+from grokquant.grids import GRIDS
 from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
@@ -86,7 +87,7 @@ def _refuse_nonfinite_scales(path: Path, tensor: GgufTensor, rows: Tensor) -> No
     if tensor.type in DENSE:
         return
     blocks = rows.view(-1, TYPES[tensor.type][2])  # (blocks, bytes)
-    for byte in FLOAT16_AT[tensor.type]:
+    for byte in GRIDS[tensor.type.lower()].float16_at:
         scales = blocks[:, byte : byte + 2].contiguous().view(torch.float16)
         if not all_finite(scales):
             raise InputError(f"{path}: tensor {tensor.name!r} holds non-finite scales")
