@@ -5,7 +5,7 @@ import math
 from html.parser import HTMLParser
 from typing import Any
 
-from grokquant.evaluation.report import Report, parse_report
+from grokquant.evaluation.report import Report, TextFigures, parse_report
 
 AWKWARD = """<b>a&b "c" 'd'|[red]"""
 
@@ -174,7 +174,7 @@ def content(layers: int = 4, experts: int = 8) -> dict:
 def with_suite(layers: int = 4, experts: int = 8) -> dict:
     """The content of a report of a suite: two texts, two tasks, three thresholds, one missed."""
     tree = content(layers, experts)
-    keys = ("protocol", "bootstrap", "perplexity", "kld", "delta_p", "same_top_p", "documents")
+    keys = [key for key in TextFigures.model_fields if key in tree]
     text = copy.deepcopy({key: tree[key] for key in keys})
     text["protocol"] |= {"length": 512, "scored": "the second half of each window"}
     text["kld"]["mean"] = estimate(0.0051234567, 0.0000712345)

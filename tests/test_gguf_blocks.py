@@ -137,7 +137,7 @@ def test_we_err_no_more_than_their_quantizer(name):
 
 def test_refusals_name_the_reason():
     assert gguf.refusal(SCHEMES["q4_k"], (8, 512)) is None
-    wanted = "384 input features are no whole blocks of 256"
+    wanted = "384 input features are not a multiple of its blocks of 256"
     assert wanted in gguf.refusal(SCHEMES["q4_k"], (8, 384))
     assert "none of int4 g128 sym with float16" in gguf.refusal(
         Scheme(4, 128, True, "float16"), (8, 512)

@@ -231,3 +231,24 @@ def test_settings_of_a_fallback_fit_the_method():
             assert method.fallback is not None
             assert issubclass(method.settings, method.fallback.settings)
     assert ScaleSettings().scale == "mse"
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        ("scale: float = 1.0", "key scale: another method has it with another type or default"),
+        ("group: int = 32", "key group: every rule has a key of this name already"),
+        ("slack: float", "key slack: has no default"),
+    ],
+)
+def test_keys_that_a_rule_cannot_have_are_refused_at_import(key, complaint):
+    program = (
+        "from dataclasses import dataclass\n"
+        "from grokquant.methods import METHODS, rtn\n"
+        f"@dataclass(frozen=True)\nclass Settings:\n    {key}\n"
+        "class Odd(rtn.Rtn):\n    name, text, settings = 'odd', 'is odd', Settings\n"
+        "METHODS['odd'] = Odd()\n"
+        "import grokquant.recipe\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"method odd: {complaint}" in found.stderr

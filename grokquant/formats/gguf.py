@@ -29,7 +29,7 @@ def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     if grid is None:
         return f"it has blocks of {', '.join(_NAMES)}, none of {scheme} with {scheme.scale_dtype}"
     if shape[1] % grid.block_columns:
-        return f"{shape[1]} input features are no whole blocks of {grid.block_columns}"
+        return f"{shape[1]} input features are not a multiple of its blocks of {grid.block_columns}"
     return None
 
 

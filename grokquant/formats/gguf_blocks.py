@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grokquant.grids import Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.types import QTensor
 
 
@@ -304,3 +304,7 @@ _BLOCKS = {
     "q3_k": _Block(_pack_q3_k, _unpack_q3_k),
     "q2_k": _Block(_pack_q2_k, _unpack_q2_k),
 }
+# A grid without its functions would pass the plan and fail in the middle of a run.
+_PACKED = {name for name, grid in GRIDS.items() if grid.ggml_type is not None}
+if _BLOCKS.keys() != _PACKED:
+    raise TypeError(f"gguf_blocks: grids without functions: {sorted(_PACKED ^ _BLOCKS.keys())}")

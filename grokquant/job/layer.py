@@ -64,7 +64,7 @@ class LayerQuantizer:
         self.units: Sequence[Unit] = plan.units_of(index)
         methods = {unit.method for unit in self.units}
         self._rounding = {name: METHODS[name].begin_layer(self) for name in methods}
-        self._hold = any(METHODS[name].revises for name in methods)
+        self.revises = any(METHODS[name].revises for name in methods)
         self._held: dict[str, tuple[QTensor, UnitReport]] = {}
         self._everyone: dict[int | None, Hessian] = {}
 
@@ -74,7 +74,7 @@ class LayerQuantizer:
         self.model.load_layer(self.index)
         reference = self._run_reference(states.reference)
         self.outputs = self._run_quantized(states.hidden)
-        if self._hold:
+        if self.revises:
             self._revise()
             self.outputs = self._run_quantized(states.hidden)
         self.model.free_layer(self.index)
@@ -210,7 +210,7 @@ class LayerQuantizer:
         ref = self.plan.checkpoint.source.tensors[unit.tensor]
         rounding = self._rounding[unit.method]
         quantized, report = round_unit(unit, ref, rounding, site, self.model.device)
-        if self._hold:
+        if self.revises:
             self._held[unit.name] = quantized, report
         else:
             self.emit(unit, quantized, report)
@@ -218,7 +218,7 @@ class LayerQuantizer:
 
     def _committed(self, unit: Unit) -> QTensor | None:
         """The unit as an earlier run committed it; a held layer is always redone as a whole."""
-        return None if self._hold else self.committed(unit)
+        return None if self.revises else self.committed(unit)
 
     def _revise(self) -> None:
         """Applies the changes that methods make after the whole layer has run."""

@@ -250,10 +250,14 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
     del work.tokens_per_expert[first:]
     for index in range(first, layers):
         layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed)
+        kept = plan.kept_in_layer(index)
+        if not layer.revises:  # first, so that the file they share with experts is soon complete
+            run.write_kept(kept, {})
         states = layer.run(states)
         if not torch.isfinite(states.hidden).all():
             raise InputError(f"layer {index}: its outputs on the calibration text are not finite")
-        run.write_kept(plan.kept_in_layer(index), layer.revised)
+        if layer.revises:
+            run.write_kept(kept, layer.revised)
         work.tokens_per_expert.append(layer.tokens_per_expert)
         run.layer_done(index, layer.tokens_per_expert)
         run.writer.drain()

@@ -6,7 +6,8 @@ No key names a device, rank or work directory: a recipe gives the same bytes eve
 import io
 import os
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
+from dataclasses import Field as DataclassField
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
@@ -40,10 +41,16 @@ _METHOD_KEYS: dict[str, dict[str, Any]] = {
 # Former names of keys, which are still accepted, and their present names.
 FORMER_KEYS = {"data": "text"}
 
+# Groups that a recipe may choose; grids with other groups have just the one.
+_CHOSEN_GROUPS = {
+    size for grid in GRIDS.values() if grid.other_groups for size in grid.groups if size is not None
+}
 if TYPE_CHECKING:
     GridName: TypeAlias = str
-else:  # names that pydantic lists in errors and in the schema
+    GroupSize: TypeAlias = int | str
+else:  # values that pydantic lists in errors and in the schema
     GridName = Literal[tuple(GRIDS)]
+    GroupSize = Literal[(*sorted(_CHOSEN_GROUPS), "channel", "release")]
 
 
 def check_text(text: str) -> str:
@@ -150,7 +157,7 @@ class _Rule(Section):
     `llm_int8` of bitsandbytes, the others of llama.cpp."""
     bits: Literal[2, 3, 4, 8] | None = None
     """Bits of an integer; required where a method rounds to `grid: integer`."""
-    group: Literal[32, 64, 128, 256, "channel", "release"] | None = None
+    group: GroupSize | None = None
     """Number of neighbouring input features that share a scale; `channel` is a whole row.
     `release`, for lossless methods only, keeps the stored groups; there a number splits larger
     groups and repeats their scales, which changes no weight."""
@@ -217,8 +224,21 @@ def _fields_of_methods() -> dict[str, Any]:
     for method in METHODS.values():
         types = get_type_hints(method.settings, include_extras=True)
         for key in fields(method.settings):
-            described[key.name] = (types[key.name], key.default)
+            field = (types[key.name], key.default)
+            _check_key(method.name, key, described.get(key.name, field) == field)
+            described[key.name] = field
     return described
+
+
+def _check_key(method: str, key: DataclassField, alone: bool) -> None:
+    """Raises TypeError for a key that a rule cannot have: all methods share one set of names."""
+    name = f"method {method}: key {key.name}"
+    if key.name in _Rule.model_fields:
+        raise TypeError(f"{name}: every rule has a key of this name already")
+    if not alone:
+        raise TypeError(f"{name}: another method has it with another type or default")
+    if key.default is MISSING:
+        raise TypeError(f"{name}: has no default")
 
 
 if TYPE_CHECKING:
