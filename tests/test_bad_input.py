@@ -503,7 +503,7 @@ RECIPES = {
     "model.config=absent.json": "absent.json: cannot be read",
     "calibration.length=4": "override calibration.length: ",
     "calibration.text=wikitext": "override calibration.text: expected python-docs",
-    "calibration.text=absent.txt": "absent.txt: No such file",
+    "calibration.text=absent.txt": "absent.txt: cannot be read: No such file",
     "output.path": "override output.path: expected KEY=VALUE",
     "=": "override =: expected KEY=VALUE",
 }
@@ -517,7 +517,7 @@ def test_wrong_settings(place, change):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (None, "recipe.yaml: No such file or directory"),
+        (None, "recipe.yaml: cannot be read: No such file or directory"),
         ("", "recipe.yaml"),
         ("model: [", "recipe.yaml:1:"),
         ("model:\n  path: toy\nmodel: {}\n", "recipe.yaml:3:1: duplicate key model"),
@@ -732,7 +732,8 @@ def test_reports_cannot_be_written(hf, tiny_release):
 def test_text_that_does_not_exist(place, quantized, tiny_release):
     command = ("eval", quantized, "--reference", tiny_release, "--text")
     assert place.fails(*command, "wikitext").startswith("--text: expected python-docs, a .txt")
-    assert place.fails(*command, "absent.jsonl") == "absent.jsonl: No such file or directory"
+    message = place.fails(*command, "absent.jsonl")
+    assert message == "absent.jsonl: cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize("target", ["source", "absent", "recipe.yaml"])
