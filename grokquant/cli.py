@@ -29,10 +29,6 @@ class _Commands(click.Group):
     """Turns errors and interruptions of any command into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> object:
-        import signal
-
-        for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore SIGINT in the background
-            signal.signal(number, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except GrokquantError as error:
@@ -80,6 +76,10 @@ def main() -> None:
     grokquant eval runs/toy-int4 --reference toy        measure perplexity, KL divergence, routing
     grokquant generate runs/toy-int4 --prompt "The "    generate text with the result
     """
+    import signal
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore SIGINT in the background
+        signal.signal(number, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it at import
 
 

@@ -2,16 +2,17 @@
 
     python eval/bench/import_cost.py [--rounds N]
 
-Every round starts each program once; ratios are of one round, so that a busy moment of the machine
-meets both sides. Prints a JSON line each, medians over the rounds.
+Seconds are those of the processor: the programs have one thread and wait for nothing, so other work
+on the machine counts little. Every round starts each program once; ratios are of one round. Prints
+a JSON line each, medians over the rounds.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 from statistics import median
-from time import perf_counter
 
 from measure import conditions
 
@@ -29,9 +30,15 @@ PROGRAMS = {
 
 
 def seconds(command: list[str]) -> float:
-    start = perf_counter()
+    """Processor time of a command, the system's on its behalf included."""
+    before = _of_children()
     subprocess.run(command, capture_output=True)  # a mistyped command fails on purpose
-    return perf_counter() - start
+    return _of_children() - before
+
+
+def _of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def measured(rounds: int) -> list[dict[str, float]]:
