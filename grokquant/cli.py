@@ -110,12 +110,12 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 def quantize(
     recipe: str, overrides: tuple[str, ...], dry_run: bool, device: str, as_json: bool
 ) -> None:
-    """Quantize as described by RECIPE, resuming if interrupted.
+    """Quantize as RECIPE describes; resume an interrupted run.
 
-    Prints the plan, then one line per layer: its error, bits per weight and the fewest calibration
-    tokens of any expert. Ctrl-C stops after the current file, a second Ctrl-C immediately; finished
-    files are not redone. The result loads like the source, and its report has a row for every
-    matrix.
+    Prints the plan, then one line per layer: its error, its bits per weight and the smallest number
+    of calibration tokens that any expert got. Ctrl-C stops after the current file; a second Ctrl-C
+    stops immediately. Finished files are not redone. The result loads like the source, and its
+    report has a row for every matrix.
     """
     from grokquant.devices import device_of
     from grokquant.job import pipeline
@@ -142,9 +142,9 @@ def quantize(
 def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show what quantize would do.
 
-    Prints the grid of each kind of matrix, the exact size of the result, the peak memory (and which
-    step needs it) and the estimated time. Sizes come from file headers alone, time and memory from
-    a probe of this machine that takes a few seconds.
+    Prints the grid of each kind of matrix, the exact size of the result, the peak memory, the step
+    that needs it, and the estimated time. Sizes come from file headers alone; time and memory come
+    from a probe of this machine that takes a few seconds.
     """
     from grokquant.recipe import load_recipe
 
@@ -200,7 +200,7 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
     metavar="DIR",
     help="Directory for the reports  [default: OUTPUT/evaluation]",
 )
-@click.option("--quick", is_flag=True, help="Skip the per-layer isolation measurements.")
+@click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
 @click.option(
     "--cache", metavar="DIR", help="Cache the reference's results in DIR for later evaluations."
 )
@@ -280,8 +280,8 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
     """Rank evaluated models by quality and size.
 
     RUNS are directories evaluated by `grokquant eval`, or report.json files, all with the same text
-    and reference. Models on the Pareto front are not beaten on both size and quality; ties are
-    decided by bootstrap.
+    and reference. A model is on the Pareto front if no other model beats it on both size and
+    quality; a bootstrap decides ties.
     """
     from pathlib import Path
 
@@ -324,8 +324,8 @@ def inspect(path: str, as_json: bool) -> None:
 def verify(output: str) -> None:
     """Check that an output is intact.
 
-    Verifies the checksums, every matrix against its row in the report, and that all values are
-    finite.
+    Verifies the checksums, compares every matrix with its row in the report, and checks that all
+    values are finite.
     """
     from grokquant.job.verify import verify as check
 

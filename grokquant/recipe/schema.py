@@ -125,7 +125,7 @@ class ModelSection(Section):
     """A release directory (the parent of `ckpt-0`), a safetensors directory with a config.json, or
     `toy` for the small Grok inside the package."""
     config: PathText | None = None
-    """A config.json for a release that has none and is not Grok-1."""
+    """A config.json for a release that is not Grok-1 and has no config.json of its own."""
 
 
 class CalibrationSection(Section):
@@ -145,22 +145,22 @@ class CalibrationSection(Section):
 class _Rule(Section):
     """How the matrices that `match` selects are stored. The first matching rule applies.
 
-    Keys that the method does not take must be unset.
+    Keys that the method does not accept must be unset.
     """
 
     match: Annotated[str, Field(min_length=1, max_length=200)]
-    """A glob over matrix names such as `layers.3.experts.5.down`: `*` matches any text, dots
-    included, `?` any character, `[0-3]` one character of a set."""
+    """A glob over matrix names such as `layers.3.experts.5.down`: `*` matches any text
+    including dots, `?` matches any character, and `[0-3]` matches one character of a set."""
     method: str
     grid: GridName = "integer"
-    """`integer`, described by `bits`, `group` and `symmetric`, or a named grid: `nf4`, `fp4` and
-    `llm_int8` of bitsandbytes, the others of llama.cpp."""
+    """`integer`, described by `bits`, `group` and `symmetric`, or a named grid. `nf4`, `fp4` and
+    `llm_int8` are grids of bitsandbytes; the others are grids of llama.cpp."""
     bits: Literal[2, 3, 4, 8] | None = None
-    """Bits of an integer; required where a method rounds to `grid: integer`."""
+    """Bits of an integer; required if the method rounds to `grid: integer`."""
     group: GroupSize | None = None
     """Number of neighbouring input features that share a scale; `channel` is a whole row.
-    `release`, for lossless methods only, keeps the stored groups; there a number splits larger
-    groups and repeats their scales, which changes no weight."""
+    Only lossless methods accept `release`, which keeps the stored groups. With these methods, a
+    number splits larger groups and repeats their scales, which changes no weight."""
     symmetric: bool = True
     """Integers symmetric around zero; `false` adds a zero point to each group."""
     scale_dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -255,9 +255,10 @@ class ExpertsSection(Section):
 
     blend_tokens: Annotated[int, Field(ge=0)] | None = None
     """Below this number of routed tokens, an expert's Hessian is blended with the Hessian of all
-    tokens. Unset: 4 x the input features of the matrix, or of its `hessian_block`."""
+    tokens. Unset: 4 times the input features of the matrix, or of its `hessian_block`."""
     min_tokens: Annotated[int, Field(ge=0)] = 32
-    """Below this number of routed tokens, an expert is rounded to nearest, which is a fallback."""
+    """Below this number of routed tokens, an expert is rounded to nearest; this counts as a
+    fallback."""
 
 
 class OutputSection(Section):
@@ -270,8 +271,8 @@ class OutputSection(Section):
     ] = "compressed-tensors"
     """The format of the checkpoint on disk."""
     shard: ByteSize = 500 * 10**6
-    """Maximum file size, such as `500MB` or `2GiB`. A file holds whole experts of one layer, at
-    least one. A run commits its output file by file, so a killed run repeats at most one file."""
+    """Maximum file size, such as `500MB` or `2GiB`. A file holds one or more whole experts of
+    one layer. A run commits its output file by file, so a killed run repeats at most one file."""
 
 
 class EvalSection(Section):
@@ -293,7 +294,8 @@ class Recipe(Section):
     quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
     experts: ExpertsSection = ExpertsSection()
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of matrices that may fall back to a simpler method; above it the run fails."""
+    """Largest share of matrices that may fall back to a simpler method; if more do, the run
+    fails."""
     output: OutputSection
     eval: EvalSection = EvalSection()
 
