@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def source(model, tmp_path) -> Path:
     path = tmp_path / "source"
     path.mkdir()
     for file in model.iterdir():
-        (path / file.name).symlink_to(file)
+        shutil.copyfile(file, path / file.name)
     return path
 
 

@@ -5,8 +5,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from grokquant.containers import container_of
 from grokquant.files.atomic import commit, temporary, write_json, write_text
 from grokquant.humanize import size
@@ -17,6 +15,7 @@ from grokquant.types import UnitReport
 from grokquant.version import MARK, OWN
 
 GENERATION_CONFIG = "generation_config.json"
+_DTYPES = ("bfloat16", "float16", "float32")
 _NOT_COPIED = ("auto_map", "dtype", "quantization_config")
 # `grokquant eval` writes the evaluation table of the card between these.
 TABLE_START = "<!-- evaluation -->"
@@ -70,7 +69,7 @@ def output_config(plan: Plan) -> dict:
     unquantized = [name.removesuffix(".weight") for name in [*kept, *routers]] + ["lm_head"]
     source = plan.checkpoint.source.config
     fields = {key: value for key, value in source.items() if key not in _NOT_COPIED}
-    fields["torch_dtype"] = str(kept_dtype(plan)).removeprefix("torch.")
+    fields["torch_dtype"] = stated_dtype(plan)
     # transformers would look for other files than gguf's, and for other names of biased experts.
     loaded_by_us = plan.format.needs_own_loader or plan.checkpoint.family.biased
     if plan.units or loaded_by_us:
@@ -79,13 +78,11 @@ def output_config(plan: Plan) -> dict:
     return fields
 
 
-def kept_dtype(plan: Plan) -> torch.dtype:
-    """That of most bytes which are carried over as they are: embedding, head, kept matrices."""
-    sizes: Counter[torch.dtype] = Counter()
-    for name, ref in plan.checkpoint.source.tensors.items():
-        if name not in plan.unit_of_tensor and ref.dtype.is_floating_point:
-            sizes[ref.dtype] += ref.stored_bytes
-    return max(sizes, key=sizes.__getitem__, default=torch.bfloat16)
+def stated_dtype(plan: Plan) -> str:
+    """The dtype that the source's config names; bfloat16 for a release, whose config names none."""
+    config = plan.checkpoint.source.config
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return stated if stated in _DTYPES else "bfloat16"
 
 
 def generation_config(plan: Plan) -> dict:
