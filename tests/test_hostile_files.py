@@ -112,8 +112,8 @@ def test_open_regular_says_what_it_is(tmp_path, kind):
 @pytest.mark.parametrize(
     ("raw", "complaint"),
     [
-        (b'{"a": NaN}', "NaN is no number of JSON"),
-        (b'{"a": [-Infinity]}', "-Infinity is no number of JSON"),
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": [-Infinity]}', "-Infinity is not a JSON number"),
         (b'{"a": 1e999}', "a: not valid JSON"),
         (b'{"a": "\\ud800"}', "a: not valid JSON"),
         (b'{"a": {"b": 1, "b": 2}}', "key 'b' occurs twice"),

@@ -460,7 +460,7 @@ WRONG_CONFIGS = {
     "negative": (dict(rms_norm_eps=-1e-5), "rms_norm_eps must be a positive number"),
     "nan": (
         dict(attn_output_multiplier=float("nan")),
-        "config.json: attn_output_multiplier: not valid JSON",
+        "config.json: not valid JSON: NaN is not a JSON number",
     ),
     "list": (dict(rope_theta=[1]), "rope_theta must be a positive number, not [1]"),
     "null": (dict(rope_theta=None), "rope_theta must be a positive number, not null"),

@@ -467,7 +467,8 @@ def test_rows_of_zeros_are_named(own_job, method):
 def test_hessians_that_cannot_be_used_are_named(own_job):
     job = own_job
     path, (codes, scales) = leaf_of(job, 2)
-    write_leaf(path, (torch.zeros_like(codes), scales))  # what the layer's gates let through is 0
+    zeros = torch.zeros_like(codes)  # what the layer's gates let through is 0
+    write_leaf(path, (zeros, torch.ones_like(scales)))
     assert job.run("max_fallbacks=1", "experts.blend_tokens=0") == 0, job.stderr
     rows = rows_of(job)
     fallen = {name: row["fallback"] for name, row in rows.items() if row["fallback"]}

@@ -66,4 +66,4 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
