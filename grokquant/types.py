@@ -94,6 +94,11 @@ class QTensor:
         return QTensor(change(self.codes), change(self.scales), self.scheme, *changed)
 
 
+def rows_of(W: Tensor | QTensor, part: slice) -> Tensor | QTensor:
+    """A view of some rows of a matrix, whichever way it is stored."""
+    return W.rows(part) if isinstance(W, QTensor) else W[part]
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """A tensor of a checkpoint that has not been read yet.

@@ -8,6 +8,7 @@ Temporary names are unique, so two writers never share one, even where locks do 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,14 @@ def write_text(path: Path, text: str) -> None:
     with temporary(path) as name:
         name.write_text(text, encoding="utf-8")
         commit(name, path)
+
+
+def copy_file(source: Path, directory: Path, name: str) -> None:
+    """Copies a file to `name`, which may lie in a folder of `directory`; temporaries lie in the
+    directory itself, where a later run finds them."""
+    with temporary(directory / Path(name).name) as copy:
+        shutil.copyfile(source, copy)
+        commit(copy, directory / name)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -12,7 +12,7 @@ from grokquant.grids import Scheme
 from grokquant.methods import METHODS, compiled
 from grokquant.methods.copy import InexactScale
 from grokquant.methods.method import TILE_ROWS, Errors, dense
-from grokquant.types import QTensor, Unit
+from grokquant.types import QTensor, Unit, rows_of
 
 
 def round_and_pack(
@@ -50,7 +50,7 @@ def _round_tiles(
     rows, columns = stored.shape
 
     def work(part: slice) -> Errors:
-        quantized, errors = method.round_tile(_rows(stored, part), unit.scheme, unit.settings)
+        quantized, errors = method.round_tile(rows_of(stored, part), unit.scheme, unit.settings)
         take(part, quantized)
         return errors
 
@@ -70,7 +70,7 @@ def not_finite(tensor: str, stored: Tensor | QTensor, scheme: Scheme) -> InputEr
     first = [0, 0]
     peak = 0.0
     for start in range(0, stored.shape[0], TILE_ROWS):
-        W = dense(_rows(stored, slice(start, start + TILE_ROWS)))
+        W = dense(rows_of(stored, slice(start, start + TILE_ROWS)))
         bad = ~W.isfinite()
         if count == 0 and bad.any():
             row, column = bad.nonzero()[0].tolist()
@@ -81,10 +81,6 @@ def not_finite(tensor: str, stored: Tensor | QTensor, scheme: Scheme) -> InputEr
         return InputError(f"{tensor}: {count} non-finite weights, the first at {first}")
     held = scheme.scale_dtype if scheme.is_integer else scheme.grid
     return InputError(f"{tensor}: {held} cannot hold weights as large as {peak:g}")
-
-
-def _rows(stored: Tensor | QTensor, part: slice) -> Tensor | QTensor:
-    return stored.rows(part) if isinstance(stored, QTensor) else stored[part]
 
 
 def _finite_scales(stored: Tensor | QTensor) -> bool:

@@ -13,7 +13,7 @@ from grokquant.job.plan import Plan
 from grokquant.job.unit import report_of, round_unit
 from grokquant.job.workdir import States
 from grokquant.methods import METHODS
-from grokquant.methods.method import Needs, errors_of
+from grokquant.methods.method import errors_of
 from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Expert
 from grokquant.types import QTensor, Unit, UnitReport
@@ -106,18 +106,16 @@ class LayerQuantizer:
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
         """Attention and dense MLPs, site by site in the order of the computation."""
         for units in self.plan.sites_outside_experts(self.index):
+            known = {unit.name: self._known(unit) for unit in units}
+            left = [unit for unit in units if known[unit.name] is None]
             site = None
-            if any(self._needs_site(unit) for unit in units):
+            if any(METHODS[unit.method].needs_site for unit in left):
                 X = self.model.inputs_of(self.index, units[0].tensor, hidden)  # [tokens, in]
                 site = Site(len(X), X.shape[1], self._inputs(X))
             for unit in units:
-                quantized = self._quantize(unit, site if self._needs_site(unit) else None)
+                own = site if METHODS[unit.method].needs_site else None
+                quantized = known[unit.name] or self._round(unit, own)
                 self.model.replace(self.index, unit.tensor, quantized.dequantize())
-
-    def _needs_site(self, unit: Unit) -> bool:
-        if METHODS[unit.method].needs is Needs.NOTHING:
-            return False
-        return unit.name not in self._held and self._committed(unit) is None
 
     def _make_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
         """Quantizes gate and up on one site, then down on the hidden units that they make.
@@ -186,15 +184,15 @@ class LayerQuantizer:
     def _span(self, expert: int, part: str, features: int) -> int:
         """The number of input features that share one block of the Hessian."""
         unit = self._unit(expert, part)
-        block = METHODS[unit.method].hessian_block(unit.settings) if unit else None
-        return min(block or features, features)
+        return METHODS[unit.method].block_columns(features, unit.settings) if unit else features
 
     def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
         """The matrix for the rest of the layer: quantized if planned, else unchanged."""
         unit = self._unit(expert, part)
         if unit is None:
             return self.model.expert_weight(self._tensor(expert, part))
-        return self._quantize(unit, site).dequantize().to(self.model.dtype)
+        quantized = self._known(unit) or self._round(unit, site)
+        return quantized.dequantize().to(self.model.dtype)
 
     def _unit(self, expert: int, part: str) -> Unit | None:
         return self.plan.unit_of_tensor.get(self._tensor(expert, part))
@@ -202,11 +200,16 @@ class LayerQuantizer:
     def _tensor(self, expert: int, part: str) -> str:
         return self.model.family.expert_tensors(self.index, expert)[part]
 
-    def _quantize(self, unit: Unit, site: Site | None) -> QTensor:
-        if unit.name in self._held:
-            return self._held[unit.name][0]
-        if (done := self._committed(unit)) is not None:
-            return done
+    def _known(self, unit: Unit) -> QTensor | None:
+        """The unit if it is rounded: in this run of a held layer, or by an earlier run.
+
+        A held layer is redone as a whole, whatever of it is committed.
+        """
+        if not self.revises:
+            return self.committed(unit)
+        return self._held[unit.name][0] if unit.name in self._held else None
+
+    def _round(self, unit: Unit, site: Site | None) -> QTensor:
         ref = self.plan.checkpoint.source.tensors[unit.tensor]
         rounding = self._rounding[unit.method]
         quantized, report = round_unit(unit, ref, rounding, site, self.model.device)
@@ -215,10 +218,6 @@ class LayerQuantizer:
         else:
             self.emit(unit, quantized, report)
         return quantized
-
-    def _committed(self, unit: Unit) -> QTensor | None:
-        """The unit as an earlier run committed it; a held layer is always redone as a whole."""
-        return None if self.revises else self.committed(unit)
 
     def _revise(self) -> None:
         """Applies the changes that methods make after the whole layer has run."""

@@ -1,12 +1,11 @@
 """The metadata files of an output: config, resolved recipe, report, tokenizer, model card."""
 
-import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grokquant.containers import container_of
-from grokquant.files.atomic import commit, temporary, write_json, write_text
+from grokquant.files.atomic import copy_file, write_json, write_text
 from grokquant.humanize import size
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
@@ -39,9 +38,7 @@ def write_beside(directory: Path, plan: Plan) -> list[str]:
     """
     for name, path in plan.checkpoint.source.beside.items():
         (directory / name).parent.mkdir(exist_ok=True)
-        with temporary(directory / path.name) as copy:
-            shutil.copyfile(path, copy)
-            commit(copy, directory / name)
+        copy_file(path, directory, name)
     return tokenizer.write_tokenizer(plan.checkpoint.source, directory)
 
 

@@ -13,9 +13,9 @@ from grokquant.grids import Scheme
 from grokquant.job.fused import not_finite, round_and_pack, round_whole
 from grokquant.methods import METHODS
 from grokquant.methods.method import (
+    TILE_ROWS,
     Errors,
     LayerRounding,
-    Needs,
     Rounded,
     UnusableHessian,
     errors_of,
@@ -49,11 +49,11 @@ def round_unit(
     """
     start = perf_counter()
     tokens = site.tokens if site else None
-    if METHODS[unit.method].needs is Needs.NOTHING:
+    if not METHODS[unit.method].needs_site:
         quantized, errors = round_whole(unit, ref.load().to(device))
         return quantized, report_of(unit, errors, start, tokens=tokens)
     W = ref.load_on(device)
-    if not all(rows.isfinite().all() for rows in W.split(4096)):
+    if not all(rows.isfinite().all() for rows in W.split(TILE_ROWS)):
         raise not_finite(ref.name, W, unit.scheme)
     fallback: str | None = None
     try:

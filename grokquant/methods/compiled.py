@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.methods.kernels import LANES, STEP, Grid, RowSource, round_rows
-from grokquant.types import QTensor
+from grokquant.types import QTensor, rows_of
 
 # Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
 SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
@@ -79,7 +79,7 @@ def quantize(
     rows, columns = W.shape
 
     def work(part: slice) -> QTensor:
-        tile = W.rows(part) if isinstance(W, QTensor) else W[part]
+        tile = rows_of(W, part)
         return round_tile(tile, scheme, search, importance)[0]
 
     tiles = in_tiles(rows, tile_rows(columns), work)

@@ -316,7 +316,7 @@ class Gptq(Method):
     def cost(self, rows: int, columns: int, settings: GptqSettings) -> Cost:
         """Four float32 slabs; a Cholesky factorisation of each block, n^3 / 6; half of a product of
         W with the block for the feedback."""
-        block = min(settings.hessian_block or columns, columns)
+        block = self.block_columns(columns, settings)
         return Cost(
             working_bytes=4 * min(rows, SLAB_ROWS) * columns * _FLOAT,
             shared_products=columns * block**2 / 6,

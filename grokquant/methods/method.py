@@ -175,6 +175,15 @@ class Method:
         """Columns in each diagonal block of the Hessian; None for one block."""
         return None
 
+    def block_columns(self, columns: int, settings: Any) -> int:
+        """The same for a matrix of `columns` columns: as many as that has at most."""
+        return min(self.hessian_block(settings) or columns, columns)
+
+    @property
+    def needs_site(self) -> bool:
+        """Whether it must see inputs, so that a run needs calibration."""
+        return self.needs is not Needs.NOTHING
+
     def cost(self, rows: int, columns: int, settings: Any) -> Cost:
         """The cost of rounding W [rows, columns]; by default float32 copies of some tiles."""
         return Cost(working_bytes=8 * min(rows, TILE_ROWS) * columns * torch.float32.itemsize)

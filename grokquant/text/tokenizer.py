@@ -1,6 +1,5 @@
 """The tokenizer that belongs to a checkpoint, and its files in an output."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.families.tokenizer import SENTENCEPIECE, VOCABULARIES, read_tokenizer
-from grokquant.files.atomic import commit, temporary, write_json
+from grokquant.files.atomic import copy_file, write_json
 from grokquant.files.json_objects import read_json_object
 from grokquant.types import Source
 
@@ -39,9 +38,7 @@ def write_tokenizer(source: Source, directory: Path) -> list[str]:
     SentencePiece model gets a tokenizer_config.json. Returns what its files disagree about."""
     files = {path.name: path for path in source.tokenizer_files}
     for name, path in files.items():
-        with temporary(directory / name) as copy:
-            shutil.copyfile(path, copy)
-            commit(copy, directory / name)
+        copy_file(path, directory, name)
     if not files.keys() & set(VOCABULARIES):
         return []  # read by code of its own, or none
     tokenizer = read_tokenizer(source)

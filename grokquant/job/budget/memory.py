@@ -11,7 +11,6 @@ import torch
 
 from grokquant.job.plan import Plan
 from grokquant.methods import METHODS
-from grokquant.methods.method import Needs
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_AT_ONCE
 from grokquant.types import ROW_BLOCK_BYTES, TensorRef, Unit
 
@@ -102,9 +101,8 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     # The matrix as stored (int8), dequantized (bfloat16) and rounded (int8).
     own = weights * (1 + 2 + 1) + method.cost(rows, columns, unit.settings).working_bytes
     hessian = 0
-    if method.needs is not Needs.NOTHING:
-        block = method.hessian_block(unit.settings) or columns
-        hessian = columns * min(block, columns) * FLOAT
+    if method.needs_site:
+        hessian = columns * method.block_columns(columns, unit.settings) * FLOAT
     if unit.expert is not None and unit.part == "down":
         # gate and up as rounded; the hidden units of some tokens, several times over.
         own += 2 * weights * size + 6 * TOKENS_AT_ONCE * columns * FLOAT

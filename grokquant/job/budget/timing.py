@@ -21,7 +21,7 @@ from grokquant.job.plan import Plan
 from grokquant.job.unit import round_without_data
 from grokquant.job.workdir import States
 from grokquant.methods import METHODS
-from grokquant.methods.method import Cost, Needs
+from grokquant.methods.method import Cost
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -202,7 +202,7 @@ def _solving(unit: Unit, piece: _Rounding, rates: _Rates, shared: bool) -> float
 def _hessian(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> float:
     """Seconds of the Hessian of a site that sees `seen` of all `tokens`."""
     rows, columns = unit.shape
-    block = min(METHODS[unit.method].hessian_block(unit.settings) or columns, columns)
+    block = METHODS[unit.method].block_columns(columns, unit.settings)
     own = seen * columns * block / rates.hessians
     if unit.expert is None or not is_starved(plan.recipe.experts, seen, block):
         return own
@@ -253,7 +253,7 @@ def _random_piece(rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]
 
 
 def _needs_data(unit: Unit) -> bool:
-    return METHODS[unit.method].needs is not Needs.NOTHING
+    return METHODS[unit.method].needs_site
 
 
 def _read_rate(files: tuple[Path, ...]) -> float:
