@@ -325,11 +325,18 @@ def verify(output: str) -> None:
     """Check that an output is intact.
 
     Verifies the checksums, compares every matrix with its row in the report, and checks that all
-    values are finite.
+    values are finite. Prints every fault on a line of its own.
     """
+    from grokquant.job.verify import FaultsFound
     from grokquant.job.verify import verify as check
 
-    click.echo(f"{output}: ok, {check(output)} quantized matrices match the report")
+    try:
+        matrices = check(output)
+    except FaultsFound as found:
+        for fault in found.faults:
+            click.echo(f"grokquant: {_printable(str(fault))}", err=True)
+        sys.exit(found.exit_code)
+    click.echo(f"{output}: ok, {matrices} quantized matrices match the report")
 
 
 @main.command()
