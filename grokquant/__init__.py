@@ -46,15 +46,19 @@ def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
     return build_plan(_as_recipe(recipe))
 
 
-def quantize(recipe: "Recipe | str | Path | Mapping", device: str = "auto") -> "Path":
+def quantize(
+    recipe: "Recipe | str | Path | Mapping", device: str = "auto", overwrite: bool = False
+) -> "Path":
     """Quantizes as described by a recipe (file, mapping or object); returns the output directory.
 
-    The same call resumes an interrupted run.
+    The same call resumes an interrupted run, and returns at once if its result is finished. A
+    result of something else raises InputError, unless `overwrite`: then it is replaced once the new
+    one is complete.
     """
     from grokquant.devices import device_of
     from grokquant.job import pipeline
 
-    return pipeline.quantize(_as_recipe(recipe), device=device_of(device))
+    return pipeline.quantize(_as_recipe(recipe), device=device_of(device), overwrite=overwrite)
 
 
 def evaluate(

@@ -36,6 +36,7 @@ class _Commands(click.Group):
             text = str(error)
             if isinstance(error, InputError) and (option := self._option(ctx, error.key)):
                 text = f"{option}: {error.text}"
+            text = self._with_options(ctx, text)
         except BrokenPipeError:
             raise  # the reader closed the pipe; click handles that
         except OSError as error:
@@ -48,11 +49,21 @@ class _Commands(click.Group):
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
         """The option, such as `--samples`, that sets parameter `key` of the invoked command."""
+        return next((o.opts[0] for o in self._options(ctx) if o.name == key), None)
+
+    def _with_options(self, ctx: click.Context, text: str) -> str:
+        """`text` as the invoked command says it: `--overwrite` for `overwrite=True`."""
+        for option in self._options(ctx):
+            if option.is_flag:
+                text = text.replace(f"{option.name}=True", option.opts[0])
+            elif option.opts[0] == "--output":  # of convert, which has no recipe
+                text = text.replace("another output.path", "another --output")
+        return text
+
+    def _options(self, ctx: click.Context) -> list[click.Option]:
         command = self.commands.get(ctx.invoked_subcommand or "")
-        for parameter in command.params if command else ():
-            if isinstance(parameter, click.Option) and parameter.name == key:
-                return parameter.opts[0]
-        return None
+        parameters = command.params if command else []
+        return [parameter for parameter in parameters if isinstance(parameter, click.Option)]
 
 
 def _visible(text: str) -> str:
@@ -99,23 +110,33 @@ _device = click.option(
 # The formats of `recipe/schema.py`, repeated here so that --help does not import pydantic.
 _FORMATS = ("compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+_overwrite = click.option(
+    "--overwrite", is_flag=True, help="Replace an earlier result once the new one is complete."
+)
 
 
 @main.command()
 @click.argument("recipe")
 @_overrides
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `grokquant plan` does.")
+@_overwrite
 @_device
 @_json
 def quantize(
-    recipe: str, overrides: tuple[str, ...], dry_run: bool, device: str, as_json: bool
+    recipe: str,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    overwrite: bool,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Quantize as RECIPE describes; resume an interrupted run.
 
     Prints the plan, then one line per layer: its error, its bits per weight and the smallest number
     of calibration tokens that any expert got. Ctrl-C stops after the current file; a second Ctrl-C
-    stops immediately. Finished files are not redone. The result loads like the source, and its
-    report has a row for every matrix.
+    stops immediately. Finished files are not redone, nor is a finished result of the same recipe; a
+    result of anything else is refused. The result loads like the source, and its report has a row
+    for every matrix.
     """
     from grokquant.devices import device_of
     from grokquant.job import pipeline
@@ -128,7 +149,7 @@ def quantize(
         _show_plan(loaded, as_json)
         return
     with RunProgress() as progress:
-        output = pipeline.quantize(loaded, progress, place)
+        output = pipeline.quantize(loaded, progress, place, overwrite)
     if as_json:
         _print_json(progress.as_dict(output))
     else:
@@ -157,8 +178,11 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     "--format", "output_format", required=True, type=click.Choice(_FORMATS), help="Target format."
 )
 @click.option("--output", metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
+@_overwrite
 @_json
-def convert(result: str, output_format: str, output: str | None, as_json: bool) -> None:
+def convert(
+    result: str, output_format: str, output: str | None, overwrite: bool, as_json: bool
+) -> None:
     """Repack RESULT into another format.
 
     RESULT is a quantized checkpoint; its source is not needed. Codes and scales are copied bit for
@@ -173,7 +197,7 @@ def convert(result: str, output_format: str, output: str | None, as_json: bool) 
     place = output or f"{Path(result).resolve()}-{output_format}"
     recipe = conversion_recipe(result, output_format, place)
     with RunProgress() as progress:
-        written = pipeline.quantize(recipe, progress)
+        written = pipeline.quantize(recipe, progress, overwrite=overwrite)
     if as_json:
         _print_json(progress.as_dict(written))
     else:

@@ -105,12 +105,13 @@ class Job:
         changes: tuple[str, ...] = (),
         log: Path | None = None,
         streams: str = "",
+        flags: tuple[str, ...] = (),
     ) -> int:
         """A process with this run in it, which dies (or what else `how` is) at `step`."""
         options = [part for setting in settings for part in ("--set", setting)]
         return self.launcher.ask(
             root=str(self.root),
-            arguments=["quantize", str(self.recipe), *options],
+            arguments=["quantize", str(self.recipe), *options, *flags],
             step=step,
             how=how,
             seconds=seconds,
@@ -146,10 +147,10 @@ class Job:
         assert tree(self.out) == self.whole
         assert [path.name for path in self.root.iterdir()] == ["out"]
 
-    def finish(self, *settings: str) -> None:
+    def finish(self, *settings: str, flags: tuple[str, ...] = ()) -> None:
         """The same command goes on to the end and makes nothing again that is committed."""
         before = self.committed()
-        assert self.run(*settings) == 0, self.stderr
+        assert self.run(*settings, flags=flags) == 0, self.stderr
         assert {name: found for name, found in self.stamps().items() if name in before} == before
         self.check_whole()
 

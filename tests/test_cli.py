@@ -472,3 +472,45 @@ def test_what_is_shown_of_files_does_not_act_on_the_terminal():
     assert _visible("a\x1b]0;x\x07\tb\n") == "a\\x1b]0;x\\x07\tb\n"
     assert _printable("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
     assert len(_printable("\x1b" * 20_000_000)) < 10_000
+
+
+# --- onto a finished result
+
+
+def test_the_same_command_again_says_so_and_does_nothing(finished, recipe, output):
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    again = run("quantize", recipe)
+    assert again.exit_code == 0 and again.stderr == ""
+    assert re.fullmatch(
+        rf"{output}: already finished, from the same recipe, source and versions; all \d+ weight "
+        r"files have their sizes, nothing was computed\n",
+        again.stdout,
+    )
+    assert json_of("quantize", recipe)["finished_before"] is True
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_something_else_onto_a_result_is_refused_with_both_ways_out(
+    finished, recipe, output, place
+):
+    refused = run("quantize", recipe, *settings("quantize[0].bits=8"))
+    assert refused.exit_code == 2
+    assert re.fullmatch(
+        rf"grokquant: {output}: holds a finished result of something else: "
+        r"recipe\.quantize\[0\]\.bits was 4, now 8; choose another output\.path, or --overwrite "
+        r"replaces that result( and deletes .* in it)?\n",
+        refused.stderr,
+    )
+
+
+def test_convert_onto_a_result(finished, output, place):
+    there = ("--output", place / "converted")
+    assert "-> " in done("convert", output, "--format", "gptq", *there)
+    assert "already finished" in done("convert", output, "--format", "gptq", *there)
+    refused = run("convert", output, "--format", "bf16", *there)
+    assert refused.exit_code == 2 and "choose another --output, or --overwrite" in refused.stderr
+    (place / "converted" / "notes.txt").write_text("mine")
+    replaced = run("convert", output, "--format", "bf16", *there, "--overwrite")
+    assert replaced.exit_code == 0, replaced.stderr
+    assert "notes.txt in it will be deleted with the old result" in replaced.stderr
+    assert "quantization_config" not in json.loads((place / "converted/config.json").read_text())

@@ -1,6 +1,8 @@
 """From a recipe to an output: everything planned is there, everything else is as it was."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import GateError, GrokquantError, InputError
-from grokquant.job import pipeline
+from grokquant.job import fingerprint, pipeline
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.plan import build_plan
 from grokquant.job.shards import ShardWriter
 from grokquant.job.verify import verify
-from grokquant.job.workdir import States
+from grokquant.job.workdir import States, WorkDirectory
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -132,10 +134,12 @@ def test_more_fallbacks_than_allowed_end_the_run(tiny_recipe, tmp_path):
 
 
 def test_experts_with_few_tokens_are_blended(tiny_recipe):
-    report = report_of(pipeline.quantize(tiny_recipe(experts={"blend_tokens": 10**6})))
+    recipe = tiny_recipe(experts={"blend_tokens": 10**6})
+    report = report_of(pipeline.quantize(recipe))
     notes = [row["note"] for row in report["units"] if row["method"] == "gptq"]
     assert all("blended with all tokens" in note for note in notes)
-    plain = report_of(pipeline.quantize(tiny_recipe(experts={"blend_tokens": 0})))
+    recipe = tiny_recipe(experts={"blend_tokens": 0})
+    plain = report_of(pipeline.quantize(recipe, overwrite=True))
     assert not any(row["note"] for row in plain["units"])
 
 
@@ -168,7 +172,7 @@ def test_no_data_is_read_where_no_method_needs_it(tiny_recipe):
 def test_plan_knows_the_bytes(tiny_recipe):
     for rules in ([EXPERTS, ATTENTION], [EXPERTS | {"method": "rtn", "symmetric": False}]):
         recipe = tiny_recipe(*rules)
-        plan, output = build_plan(recipe), pipeline.quantize(recipe)
+        plan, output = build_plan(recipe), pipeline.quantize(recipe, overwrite=True)
         files = sorted(output.glob("*.safetensors"))
         tensors = [t for file in files for t in load_file(file).values()]
         assert plan.tensor_bytes == sum(t.numel() * t.element_size() for t in tensors)
@@ -197,7 +201,8 @@ def test_shards_and_index(tiny_recipe, tmp_path):
 
 
 def test_the_same_recipe_gives_the_same_bytes(tiny_recipe, tmp_path):
-    sums = [(pipeline.quantize(tiny_recipe()) / "SHA256SUMS").read_text() for _ in range(2)]
+    outputs = (pipeline.quantize(tiny_recipe(), overwrite=True) for _ in range(2))
+    sums = [(output / "SHA256SUMS").read_text() for output in outputs]
     assert sums[0] == sums[1]
 
 
@@ -251,7 +256,7 @@ def test_a_link_leads_to_the_disk_that_is_meant(tiny_recipe, tmp_path):
     (tmp_path / "large").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "large" / "result")
     for _ in range(2):
-        verify(pipeline.quantize(tiny_recipe(ATTENTION)))
+        verify(pipeline.quantize(tiny_recipe(ATTENTION), overwrite=True))
         assert [p.name for p in (tmp_path / "large").iterdir()] == ["result"]
         assert {p.name for p in tmp_path.iterdir()} == {"large", "out"}
         assert (tmp_path / "out").is_symlink()
@@ -267,7 +272,8 @@ def test_a_mount_point_is_refused_at_the_start(tiny_recipe, monkeypatch, tmp_pat
 def test_an_earlier_result_is_replaced_whole(tiny_recipe, tmp_path):
     output = pipeline.quantize(tiny_recipe())
     (output / "stale.txt").write_text("from the first run")
-    assert pipeline.quantize(tiny_recipe(EXPERTS)) == output
+    with pytest.warns(UserWarning, match="out: stale.txt in it will be deleted with the old"):
+        assert pipeline.quantize(tiny_recipe(EXPERTS), overwrite=True) == output
     assert not (output / "stale.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
@@ -305,3 +311,196 @@ def test_model_card_says_what_it_is(tiny_recipe):
     assert card.startswith("---\nbase_model: ")
     for part in ("base_model_relation: quantized", "int4 g32 sym (gptq)", "bits per weight"):
         assert part in card
+
+
+def stamps(output: Path) -> dict[str, tuple[int, int]]:
+    files = (path for path in output.rglob("*") if path.is_file())
+    return {str(p.relative_to(output)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+
+def test_a_finished_result_is_not_made_again(tiny_recipe, tmp_path, monkeypatch):
+    output = pipeline.quantize(tiny_recipe())
+    before = stamps(tmp_path)
+    monkeypatch.setattr(pipeline, "_fill", None)  # nothing is computed
+    assert pipeline.quantize(tiny_recipe()) == output
+    assert stamps(tmp_path) == before
+
+
+def test_a_finished_result_is_known_wherever_it_and_its_source_are(
+    tiny_recipe, tiny_release, tmp_path, monkeypatch
+):
+    pipeline.quantize(tiny_recipe()).rename(tmp_path / "renamed")
+    shutil.copytree(tiny_release, tmp_path / "moved")  # other times
+    elsewhere = {"path": str(tmp_path / "moved")}
+    monkeypatch.setattr(pipeline, "_fill", None)
+    pipeline.quantize(tiny_recipe(model=elsewhere, output={"path": str(tmp_path / "renamed")}))
+
+
+def test_the_calibration_text_is_not_tokenized_to_know_a_result(
+    tiny_recipe, text_file, tmp_path, monkeypatch
+):
+    text = shutil.copyfile(text_file, tmp_path / "text.txt")
+    calibration = {"text": str(text), "samples": 16, "length": 64}
+    pipeline.quantize(tiny_recipe(calibration=calibration))
+    asked: list[object] = []
+    monkeypatch.setattr(pipeline, "_fill", None)
+    monkeypatch.setattr(pipeline, "calibration_rows", lambda *_: asked.append(1) or (1 / 0))
+    pipeline.quantize(tiny_recipe(calibration=calibration))
+    assert not asked
+    monkeypatch.undo()
+    text.write_bytes(b"\xef\xbb\xbf" + text_file.read_bytes())  # other bytes, the same tokens
+    monkeypatch.setattr(pipeline, "_fill", None)
+    pipeline.quantize(tiny_recipe(calibration=calibration))
+
+
+def test_what_a_result_was_made_from_holds_no_private_path(tiny_recipe, tiny_release, tmp_path):
+    source = shutil.copytree(tiny_release, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"_name_or_path": str(tmp_path)}
+    (source / "config.json").write_text(json.dumps(config))
+    made_from = report_of(pipeline.quantize(tiny_recipe(model={"path": str(source)})))["made_from"]
+    assert str(tmp_path) not in json.dumps(made_from)
+    assert made_from["config"]["hidden_size"] == 128
+
+
+def test_a_finished_result_with_more_fallbacks_than_allowed_now(tiny_recipe):
+    pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}, max_fallbacks=1.0))
+    with pytest.raises(InputError, match=r"24 of 32 matrices fell back to rtn, max_fallbacks is 0"):
+        pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}))
+
+
+def test_a_run_goes_on_when_source_and_work_directory_have_moved(
+    tiny_recipe, tiny_release, tmp_path, monkeypatch
+):
+    source = shutil.copytree(tiny_release, tmp_path / "source")
+    with pytest.raises(GateError):
+        pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}, model={"path": str(source)}))
+    source.rename(tmp_path / "moved")
+    (tmp_path / "out.partial").rename(tmp_path / "out2.partial")
+    resumed: list[int] = []
+    monkeypatch.setattr(
+        pipeline.Silence, "continuing", lambda _, done, files, damaged: resumed.append(done)
+    )
+    elsewhere = {
+        "model": {"path": str(tmp_path / "moved")},
+        "output": {"path": str(tmp_path / "out2")},
+    }
+    pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}, max_fallbacks=1.0, **elsewhere))
+    assert resumed == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            {"quantize": [EXPERTS | {"bits": 8}, ATTENTION]},
+            r"recipe\.quantize\[0\]\.bits was 4, now 8",
+        ),
+        ({"quantize": [ATTENTION]}, r"recipe\.quantize was .*"),
+    ],
+)
+def test_a_finished_result_of_something_else_is_kept(tiny_recipe, tmp_path, change, named):
+    output = pipeline.quantize(tiny_recipe())
+    (output / "evaluation").mkdir()
+    (output / "evaluation" / "report.json").write_text("{}")
+    before = stamps(tmp_path)
+    ways = "choose another output.path, or overwrite=True .* and deletes evaluation/ in it"
+    with pytest.raises(InputError, match=f"of something else: {named}; {ways}$"):
+        pipeline.quantize(tiny_recipe(**change))
+    assert stamps(tmp_path) == before
+    with pytest.warns(UserWarning, match="out: evaluation/ in it will be deleted"):
+        pipeline.quantize(tiny_recipe(**change), overwrite=True)
+    assert not (output / "evaluation").exists()
+    verify(output)
+
+
+def test_another_source_text_or_version_is_something_else(
+    tiny_recipe, tiny_release, text_file, tmp_path, monkeypatch
+):
+    pipeline.quantize(tiny_recipe())
+    changed = shutil.copytree(tiny_release, tmp_path / "changed")
+    leaf = changed / "ckpt-0" / "tensor00002_000"
+    raw = bytearray(leaf.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    leaf.write_bytes(raw)
+    with pytest.raises(InputError, match=r"else: source\.tensor00002_000 was \d+ bytes of"):
+        pipeline.quantize(tiny_recipe(model={"path": str(changed)}))
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(text_file.read_text().split()[::-1]))
+    calibration = {"text": str(words), "samples": 16, "length": 64}
+    with pytest.raises(InputError, match="else: calibration text was"):
+        pipeline.quantize(tiny_recipe(calibration=calibration))
+    monkeypatch.setattr(fingerprint, "version", lambda name: "9.9")
+    with pytest.raises(InputError, match=r"else: version\.grokquant was \S+, now 9\.9"):
+        pipeline.quantize(tiny_recipe())
+
+
+def test_a_finished_result_that_lost_something_is_named(tiny_recipe):
+    output = pipeline.quantize(tiny_recipe(ATTENTION))
+    shard = next(output.glob("model-00002*"))
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(InputError, match=f"already, but {shard.name} has {size - 1} bytes, not"):
+        pipeline.quantize(tiny_recipe(ATTENTION))
+    (output / "tokenizer.model").unlink()
+    shard.unlink()
+    with pytest.raises(InputError, match=f"already, but {shard.name} is missing"):
+        pipeline.quantize(tiny_recipe(ATTENTION))
+
+
+def test_a_result_of_a_former_version_is_something_else(tiny_recipe):
+    output = pipeline.quantize(tiny_recipe(ATTENTION))
+    report = report_of(output)
+    del report["made_from"]
+    (output / "quantization-report.json").write_text(json.dumps(report))
+    with pytest.raises(InputError, match="does not say what it was made from"):
+        pipeline.quantize(tiny_recipe(ATTENTION))
+
+
+def test_what_comes_during_a_run_is_not_replaced(tiny_recipe, tmp_path, monkeypatch):
+    publish = WorkDirectory.publish
+
+    def late(work: WorkDirectory, overwrite: bool) -> None:
+        work.output.mkdir()
+        (work.output / "quantization-report.json").write_text("of another run")
+        publish(work, overwrite)
+
+    monkeypatch.setattr(WorkDirectory, "publish", late)
+    with pytest.raises(InputError, match="out: has been filled during the run"):
+        pipeline.quantize(tiny_recipe(ATTENTION))
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "quantization-report.json").read_text() == "of another run"
+    (tmp_path / "out").rename(tmp_path / "other")
+    verify(pipeline.quantize(tiny_recipe(ATTENTION)))
+
+
+def test_small_tensors_of_large_sources_are_known_whole(
+    tiny_recipe, tiny_release, tmp_path, monkeypatch
+):
+    source = shutil.copytree(tiny_release, tmp_path / "source")
+    recipe = tiny_recipe(model={"path": str(source)})
+    monkeypatch.setattr(fingerprint, "_HASHED_WHOLE", 0)
+    monkeypatch.setattr(fingerprint, "content", lambda path, stride: path.name)  # no sample hits
+    before = fingerprint.identity_of(build_plan(recipe))
+    norm = min((source / "ckpt-0").iterdir(), key=lambda path: path.stat().st_size)
+    raw = bytearray(norm.read_bytes())
+    raw[raw.rindex(b"\x80?")] ^= 1  # of a float32 that is 1.0
+    norm.write_bytes(raw)
+    now = fingerprint.identity_of(build_plan(recipe))
+    assert fingerprint.difference(before, now).startswith("small tensors was ")
+
+
+def test_large_sources_are_known_by_samples(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(b"")
+    os.truncate(path, 100 * 2**20)
+    whole = fingerprint.content(path, 32 * 2**20)
+    for offset in (0, 32 * 2**20, 64 * 2**20 + 4095, 100 * 2**20 - 1):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(b"x")
+            file.flush()
+            assert fingerprint.content(path, 32 * 2**20) != whole
+            file.seek(offset)
+            file.write(b"\0")
+    assert fingerprint.content(path, 32 * 2**20) == whole

@@ -59,13 +59,14 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(jobs):
     job = jobs("gptq")
     assert job.run("quantize[0].method=rtn") == 0
     earlier = tree(job.out)
-    assert job.run(step=f"replace {FILES}08-of-00012.safetensors #1") == KILLED
+    replace = ("--overwrite",)
+    assert job.run(flags=replace, step=f"replace {FILES}08-of-00012.safetensors #1") == KILLED
     assert tree(job.out) == earlier
-    assert job.run(step="replace out #1") == KILLED
+    assert job.run(flags=replace, step="replace out #1") == KILLED
     assert not job.out.exists() and tree(job.partial / "replaced") == earlier
     assert job.run("quantize[0].bits=8") == 2  # refused, but the earlier result is back
     assert tree(job.out) == earlier
-    job.finish()
+    job.finish(flags=replace)
 
 
 # --- damage between a kill and the next run

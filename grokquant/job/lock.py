@@ -9,20 +9,19 @@ from pathlib import Path
 
 from grokquant.errors import InputError
 from grokquant.files import atomic
+from grokquant.job.fingerprint import difference
 from grokquant.job.plan import work_path
 from grokquant.job.shards import REPORT_NAME
 from grokquant.job.workdir import LOCK, RUN, WorkDirectory
 
 
 @contextmanager
-def work_directory(output: Path, source: Path, identity: dict) -> Iterator[WorkDirectory]:
+def work_directory(output: Path, identity: dict) -> Iterator[WorkDirectory]:
     """The locked work directory of `output`: a new one, or that of an interrupted run.
 
-    It is removed at the end if nothing is committed in it. Raises InputError if `output` holds
-    foreign files or the checkpoint `source`, if another process writes there, or if the interrupted
-    run has another `identity`.
+    It is removed at the end if nothing is committed in it. Raises InputError if another process
+    writes there, or if the interrupted run has another `identity`.
     """
-    _check_output(output, source)
     path = work_path(output)
     output = output.resolve()
     _check_path(path)
@@ -105,24 +104,11 @@ def _open_lock(path: Path) -> int:
 def _check_same(path: Path, before: dict | None, now: dict) -> None:
     if before is None:
         raise InputError(f"{path / RUN}: is damaged; remove {path} to start over")
-    for field in now:
-        if before.get(field) != now[field]:
-            changed = _difference(field, before.get(field), now[field])
-            raise InputError(
-                f"{path}: holds an interrupted run with other settings ({changed}); "
-                "restore them to resume it, or remove that directory to start over"
-            )
-
-
-def _difference(name: str, before: object, now: object) -> str:
-    """The first difference between two values: recipe.quantize[0].bits was 4, now 8."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
-        return _difference(f"{name}.{key}", before.get(key), now.get(key))
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        index = next(i for i in range(len(now)) if before[i] != now[i])
-        return _difference(f"{name}[{index}]", before[index], now[index])
-    return f"{name} was {before}, now {now}"
+    if changed := difference(before, now):
+        raise InputError(
+            f"{path}: holds an interrupted run with other settings ({changed}); "
+            "restore them to resume it, or remove that directory to start over"
+        )
 
 
 def _check_path(path: Path) -> None:
@@ -141,8 +127,8 @@ def _precedes_run(path: Path) -> bool:
     return path.name == LOCK or (path.name.startswith(f".{RUN}.") and path.suffix == ".tmp")
 
 
-def _check_output(output: Path, source: Path) -> None:
-    """Raises InputError unless `output` is free, or holds an earlier result to replace."""
+def check_output(output: Path, source: Path) -> None:
+    """Raises InputError unless `output` is free or holds a result, which is not the `source`."""
     if source.resolve().is_relative_to(output.resolve()):
         raise InputError(f"{output}: holds the model itself; choose another output")
     if not output.exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 from grokquant.containers import container_of
 from grokquant.files.atomic import copy_file, write_json, write_text
 from grokquant.humanize import size
+from grokquant.job.finished import MADE_FROM
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
 from grokquant.text import tokenizer
@@ -23,12 +24,13 @@ TABLE_END = "<!-- /evaluation -->"
 
 @dataclass(frozen=True)
 class Record:
-    """The record of a run: a report per unit, tokens per expert layer by layer, and number and
-    length of the calibration rows (empty if none were needed)."""
+    """The record of a run: a report per unit, tokens per expert layer by layer, number and length
+    of the calibration rows (empty if none were needed), and the identity of the run."""
 
     units: list[UnitReport]
     tokens_per_expert: list[list[int]]
     calibration_rows: tuple[int, ...]
+    made_from: dict
 
 
 def write_beside(directory: Path, plan: Plan) -> list[str]:
@@ -94,6 +96,7 @@ def quantization_report(plan: Plan, record: Record) -> dict:
         "schema": "grokquant.quantization/1",
         "family": plan.checkpoint.family.name,
         "source": str(plan.recipe.model.path),
+        MADE_FROM: record.made_from,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "parameters": plan.checkpoint.parameters,

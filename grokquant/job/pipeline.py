@@ -10,10 +10,12 @@ from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
+from warnings import warn
 
 import numpy as np
 import torch
@@ -23,11 +25,18 @@ from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
 from grokquant.formats import Format
 from grokquant.job import metadata
-from grokquant.job.fingerprint import identity_of, refuse_changed_source
+from grokquant.job.fingerprint import (
+    CALIBRATION,
+    identity_of,
+    refuse_changed_source,
+    rows_digest,
+    stamps_of,
+)
+from grokquant.job.finished import already_made, besides, made_from
 from grokquant.job.layer import LayerQuantizer
-from grokquant.job.lock import work_directory
-from grokquant.job.plan import Plan, build_plan, check_disk
-from grokquant.job.shards import ShardWriter
+from grokquant.job.lock import check_output, work_directory
+from grokquant.job.plan import Plan, build_plan, check_disk, work_path
+from grokquant.job.shards import REPORT_NAME, ShardWriter
 from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
 from grokquant.job.verify import verify_against_plan
@@ -43,6 +52,7 @@ class Progress(Protocol):
     """Callbacks of a run."""
 
     def planned(self, plan: Plan) -> None: ...
+    def found(self, plan: Plan) -> None: ...
     def note(self, line: str) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
     def calibrating(self, rows: int, length: int) -> None: ...
@@ -52,10 +62,13 @@ class Progress(Protocol):
 
 
 class Silence:
-    """No-op progress."""
+    """No-op progress, but for notes: they become warnings."""
+
+    def note(self, line: str) -> None:
+        warn(line, stacklevel=2)
 
     def planned(self, plan: Plan) -> None: ...
-    def note(self, line: str) -> None: ...
+    def found(self, plan: Plan) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
     def calibrating(self, rows: int, length: int) -> None: ...
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
@@ -63,40 +76,67 @@ class Silence:
     def worked(self, busy: dict[str, float]) -> None: ...
 
 
-def quantize(recipe: Recipe, progress: Progress | None = None, device: torch.device = CPU) -> Path:
+def quantize(
+    recipe: Recipe,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
+    overwrite: bool = False,
+) -> Path:
     """Quantizes as `recipe` says and returns the output directory.
 
-    Arithmetic happens on `device`. The same call resumes an interrupted run. Raises InputError for
-    unusable input, GateError if a gate fails and Stopped after a signal; in each of these cases
-    nothing appears under the output's name.
+    Arithmetic happens on `device`. The same call resumes an interrupted run, and leaves its own
+    finished result as it is. A result of something else is replaced only with `overwrite`, once the
+    new one is complete. Raises InputError for unusable input, GateError if a gate fails and Stopped
+    after a signal; in each of these cases nothing new appears under the output's name.
     """
     progress = progress or Silence()
     plan = build_plan(recipe)
+    output = Path(recipe.output.path)
+    check_output(output, plan.checkpoint.source.path)
+    make_rows = lru_cache(partial(_calibration_rows, plan))
+    stamps = stamps_of(plan)
+    identity = identity_of(plan)
+    begun = work_path(output).exists()
+    if not begun and not overwrite and already_made(output, plan, identity, make_rows):
+        progress.found(plan)
+        return output  # nothing was written, not even a lock
     check_disk(plan)
     progress.planned(plan)
-    rows = _calibration_rows(plan)
-    output = Path(recipe.output.path)
-    source = plan.checkpoint.source.path
-    identity = identity_of(plan, rows)
+    rows = make_rows()
+    identity |= {CALIBRATION: rows_digest(rows)}
     with (
         stopping(progress.stopping) as stop,
-        work_directory(output, source, identity) as work,
+        work_directory(output, identity) as work,
     ):
+        if work.published:  # by a run that was killed before it had removed this directory
+            return output
+        if not overwrite and already_made(output, plan, identity, make_rows):
+            if work.started:
+                progress.note(f"{work.path}: holds an interrupted run that was to replace {output}")
+            progress.found(plan)
+            return output
+        _announce(output, progress)
         try:
-            if not work.published:
-                _fill(plan, work, rows, progress, stop, device)
-                refuse_changed_source(plan, identity)
-                stop.busy = lambda: True  # nothing is left to stop
-                work.publish()
+            _fill(plan, work, rows, identity, progress, stop, device)
+            refuse_changed_source(plan, stamps)
+            stop.busy = lambda: True  # nothing is left to stop
+            work.publish(overwrite)
         except Stopped:
             raise Stopped(_where_it_stands(plan, work)) from None
     return output
+
+
+def _announce(output: Path, progress: Progress) -> None:
+    """Says what will go with the result that this run replaces."""
+    if (output / REPORT_NAME).is_file() and (names := besides(output)):
+        progress.note(f"{output}: {', '.join(names)} in it will be deleted with the old result")
 
 
 def _fill(
     plan: Plan,
     work: WorkDirectory,
     rows: Tensor | None,
+    identity: dict,
     progress: Progress,
     stop: StopRequest,
     device: torch.device,
@@ -119,7 +159,8 @@ def _fill(
             progress.worked(run.busy | {"writing": writer.seconds})
     reports = [work.reports[name] for name in plan.units]
     shape = () if rows is None else tuple(rows.shape)
-    metadata.write(work.files, plan, metadata.Record(reports, work.tokens_per_expert, shape))
+    record = metadata.Record(reports, work.tokens_per_expert, shape, made_from(plan, identity))
+    metadata.write(work.files, plan, record)
     verify_against_plan(work.files, plan)
     work.write_sums()
 

@@ -165,8 +165,14 @@ class WorkDirectory:
         text = "".join(f"{checksum}  {name}\n" for checksum, name in sums)
         atomic.write_text(self.files / SUMS_NAME, text)
 
-    def publish(self) -> None:
-        """Gives the output its final name and only then replaces an earlier result."""
+    def publish(self, overwrite: bool) -> None:
+        """Gives the output its final name and only then, with `overwrite`, replaces an earlier
+        result. Raises InputError if one has appeared that may not be replaced."""
+        if not overwrite and self.output.exists() and any(self.output.iterdir()):
+            raise InputError(
+                f"{self.output}: has been filled during the run; move it away and run the same "
+                "command again, or overwrite=True replaces it"
+            )
         run = atomic.read_record(self.path / RUN) or {}
         complete = atomic.sha256(self.files / SUMS_NAME)
         atomic.write_record(self.path / RUN, run | {"complete": complete})

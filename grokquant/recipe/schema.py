@@ -265,7 +265,8 @@ class OutputSection(Section):
     """Where and in which format the result is written."""
 
     path: PathText
-    """The new directory. A directory with other contents is rejected."""
+    """The new directory. One with other contents is rejected; so is a finished result of something
+    else, unless the run is told to overwrite it."""
     format: Literal[
         "compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16"
     ] = "compressed-tensors"

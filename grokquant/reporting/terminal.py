@@ -170,11 +170,18 @@ class RunProgress(_LayerBar):
         return self
 
     def planned(self, plan: Plan) -> None:
-        self.plan = plan
-        self.fallbacks = 0
-        self.busy: dict[str, float] = {}
+        self._reset(plan, was_there=False)
         print_plan(plan, self.console)
         self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
+
+    def found(self, plan: Plan) -> None:
+        self._reset(plan, was_there=True)
+
+    def _reset(self, plan: Plan, was_there: bool) -> None:
+        self.plan = plan
+        self.was_there = was_there
+        self.fallbacks = 0
+        self.busy: dict[str, float] = {}
 
     def continuing(self, done: int, files: int, damaged: list[str]) -> None:
         for name in damaged:
@@ -202,9 +209,11 @@ class RunProgress(_LayerBar):
         self.advance(line)
 
     def as_dict(self, output: Path) -> dict:
-        """The result for programs. `busy_seconds` overlap."""
+        """The result for programs. `busy_seconds` overlap; `finished_before` says that nothing was
+        computed."""
         return {
             "output": str(output),
+            "finished_before": self.was_there,
             "output_bytes": self.plan.output_bytes,
             "bits_per_weight": self.plan.bits_per_weight,
             "seconds": time.monotonic() - self.start,
@@ -214,6 +223,11 @@ class RunProgress(_LayerBar):
 
     def summary(self, output: Path) -> str:
         plan = self.plan
+        if self.was_there:
+            return (
+                f"{output}: already finished, from the same recipe, source and versions; all "
+                f"{len(plan.files)} weight files have their sizes, nothing was computed"
+            )
         seconds = time.monotonic() - self.start
         lines = [
             f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
