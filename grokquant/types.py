@@ -171,6 +171,8 @@ class Source:
     licence: str | None = None
     # Files that an output takes over as they are, by their names relative to `path`.
     beside: Mapping[str, Path] = field(default_factory=dict)
+    # Lines for people: weights in `path` that are not read.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
         "output": plan.recipe.output.path,
         "family": plan.checkpoint.family.name,
         "notice": plan.checkpoint.family.notice,
+        "notes": list(plan.checkpoint.source.notes),
         "parameters": plan.checkpoint.parameters,
         "source_bytes": plan.checkpoint.stored_bytes,
         "output_bytes": plan.output_bytes,
@@ -68,14 +70,14 @@ def text_console(stderr: bool = False) -> Console:
     return console
 
 
-def print_notice(notice: str | None) -> None:
-    """A line on stderr, seen even if stdout is redirected."""
-    if notice:
+def print_notices(notices: Iterable[str]) -> None:
+    """Lines on stderr, seen even if stdout is redirected."""
+    for notice in notices:
         text_console(stderr=True).print(f"grokquant: {notice}")
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    print_notice(plan.checkpoint.family.notice)
+    print_notices(plan.checkpoint.notices)
     console = console or text_console()
     console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
     console.print(_plan_table(plan))
@@ -263,7 +265,7 @@ def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
 
 def print_description(description: dict) -> None:
     """`grokquant inspect` for people: the totals, then a row per tensor."""
-    print_notice(description["notice"])
+    print_notices(filter(None, [description["notice"], *description["notes"]]))
     facts = [
         (key.replace("_", " "), str(description[key]))
         for key in ("path", "layout", "family", "layers", "experts", "experts_per_token")

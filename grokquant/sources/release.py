@@ -23,6 +23,7 @@ from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
 from grokquant.sources.holes import contradiction, find_hole
 from grokquant.sources.kind import SourceKind
+from grokquant.sources.left_aside import left_aside
 from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
 from grokquant.types import QTensor, Source, TensorRef
 
@@ -125,6 +126,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         weight_files=tuple(leaf.path for leaf in stored),
         licence="apache-2.0" if published else None,
         beside=files_beside(path),
+        notes=left_aside(path, ()),
     )
 
 
