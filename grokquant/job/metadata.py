@@ -7,6 +7,7 @@ from pathlib import Path
 from grokquant.containers import container_of
 from grokquant.files.atomic import copy_file, write_json, write_text
 from grokquant.humanize import size
+from grokquant.job import source_model
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
 from grokquant.text import tokenizer
@@ -102,6 +103,7 @@ def quantization_report(plan: Plan, record: Record) -> dict:
         "calibration_rows": list(record.calibration_rows),
         "tokens_per_expert": record.tokens_per_expert,
         "kept": list(plan.kept),
+        source_model.KEY: source_model.source_models(plan.checkpoint),
         "units": [_row(report) for report in record.units],
     }
 
