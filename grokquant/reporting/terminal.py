@@ -19,8 +19,10 @@ from rich.progress import (
 from rich.table import Table
 
 from grokquant.evaluation.report import Layer
+from grokquant.files.json_objects import read_json_object
 from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
+from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import UnitReport
@@ -212,6 +214,7 @@ class RunProgress(_LayerBar):
             "seconds": time.monotonic() - self.start,
             "busy_seconds": self.busy,
             "fallbacks": self.fallbacks,
+            "findings": _findings_of(output),
         }
 
     def summary(self, output: Path) -> str:
@@ -227,7 +230,13 @@ class RunProgress(_LayerBar):
             lines.append(f"overlapping work: {', '.join(shares)}")
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
+        lines += listed(_findings_of(output))
         return "\n".join(lines)
+
+
+def _findings_of(output: Path) -> list[str]:
+    """What the report of a finished run says of unusual losses."""
+    return read_json_object(output / REPORT_NAME)["findings"]
 
 
 class LayerProgress(_LayerBar):
