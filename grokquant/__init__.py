@@ -73,6 +73,7 @@ def evaluate(
     cache: "str | Path | None" = None,
     cache_size: str = "20GB",
     data: str | None = None,
+    any_reference: bool = False,
 ) -> "Report":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
@@ -80,7 +81,8 @@ def evaluate(
     A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
     which thresholds are met. `quick` skips the per-layer isolation measurements. `cache` is a
     directory of at most `cache_size` that caches the reference's results for later evaluations.
-    `data` is the former name of `text`. Raises InputError.
+    `data` is the former name of `text`. A reference that `quantized` was not made from is refused,
+    or with `any_reference` named in the report. Raises InputError.
     """
     from warnings import warn
 
@@ -95,6 +97,7 @@ def evaluate(
         device=device_of(device),
         forced=not quick,
         cache=cache_at(cache, cache_size, warn),
+        any_reference=any_reference,
     ).report
 
 

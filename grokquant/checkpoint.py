@@ -42,6 +42,12 @@ class Checkpoint:
         return self.family.units(self.config)
 
     @property
+    def notices(self) -> tuple[str, ...]:
+        """Lines that a user should see: about the family, and about weights that are not read."""
+        family = self.family.notice
+        return (*([family] if family else []), *self.source.notes)
+
+    @property
     def num_experts(self) -> int:
         """Routed experts of the layers that have any, 0 in a dense model."""
         layers = range(self.config.num_hidden_layers)

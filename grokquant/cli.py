@@ -224,6 +224,11 @@ def convert(
     metavar="DIR",
     help="Directory for the reports  [default: OUTPUT/evaluation]",
 )
+@click.option(
+    "--any-reference",
+    is_flag=True,
+    help="Also compare with a model that OUTPUT was not made from; the report says so.",
+)
 @click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
 @click.option(
     "--cache", metavar="DIR", help="Cache the reference's results in DIR for later evaluations."
@@ -245,6 +250,7 @@ def evaluate(
     length: int | None,
     suite: str | None,
     directory: str | None,
+    any_reference: bool,
     quick: bool,
     cache: str | None,
     cache_size: str,
@@ -283,11 +289,14 @@ def evaluate(
             device_of(device),
             forced=not quick,
             cache=cache_at(cache, cache_size, progress.note),
+            any_reference=any_reference,
         ).report
     _, page = publish(report, Path(output), reports)
     if as_json:
         _print_json(report.to_json())
     else:
+        if report.reference_note:
+            click.echo(_visible(report.reference_note))
         _print_tables(terminal_table(report), *suite_tables(report))
         click.echo(f"{verdict(report)}\nreport: {page}")
     check_gates(report)

@@ -171,6 +171,8 @@ class Source:
     licence: str | None = None
     # Files that an output takes over as they are, by their names relative to `path`.
     beside: Mapping[str, Path] = field(default_factory=dict)
+    # Lines for people: weights in `path` that are not read.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ class UnitReport:
     """What happened to one unit.
 
     `relative_error` is ||W - Q||_F / ||W||_F of the weights, `output_error` the same of the outputs
-    on the calibration inputs (gptq only). `tokens` reached the matrix. `fallback` is the reason why
+    on the calibration inputs (gptq only). `lost_rows` are rows that became zero. `tokens` reached
+    the matrix. `fallback` is the reason why
     rtn took the place of the planned method, `note` what else a reader should know.
     """
 
@@ -228,3 +231,4 @@ class UnitReport:
     tokens: int | None = None
     fallback: str | None = None
     note: str | None = None
+    lost_rows: int = 0

@@ -6,7 +6,8 @@ from conftest import SCHEMES
 
 from grokquant.grids import Scheme
 from grokquant.methods import compiled
-from grokquant.methods.rtn import quantize_rtn, quantize_with_torch
+from grokquant.methods.method import errors_of
+from grokquant.methods.rtn import RTN, ScaleSettings, quantize_rtn, quantize_with_torch
 from grokquant.methods.scales import find_scales, search_scales
 from grokquant.types import QTensor
 
@@ -127,6 +128,24 @@ def test_other_group_sizes_go_to_torch():
     scheme = Scheme(4, 12)
     assert not compiled.can_round(random_weights(8, 96), scheme)
     assert quantize_rtn(random_weights(8, 96), scheme).scales.shape == (8, 8)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rows_that_became_zero_are_counted(scheme):
+    """Weights too small for the scale dtype, beside rows that were zero and rows of ones."""
+    W = random_weights(70, 384)
+    W[:2] = 0
+    W[2:5] = 1e-40
+    W[2:5, 7] = -1e-40
+    W[5] = float(scheme.qmax)  # its scales are 1 as well
+    quantized, (_, _, zero_rows) = compiled.round_tile(W, scheme, search=False)
+    zeros = (quantized.dequantize() == 0).all(1)
+    assert compiled.rows_of_zeros(quantized) == zeros.sum()
+    lost = zeros & (W != 0).any(1)
+    found = RTN.round_tile(W, scheme, ScaleSettings("absmax"))[1]
+    assert found.lost_rows == lost.sum() and found.zero_rows == zero_rows
+    assert lost.sum() == 3
+    assert errors_of(W, quantized).lost_rows == 3
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -23,6 +23,8 @@ from grokquant.job import pipeline
 from grokquant.job.plan import build_plan
 from grokquant.job.verify import verify
 from grokquant.recipe import parse_recipe
+from grokquant.reporting.inspection import describe
+from grokquant.reporting.terminal import RunProgress, print_description
 from grokquant.runtime.load import load
 from grokquant.sources import safetensors_directory
 
@@ -354,3 +356,19 @@ def test_text_models_inside_of_others_are_refused_by_name(saved, tmp_path, name)
     with pytest.raises(InputError, match=name):
         pipeline.quantize(recipe_of(path, tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_weights_that_are_not_read_are_named_everywhere(fused, tmp_path, capsys):
+    source = fused("mixtral")
+    shutil.copyfile(source / "model.safetensors", source / "old.safetensors")
+    note = f"{source}: the weights are those of model.safetensors; not read: old.safetensors"
+    assert describe(source)["notes"] == [note]
+    capsys.readouterr()
+    print_description(describe(source))
+    assert capsys.readouterr().err == f"grokquant: {note}\n"
+    with RunProgress() as progress:
+        pipeline.quantize(recipe_of(source, tmp_path / "out"), progress)
+    assert f"grokquant: {note}\n" in capsys.readouterr().err
+    assert describe(tmp_path / "out")["notes"] == []
+    with pytest.warns(UserWarning, match="not read: old.safetensors"):
+        load(source)

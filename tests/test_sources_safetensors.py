@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from grokquant.errors import InputError
 from grokquant.sources import open_source
@@ -109,6 +110,85 @@ def test_dtypes(single, kind):
 def test_only_tensors_of_the_index_are_shown(sharded):
     write_index(sharded, {"a.weight": SHARDS[0]})
     assert list(open_source(sharded).tensors) == ["a.weight"]
+
+
+# --- which weights are read, where there are several
+
+
+def with_single(directory: Path, name: str = "model.safetensors") -> Path:
+    """The directory with one more file, of which each value is 9."""
+    nines = {name: torch.full_like(tensor, 9) for name, tensor in TENSORS[0].items()}
+    save_file(nines, directory / name, metadata={"format": "pt"})
+    return directory
+
+
+def test_a_single_file_comes_before_an_index(sharded):
+    """The order of transformers: `_get_resolved_checkpoint_files`, asked here."""
+    directory = with_single(sharded)
+    theirs, _ = _get_resolved_checkpoint_files(str(directory), None, None, None, None, False)
+    source = open_source(directory)
+    assert [str(path) for path in source.weight_files] == theirs
+    assert source.tensors["a.weight"].read().eq(9).all()
+    assert source.notes == (
+        f"{directory}: the weights are those of model.safetensors; not read: {SHARDS[0]}, "
+        f"{SHARDS[1]}, model.safetensors.index.json",
+    )
+
+
+def test_the_index_of_other_files_is_left_aside(single):
+    write_index(single, {"a.weight": "model-00001-of-00009.safetensors"})
+    source = open_source(single)
+    assert torch.equal(source.tensors["a.weight"].read(), TENSORS[0]["a.weight"])
+    assert "not read: model.safetensors.index.json" in source.notes[0]
+
+
+@pytest.mark.parametrize("name", ["new.safetensors", "new.safetensors.index.json"])
+def test_a_file_that_the_config_names_comes_first(sharded, name):
+    directory = with_single(sharded, "new.safetensors")
+    save_file(TENSORS[0], directory / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(TENSORS[0], "new.safetensors")}
+    (directory / "new.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    theirs, _ = _get_resolved_checkpoint_files(str(directory), None, None, None, None, False, name)
+    source = open_source(directory)
+    assert [str(path) for path in source.weight_files] == theirs
+    assert source.tensors["a.weight"].read().eq(9).all()
+    assert source.config == {}  # an output has other files
+    assert "model.safetensors" in source.notes[0]
+
+
+@pytest.mark.parametrize("name", [["x"], "../x.safetensors", "pytorch_model.bin", "/x.safetensors"])
+def test_a_name_in_the_config_that_is_no_plain_file(single, name):
+    (single / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    assert "transformers_weights: " in refusal(single)
+
+
+def test_weights_beside_those_that_are_read_are_named(sharded):
+    others = ("consolidated.00.pth", "pytorch_model-00001-of-00002.bin", "q4.gguf", "x.safetensors")
+    for name in (*others, "training_args.bin", "optimizer.pt"):
+        (sharded / name).write_bytes(b"")
+    (note,) = open_source(sharded).notes
+    assert note == (
+        f"{sharded}: the weights are those of {SHARDS[0]}; not read: "
+        f"{', '.join(others[:3])} and 1 more"
+    )
+
+
+def test_tensors_that_the_index_does_not_list_are_named(sharded):
+    """Stale ones under names that the index gives to another shard, and strays."""
+    stale = {"a.weight": torch.zeros(3, 3), "stray": torch.ones(2)}
+    save_file(TENSORS[1] | stale, sharded / SHARDS[1])
+    source = open_source(sharded)
+    assert torch.equal(source.tensors["a.weight"].read(), TENSORS[0]["a.weight"])
+    assert "stray" not in source.tensors
+    assert source.notes == (
+        f"{sharded / SHARDS[1]}: not read, since the index does not place them here: "
+        "a.weight, stray",
+    )
+
+
+def test_nothing_is_said_of_a_plain_directory(sharded):
+    assert open_source(sharded).notes == ()
 
 
 def test_links_into_a_download_cache(sharded):

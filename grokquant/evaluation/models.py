@@ -24,8 +24,18 @@ _SAME = (
 )
 
 
-def check_comparable(quantized: Checkpoint, reference: Checkpoint) -> None:
-    """Raises InputError that names the first size in which the models differ."""
+def check_comparable(
+    quantized: Checkpoint, reference: Checkpoint, any_reference: bool = False
+) -> None:
+    """Raises InputError that names the first size in which the models differ, or the architecture
+    unless `any_reference`."""
+    own, theirs = quantized.family.name, reference.family.name
+    if own != theirs and not any_reference:
+        raise InputError(
+            f"needed to compare {quantized.source.path} with {reference.source.path}: "
+            f"family is {own}, the reference has {theirs}",
+            "any_reference",
+        )
     for field in _SAME:
         found, expected = (getattr(c.config, field, None) for c in (quantized, reference))
         if found != expected:

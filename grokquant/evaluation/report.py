@@ -480,6 +480,9 @@ class ReportHeader(_Part):
 
     schema_name: Literal["grokquant.evaluation/2"] = Field(default=SCHEMA, alias="schema")
     """Version of this schema."""
+    reference_note: str | None = None
+    """Why the reference is, or may be, another model than the source; absent if it is the source or
+    one like it."""
     grokquant: str
     """Version of the program."""
     quantized: ComparedModel
@@ -510,10 +513,10 @@ class Report(TextFigures, ReportHeader):
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, in the order of the fields.
 
-        Keys that only a suite fills are left out where they are empty.
+        Keys that only a suite or another reference fills are left out where they are empty.
         """
         content = self.model_dump(mode="json", by_alias=True)
-        extra = ("further_texts", "tasks", "suite")
+        extra = ("reference_note", "further_texts", "tasks", "suite")
         return {key: value for key, value in content.items() if value or key not in extra}
 
 

@@ -15,6 +15,7 @@ from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.measure import LayerDone, compare_texts
 from grokquant.evaluation.models import check_comparable, described, unit_rows
 from grokquant.evaluation.report import Report
+from grokquant.evaluation.same_model import check_same_model
 from grokquant.evaluation.suite import Suite, judged, load_suite, suite_of
 from grokquant.evaluation.task_requests import opened_tasks
 from grokquant.evaluation.windows import read_text
@@ -77,17 +78,20 @@ def run_suite(
     device: torch.device = CPU,
     forced: bool = True,
     cache: Cache | None = None,
+    any_reference: bool = False,
 ) -> Evaluation:
     """Runs both checkpoints over all texts and tasks of a suite, each block read once.
 
     With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
-    also measured alone; a `cache` keeps the reference's states for the next evaluation. Raises
-    InputError where the two cannot be compared, or a text or task cannot be used.
+    also measured alone; a `cache` keeps the reference's states for the next evaluation. With
+    `any_reference`, the reference may be another model than the source, which the report then says.
+    Raises InputError where the two cannot be compared, or a text or task cannot be used.
     """
     candidate = open_checkpoint(quantized)
     base = open_checkpoint(reference)
-    check_comparable(candidate, base)
+    check_comparable(candidate, base, any_reference)
     own_units = unit_rows(candidate)
+    note = check_same_model(candidate, base, any_reference)
     base_units = unit_rows(base)
     texts = [read_text(text, base, _key(name, i)) for i, text in enumerate(suite.texts)]
     with opened_tasks(suite, candidate, base, device) as tasks:
@@ -103,6 +107,7 @@ def run_suite(
     )
     report = Report(
         **dict(first),
+        reference_note=note,
         grokquant=__version__,
         quantized=described(candidate, quantized, own_units),
         reference=described(base, reference, base_units),

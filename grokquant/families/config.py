@@ -32,7 +32,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def usual_fields(path: Path, content: dict) -> dict:
     """The fields of a config.json that define the model. Raises InputError naming a bad one."""
-    fields = {key: value for key, value in content.items() if _defines_the_model(key)}
+    fields = {key: value for key, value in content.items() if defines_the_model(key)}
     for key, value in fields.items():
         most = _MOST_LAYERS if key in _LAYERS else _MOST_EXPERTS if key in _EXPERTS else _LARGEST
         if type(value) is int and value > most:
@@ -42,5 +42,6 @@ def usual_fields(path: Path, content: dict) -> dict:
     return fields
 
 
-def _defines_the_model(key: str) -> bool:
+def defines_the_model(key: str) -> bool:
+    """Whether a field of config.json is about the model, by its name."""
     return key not in _DROPPED and (not key.startswith("_") or key in _PRIVATE_BUT_MODEL)

@@ -8,6 +8,8 @@ from grokquant.containers import container_of
 from grokquant.files.atomic import copy_file, write_json, write_text
 from grokquant.humanize import size
 from grokquant.job.finished import MADE_FROM
+from grokquant.job import source_model
+from grokquant.job.findings import findings, listed
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
 from grokquant.text import tokenizer
@@ -102,9 +104,11 @@ def quantization_report(plan: Plan, record: Record) -> dict:
         "parameters": plan.checkpoint.parameters,
         "schemes": scheme_counts(record.units),
         "fallbacks": [unit.name for unit in record.units if unit.fallback],
+        "findings": _findings(plan, record.units),
         "calibration_rows": list(record.calibration_rows),
         "tokens_per_expert": record.tokens_per_expert,
         "kept": list(plan.kept),
+        source_model.KEY: source_model.source_models(plan.checkpoint),
         "units": [_row(report) for report in record.units],
     }
 
@@ -121,6 +125,8 @@ def model_card(plan: Plan, reports: list[UnitReport]) -> str:
     licence = f"license: {source.licence}\n" if source.licence else ""
     fallen = [f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback]
     fallbacks = "\n".join(["", "Fallbacks to round-to-nearest:", "", *fallen, ""] if fallen else [])
+    unusual = [f"* {line}" for line in listed(_findings(plan, reports))]
+    fallbacks += "\n".join(["", "Unusual losses:", "", *unusual, ""] if unusual else [])
     return f"""---
 base_model: {name}
 base_model_relation: quantized
@@ -177,6 +183,10 @@ def _base_name(plan: Plan) -> str:
     """The name of the source: the last folder of its path other than ckpt-0."""
     path = Path(plan.recipe.model.path).absolute()
     return path.parent.name if path.name == "ckpt-0" else path.name
+
+
+def _findings(plan: Plan, reports: list[UnitReport]) -> list[str]:
+    return findings(reports, {name: unit.kind for name, unit in plan.units.items()})
 
 
 def _kept_sentence(plan: Plan) -> str:

@@ -100,6 +100,7 @@ def report_of(
         tokens=tokens,
         fallback=fallback,
         note="; ".join(filter(None, (note, zeros))) or None,
+        lost_rows=errors.lost_rows,
     )
 
 

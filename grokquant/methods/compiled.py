@@ -62,6 +62,18 @@ def round_tile(
     return QTensor(torch.from_numpy(codes), stored, scheme, zero_points), sums
 
 
+def rows_of_zeros(quantized: QTensor) -> int:
+    """How many rows of what `round_tile` returns are zero throughout.
+
+    All scales of such a row are 1, which stands for those that would be stored as 0.
+    """
+    suspects = (quantized.scales == 1).all(1)
+    codes = quantized.codes[suspects].unflatten(1, (quantized.scales.shape[1], -1))
+    if quantized.zero_points is not None:
+        codes = codes - quantized.zero_points[suspects].unsqueeze(-1)
+    return int(torch.count_nonzero(~codes.flatten(1).any(1)))
+
+
 def _candidates(scheme: Scheme) -> int:
     """Scales that a search tries: symmetric grids also try the lowest code for the peak."""
     return len(SHRINKS) * (2 if scheme.symmetric else 1)

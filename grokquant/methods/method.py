@@ -40,7 +40,8 @@ class NoSettings:
 
 @dataclass(frozen=True)
 class Errors:
-    """Sums of squares of W - Q and of W, and the number of rows of W that are all zeros.
+    """Sums of squares of W - Q and of W, the number of rows of W that are all zeros, and of rows
+    that have become all zeros.
 
     All are 0 for a method that changes no weight.
     """
@@ -48,6 +49,7 @@ class Errors:
     squared_error: float = 0.0
     squared_norm: float = 0.0
     zero_rows: int = 0
+    lost_rows: int = 0
 
     @property
     def relative(self) -> float:
@@ -59,6 +61,7 @@ class Errors:
             self.squared_error + other.squared_error,
             self.squared_norm + other.squared_norm,
             self.zero_rows + other.zero_rows,
+            self.lost_rows + other.lost_rows,
         )
 
 
@@ -220,10 +223,14 @@ def errors_of(W: Tensor, quantized: QTensor, dtype: torch.dtype = torch.float32)
     for start in range(0, len(W), TILE_ROWS):
         part = slice(start, start + TILE_ROWS)
         rows = W[part].float()
-        lost = rows - quantized.rows(part).dequantize().float()
+        rounded = quantized.rows(part).dequantize().float()
+        lost = rows - rounded
+        was_zero = (rows == 0).all(1)
+        is_zero = (rounded == 0).all(1)
         errors += Errors(
             lost.square().sum(dtype=dtype).item(),
             rows.square().sum(dtype=dtype).item(),
-            int((rows == 0).all(1).sum()),
+            int(was_zero.sum()),
+            int((is_zero & ~was_zero).sum()),
         )
     return errors

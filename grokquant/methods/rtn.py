@@ -70,7 +70,8 @@ class Rtn(Method):
             return super().round_tile(tile, scheme, settings)
         quantized, sums = compiled.round_tile(tile, scheme, settings.scale == "mse")
         error, norm, zero_rows = sums
-        return quantized, Errors(float(error), float(norm), int(zero_rows))
+        lost_rows = compiled.rows_of_zeros(quantized) - int(zero_rows)
+        return quantized, Errors(float(error), float(norm), int(zero_rows), lost_rows)
 
     def tile_rows(self, columns: int, on_cpu: bool) -> int:
         return compiled.tile_rows(columns) if on_cpu else TILE_ROWS

@@ -17,6 +17,7 @@ def describe(path: str | Path) -> dict:
         "layout": source.kind,
         "family": checkpoint.family.name,
         "notice": checkpoint.family.notice,
+        "notes": list(source.notes),
         "layers": config.num_hidden_layers,
         "experts": checkpoint.num_experts,
         "experts_per_token": getattr(config, "num_experts_per_tok", None),

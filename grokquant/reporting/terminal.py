@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +19,10 @@ from rich.progress import (
 from rich.table import Table
 
 from grokquant.evaluation.report import Layer
+from grokquant.files.json_objects import read_json_object
 from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
+from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import UnitReport
@@ -38,6 +41,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
         "output": plan.recipe.output.path,
         "family": plan.checkpoint.family.name,
         "notice": plan.checkpoint.family.notice,
+        "notes": list(plan.checkpoint.source.notes),
         "parameters": plan.checkpoint.parameters,
         "source_bytes": plan.checkpoint.stored_bytes,
         "output_bytes": plan.output_bytes,
@@ -68,14 +72,14 @@ def text_console(stderr: bool = False) -> Console:
     return console
 
 
-def print_notice(notice: str | None) -> None:
-    """A line on stderr, seen even if stdout is redirected."""
-    if notice:
+def print_notices(notices: Iterable[str]) -> None:
+    """Lines on stderr, seen even if stdout is redirected."""
+    for notice in notices:
         text_console(stderr=True).print(f"grokquant: {notice}")
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    print_notice(plan.checkpoint.family.notice)
+    print_notices(plan.checkpoint.notices)
     console = console or text_console()
     console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
     console.print(_plan_table(plan))
@@ -219,6 +223,7 @@ class RunProgress(_LayerBar):
             "seconds": time.monotonic() - self.start,
             "busy_seconds": self.busy,
             "fallbacks": self.fallbacks,
+            "findings": _findings_of(output),
         }
 
     def summary(self, output: Path) -> str:
@@ -239,7 +244,13 @@ class RunProgress(_LayerBar):
             lines.append(f"overlapping work: {', '.join(shares)}")
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
+        lines += listed(_findings_of(output))
         return "\n".join(lines)
+
+
+def _findings_of(output: Path) -> list[str]:
+    """What the report of a finished run says of unusual losses."""
+    return read_json_object(output / REPORT_NAME)["findings"]
 
 
 class LayerProgress(_LayerBar):
@@ -277,7 +288,7 @@ def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
 
 def print_description(description: dict) -> None:
     """`grokquant inspect` for people: the totals, then a row per tensor."""
-    print_notice(description["notice"])
+    print_notices(filter(None, [description["notice"], *description["notes"]]))
     facts = [
         (key.replace("_", " "), str(description[key]))
         for key in ("path", "layout", "family", "layers", "experts", "experts_per_token")

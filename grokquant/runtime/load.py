@@ -1,6 +1,7 @@
 """Loads a whole checkpoint of any format into memory as a transformers model."""
 
 from pathlib import Path
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ def load(
     """
     place = device_of(device)
     checkpoint = open_checkpoint(path)
+    for note in checkpoint.source.notes:
+        warn(note, stacklevel=2)
     model = build_model(checkpoint, place, dtype, packed)
     has_tokenizer = bool(checkpoint.source.tokenizer_files)
     return model, load_tokenizer(checkpoint) if has_tokenizer else None

@@ -19,6 +19,7 @@ from grokquant.grids import GRIDS
 from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
+from grokquant.sources.left_aside import left_aside
 from grokquant.sources.safetensors_directory import TOKENIZER_FILES, licence_of
 from grokquant.types import Source, TensorRef
 
@@ -50,6 +51,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         weight_files=tuple(files),
         licence=licence_of(path / "README.md"),
         beside=files_beside(path),
+        notes=left_aside(path, [file.name for file in files]),
     )
 
 

@@ -8,8 +8,9 @@ Here each expert is one [out, in] matrix under its Hugging Face name.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
 from grokquant.sources.holes import contradiction, find_hole
 from grokquant.sources.kind import SourceKind
+from grokquant.sources.left_aside import left_aside
 from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
 from grokquant.types import QTensor, Source, TensorRef
 
@@ -125,6 +127,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         weight_files=tuple(leaf.path for leaf in stored),
         licence="apache-2.0" if published else None,
         beside=files_beside(path),
+        notes=left_aside(path, ()),
     )
 
 
@@ -232,7 +235,8 @@ def _dense_ref(item: _Stored, name: str) -> TensorRef:
     if item.name.endswith("/router"):
         shape = item.weight.shape[::-1]
         load = partial(_load_transposed, item)
-        return TensorRef(name, shape, torch.float32, nbytes, load)
+        load_part = partial(_transposed_part, item)
+        return TensorRef(name, shape, torch.float32, nbytes, load, load_part=load_part)
     shape = item.weight.shape
     load_rows = partial(_load_rows, item)
     load = partial(load_rows, 0, shape[0])
@@ -241,6 +245,12 @@ def _dense_ref(item: _Stored, name: str) -> TensorRef:
 
 def _load_transposed(item: _Stored) -> Tensor:
     return _load_rows(item, 0, item.weight.shape[0]).T.contiguous()
+
+
+def _transposed_part(item: _Stored, index: tuple[slice, ...]) -> Tensor:
+    rows, columns = index
+    first, stop, _ = columns.indices(item.weight.shape[0])
+    return _load_rows(item, first, stop).T[rows].contiguous()
 
 
 def _load_rows(item: _Stored, first: int, stop: int) -> Tensor:
@@ -261,6 +271,7 @@ def _quantized_ref(item: _Stored, name: str, expert: int | None) -> TensorRef:
         stored_bytes=rows * columns + groups * columns * torch.bfloat16.itemsize,
         load=partial(_load_quantized, item, expert),
         load_into=partial(_load_quantized, item, expert),
+        load_part=partial(_load_part, item, expert or 0),
         scheme=_scheme(rows, groups),
     )
 
@@ -279,6 +290,28 @@ def _load_quantized(item: _Stored, expert: int | None, into: Tensor | None = Non
     if complaint := contradiction(weight, scales):
         raise InputError(f"{item.path}: {item.name}{_of(expert)}: {complaint}; {DAMAGED}")
     return QTensor(weight.T, scales.T, _scheme(len(weight), len(scales)))
+
+
+def _load_part(item: _Stored, expert: int, index: tuple[slice, ...]) -> Tensor:
+    """Some rows and columns of a matrix [out, in], dequantized; reads those columns alone."""
+    assert item.scales is not None
+    features = item.weight.shape[-2]
+    groups = item.scales.shape[-2]
+    size = features // groups
+    rows, columns = index
+    first, stop, _ = columns.indices(features)
+    codes = _read_flat(item.path, item.weight, expert * features + first, stop - first)
+    group_of = torch.arange(first, stop) // size
+    scales = _read_flat(item.path, item.scales, expert * groups, groups)
+    _refuse_nonfinite(item, scales, f" scales{_of(expert)}")
+    part = codes.to(scales.dtype) * scales[group_of]  # (columns, out)
+    return part.T[rows].contiguous()
+
+
+def _read_flat(path: Path, header: ArrayHeader, first: int, count: int) -> Tensor:
+    """Rows of an array as if the matrices of a stack lay one below the other: [count, out]."""
+    flat = replace(header, shape=(prod(header.shape[:-1]), header.shape[-1]))
+    return read_array(path, flat, first, first + count)
 
 
 def _of(expert: int | None) -> str:

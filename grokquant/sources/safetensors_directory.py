@@ -23,11 +23,14 @@ from grokquant.sources import presharded
 from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
+from grokquant.sources.left_aside import left_aside, unlisted
 from grokquant.types import Source, TensorRef
 
 NAME = "safetensors"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The key of config.json by which a model names its file of weights, or its index, itself.
+EXPLICIT = "transformers_weights"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 # Far above any real checkpoint; more is damage, or an attack on memory.
 MAX_HEADER_BYTES = 25_000_000
@@ -59,8 +62,12 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     that are not in their shard. Code in the directory (auto_map) is ignored.
     """
     config = _read_config(path, config_path)
-    by_file = _tensors_by_file(path)
-    opened = {file: _open_shard(path / file, names) for file, names in by_file.items()}
+    index, by_file = _weights(path, config.pop(EXPLICIT, None))
+    notes = left_aside(path, [*by_file, *index])
+    opened = {}
+    for file, names in by_file.items():
+        opened[file], strays = _open_shard(path / file, names)
+        notes += strays
     refs = [ref for refs in opened.values() for ref in refs]
     if presharded.is_presharded(path):
         refs = _joined(path, config, opened)
@@ -74,6 +81,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         weight_files=tuple(path / file for file in by_file),
         licence=licence_of(path / "README.md"),
         beside=files_beside(path),
+        notes=notes,
     )
 
 
@@ -86,18 +94,37 @@ def _read_config(path: Path, config_path: Path | None) -> dict:
     return config
 
 
-def _tensors_by_file(path: Path) -> Mapping[str, list[str] | None]:
-    """File names with the tensors to read from each; None means all of them."""
+def _weights(path: Path, explicit: object) -> tuple[list[str], Mapping[str, list[str] | None]]:
+    """The index, if one is read, and the file names with the tensors to read from each; None means
+    all of them. `explicit` is what config.json says of them.
+
+    But for rank files, which transformers does not read, they are what transformers loads.
+    """
     if presharded.is_presharded(path):
-        return dict.fromkeys(presharded.rank_files(path))
+        index = [INDEX] if (path / INDEX).exists() else []
+        return index, dict.fromkeys(presharded.rank_files(path))
+    if explicit is not None:
+        return _explicit(path, explicit)
+    if (path / SINGLE).exists():
+        return [], {SINGLE: None}
     if (path / INDEX).exists():
-        return _indexed(path / INDEX)
+        return [INDEX], _indexed(path / INDEX)
     files = sorted(file.name for file in path.glob("*.safetensors"))
-    if SINGLE in files:
-        return {SINGLE: None}
     if len(files) > 1 or "-of-" in files[0]:
         raise InputError(f"{path}: shards without {INDEX}: the directory is incomplete")
-    return {files[0]: None}
+    return [], {files[0]: None}
+
+
+def _explicit(path: Path, name: object) -> tuple[list[str], Mapping[str, list[str] | None]]:
+    """The same where config.json names a file of weights or an index."""
+    if not isinstance(name, str) or not SHARD_NAME.fullmatch(name.removesuffix(".index.json")):
+        raise InputError(
+            f"{path / 'config.json'}: {EXPLICIT}: {str(name)[:80]!r} is not a plain .safetensors "
+            "or .safetensors.index.json file name"
+        )
+    if name.endswith(".json"):
+        return [name], _indexed(path / name)
+    return [], {name: None}
 
 
 def _joined(path: Path, config: dict, opened: dict[str, list[TensorRef]]) -> list[TensorRef]:
@@ -130,16 +157,19 @@ def _indexed(index: Path) -> dict[str, list[str]]:
     return dict(sorted(by_file.items()))
 
 
-def _open_shard(path: Path, names: list[str] | None) -> list[TensorRef]:
+def _open_shard(path: Path, names: list[str] | None) -> tuple[list[TensorRef], tuple[str, ...]]:
+    """The tensors of a file, by default all, and a line about others that it holds."""
     found = _check_header(path)
     for name in names or ():
         if name not in found:
             raise InputError(f"{path}: tensor {name!r} is missing, the index places it here")
     try:
         with safe_open(path, framework="pt") as file:
-            return [_ref(path, name, file.get_slice(name)) for name in names or sorted(found)]
+            refs = [_ref(path, name, file.get_slice(name)) for name in names or sorted(found)]
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a valid safetensors file: {_line(error)}") from None
+    strays = found - set(names or found)
+    return refs, unlisted(path, strays)
 
 
 def _check_header(path: Path) -> set[str]:

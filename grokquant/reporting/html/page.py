@@ -102,8 +102,10 @@ def write_page(
 
 
 def _header(report: Report) -> str:
+    note = report.reference_note
     return (
-        '<header><p class="eyebrow">Cost of quantization</p>'
+        f"<header>{f'<p><b>{escape(note)}</b></p>' if note else ''}"
+        '<p class="eyebrow">Cost of quantization</p>'
         f"<h1>{escape(name_of(report.quantized))}</h1>"
         f'<p class="against">{_kind(report.quantized)}, compared with '
         f"<b>{escape(name_of(report.reference))}</b></p>"
