@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grokquant.containers import container_of
+from grokquant.escaping import markdown_code, markdown_text, python_string
 from grokquant.files.atomic import copy_file, write_json, write_text
 from grokquant.humanize import size
 from grokquant.job.plan import Plan
@@ -114,9 +115,14 @@ def scheme_counts(reports: list[UnitReport]) -> dict[str, int]:
 def model_card(plan: Plan, reports: list[UnitReport]) -> str:
     source = plan.checkpoint.source
     name = _base_name(plan)
-    rows = "\n".join(f"| {scheme} | {n} |" for scheme, n in scheme_counts(reports).items())
+    own_name = Path(plan.recipe.output.path).name
+    rows = "\n".join(
+        f"| {scheme} | {n} |" for scheme, n in scheme_counts(reports).items()
+    )
     licence = f"license: {source.licence}\n" if source.licence else ""
-    fallen = [f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback]
+    fallen = [
+        f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback
+    ]
     fallbacks = "\n".join(["", "Fallbacks to round-to-nearest:", "", *fallen, ""] if fallen else [])
     return f"""---
 base_model: {name}
@@ -127,11 +133,11 @@ quantized_by: grokquant
 - mixture-of-experts
 - {plan.recipe.output.format}
 ---
-# {Path(plan.recipe.output.path).name}
+# {markdown_text(own_name)}
 
 A quantized {plan.checkpoint.family.name} of {plan.checkpoint.parameters:,} weights, \
 {plan.bits_per_weight:.2f} bits per weight ({size(plan.output_bytes)}), made by grokquant \
-from `{name}`. "bf16" below means that source, with any stored integers dequantized.
+from {markdown_code(name)}. "bf16" below means that source, with any stored integers dequantized.
 
 ## What was quantized
 
@@ -153,7 +159,7 @@ Not evaluated yet. `grokquant eval` with the source as reference writes the tabl
 ```python
 import grokquant
 
-model, tokenizer = grokquant.load("{Path(plan.recipe.output.path).name}")
+model, tokenizer = grokquant.load({python_string(own_name)})
 ```
 """
 

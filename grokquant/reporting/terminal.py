@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod, OverflowMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,8 +15,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.style import Style
 from rich.table import Table
+from rich.text import Text
 
+from grokquant.escaping import one_line
 from grokquant.evaluation.report import Layer
 from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
@@ -60,9 +63,25 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
     }
 
 
-def text_console(stderr: bool = False) -> Console:
-    """Prints text as it is: no markup in names, and off a terminal nothing is cut or folded."""
-    console = Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+class PlainConsole(Console):
+    """Prints strings, in tables too, as they are: names hold no markup and control no terminal."""
+
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        **ignored: object,
+    ) -> Text:
+        """Called by rich for each string that it prints; what is ignored would read markup."""
+        return Text(one_line(text), style, justify=justify, overflow=overflow)
+
+
+def text_console(stderr: bool = False) -> PlainConsole:
+    """A console that, off a terminal, cuts and folds nothing."""
+    console = PlainConsole(stderr=stderr, soft_wrap=True)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
@@ -212,7 +231,8 @@ class RunProgress(_LayerBar):
             "fallbacks": self.fallbacks,
         }
 
-    def summary(self, output: Path) -> str:
+    def summary(self, output: Path) -> list[str]:
+        """The lines that end a run."""
         plan = self.plan
         seconds = time.monotonic() - self.start
         lines = [
@@ -225,7 +245,7 @@ class RunProgress(_LayerBar):
             lines.append(f"overlapping work: {', '.join(shares)}")
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
-        return "\n".join(lines)
+        return lines
 
 
 class LayerProgress(_LayerBar):
