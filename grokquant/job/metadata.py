@@ -116,13 +116,9 @@ def model_card(plan: Plan, reports: list[UnitReport]) -> str:
     source = plan.checkpoint.source
     name = _base_name(plan)
     own_name = Path(plan.recipe.output.path).name
-    rows = "\n".join(
-        f"| {scheme} | {n} |" for scheme, n in scheme_counts(reports).items()
-    )
+    rows = "\n".join(f"| {scheme} | {n} |" for scheme, n in scheme_counts(reports).items())
     licence = f"license: {source.licence}\n" if source.licence else ""
-    fallen = [
-        f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback
-    ]
+    fallen = [f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback]
     fallbacks = "\n".join(["", "Fallbacks to round-to-nearest:", "", *fallen, ""] if fallen else [])
     return f"""---
 base_model: {name}
