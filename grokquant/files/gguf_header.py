@@ -52,6 +52,8 @@ _MOST_TENSORS = 100_000
 _MOST_ITEMS = 1 << 24
 _MOST_STRINGS = 1 << 21
 _LONGEST_STRING = 1 << 24
+_LONGEST_KEY = (1 << 16) - 1  # by the format
+_LONGEST_NAME = 128  # llama.cpp reads names of up to 63 bytes
 _MOST_HEADER_BYTES = 1 << 28
 # Files with 16 KiB pages exist; nothing is known of more than this.
 _LARGEST_ALIGNMENT = 1 << 20
@@ -146,7 +148,7 @@ def _check_places(
                 f"one before it ends at {expected}: the file is damaged, download it again"
             )
         if tensor.offset + tensor.bytes > size:
-            raise InputError(f"{name}: truncated: {tensor.name} ends after the file")
+            raise InputError(f"{name}: truncated: {tensor.name!r} ends after the file")
         expected += _aligned(tensor.bytes, alignment)
 
 
@@ -179,9 +181,9 @@ class _Header:
         """Skips the metadata, but for the alignment."""
         keys: set[str] = set()
         for _ in range(count):
-            key = self.read_string()
+            key = self.read_string(_LONGEST_KEY)
             if key in keys:
-                raise ValueError(f"key {key!r} occurs twice")
+                raise ValueError(f"key {key[:80]!r} occurs twice")
             keys.add(key)
             (kind,) = self.unpack("<I")
             if key == ALIGNMENT_KEY:
@@ -200,7 +202,7 @@ class _Header:
         return value
 
     def read_info(self) -> GgufTensor:
-        name = self.read_string()
+        name = self.read_string(_LONGEST_NAME)
         (dims,) = self.unpack("<I")
         if not 0 < dims <= 4:
             raise ValueError(f"{name!r} has {dims} dimensions")
@@ -235,10 +237,10 @@ class _Header:
         else:
             raise ValueError(f"it has an array of type {inner}, which is not supported")
 
-    def read_string(self) -> str:
+    def read_string(self, longest: int = _LONGEST_STRING) -> str:
         self.strings = _counted(self.strings + 1, _MOST_STRINGS, "strings")
         (length,) = self.unpack("<Q")
-        raw = self.take(_counted(length, _LONGEST_STRING, "bytes of a string"))
+        raw = self.take(_counted(length, longest, "bytes of a string"))
         return raw.decode("utf-8", "replace")
 
     def unpack(self, layout: str) -> tuple[int, ...]:
