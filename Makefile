@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-browser test-kill test-readers check docs bench bench-real clean
+.PHONY: install demo test fuzz test-browser test-kill test-readers check docs bench bench-real clean
 
 install: .venv/installed
 
@@ -18,6 +18,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# A million mutated headers for each reader of files from strangers: a minute on two cores.
+fuzz: install
+	$(BIN)/python tests/fuzz.py
 
 # The pages of reports in a headless Chromium, the one on the path or $CHROMIUM: a minute.
 test-browser: install

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from grokquant import escaping
 from grokquant.errors import GrokquantError, InputError
+from grokquant.escaping import one_line
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class _Commands(click.Group):
             code, text = 2, f"{where}{error.strerror or error}"
         except KeyboardInterrupt:
             code, text = 130, "interrupted; no output was written"
-        click.echo(f"grokquant: {_printable(text)}", err=True)
+        _say(f"grokquant: {_bounded(text)}", err=True)
         ctx.exit(code)
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
@@ -66,15 +68,14 @@ class _Commands(click.Group):
         return [parameter for parameter in parameters if isinstance(parameter, click.Option)]
 
 
-def _visible(text: str) -> str:
-    """`text` without what a terminal would act on; lines and tabs stay."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+def _bounded(text: str) -> str:
+    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]}..."
 
 
-def _printable(text: str) -> str:
-    """`text` as one printable line of bounded length: control characters are escaped."""
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_LONGEST_LINE])
-    return line if len(text) <= _LONGEST_LINE else f"{line}..."
+def _say(*lines: str, err: bool = False) -> None:
+    """Prints each of `lines` as one line, whatever the names in it hold."""
+    for line in lines:
+        click.echo(one_line(line), err=err)
 
 
 @click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
@@ -153,7 +154,7 @@ def quantize(
     if as_json:
         _print_json(progress.as_dict(output))
     else:
-        click.echo(progress.summary(output))
+        _say(*progress.summary(output))
 
 
 @main.command()
@@ -201,7 +202,7 @@ def convert(
     if as_json:
         _print_json(progress.as_dict(written))
     else:
-        click.echo(progress.summary(written))
+        _say(*progress.summary(written))
 
 
 @main.command(name="eval")
@@ -296,9 +297,9 @@ def evaluate(
         _print_json(report.to_json())
     else:
         if report.reference_note:
-            click.echo(_visible(report.reference_note))
+            _say(report.reference_note)
         _print_tables(terminal_table(report), *suite_tables(report))
-        click.echo(f"{verdict(report)}\nreport: {page}")
+        _say(verdict(report), f"report: {page}")
     check_gates(report)
 
 
@@ -331,7 +332,7 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
     else:
         _print_tables(*terminal_tables(ranking))
         if page:
-            click.echo(f"page: {page}")
+            _say(f"page: {page}")
 
 
 @main.command()
@@ -367,9 +368,9 @@ def verify(output: str) -> None:
         matrices = check(output)
     except FaultsFound as found:
         for fault in found.faults:
-            click.echo(f"grokquant: {_printable(str(fault))}", err=True)
+            _say(f"grokquant: {fault}", err=True)
         sys.exit(found.exit_code)
-    click.echo(f"{output}: ok, {matrices} quantized matrices match the report")
+    _say(f"{output}: ok, {matrices} quantized matrices match the report")
 
 
 @main.command()
@@ -414,7 +415,7 @@ def generate(
     from grokquant.runtime.generate import generate_text
 
     text = generate_text(path, prompt, tokens, temperature, seed, device, packed)
-    click.echo(_visible(text) if sys.stdout.isatty() else text)
+    click.echo(escaping.lines(text) if sys.stdout.isatty() else text)
 
 
 def _show_plan(recipe: "Recipe", as_json: bool) -> None:
@@ -433,12 +434,9 @@ def _show_plan(recipe: "Recipe", as_json: bool) -> None:
 
 
 def _print_tables(*tables: "Table") -> None:
-    """Prints tables on stdout; off a terminal no cell is cut or wrapped."""
-    from rich.console import Console
+    from grokquant.reporting.terminal import text_console
 
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 1000
+    console = text_console()
     for table in tables:
         console.print(table)
 
@@ -446,4 +444,4 @@ def _print_tables(*tables: "Table") -> None:
 def _print_json(value: object) -> None:
     import json
 
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(escaping.json_text(json.dumps(value, indent=2, ensure_ascii=False)))

@@ -18,7 +18,7 @@ from grokquant.sources.kind import SourceKind
 ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
 ROOMS = [
-    {"errors", "version", "humanize", "grids"},
+    {"errors", "version", "humanize", "escaping", "grids"},
     {"types", "devices", "files"},
     {"methods"},
     {"recipe", "sources"},

@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from conftest import ATTENTION, EXPERTS
 
 import grokquant
-from grokquant.cli import _printable, _visible, main
+from grokquant.cli import _bounded, main
+from grokquant.escaping import lines, one_line
 from grokquant.formats import FORMATS
 
 ROOT = Path(grokquant.__file__).parents[1]
@@ -469,9 +470,9 @@ def test_an_interrupted_process_leaves_nothing_but_what_is_committed(recipe, tmp
 
 
 def test_what_is_shown_of_files_does_not_act_on_the_terminal():
-    assert _visible("a\x1b]0;x\x07\tb\n") == "a\\x1b]0;x\\x07\tb\n"
-    assert _printable("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
-    assert len(_printable("\x1b" * 20_000_000)) < 10_000
+    assert lines("a\x1b]0;x\x07\tb\n") == "a\\x1b]0;x\\x07\tb\n"
+    assert one_line("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
+    assert len(one_line(_bounded("\x1b" * 20_000_000))) < 10_000
 
 
 # --- onto a finished result

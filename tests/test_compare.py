@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from test_report import content, estimate
 
 from grokquant.errors import InputError
 from grokquant.evaluation.bootstrap import Resampler
 from grokquant.reporting.ranking import Ranking, Standing, difference, rank_models
 from grokquant.reporting.ranking_tables import markdown, terminal_tables
+from grokquant.reporting.terminal import PlainConsole
 
 DOCUMENTS = 60
 TOKENS = np.random.default_rng(0).integers(100, 900, DOCUMENTS)
@@ -120,7 +120,7 @@ def test_tables_have_a_row_for_each_run_and_each_layer(found):
     assert len(tables) == 2 + 5 + 2 + 4
     assert {line.count("|") for line in tables[:7]} == {10}
     assert {line.count("|") for line in tables[7:]} == {7}
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = PlainConsole(width=200, record=True, file=io.StringIO())
     for table in terminal_tables(found):
         console.print(table)
     shown = console.export_text()

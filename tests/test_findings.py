@@ -88,7 +88,7 @@ def test_rows_too_small_for_float16_are_named_everywhere(saved, tmp_path, output
     rows = {row["name"]: row["lost_rows"] for row in written["units"] if row["lost_rows"]}
     assert rows == {"layers.0.experts.1.gate": 96, "layers.0.experts.2.gate": 2}
     assert progress.as_dict(output)["findings"] == [first, second]
-    assert f"{first}\n{second}" in progress.summary(output)
+    assert f"{first}\n{second}" in "\n".join(progress.summary(output))
     card = (output / "README.md").read_text()
     assert f"* {first}\n* {second}\n" in card
 

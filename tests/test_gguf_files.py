@@ -89,7 +89,7 @@ def test_we_read_what_we_wrote(written):
         (lambda raw: b"PK" + raw[2:], "it begins with"),
         (lambda raw: raw[:4] + b"\x02" + raw[5:], "version 2"),
         (lambda raw: raw[:60], "not a readable GGUF file"),
-        (lambda raw: raw[:-64], "truncated: c ends after the file"),
+        (lambda raw: raw[:-64], "truncated: 'c' ends after the file"),
         (lambda raw: raw[:8] + b"\xff" * 8 + raw[16:], "it counts"),
     ],
 )

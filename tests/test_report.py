@@ -21,7 +21,6 @@ from reports import (
     report,
     with_suite,
 )
-from rich.console import Console
 
 from grokquant.errors import InputError
 from grokquant.evaluation.report import Report, parse_report, read_report
@@ -30,6 +29,7 @@ from grokquant.reporting.html.page import render_html, write_report
 from grokquant.reporting.json_pointer import Datum, datum_at, find_datum
 from grokquant.reporting.rows import bf16_bytes, markdown_table, terminal_table, verdict
 from grokquant.reporting.suite_tables import suite_tables, tasks_markdown
+from grokquant.reporting.terminal import PlainConsole
 
 # Data model
 
@@ -402,7 +402,7 @@ def test_tables_of_a_suite() -> None:
         "19, 8", "0.052", "640",
     ]  # fmt: skip
     assert rows[3][:5] == ["docs_text", "word_perplexity ↓", "40.11", "41.21", "1.100"]
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = PlainConsole(width=160, record=True, file=io.StringIO())
     for table in suite_tables(suite):
         console.print(table)
     text = console.export_text()
@@ -434,7 +434,7 @@ def test_markdown_table() -> None:
 
 
 def test_terminal_table_shows_every_metric_and_no_markup_of_names() -> None:
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = PlainConsole(width=120, record=True, file=io.StringIO())
     console.print(terminal_table(report()))
     text = console.export_text()
     for name in ("Mean PPL(Q)/PPL(base)", "Mean KLD", "99.9% KLD", "RMS Δp", "Same top p", "[red]"):

@@ -21,7 +21,7 @@ import torch
 
 from grokquant.errors import InputError
 from grokquant.files.impostors import impostor
-from grokquant.files.regular import open_regular, read_head
+from grokquant.files.regular import open_regular
 from grokquant.files.safetensors_header import FileLayout
 from grokquant.grids import GRIDS
 
@@ -52,6 +52,8 @@ _MOST_TENSORS = 100_000
 _MOST_ITEMS = 1 << 24
 _MOST_STRINGS = 1 << 21
 _LONGEST_STRING = 1 << 24
+_LONGEST_KEY = (1 << 16) - 1  # by the format
+_LONGEST_NAME = 128  # llama.cpp reads names of up to 63 bytes
 _MOST_HEADER_BYTES = 1 << 28
 # Files with 16 KiB pages exist; nothing is known of more than this.
 _LARGEST_ALIGNMENT = 1 << 20
@@ -112,22 +114,29 @@ def gguf_layout(metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]) ->
 def read_tensors(path: Path) -> list[GgufTensor]:
     """The tensors of a file, read from its header alone. Raises InputError if it is damaged."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        header = _Header(file)
-        try:
-            tensors = header.read()
-        except (struct.error, ValueError, OverflowError) as error:
-            if what := impostor(read_head(path, 200)):
-                raise InputError(f"{path}: {what}") from None
-            raise InputError(f"{path}: not a readable GGUF file: {error}") from None
-        start = _aligned(file.tell(), header.alignment)
+        return parse_header(file, str(path))
+
+
+def parse_header(file: BinaryIO, name: str) -> list[GgufTensor]:
+    """`read_tensors` of an open file, which errors call `name`."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    header = _Header(file)
+    try:
+        tensors = header.read()
+    except (struct.error, ValueError, OverflowError) as error:
+        file.seek(0)
+        if what := impostor(file.read(200)):
+            raise InputError(f"{name}: {what}") from None
+        raise InputError(f"{name}: not a readable GGUF file: {error}") from None
+    start = _aligned(file.tell(), header.alignment)
     placed = [replace(tensor, offset=start + tensor.offset) for tensor in tensors]
-    _check_places(path, placed, start, header.alignment, size)
+    _check_places(name, placed, start, header.alignment, size)
     return placed
 
 
 def _check_places(
-    path: Path, tensors: list[GgufTensor], start: int, alignment: int, size: int
+    name: str, tensors: list[GgufTensor], start: int, alignment: int, size: int
 ) -> None:
     """Raises InputError unless each tensor begins where the one before it ends, as llama.cpp wants
     it, and ends within the file."""
@@ -135,11 +144,11 @@ def _check_places(
     for tensor in tensors:
         if tensor.offset != expected:
             raise InputError(
-                f"{path}: tensor {tensor.name!r} is said to begin at byte {tensor.offset}, but the "
+                f"{name}: tensor {tensor.name!r} is said to begin at byte {tensor.offset}, but the "
                 f"one before it ends at {expected}: the file is damaged, download it again"
             )
         if tensor.offset + tensor.bytes > size:
-            raise InputError(f"{path}: truncated: {tensor.name} ends after the file")
+            raise InputError(f"{name}: truncated: {tensor.name!r} ends after the file")
         expected += _aligned(tensor.bytes, alignment)
 
 
@@ -172,9 +181,9 @@ class _Header:
         """Skips the metadata, but for the alignment."""
         keys: set[str] = set()
         for _ in range(count):
-            key = self.read_string()
+            key = self.read_string(_LONGEST_KEY)
             if key in keys:
-                raise ValueError(f"key {key!r} occurs twice")
+                raise ValueError(f"key {key[:80]!r} occurs twice")
             keys.add(key)
             (kind,) = self.unpack("<I")
             if key == ALIGNMENT_KEY:
@@ -193,7 +202,7 @@ class _Header:
         return value
 
     def read_info(self) -> GgufTensor:
-        name = self.read_string()
+        name = self.read_string(_LONGEST_NAME)
         (dims,) = self.unpack("<I")
         if not 0 < dims <= 4:
             raise ValueError(f"{name!r} has {dims} dimensions")
@@ -228,10 +237,10 @@ class _Header:
         else:
             raise ValueError(f"it has an array of type {inner}, which is not supported")
 
-    def read_string(self) -> str:
+    def read_string(self, longest: int = _LONGEST_STRING) -> str:
         self.strings = _counted(self.strings + 1, _MOST_STRINGS, "strings")
         (length,) = self.unpack("<Q")
-        raw = self.take(_counted(length, _LONGEST_STRING, "bytes of a string"))
+        raw = self.take(_counted(length, longest, "bytes of a string"))
         return raw.decode("utf-8", "replace")
 
     def unpack(self, layout: str) -> tuple[int, ...]:

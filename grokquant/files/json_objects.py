@@ -20,12 +20,18 @@ _STEP = {"{": 1, "[": 1, "}": -1, "]": -1}
 
 def read_json_object(path: Path) -> dict:
     """The object in a JSON file. Raises InputError naming the file."""
-    content = parse_json_object(read_regular(path, MAX_BYTES), str(path))
+    return parse_strict_object(read_regular(path, MAX_BYTES), str(path))
+
+
+def parse_strict_object(raw: bytes, name: str) -> dict:
+    """`parse_json_object` whose values can be written again: Python reads 1e999 and half
+    characters, JSON has none."""
+    content = parse_json_object(raw, name)
     for key, value in content.items():
         try:
             json.dumps([key, value], ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:  # Python reads 1e999 and half characters, JSON has none
-            raise InputError(f"{path}: {key[:80]}: not valid JSON: {error}") from None
+        except ValueError as error:
+            raise InputError(f"{name}: {key[:80]}: not valid JSON: {error}") from None
     return content
 
 

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grokquant.containers import container_of
+from grokquant.escaping import markdown_code, markdown_text, python_string
 from grokquant.files.atomic import copy_file, write_json, write_text
 from grokquant.humanize import size
 from grokquant.job.finished import MADE_FROM
@@ -121,6 +122,7 @@ def scheme_counts(reports: list[UnitReport]) -> dict[str, int]:
 def model_card(plan: Plan, reports: list[UnitReport]) -> str:
     source = plan.checkpoint.source
     name = _base_name(plan)
+    own_name = Path(plan.recipe.output.path).name
     rows = "\n".join(f"| {scheme} | {n} |" for scheme, n in scheme_counts(reports).items())
     licence = f"license: {source.licence}\n" if source.licence else ""
     fallen = [f"* `{r.name}`: {r.fallback}" for r in reports if r.fallback]
@@ -136,11 +138,11 @@ quantized_by: grokquant
 - mixture-of-experts
 - {plan.recipe.output.format}
 ---
-# {Path(plan.recipe.output.path).name}
+# {markdown_text(own_name)}
 
 A quantized {plan.checkpoint.family.name} of {plan.checkpoint.parameters:,} weights, \
 {plan.bits_per_weight:.2f} bits per weight ({size(plan.output_bytes)}), made by grokquant \
-from `{name}`. "bf16" below means that source, with any stored integers dequantized.
+from {markdown_code(name)}. "bf16" below means that source, with any stored integers dequantized.
 
 ## What was quantized
 
@@ -162,7 +164,7 @@ Not evaluated yet. `grokquant eval` with the source as reference writes the tabl
 ```python
 import grokquant
 
-model, tokenizer = grokquant.load("{Path(plan.recipe.output.path).name}")
+model, tokenizer = grokquant.load({python_string(own_name)})
 ```
 """
 

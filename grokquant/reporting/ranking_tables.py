@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from rich.markup import escape
 from rich.table import Table
 
+from grokquant.escaping import markdown_text
 from grokquant.humanize import number, percent, unbroken_size
 from grokquant.reporting.ranking import RankedModel, Ranking, Standing
-from grokquant.reporting.rows import markdown_cell, markdown_row, name_of
+from grokquant.reporting.rows import markdown_row, name_of
 from grokquant.reporting.suite_tables import with_error
 
 # Heads of the columns, by whether numbers stand below.
@@ -27,18 +27,18 @@ _ROUTING = "Tokens routed to the same experts as in the reference"
 
 def terminal_tables(ranking: Ranking) -> list[Table]:
     """For a rich console."""
-    metrics = Table(caption=escape(_basis(ranking)), title_justify="left", caption_justify="left")
+    metrics = Table(caption=_basis(ranking), title_justify="left", caption_justify="left")
     for head, numeric in _HEADS.items():
         metrics.add_column(head, justify="right" if numeric else "left")
     for model in ranking.models:
-        metrics.add_row(*map(escape, _cells(model)))
+        metrics.add_row(*_cells(model))
     routing = list(_routing_cells(ranking))
     if not routing:
         return [metrics]
     layers = Table(caption=f"{_ROUTING}, by layer")
     layers.add_column("Layer", justify="right")
     for model in ranking.models:
-        layers.add_column(escape(model.name), justify="right")
+        layers.add_column(model.name, justify="right")
     for cells in routing:
         layers.add_row(*cells)
     return [metrics, layers]
@@ -51,7 +51,7 @@ def markdown(ranking: Ranking) -> str:
         _alignment(list(_HEADS.values())),
         *(markdown_row(_cells(model)) for model in ranking.models),
         "",
-        markdown_cell(_basis(ranking)),
+        markdown_text(_basis(ranking)),
     ]
     routing = list(_routing_cells(ranking))
     if routing:

@@ -7,9 +7,10 @@ Names are llama.cpp's.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from grokquant.escaping import markdown_text
 from grokquant.evaluation.report import ComparedModel, Estimate, Report
 from grokquant.humanize import NBSP, number, rough, unbroken_size, with_unit
 from grokquant.reporting.json_pointer import Datum, value_at
@@ -230,12 +231,12 @@ def _router_rows(report: Report) -> Iterator[Row]:
 def terminal_table(report: Report) -> Table:
     """The metrics for a rich console."""
     title = f"{name_of(report.quantized)} against {name_of(report.reference)}"
-    table = Table(title=escape(title), caption=escape(_basis(report)), title_justify="left")
+    table = Table(title=title, caption=_basis(report), title_justify="left")
     table.add_column("Metric")
     table.add_column("Value", justify="right", no_wrap=True)
     table.add_column("±", justify="right", no_wrap=True)
     table.add_column("95 % interval", justify="right")
-    table.add_column("Noise\nfloor", justify="right", no_wrap=True)
+    table.add_column(Text("Noise\nfloor"), justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)  # which way is better, an arrow
     block = ""
     for row in rows(report):
@@ -267,7 +268,7 @@ def markdown_table(report: Report) -> str:
         markdown_row(("Bits per weight", f"{model.bits_per_weight:.2f}", "", "", "", LOWER)),
         markdown_row(("Size", unbroken_size(model.bytes), "", "", "", LOWER)),
         "",
-        markdown_cell(f"{_basis(report)}."),
+        markdown_text(f"{_basis(report)}."),
         "",
     ]
     return "\n".join(lines)
@@ -342,9 +343,4 @@ def stored_quantized(checkpoint: ComparedModel) -> bool:
 
 
 def markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(map(markdown_cell, cells))} |"
-
-
-def markdown_cell(text: str) -> str:
-    """Text that neither ends a cell nor begins a tag."""
-    return text.replace("\n", " ").replace("|", "\\|").replace("<", "&lt;")
+    return f"| {' | '.join(map(markdown_text, cells))} |"

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from rich.markup import escape
 from rich.table import Table
 
+from grokquant.escaping import markdown_text
 from grokquant.evaluation.report import (
     Estimate,
     Protocol,
@@ -14,7 +14,7 @@ from grokquant.evaluation.report import (
     Tasks,
 )
 from grokquant.humanize import NBSP, number, percent, with_unit
-from grokquant.reporting.rows import HIGHER, LOWER, markdown_cell, markdown_row
+from grokquant.reporting.rows import HIGHER, LOWER, markdown_row
 
 # By lm-eval's `higher_is_better`.
 DIRECTIONS = {True: HIGHER, False: LOWER, None: ""}
@@ -97,7 +97,7 @@ def tasks_markdown(report: Report) -> list[str]:
     numbers = len(_TASK_HEADS) - _TEXT_HEADS
     rows = [_TASK_HEADS, (*[":--"] * _TEXT_HEADS, *["--:"] * numbers), *_task_cells(report.tasks)]
     words = (
-        f"Tasks of lm-eval {markdown_cell(report.tasks.lm_eval)}, the same items for both models. "
+        f"Tasks of lm-eval {markdown_text(report.tasks.lm_eval)}, the same items for both models. "
         "Lost: items that only the reference gets right; p: McNemar’s test."
     )
     return [*map(markdown_row, rows), "", words, ""]
@@ -118,17 +118,17 @@ def _texts_table(report: Report) -> Table:
     table = Table("Text", "PPL(Q)/PPL(base)", "Mean KLD", "Same top p")
     for text in report.further_texts:
         estimates = (text.perplexity.ratio, text.kld.mean, text.same_top_p)
-        table.add_row(escape(protocol_words(text.protocol)), *map(with_error, estimates))
+        table.add_row(protocol_words(text.protocol), *map(with_error, estimates))
     return table
 
 
 def _tasks_table(tasks: Tasks) -> Table:
-    table = Table(title=f"lm-eval {escape(tasks.lm_eval)}", title_justify="left")
+    table = Table(title=f"lm-eval {tasks.lm_eval}", title_justify="left")
     for i, head in enumerate(_TASK_HEADS):
         in_words = i < _TEXT_HEADS
         table.add_column(head, justify="left" if in_words else "right", no_wrap=in_words)
     for cells in _task_cells(tasks):
-        table.add_row(*map(escape, cells))
+        table.add_row(*cells)
     return table
 
 
@@ -138,7 +138,7 @@ def _thresholds_table(suite: SuiteResult) -> Table:
         limit = f"{limit_words(gate.threshold)} {threshold_limit(gate.threshold, gate.limit)}"
         table.add_row(
             threshold_words(gate.threshold),
-            escape(gate.where),
+            gate.where,
             threshold_value(gate.threshold, gate.value),
             limit,
             "met" if gate.met else "missed",

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod, OverflowMethod
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,8 +16,11 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.style import Style
 from rich.table import Table
+from rich.text import Text
 
+from grokquant.escaping import one_line
 from grokquant.evaluation.report import Layer
 from grokquant.files.json_objects import read_json_object
 from grokquant.humanize import duration, size
@@ -64,9 +67,25 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
     }
 
 
-def text_console(stderr: bool = False) -> Console:
-    """Prints text as it is: no markup in names, and off a terminal nothing is cut or folded."""
-    console = Console(stderr=stderr, soft_wrap=True, markup=False, emoji=False, highlight=False)
+class PlainConsole(Console):
+    """Prints strings, in tables too, as they are: names hold no markup and control no terminal."""
+
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        **ignored: object,
+    ) -> Text:
+        """Called by rich for each string that it prints; what is ignored would read markup."""
+        return Text(one_line(text), style, justify=justify, overflow=overflow)
+
+
+def text_console(stderr: bool = False) -> PlainConsole:
+    """A console that, off a terminal, cuts and folds nothing."""
+    console = PlainConsole(stderr=stderr, soft_wrap=True)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
     return console
@@ -226,13 +245,14 @@ class RunProgress(_LayerBar):
             "findings": _findings_of(output),
         }
 
-    def summary(self, output: Path) -> str:
+    def summary(self, output: Path) -> list[str]:
+        """The lines that end a run."""
         plan = self.plan
         if self.was_there:
-            return (
+            return [
                 f"{output}: already finished, from the same recipe, source and versions; all "
                 f"{len(plan.files)} weight files have their sizes, nothing was computed"
-            )
+            ]
         seconds = time.monotonic() - self.start
         lines = [
             f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
@@ -245,7 +265,7 @@ class RunProgress(_LayerBar):
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
         lines += listed(_findings_of(output))
-        return "\n".join(lines)
+        return lines
 
 
 def _findings_of(output: Path) -> list[str]:

@@ -119,11 +119,14 @@ class _Walker:
     def step(self, opcode: bytes) -> None:
         start = self.position - 1
         framed = self.frame_end is not None or opcode in BETWEEN_FRAMES
-        require(opcode in OPCODES, f"opcode {opcode!r} at byte {start} is not allowed")
+        if opcode not in OPCODES:
+            raise Malformed(f"opcode {opcode!r} at byte {start} is not allowed")
         OPCODES[opcode](self)
         self.unframed += 0 if framed else self.position - start
-        require(self.unframed <= MAX_UNFRAMED, f"byte {start} is outside a frame")
-        require(len(self.stack) <= MAX_STACK, f"the stack overflows at byte {start}")
+        if self.unframed > MAX_UNFRAMED:
+            raise Malformed(f"byte {start} is outside a frame")
+        if len(self.stack) > MAX_STACK:
+            raise Malformed(f"the stack overflows at byte {start}")
         if self.position == self.frame_end:
             self.frame_end = None
 
@@ -139,9 +142,10 @@ class _Walker:
         """Skips `count` bytes, all inside the file and its frame; returns where they begin."""
         start = self.position
         end = start + count
-        require(end <= self.size, f"truncated: {count} bytes at byte {start} of {self.size}")
-        framed = self.frame_end is None or end <= self.frame_end
-        require(framed, f"byte {start} reads past the end of its frame")
+        if end > self.size:
+            raise Malformed(f"truncated: {count} bytes at byte {start} of {self.size}")
+        if self.frame_end is not None and end > self.frame_end:
+            raise Malformed(f"byte {start} reads past the end of its frame")
         self.position = end
         return start
 
@@ -179,7 +183,8 @@ class _Walker:
         self.stack.append(item)
 
     def pop(self) -> Any:
-        require(bool(self.stack), f"the stack is empty at byte {self.position}")
+        if not self.stack:
+            raise Malformed(f"the stack is empty at byte {self.position}")
         return self.stack.pop()
 
     def top(self) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -146,14 +147,20 @@ def _joined(path: Path, config: dict, opened: dict[str, list[TensorRef]]) -> lis
 
 def _indexed(index: Path) -> dict[str, list[str]]:
     """File names with the tensors that the index places in each."""
-    weight_map = read_json_object(index).get("weight_map")
+    return shards_of(read_json_object(index), str(index))
+
+
+def shards_of(content: dict, name: str) -> dict[str, list[str]]:
+    """File names with the tensors in each, by an index with this content, which errors call
+    `name`."""
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map must map tensor names to file names")
+        raise InputError(f"{name}: weight_map must map tensor names to file names")
     by_file: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
+    for tensor, file in weight_map.items():
         if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
-            raise InputError(f"{index}: {str(file)[:80]!r} is not a plain .safetensors file name")
-        by_file.setdefault(file, []).append(name)
+            raise InputError(f"{name}: {str(file)[:80]!r} is not a plain .safetensors file name")
+        by_file.setdefault(file, []).append(tensor)
     return dict(sorted(by_file.items()))
 
 
@@ -177,19 +184,24 @@ def _check_header(path: Path) -> set[str]:
     if not path.exists():
         raise InputError(f"{path}: no such file{_unfinished(path)}")
     with open_regular(path) as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if length > MAX_HEADER_BYTES:
-            what = impostor(start + file.read(200))
-            raise InputError(
-                f"{path}: {what or f'header of {length} bytes (limit {MAX_HEADER_BYTES})'}"
-            )
-        raw = file.read(length)
+        return parse_header(file, str(path))
+
+
+def parse_header(file: BinaryIO, name: str) -> set[str]:
+    """Names in the header of an open file, which errors call `name`."""
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER_BYTES:
+        what = impostor(start + file.read(200))
+        raise InputError(
+            f"{name}: {what or f'header of {length} bytes (limit {MAX_HEADER_BYTES})'}"
+        )
+    raw = file.read(length)
     if not raw or len(raw) < length:
-        raise InputError(f"{path}: truncated: {len(raw)} of the {length} bytes of its header")
-    names = parse_json_object(raw, f"{path}: header").keys() - {"__metadata__"}
+        raise InputError(f"{name}: truncated: {len(raw)} of the {length} bytes of its header")
+    names = parse_json_object(raw, f"{name}: header").keys() - {"__metadata__"}
     if not 0 < len(names) <= MAX_TENSORS:
-        raise InputError(f"{path}: {len(names)} tensors, expected 1 to {MAX_TENSORS}")
+        raise InputError(f"{name}: {len(names)} tensors, expected 1 to {MAX_TENSORS}")
     return names
 
 

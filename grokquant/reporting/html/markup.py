@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 
+from grokquant.escaping import html_text
 from grokquant.humanize import NBSP, number
 from grokquant.reporting.html.style import CSS
 from grokquant.reporting.json_pointer import Datum, JsonDocument, datum_at, find_datum
@@ -15,14 +15,14 @@ def document(title: str, body: str, version: str, json_name: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
-        f"<footer>grokquant {escape(version)}. {json_name}, next to this page, has the same "
+        f"<title>{html_text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
+        f"<footer>grokquant {html_text(version)}. {json_name}, next to this page, has the same "
         "numbers in full precision.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
 def section(title: str, words: str, body: str) -> str:
-    return f"<section><h2>{title}</h2><p>{escape(words)}</p>{body}</section>\n"
+    return f"<section><h2>{title}</h2><p>{html_text(words)}</p>{body}</section>\n"
 
 
 def grid(figures: Iterable[str]) -> str:
@@ -31,7 +31,7 @@ def grid(figures: Iterable[str]) -> str:
 
 
 def figure(title: str, words: str, drawing: str) -> str:
-    caption = f"<figcaption><h3>{title}</h3><p>{escape(words)}</p></figcaption>"
+    caption = f"<figcaption><h3>{title}</h3><p>{html_text(words)}</p></figcaption>"
     return f"<figure>{caption}{drawing}</figure>"
 
 
@@ -52,7 +52,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
 
 def file_path(text: str) -> str:
     """A path of the file system."""
-    return f'<span class="path">{escape(text)}</span>'
+    return f'<span class="path">{html_text(text)}</span>'
 
 
 def table(head: str, body: str, kind: str = "") -> str:

@@ -4,10 +4,10 @@ Every number taken from the report carries its JSON pointer and its full precisi
 `data-path` and `data-value`.
 """
 
-from html import escape
 from pathlib import Path
 
 from grokquant.errors import InputError
+from grokquant.escaping import html_text
 from grokquant.evaluation.report import JSON_NAME, ComparedModel, Report
 from grokquant.files.atomic import write_json, write_text
 from grokquant.humanize import NBSP, count, percent, unbroken_size
@@ -104,18 +104,18 @@ def write_page(
 def _header(report: Report) -> str:
     note = report.reference_note
     return (
-        f"<header>{f'<p><b>{escape(note)}</b></p>' if note else ''}"
+        f"<header>{f'<p><b>{html_text(note)}</b></p>' if note else ''}"
         '<p class="eyebrow">Cost of quantization</p>'
-        f"<h1>{escape(name_of(report.quantized))}</h1>"
+        f"<h1>{html_text(name_of(report.quantized))}</h1>"
         f'<p class="against">{_kind(report.quantized)}, compared with '
-        f"<b>{escape(name_of(report.reference))}</b></p>"
-        f'<p class="verdict">{escape(verdict(report))}</p>{gate_line(report)}</header>\n'
+        f"<b>{html_text(name_of(report.reference))}</b></p>"
+        f'<p class="verdict">{html_text(verdict(report))}</p>{gate_line(report)}</header>\n'
     )
 
 
 def _kind(model: ComparedModel) -> str:
     experts = f" × {model.experts} experts" if model.experts > 1 else ""
-    return escape(
+    return html_text(
         f"{model.family}, {count(model.parameters)} weights, {model.layers} layers{experts}"
     )
 
@@ -167,16 +167,16 @@ def _protocol(report: Report) -> str:
     protocol = report.protocol
     body = facts(
         (
-            ("Text", escape(protocol.text)),
-            ("SHA-256 of the text", f"<code>{escape(protocol.text_sha256)}</code>"),
+            ("Text", html_text(protocol.text)),
+            ("SHA-256 of the text", f"<code>{html_text(protocol.text_sha256)}</code>"),
             ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
-            ("Scored", f"{protocol.tokens_scored:,} tokens: {escape(protocol.scored)}"),
+            ("Scored", f"{protocol.tokens_scored:,} tokens: {html_text(protocol.scored)}"),
             (
                 "Beginning-of-sequence token",
                 "at the start of each window" if protocol.bos else "none",
             ),
-            ("Arithmetic", escape(protocol.arithmetic)),
-            ("Noise floor", escape(report.noise_floor.how)),
+            ("Arithmetic", html_text(protocol.arithmetic)),
+            ("Noise floor", html_text(report.noise_floor.how)),
             ("Quantized", file_path(report.quantized.path)),
             ("Reference", file_path(report.reference.path)),
         )

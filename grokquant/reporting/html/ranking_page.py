@@ -1,9 +1,9 @@
 """A ranking as a page: one file, no script, in the look of the report."""
 
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
 
+from grokquant.escaping import html_text
 from grokquant.evaluation.report import Report
 from grokquant.humanize import (
     NBSP,
@@ -67,8 +67,8 @@ def render_ranking(ranking: Ranking) -> str:
     models = _by_size(ranking)
     body = (
         '<header><p class="eyebrow">Quality and size</p>'
-        f"<h1>{len(models)} models against {escape(reference)}</h1>"
-        f'<p class="verdict">{escape(_verdict(ranking))}</p></header>\n'
+        f"<h1>{len(models)} models against {html_text(reference)}</h1>"
+        f'<p class="verdict">{html_text(_verdict(ranking))}</p></header>\n'
         + _size_section(content, models)
         + _table(content, models, ranking.report.bootstrap.unit)
         + _routing_section(content, models)
@@ -142,7 +142,7 @@ def _table(content: dict, models: list[_Model], unit: str) -> str:
 def _row(content: dict, model: _Model, routed: bool) -> list[str]:
     pointer = model.pointer
     return [
-        f'<span class="run">{legend_key(model.number)}{escape(model.ranked.name)}</span>',
+        f'<span class="run">{legend_key(model.number)}{html_text(model.ranked.name)}</span>',
         number_at(content, f"{pointer}/bits_per_weight", lambda bits: f"{bits:.2f}"),
         number_at(content, f"{pointer}/bytes", lambda stored: unbroken_size(int(stored))),
         estimate_at(content, f"{pointer}/kld"),
@@ -178,7 +178,7 @@ def _bare_percent(share: float) -> str:
 
 def _standing(standing: Standing) -> str:
     if standing.status == "behind":
-        return f"behind {escape(standing.beaten_by or '')}"
+        return f"behind {html_text(standing.beaten_by or '')}"
     return "<b>on the front</b>" if standing.status == "front" else "tied with the front"
 
 
@@ -308,11 +308,11 @@ def _protocol(content: dict, report: Report) -> str:
     floor = number_at(content, "/noise_floor/mean_kld", number)
     body = facts(
         (
-            ("Text", escape(protocol.text)),
+            ("Text", html_text(protocol.text)),
             ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
-            ("Scored", f"{protocol.tokens_scored:,} tokens: {escape(protocol.scored)}"),
-            ("Arithmetic", escape(protocol.arithmetic)),
-            ("Noise floor of the KLD", f"{floor} nats: {escape(report.noise_floor.how)}"),
+            ("Scored", f"{protocol.tokens_scored:,} tokens: {html_text(protocol.scored)}"),
+            ("Arithmetic", html_text(protocol.arithmetic)),
+            ("Noise floor of the KLD", f"{floor} nats: {html_text(report.noise_floor.how)}"),
             ("Reference", file_path(report.reference.path)),
         )
     )

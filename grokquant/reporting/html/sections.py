@@ -1,8 +1,8 @@
 """The sections of the page about the whole model: metrics, tokens, sizes."""
 
 from collections.abc import Iterable
-from html import escape
 
+from grokquant.escaping import html_text
 from grokquant.evaluation.report import Report, UnitRow
 from grokquant.humanize import NBSP, number, percent, rough, unbroken_size
 from grokquant.reporting.html import report_charts
@@ -66,16 +66,16 @@ def _metric(row: Row) -> str:
     unit = f"{NBSP}{row.unit}" if row.unit else ""
     return (
         f'<tr class="{kind}">'
-        f'<th scope="row">{escape(row.name)}</th><td class="num">{value_of(row)}{unit}</td>'
+        f'<th scope="row">{html_text(row.name)}</th><td class="num">{value_of(row)}{unit}</td>'
         f'<td class="num err">{error_of(row)}</td><td class="num ends">{interval_of(row)}</td>'
-        f'<td class="better">{row.better}</td><td class="words">{escape(row.words)}</td></tr>'
+        f'<td class="better">{row.better}</td><td class="words">{html_text(row.words)}</td></tr>'
     )
 
 
 def _token_errors(report: Report) -> str:
     """Both kinds of standard errors side by side."""
     body = "".join(
-        table_row(escape(row.name), error_of(row), token_error_of(row))
+        table_row(html_text(row.name), error_of(row), token_error_of(row))
         for row in rows(report)
         if row.estimate and row.estimate.token_error is not None
     )
@@ -130,7 +130,7 @@ def weights_section(report: Report) -> str:
     reference = report.reference
     charts = [figure("Size", _size_words(report), report_charts.sizes(report))]
     if model.schemes:
-        grids = (table_row(escape(name), f"{n:,}") for name, n in model.schemes.items())
+        grids = (table_row(html_text(name), f"{n:,}") for name, n in model.schemes.items())
         charts.append(
             figure(
                 "Grids",
@@ -165,8 +165,9 @@ def _matrix(unit: UnitRow) -> str:
     output_error = "–" if unit.output_error is None else percent(unit.output_error)
     tokens = "–" if unit.tokens is None else f"{unit.tokens:,}"
     return (
-        f'<tr><th scope="row"><code>{escape(unit.name)}</code></th><td>{escape(unit.scheme)}</td>'
-        f'<td>{escape(unit.method)}</td><td class="num">{percent(unit.relative_error)}</td>'
+        f'<tr><th scope="row"><code>{html_text(unit.name)}</code></th>'
+        f"<td>{html_text(unit.scheme)}</td><td>{html_text(unit.method)}</td>"
+        f'<td class="num">{percent(unit.relative_error)}</td>'
         f'<td class="num">{output_error}</td><td class="num">{tokens}</td></tr>'
     )
 
@@ -176,7 +177,7 @@ def _fallbacks(report: Report) -> str:
     if not fallen:
         return ""
     items = "".join(
-        f"<li><code>{escape(unit.name)}</code>: {escape(unit.fallback or '')}</li>"
+        f"<li><code>{html_text(unit.name)}</code>: {html_text(unit.fallback or '')}</li>"
         for unit in fallen[:_MOST_FALLBACKS]
     )
     if len(fallen) > _MOST_FALLBACKS:

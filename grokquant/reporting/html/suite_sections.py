@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from functools import partial
-from html import escape
 
+from grokquant.escaping import html_text
 from grokquant.evaluation.report import Gate, Report, Task, TaskMetric, Tasks
 from grokquant.humanize import NBSP, number, rough
 from grokquant.reporting.html.markup import better, estimate_at, number_at, section, wide_table
@@ -29,7 +29,7 @@ def gate_line(report: Report) -> str:
         return ""
     met = all(gate.met for gate in report.suite.gates)
     mark = "✓" if met else "✗"
-    return f'<p class="gate {_kind(met)}"><b>{mark}</b> {escape(suite_words(report.suite))}</p>'
+    return f'<p class="gate {_kind(met)}"><b>{mark}</b> {html_text(suite_words(report.suite))}</p>'
 
 
 def suite_section(report: Report) -> str:
@@ -52,10 +52,10 @@ def _gate_row(report: Report, i: int, gate: Gate) -> list[str]:
     limit = number_at(report, f"{pointer}/limit", partial(threshold_limit, gate.threshold), unit)
     outcome = "✓ met" if gate.met else "<b>✗ missed</b>"
     return [
-        escape(threshold_words(gate.threshold)),
+        html_text(threshold_words(gate.threshold)),
         measured,
         f"{limit_words(gate.threshold)} {limit}",
-        f'<span class="{_kind(gate.met)}">{outcome}</span>, {escape(gate.where)}',
+        f'<span class="{_kind(gate.met)}">{outcome}</span>, {html_text(gate.where)}',
     ]
 
 
@@ -69,7 +69,7 @@ def texts_section(report: Report) -> str:
         return ""
     rows = [
         [
-            escape(protocol_words(text.protocol)),
+            html_text(protocol_words(text.protocol)),
             estimate_at(report, f"/further_texts/{i}/perplexity/ratio"),
             estimate_at(report, f"/further_texts/{i}/kld/mean"),
             estimate_at(report, f"/further_texts/{i}/same_top_p", "%"),
@@ -111,9 +111,9 @@ def _task_rows(report: Report, tasks: Tasks) -> Iterator[list[str]]:
 
 
 def _task_row(report: Report, task: Task, metric: TaskMetric, pointer: str) -> list[str]:
-    metric_name = f'<span class="ends">{escape(metric_words(metric))}</span>'
+    metric_name = f'<span class="ends">{html_text(metric_words(metric))}</span>'
     return [
-        f"{escape(task.name)}<br>{metric_name}",
+        f"{html_text(task.name)}<br>{metric_name}",
         number_at(report, f"{pointer}/items", _whole),
         _side(report, metric, metric.reference.error, f"{pointer}/reference/value"),
         _side(report, metric, metric.quantized.error, f"{pointer}/quantized/value"),

@@ -6,8 +6,8 @@ precision in `data-value`. Colours are classes of the stylesheet.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
+from grokquant.escaping import html_text
 from grokquant.reporting.json_pointer import Datum
 
 # Units of the viewBox; on a phone of 390 px one is about 0.8 px. The plot lies between LEFT, which
@@ -34,7 +34,7 @@ class Mark:
     def attributes(self) -> str:
         if self.source is None:
             return ""
-        pointer = escape(self.source.pointer)
+        pointer = html_text(self.source.pointer)
         return f' data-path="{pointer}" data-value="{self.source.value!r}"'
 
 
@@ -52,7 +52,7 @@ def mark_of(datum: Datum | None) -> Mark | None:
 
 def drawing(title: str, height: float, elements: Sequence[str], kind: str = "") -> str:
     """A whole drawing with an accessible name; `kind` "top" keeps it at the top of its figure."""
-    label = escape(title)
+    label = html_text(title)
     name = f'class="{kind}" ' if kind else ""
     return (
         f'<svg {name}viewBox="0 0 {WIDTH} {_short(height)}" role="img" aria-label="{label}">'
@@ -124,7 +124,7 @@ def text(x: float, y: float, words: str, kind: str, turned: bool = False) -> str
     """`kind` says which end of the words is at `x` (start, mid, end), and their colour."""
     place = f'x="{_short(x)}" y="{_short(y)}"'
     turn = f' transform="rotate(-90 {_short(x)} {_short(y)})"' if turned else ""
-    return f'<text class="{kind}" {place}{turn}>{escape(words)}</text>'
+    return f'<text class="{kind}" {place}{turn}>{html_text(words)}</text>'
 
 
 def _circle(x: float, y: float, radius: float) -> str:
@@ -132,7 +132,7 @@ def _circle(x: float, y: float, radius: float) -> str:
 
 
 def _tooltip(label: str) -> str:
-    return f"<title>{escape(label)}</title>" if label else ""
+    return f"<title>{html_text(label)}</title>" if label else ""
 
 
 def _short(value: float) -> str:
