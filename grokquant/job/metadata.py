@@ -8,9 +8,9 @@ from grokquant.containers import container_of
 from grokquant.escaping import markdown_code, markdown_text, python_string
 from grokquant.files.atomic import copy_file, write_json, write_text
 from grokquant.humanize import size
-from grokquant.job.finished import MADE_FROM
 from grokquant.job import source_model
 from grokquant.job.findings import findings, listed
+from grokquant.job.finished import MADE_FROM
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
 from grokquant.text import tokenizer

@@ -259,7 +259,7 @@ def markdown_table(report: Report) -> str:
         (row.name, row.shown, row.shown_error, row.shown_interval, row.shown_noise, row.better)
         for row in rows(report)
     ]
-    note = [markdown_cell(report.reference_note), ""] if report.reference_note else []
+    note = [markdown_text(report.reference_note), ""] if report.reference_note else []
     lines = [
         *note,
         "| Metric | Value | ± | 95 % interval | Noise floor | Better |",
