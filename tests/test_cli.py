@@ -378,9 +378,11 @@ def test_generate(output):
 def test_on_a_terminal_there_is_a_bar_and_no_color_is_obeyed(recipe, tmp_path):
     change = settings(f"output.path={tmp_path}/out")
     color = re.compile(r"\x1b\[[0-9;]*[34]\d[0-9;]*m")
-    shown = run("quantize", recipe, *change, FORCE_COLOR="1", TERM="xterm").stderr
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm"}
+    shown = run("quantize", recipe, *change, **terminal).stderr
     assert "quantizing" in shown and color.search(shown)
-    plain = run("quantize", recipe, *change, FORCE_COLOR="1", TERM="xterm", NO_COLOR="1").stderr
+    again = run("quantize", recipe, *change, "--overwrite", NO_COLOR="1", **terminal)
+    plain = again.stderr
     assert "quantizing" in plain and ESCAPE in plain and not color.search(plain)
 
 
