@@ -12,6 +12,7 @@ from grokquant.devices import device_of
 from grokquant.errors import InputError
 from grokquant.families.family import set_parameter
 from grokquant.files.json_objects import read_json_object
+from grokquant.recipe.schema import parse_size
 from grokquant.runtime.packed import PackedMatrix, pack_model
 from grokquant.text.tokenizer import load_tokenizer
 
@@ -20,30 +21,38 @@ def load(
     path: str | Path,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    packed: bool = False,
+    packed: bool = True,
+    max_memory: int | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model in `dtype` and its tokenizer (None if there is none beside it).
 
     `path` is a release, a bf16 Hugging Face directory or a quantized output; `toy` names the
-    embedded toy. Quantized matrices are dequantized once, or on every use if `packed`, which takes
-    less memory and more time. Raises InputError.
+    embedded toy. Quantized matrices stay `packed` and are read when they are first used, or they
+    are all dequantized at once. Of packed ones at most `max_memory` is held (bytes, or text such as
+    "16GB"); matrices used longest ago are dropped, and read again when they are needed. Raises
+    InputError.
     """
     place = device_of(device)
+    limit = _limit(max_memory)
     checkpoint = open_checkpoint(path)
     for note in checkpoint.source.notes:
         warn(note, stacklevel=2)
-    model = build_model(checkpoint, place, dtype, packed)
+    model = build_model(checkpoint, place, dtype, packed, limit)
     has_tokenizer = bool(checkpoint.source.tokenizer_files)
     return model, load_tokenizer(checkpoint) if has_tokenizer else None
 
 
 def build_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, packed: bool = False
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: bool = False,
+    limit: int | None = None,
 ) -> PreTrainedModel:
     """The family's own model class with every parameter filled, tensor by tensor."""
     model = checkpoint.family.empty_model(checkpoint.config)
     if packed:
-        pack_model(model, checkpoint, dtype)
+        pack_model(model, checkpoint, dtype, limit)
     fill_model(model, checkpoint, dtype, device)
     model.tie_weights()
     nn.Module.to(model, device)  # buffers
@@ -51,6 +60,15 @@ def build_model(
         model.set_experts_implementation("eager")
     model.generation_config = _generation_config(checkpoint, model)
     return model
+
+
+def _limit(max_memory: int | str | None) -> int | None:
+    if max_memory is None or isinstance(max_memory, int):
+        return max_memory
+    try:
+        return parse_size(max_memory)
+    except ValueError as error:
+        raise InputError(str(error), "max_memory") from None
 
 
 def _generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> GenerationConfig:
@@ -76,7 +94,7 @@ def fill_model(
         _fill_experts(checkpoint, index, layer, device, dtype)
     for module in model.modules():
         if isinstance(module, PackedMatrix):
-            module.read(device)
+            module.open(device)
     for name, parameter in list(model.named_parameters()):
         ref = tensors.get(family.tensor_name(name))
         if ref is None:

@@ -1,35 +1,58 @@
-"""Quantized matrices that stay packed in memory and are dequantized on every use."""
+"""Quantized matrices that stay packed in memory and are multiplied with as they are.
+
+A matrix is read when it is first used and kept in the model's `MatrixCache`, in one of two forms:
+
+    kernel   what `products` multiplies few tokens with, on CPUs. For many tokens the matrix is read
+             again and dequantized block by block of rows
+    stored   as its format stores it; dequantized on every use
+"""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from grokquant.checkpoint import Checkpoint
+from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.families.family import Family, parameter_parent
 from grokquant.formats import Format, format_of
 from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES
+from grokquant.runtime.dequantize import dequantize_rows, product_with_rows
+from grokquant.runtime.matrix_cache import MatrixCache, Parts
+from grokquant.runtime.products import KERNEL_TOKENS, kernel_bytes, kernel_takes, prepare, product
 from grokquant.types import QTensor, TensorRef
+
+# (outputs of gate, outputs of up) -> those of the fused matrix
+Join = Callable[..., Tensor]
 
 
 class PackedMatrix(nn.Module):
-    """A matrix as `format` stores it; as codes and scales if the format cannot hold it; dense in
-    `dtype` if the checkpoint has no codes for it.
+    """A matrix [out, in] that is read when it is used.
 
-    Its parts are buffers without memory until `read`, so that size estimates include them.
+    It is held in `cache`: on a CPU as its kernel wants it; otherwise as `format` stores it, as
+    codes and scales if the format cannot hold it, or dense in `dtype` if the checkpoint has no
+    codes for it. Until `open` it has buffers without memory, so that size estimates include it.
     """
 
     _is_hf_initialized = True  # keeps transformers from initializing it
 
-    def __init__(self, ref: TensorRef, format: Format | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, ref: TensorRef, format: Format | None, dtype: torch.dtype, cache: MatrixCache
+    ) -> None:
         super().__init__()
         self.ref = ref
         self.format = format
         self.dtype = dtype
+        self.cache = cache
+        self.device = CPU
         self.shape: tuple[int, int] = (ref.shape[0], ref.shape[1])
         if format and (ref.scheme is None or format.refusal(ref.scheme, self.shape)):
             self.format = None
@@ -37,28 +60,81 @@ class PackedMatrix(nn.Module):
             part = torch.empty(size, dtype=kind, device="meta")
             self.register_buffer(f"part{number}", part, persistent=False)
 
-    def read(self, device: torch.device) -> None:
-        """Fills the parts from the file; those without memory are allocated on `device`."""
-        for number, part in enumerate(self._parts(self.ref.load()).values()):
-            buffer = self.get_buffer(f"part{number}")
-            if buffer.is_meta:
-                setattr(self, f"part{number}", part.to(device, buffer.dtype))
-            else:
-                buffer.copy_(part)
+    def open(self, device: torch.device) -> None:
+        """From now on the matrix is read to `device` when it is used."""
+        self._buffers.clear()
+        self.device = device
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [.., in] times the transposed matrix: [.., out]. Without tokens nothing is read."""
+        rows = x.reshape(-1, self.shape[1])  # (tokens, in)
+        out = self._product(rows) if len(rows) else x.new_empty(0, self.shape[0])
+        return out.unflatten(0, x.shape[:-1])
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix [out, in]."""
+        whole = slice(0, self.shape[0])
+        return self._rows(dtype)(whole)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._has_kernel and len(x) < KERNEL_TOKENS:
+            return product(x, self._for_kernel(x.dtype))
+        return product_with_rows(x, self.shape, self._rows(x.dtype))
+
+    @property
+    def _has_kernel(self) -> bool:
+        """Whether it is held as the kernel wants it."""
         scheme = self.ref.scheme
-        parts = list(self.buffers())
+        if scheme is None or self.device.type != "cpu":
+            return False
+        return kernel_takes(scheme, self.shape, self.ref.stored_bytes)
+
+    def _for_kernel(self, dtype: torch.dtype) -> Parts:
+        scheme = self.ref.scheme
+        assert scheme is not None
+        expected = kernel_bytes(scheme, self.shape, dtype)
+        name = f"{self.ref.name} {dtype}"
+        return self._held(name, expected, lambda: prepare(self.ref.read_quantized(), dtype))
+
+    def _rows(self, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+        """Makes some rows of the matrix, dense in `dtype`."""
+        if self._has_kernel:
+            stored: Tensor | QTensor = self.ref.read_quantized()
+        else:
+            stored = self._unpacked(self._held(self.ref.name, self._stored_bytes(), self._read))
+        if isinstance(stored, Tensor):
+            return lambda part: stored[part].to(dtype)
+        return lambda part: dequantize_rows(stored, part, dtype)
+
+    def _held(self, name: str, expected: int, read: Callable[[], Parts]) -> Parts:
+        return self.cache.get(name, self.ref.stored_bytes, expected, read)
+
+    def _stored_bytes(self) -> int:
+        return sum(prod(size) * kind.itemsize for kind, size in self._layout().values())
+
+    def _read(self) -> Parts:
+        """The parts of the stored form."""
+        stored = self.ref.load()
+        if isinstance(stored, Tensor):
+            return {"weight": stored.to(self.device, self.dtype)}
+        if self.format is not None:
+            parts = self.format.pack(self.ref.name, stored)
+        else:
+            parts = {"codes": stored.codes, "scales": stored.scales}
+            if stored.zero_points is not None:
+                parts["zero_points"] = stored.zero_points
+        return {name: part.to(self.device) for name, part in parts.items()}
+
+    def _unpacked(self, parts: Parts) -> Tensor | QTensor:
+        scheme = self.ref.scheme
         if scheme is None:
-            return parts[0].to(dtype)
-        if self.format is None:
-            return QTensor(parts[0], parts[1], scheme, *parts[2:]).dequantize().to(dtype)
-        found = dict(zip(self._layout(), parts, strict=True))
-        return self.format.unpack(self.ref.name, found, scheme).dequantize().to(dtype)
+            return parts["weight"]
+        if self.format is not None:
+            return self.format.unpack(self.ref.name, parts, scheme)
+        return QTensor(parts["codes"], parts["scales"], scheme, parts.get("zero_points"))
 
     def _layout(self) -> PackedLayout:
-        """The parts, their dtypes and shapes."""
+        """The parts of the stored form, their dtypes and shapes."""
         scheme = self.ref.scheme
         if scheme is None:
             return {"weight": (self.dtype, self.shape)}
@@ -70,13 +146,16 @@ class PackedMatrix(nn.Module):
         parts: PackedLayout = {"codes": (torch.int8, self.shape), "scales": scales}
         return parts if scheme.symmetric else parts | {"zero_points": (torch.int8, spans)}
 
-    def _parts(self, stored: Tensor | QTensor) -> dict[str, Tensor]:
-        if isinstance(stored, Tensor):
-            return {"weight": stored}
-        if self.format is not None:
-            return self.format.pack(self.ref.name, stored)
-        parts = {"codes": stored.codes, "scales": stored.scales}
-        return parts if stored.zero_points is None else parts | {"zero_points": stored.zero_points}
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedMatrix":
+        """Follows `model.to(..)`: what is held is read again where and as it is wanted then."""
+        if self._buffers:
+            return super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if (probe.device, probe.dtype) != (self.device, self.dtype):
+            self.device = probe.device
+            self.dtype = probe.dtype
+            self.cache.clear()
+        return self
 
 
 class PackedLinear(nn.Module):
@@ -86,63 +165,127 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = packed
         self.bias = bias
+        self.out_features, self.in_features = packed.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.packed.dense(x.dtype), self.bias)
+        out = self.packed.product(x)
+        return out if self.bias is None else out + self.bias
 
 
 class PackedStack(nn.Module):
-    """Replaces a fused parameter of experts; the model takes one expert's matrix at a time."""
+    """Replaces a fused parameter of experts; the model takes one expert's weight at a time."""
 
     _is_hf_initialized = True
 
-    def __init__(self, experts: list[list[PackedMatrix]], join: Callable[..., Tensor]) -> None:
+    def __init__(self, experts: list[list[PackedMatrix]], join: Join, transposed: bool) -> None:
         super().__init__()
         self.experts = nn.ModuleList(nn.ModuleList(parts) for parts in experts)
         self.join = join
+        self.transposed = transposed
 
-    def __getitem__(self, expert: int | Tensor) -> Tensor:
+    def __getitem__(self, expert: int | Tensor) -> "ExpertWeight":
         parts: Any = self.experts[int(expert)]
-        return self.join(*(part.dense(part.dtype) for part in parts))
+        return ExpertWeight(list(parts), self.join, self.transposed)
 
 
-def pack_model(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Replaces all matrices that the checkpoint stores quantized by packed modules, and all experts
-    of a layer if one of them is quantized. They have no memory before `read`.
+class ExpertWeight:
+    """The weight of one expert in a model's own code, which multiplies with it and nothing else:
 
-    Such a model refuses `save_pretrained`, which would omit them.
+    F.linear(x, weight), or x @ weight where the family's are transposed. Those calls come here
+    (`__torch_function__`) and become products with packed matrices; any other sees a dense tensor.
     """
-    stored_in = format_of(checkpoint.source)
-    format = stored_in if isinstance(stored_in, Format) else None
+
+    def __init__(self, parts: list[PackedMatrix], join: Join, transposed: bool) -> None:
+        self.parts = parts
+        self.join = join
+        self.transposed = transposed
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if len(args) > 1 and isinstance(weight := args[1], cls) and weight._multiplies(function):
+            out = weight._product(args[0])
+            bias = given.get("bias", args[2] if len(args) > 2 else None)
+            return out if bias is None else out + bias
+        dense = [value._dense() if isinstance(value, cls) else value for value in args]
+        return function(*dense, **given)
+
+    def _multiplies(self, function: Any) -> bool:
+        products = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+        return function in products if self.transposed else function is F.linear
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.join(*(part.product(x) for part in self.parts))
+
+    def _dense(self) -> Tensor:
+        turned = [part.dense(part.dtype).T for part in self.parts]  # (in, out) each
+        joined = self.join(*turned)
+        return joined if self.transposed else joined.T
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Makes the packed matrices of a model, all in one cache."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    cache: MatrixCache
+
+    def matrix(self, ref: TensorRef) -> PackedMatrix:
+        stored_in = format_of(self.checkpoint.source)
+        format = stored_in if isinstance(stored_in, Format) else None
+        return PackedMatrix(ref, format, self.dtype, self.cache)
+
+
+def pack_model(
+    model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, limit: int | None = None
+) -> None:
+    """Replaces all matrices that the checkpoint stores quantized by packed modules, and all experts
+    of a layer if one of them is quantized. They are read when they are used; at most `limit` bytes
+    of them are held.
+
+    Such a model refuses `save_pretrained`, which would omit them, and `matrix_cache` is its cache.
+    """
+    packing = Packing(checkpoint, dtype, MatrixCache(limit))
     model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
-    _pack_linears(model, checkpoint, format, dtype)
+    model.num_parameters = MethodType(_num_parameters, model)  # type: ignore[assignment]
+    model.matrix_cache = packing.cache  # type: ignore[assignment]
+    _pack_linears(model, packing)
     for index, layer in enumerate(checkpoint.family.layers(model)):  # type: ignore[arg-type]
-        _pack_experts(layer, index, checkpoint, format, dtype)
+        _pack_experts(layer, index, packing)
+
+
+def _num_parameters(
+    model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """As in transformers, packed weights included; they cannot be trained."""
+    dense = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    packed = (prod(m.shape) for m in model.modules() if isinstance(m, PackedMatrix))
+    return dense if only_trainable else dense + sum(packed)
 
 
 def _refuse_to_save(*arguments: object, **options: object) -> None:
-    raise InputError("a model with packed weights cannot be saved; copy its directory instead")
+    raise InputError(
+        "a model with packed weights cannot be saved; load it with packed=False, or copy its "
+        "directory instead"
+    )
 
 
-def _pack_linears(
-    model: nn.Module, checkpoint: Checkpoint, format: Format | None, dtype: torch.dtype
-) -> None:
+def _pack_linears(model: nn.Module, packing: Packing) -> None:
+    checkpoint = packing.checkpoint
     for name in [name for name, _ in model.named_parameters()]:
         ref = checkpoint.source.tensors.get(checkpoint.family.tensor_name(name))
         if ref is not None and ref.scheme is not None:
             path, _, last = name.removesuffix(".weight").rpartition(".")
             linear: Any = parameter_parent(model, name)[0]
-            packed = PackedLinear(PackedMatrix(ref, format, dtype), linear.bias)
+            packed = PackedLinear(packing.matrix(ref), linear.bias)
             setattr(model.get_submodule(path), last, packed)
 
 
-def _pack_experts(
-    layer: nn.Module,
-    index: int,
-    checkpoint: Checkpoint,
-    format: Format | None,
-    dtype: torch.dtype,
-) -> None:
+def _pack_experts(layer: nn.Module, index: int, packing: Packing) -> None:
+    checkpoint = packing.checkpoint
     family = checkpoint.family
     tensors = checkpoint.source.tensors
     count = family.num_experts(checkpoint.config, index)
@@ -152,15 +295,12 @@ def _pack_experts(
         return
     experts = family.experts_of(layer)
     for fused, parts, join in _fused(family):
-        matrices = [
-            [PackedMatrix(of_one[part], format, dtype) for part in parts] for of_one in refs
-        ]
+        matrices = [[packing.matrix(of_one[part]) for part in parts] for of_one in refs]
         delattr(experts, fused)
-        setattr(experts, fused, PackedStack(matrices, join))
+        setattr(experts, fused, PackedStack(matrices, join, family.transposed))
 
 
-def _fused(family: Family) -> Iterator[tuple[str, tuple[str, ...], Callable[..., Tensor]]]:
-    """(fused parameter, its parts, how their matrices make it) of an expert."""
-    turn = (lambda W: W.T) if family.transposed else (lambda W: W)
-    yield "gate_up_proj", ("gate", "up"), lambda gate, up: turn(family.join(gate.T, up.T).T)
-    yield "down_proj", ("down",), turn
+def _fused(family: Family) -> Iterator[tuple[str, tuple[str, ...], Join]]:
+    """(fused parameter, its parts, how their outputs make its outputs) of an expert."""
+    yield "gate_up_proj", ("gate", "up"), family.join
+    yield "down_proj", ("down",), lambda down: down
