@@ -397,7 +397,15 @@ def verify(output: str) -> None:
     type=click.IntRange(0, 2**63 - 1),
     help="Random seed for sampling.",
 )
-@click.option("--packed", is_flag=True, help="Keep weights packed: less memory, slower.")
+@click.option("--chat", is_flag=True, help="Put the text into the model's chat template.")
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Hold at most this much of the weights, such as 16GB; read the others when needed.",
+)
+@click.option(
+    "--dequantize", is_flag=True, help="Dequantize all weights at once: up to 4x the memory."
+)
 @_device
 def generate(
     path: str,
@@ -405,17 +413,31 @@ def generate(
     tokens: int,
     temperature: float,
     seed: int,
-    packed: bool,
+    chat: bool,
+    max_memory: str | None,
+    dequantize: bool,
     device: str,
 ) -> None:
-    """Generate text from a checkpoint that fits in memory.
+    """Generate text from a checkpoint.
 
-    PATH is an xAI release, a bf16 Hugging Face directory, a quantized output or `toy`.
+    PATH is an xAI release, a bf16 Hugging Face directory, a quantized output or `toy`. Weights stay
+    packed and are read when they are first used. With --max-memory a model larger than the memory
+    of the machine runs too, slowly, and ends with a line on how much was read.
     """
+    from grokquant.humanize import size
     from grokquant.runtime.generate import generate_text
 
-    text = generate_text(path, prompt, tokens, temperature, seed, device, packed)
-    click.echo(escaping.lines(text) if sys.stdout.isatty() else text)
+    def write(piece: str) -> None:
+        click.echo(escaping.lines(piece) if sys.stdout.isatty() else piece, nl=False)
+
+    packed = not dequantize
+    made = generate_text(
+        path, prompt, tokens, temperature, seed, device, packed, max_memory, chat, write
+    )
+    click.echo()
+    if max_memory and made.new_tokens:
+        read = size(made.bytes_read / made.new_tokens)
+        click.echo(f"{made.hit_rate:.0%} of matrices in memory, {read} read per token", err=True)
 
 
 def _show_plan(recipe: "Recipe", as_json: bool) -> None:

@@ -190,7 +190,7 @@ class InMemory:
         self.entered: list[Tensor] = []  # what each layer reads, [rows, time, hidden]
         self.left: list[Tensor] = []
         self.chosen: list[Tensor] = []  # [tokens, k]
-        model, _ = grokquant.load(path, dtype=dtype)
+        model, _ = grokquant.load(path, dtype=dtype, packed=False)
         for module in model.modules():
             if isinstance(module, GrokRouter):
                 module.register_forward_hook(lambda _, args, out: self.chosen.append(out[2]))

@@ -187,7 +187,9 @@ def test_gpt_oss_alone_is_random(output_of, alone):
     path = output_of("gpt_oss")
     model, info = from_pretrained(path, output_loading_info=True)
     assert any("experts.gate_up_proj" in name for name in info["missing_keys"])
-    assert relative(model(TOKENS).logits, grokquant.load(path, packed=False)[0](TOKENS).logits) > 0.1
+    assert (
+        relative(model(TOKENS).logits, grokquant.load(path, packed=False)[0](TOKENS).logits) > 0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,10 @@ def test_gpt_oss_alone_is_random(output_of, alone):
 )
 def test_nothing_quantized(output_of, family, form):
     check(output_of(family, "keep", form), experts_implementation="eager")
+
+
+def bytes_of(parts: dict[str, torch.Tensor]) -> int:
+    return sum(part.nbytes for part in parts.values())
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,9 @@ def test_experts_take_the_memory_of_their_file(output_of, rules, form, bits):
     with torch.no_grad():
         model(TOKENS[:1, :16])
     held = model.matrix_cache.held.items()
-    found = sum(part.nbytes for name, parts in held if ".experts." in name for part in parts.values())
+    found = sum(
+        part.nbytes for name, parts in held if ".experts." in name for part in parts.values()
+    )
     assert stored == pytest.approx(found, rel=0.18)  # of each scale the kernel has a zero, too
     assert 8 * found / weights == pytest.approx(bits, rel=0.25)
 
@@ -328,5 +336,40 @@ def test_grok_in_bf16_and_saved_again(grok_output, tmp_path):
 
 def test_text_from_packed_matrices(grok_output):
     output = str(grok_output("compressed-tensors", *INT4))
-    said = [generate_text(output, "The ", 6, packed=packed) for packed in (False, True)]
+    said = [generate_text(output, "The ", 6, packed=packed).text for packed in (False, True)]
     assert said[0] == said[1] and len(said[0]) > 4
+
+
+def test_a_model_larger_than_its_memory_says_the_same(grok_output):
+    output = str(grok_output("compressed-tensors", *INT4))
+    pieces: list[str] = []
+    made = generate_text(output, "The ", 6, max_memory=20_000, write=pieces.append)
+    wanted = generate_text(output, "The ", 6)
+    assert made.text == wanted.text == "".join(pieces)
+    assert made.hit_rate < wanted.hit_rate and made.bytes_read > 4 * wanted.bytes_read
+
+
+@torch.no_grad()
+def test_the_limit_holds(grok_output):
+    model, _ = grokquant.load(grok_output("compressed-tensors", *INT4), max_memory="50KB")
+    cache = model.matrix_cache
+    held = []
+    make_room = cache._make_room
+    cache._make_room = lambda expected: (make_room(expected), held.append(cache.nbytes + expected))
+    model(TOKENS[:1, :9])
+    assert len(held) > 20 and 30_000 < max(held) <= 50_000
+
+
+@pytest.mark.parametrize("size", ["20", "many", "-1GB"])
+def test_a_limit_that_is_no_size(grok_output, size):
+    with pytest.raises(InputError, match="expected a size"):
+        grokquant.load("toy", max_memory=size)
+
+
+@torch.no_grad()
+def test_only_experts_with_tokens_are_read(grok_output):
+    model, _ = grokquant.load(grok_output("compressed-tensors", *INT4))
+    model(TOKENS[:1, :1])
+    read = {name for name in model.matrix_cache.held if ".experts." in name}
+    layers = model.config.num_hidden_layers
+    assert len(read) == 3 * layers * model.config.num_experts_per_tok

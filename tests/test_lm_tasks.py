@@ -98,7 +98,7 @@ def hflm():
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
-    model, tokenizer = grokquant.load("toy", dtype=torch.float32)
+    model, tokenizer = grokquant.load("toy", dtype=torch.float32, packed=False)
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, max_length=LONGEST)
 
 
@@ -166,7 +166,7 @@ def test_generated_text_is_that_of_hflm(tmp_path, monkeypatch):
         own, same = tasks.texts
         rows, found = tasks.results({}, {})
     assert own == same and len(own) == 2 and all(own.values())
-    model, tokenizer = grokquant.load("toy")
+    model, tokenizer = grokquant.load("toy", packed=False)
     whole = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=64)
     for (prompt, _), text in own.items():
         request = lm_eval.api.instance.Instance(
@@ -211,7 +211,7 @@ def test_answers_are_those_of_single_sequences():
     contexts = [draw(generator, n) for n in (1, 5, 5, 30)]
     pairs = [(c, draw(generator, n)) for c in contexts for n in (1, 1, 2, 7, 7, 25)]
     pairs += [pairs[3], (contexts[1], pairs[6][1]), (draw(generator, 70), draw(generator, 3))]
-    model, _ = grokquant.load("toy", dtype=torch.float32)
+    model, _ = grokquant.load("toy", dtype=torch.float32, packed=False)
     packed, alone = streamed("toy", pairs, longest=60), {}
     for context, rest in set(pairs):
         with torch.no_grad():

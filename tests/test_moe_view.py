@@ -47,7 +47,7 @@ class Whole:
     """A model in memory and, layer by layer, what enters, leaves and happens inside on `rows`."""
 
     def __init__(self, path: Path) -> None:
-        self.model, _ = grokquant.load(path, dtype=torch.float32)
+        self.model, _ = grokquant.load(path, dtype=torch.float32, packed=False)
         self.layers = [m for m in self.model.modules() if isinstance(m, GrokDecoderLayer)]
 
     @torch.no_grad()

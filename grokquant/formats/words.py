@@ -50,9 +50,19 @@ def pack_with_torch(codes: Tensor, bits: int) -> Tensor:
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 [rows, words] to int8 codes [rows, words * 32 / bits]."""
     unsigned = words.flatten().view(torch.uint8)
+    if bits == 4 and words.device.type == "cpu":
+        codes = torch.empty(len(unsigned) * 2, dtype=torch.int8)
+        pairs = codes.view(torch.int16).numpy().view(np.uint16)
+        _unpack_nibbles(unsigned.numpy(), pairs)
+        return codes.view(len(words), -1)
+    return _unpack_with_torch(unsigned, bits).view(len(words), -1)
+
+
+def _unpack_with_torch(unsigned: Tensor, bits: int) -> Tensor:
+    """uint8 to int8 codes in torch operations, on the device of `unsigned`."""
     if bits == 4:
         unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=-1)
-    return (unsigned - (1 << (bits - 1))).view(torch.int8).view(len(words), -1)
+    return (unsigned - (1 << (bits - 1))).view(torch.int8)
 
 
 def _offset_int8(codes: np.ndarray, words: np.ndarray) -> None:
@@ -64,6 +74,20 @@ def _pack_nibbles(pairs, packed):
     """uint16 pairs of codes to uint8; flipping the highest bit adds 8 to a code."""
     for i in range(len(pairs)):
         packed[i] = np.uint8((pairs[i] & 15) | ((pairs[i] >> 4) & 0xF0)) ^ np.uint8(0x88)
+
+
+@_compiled
+def _unpack_nibbles(packed, pairs):
+    """uint8 to uint16 pairs of codes. Two nibbles move apart, then each loses 8 modulo 256:
+
+    0x00ba -> 0x0b0a -> (b - 8) << 8 | (a - 8)
+    """
+    for i in range(len(packed)):
+        byte = np.uint16(packed[i])
+        apart = np.uint16((byte | (byte << np.uint16(4))) & np.uint16(0x0F0F))
+        # x ^ 8 is x - 8 or, for x below 8, x + 8: then 0xF0 in front makes it x - 8.
+        below = np.uint16((apart ^ np.uint16(0x0808)) & np.uint16(0x0808))
+        pairs[i] = np.uint16((apart ^ np.uint16(0x0808)) | np.uint16(below * np.uint16(0x1E)))
 
 
 @_compiled

@@ -97,11 +97,11 @@ def _planes(scheme: Scheme) -> int:
 
 
 def _lowest(scheme: Scheme) -> int:
-    """The code that becomes 0: of 4 bits or less the lowest, of more that of 8 bits, so that both
-    planes lie around their middle."""
+    """The code that becomes 0. Signed codes of fewer bits lie around the middle of their plane, as
+    wider ones do: the kernel loses least where its zero is small."""
     if scheme.qmin == 0:
         return 0
-    return scheme.qmin if _planes(scheme) == 1 else -128
+    return -8 if _planes(scheme) == 1 else -128
 
 
 def _pack(quantized: QTensor) -> list[Tensor]:

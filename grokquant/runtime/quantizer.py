@@ -36,7 +36,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 
 class PackedQuantizer(HfQuantizer):
-    """Keeps matrices packed as on disk; they are dequantized each time they are used.
+    """Keeps matrices packed; they are read when they are first used.
 
     transformers makes the model and chooses a device for every tensor. All tensors are read by us,
     since transformers knows neither the names nor the layouts of most.
