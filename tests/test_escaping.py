@@ -24,6 +24,7 @@ from grokquant.escaping import (
     python_string,
 )
 from grokquant.reporting.terminal import PlainConsole
+from grokquant.runtime.generate import Generated
 
 # Each does something somewhere: moves a cursor, names a window, reorders, breaks a line, is markup.
 NAMES = {
@@ -135,7 +136,13 @@ def test_generated_text_does_not_act_on_a_terminal(monkeypatch):
             return True
 
     generated = "x\n\ty" + "".join(NAMES.values())
-    monkeypatch.setattr("grokquant.runtime.generate.generate_text", lambda *given: generated)
+
+    def generate_text(*given: object) -> Generated:
+        *_, write = given
+        write(generated)
+        return Generated(generated, 1, 0, 1.0)
+
+    monkeypatch.setattr("grokquant.runtime.generate.generate_text", generate_text)
     screen = Terminal()
     with redirect_stdout(screen):
         main(["generate", "toy", "--prompt", "x"], standalone_mode=False)
