@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, field_validator
 
 from grokquant.formats.reading import validated
-from grokquant.formats.targets import check_target, targets_of
+from grokquant.formats.targets import check_target, engine_targets
 from grokquant.grids import Scheme
 from grokquant.types import Source, Unit
 
@@ -28,25 +28,26 @@ def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str
     by_scheme: dict[Scheme, list[str]] = {}
     for unit in units:
         by_scheme.setdefault(unit.scheme, []).append(unit.tensor.removesuffix(".weight"))
-    everything = {stem for stems in by_scheme.values() for stem in stems}
+    # compressed-tensors itself would take a target `experts` for transformers' own module.
+    targets, ignored = engine_targets(by_scheme.values(), unquantized, fused_experts=False)
     largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]), default=None)
     groups = {
         f"group_{index}": {
             # Names come before Linear; SGLang looks up fused experts by Linear and nothing else.
-            "targets": targets_of(stems, everything - set(stems)) + ["Linear"] * (s == largest),
+            "targets": targets[index] + ["Linear"] * (s == largest),
             "weights": _weight_arguments(s),
             "input_activations": None,
             "output_activations": None,
             "format": storage,
         }
-        for index, (s, stems) in enumerate(by_scheme.items())
+        for index, s in enumerate(by_scheme)
     }
     return {
         "quant_method": NAME,
         "format": storage,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": targets_of(sorted(unquantized), everything),
+        "ignore": ignored,
         "kv_cache_scheme": None,
     }
 
