@@ -1,4 +1,4 @@
-"""The `quantization_config` of compressed-tensors, whichever way the codes are stored."""
+"""The `quantization_config` of compressed-tensors, read whichever way the codes are stored."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -13,16 +13,10 @@ from grokquant.types import Source, Unit
 NAME = "compressed-tensors"
 # How codes are stored: several in an int32 word, or each as an int8.
 Storage = Literal["pack-quantized", "int-quantized"]
+_WRITTEN: Storage = "pack-quantized"
 
 
-def not_integers(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
-    """Why engines do not read this grid in this format, None if they do."""
-    if NAME in scheme.row.formats and scheme.bits in bits:
-        return None
-    return f"it holds integers of {' or '.join(map(str, bits))} bits, not {scheme}"
-
-
-def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
+def config_of(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
     """The `quantization_config`, with a group of targets per scheme; `unquantized` names the
     modules that hold a matrix but stay as they are."""
     by_scheme: dict[Scheme, list[str]] = {}
@@ -38,13 +32,13 @@ def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str
             "weights": _weight_arguments(s),
             "input_activations": None,
             "output_activations": None,
-            "format": storage,
+            "format": _WRITTEN,
         }
         for index, s in enumerate(by_scheme)
     }
     return {
         "quant_method": NAME,
-        "format": storage,
+        "format": _WRITTEN,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignored,

@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -266,13 +267,23 @@ class OutputSection(Section):
 
     path: PathText
     """The new directory. A directory with other contents is rejected."""
-    format: Literal[
-        "compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16"
-    ] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16"] = (
+        "compressed-tensors"
+    )
     """The format of the checkpoint on disk."""
     shard: ByteSize = 500 * 10**6
     """Maximum file size, such as `500MB` or `2GiB`. A file holds one or more whole experts of
     one layer. A run commits its output file by file, so a killed run repeats at most one file."""
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _no_former_format(cls, value: object) -> object:
+        if value == "int-quantized":
+            raise ValueError(
+                "int-quantized is no longer written, because engines do not read it; "
+                "compressed-tensors holds the same integers"
+            )
+        return value
 
 
 class EvalSection(Section):
