@@ -16,12 +16,18 @@ module's name from its start, `experts` for all experts of a layer; parts are no
 import re
 
 import pytest
+import torch
 from conftest import unit_of
 
+import grokquant
 from grokquant.formats.compressed_tensors import FORMAT as compressed_tensors
 from grokquant.formats.gptq import FORMAT as gptq
 from grokquant.formats.targets import engine_targets
 from grokquant.grids import Scheme
+from grokquant.job import pipeline
+from grokquant.job.metadata import output_config
+from grokquant.job.plan import build_plan
+from grokquant.sources import open_source
 
 INT4, INT8 = Scheme(4, 128), Scheme(8, 128)
 # A family's own names in files: attention, experts' (gate, up, down), router; and vLLM's modules.
@@ -170,3 +176,27 @@ def test_gptq_modules_that_are_kept_come_before_the_grids_of_others():
     units += [unit_of(f"model.layers.0.mlp.experts.{n}.up_proj.weight", INT4) for n in range(9)]
     config = gptq.quantization_config(units, names[:1])
     assert gptq_grid(config, names[0]) is None and gptq_grid(config, names[3])["bits"] == 8
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "gguf"])
+def test_the_head_is_written_where_an_engine_asks_for_it(tiny_recipe, tmp_path, form):
+    rule = {"match": "*", "method": "rtn"} | ({"grid": "q8_0"} if form == "gguf" else {"bits": 8})
+    outputs = {}
+    for lm_head in (False, True):
+        output = {"path": str(tmp_path / str(lm_head)), "format": form, "lm_head": lm_head}
+        outputs[lm_head] = pipeline.quantize(tiny_recipe(rule, output=output))
+    stored = open_source(outputs[True]) if form == "compressed-tensors" else None
+    if stored is not None:
+        embedding = stored.tensors["model.embed_tokens.weight"].read()
+        assert torch.equal(stored.tensors["lm_head.weight"].read(), embedding)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits = [grokquant.load(output)[0](tokens).logits for output in outputs.values()]
+    assert torch.equal(*logits)
+
+
+def test_grok_says_what_engines_would_assume_wrongly(tiny_recipe):
+    config = output_config(build_plan(tiny_recipe()))
+    assert config["moe_intermediate_size"] == config["intermediate_size"] == 256
+    assert config["router_logit_softcapping"] == 0 and config["moe_router_renormalize"] is False
+    assert config["load_presharded_moe"] is False

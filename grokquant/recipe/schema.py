@@ -274,6 +274,8 @@ class OutputSection(Section):
     shard: ByteSize = 500 * 10**6
     """Maximum file size, such as `500MB` or `2GiB`. A file holds one or more whole experts of
     one layer. A run commits its output file by file, so a killed run repeats at most one file."""
+    lm_head: bool = False
+    """Write a head that is tied to the embedding as a tensor of its own. SGLang asks for it."""
 
     @field_validator("format", mode="before")
     @classmethod
