@@ -109,7 +109,7 @@ _device = click.option(
     help="Device: cpu, cuda or cuda:N; auto uses a GPU if there is one.",
 )
 # The formats of `recipe/schema.py`, repeated here so that --help does not import pydantic.
-_FORMATS = ("compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16")
+_FORMATS = ("compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 _overwrite = click.option(
     "--overwrite", is_flag=True, help="Replace an earlier result once the new one is complete."

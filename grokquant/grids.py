@@ -165,7 +165,6 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 _IQ4_TABLE = tuple(map(float, _IQ4))
 
 _INTEGER_FORMATS = ("compressed-tensors", "gptq", "gguf")
-_INT8_FORMATS = ("compressed-tensors", "int-quantized", "gptq", "gguf")
 _BNB = ("bitsandbytes",)
 _GGUF = ("gguf",)
 # Blocks may be of any power of two there, up to 4096 weights.
@@ -178,7 +177,7 @@ GRIDS = {
     for grid in (
         # The recipe chooses bits, symmetric and scale_dtype.
         Grid(
-            "integer", 4, 128, _INT8_FORMATS, "integers", "bfloat16",
+            "integer", 4, 128, _INTEGER_FORMATS, "integers", "bfloat16",
             other_groups=_INTEGER_GROUPS, is_integer=True,
         ),
         # bitsandbytes. Scales are what the largest weight of a group is stored as.
@@ -193,7 +192,7 @@ GRIDS = {
         Grid("llm_int8", 8, None, _BNB, "absmax", unit=1 / 127, scale_bits=32),
         # llama.cpp, blocks of one group.
         Grid(
-            "q8_0", 8, 32, _INT8_FORMATS, "integers", "float16",
+            "q8_0", 8, 32, _INTEGER_FORMATS, "integers", "float16",
             block_columns=32, ggml_type=8, float16_at=(0,), is_integer=True,
         ),
         Grid(

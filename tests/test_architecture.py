@@ -25,7 +25,7 @@ ROOMS = [
     {"families", "formats", "containers", "toy"},
     {"checkpoint", "calibration"},
     {"text", "streaming"},
-    {"job", "runtime"},
+    {"job", "runtime", "vllm_plugin"},
     {"evaluation"},
     {"reporting"},
     {"__init__"},

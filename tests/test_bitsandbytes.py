@@ -185,7 +185,7 @@ def test_convert_keeps_the_codes_or_refuses(grok, tmp_path):
     found, wanted = stored_in(again), stored_in(grok)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], part) for name, part in wanted.items())
-    for other in ("compressed-tensors", "int-quantized", "gptq", "gguf"):
+    for other in ("compressed-tensors", "gptq", "gguf"):
         with pytest.raises(InputError, match="cannot hold it: it h"):
             pipeline.quantize(conversion_recipe(grok, other, tmp_path / "no"))
 

@@ -1,5 +1,10 @@
 """Our packing and the compressed-tensors package agree bit by bit, in both directions."""
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
@@ -8,15 +13,15 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_name
 from conftest import SCHEMES, unit_of
+from safetensors.torch import load_file, save_file
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.files.atomic import write_json
 from grokquant.formats.compressed_tensors import FORMAT as compressed_tensors
-from grokquant.formats.compressed_tensors import INT_QUANTIZED as int_quantized
 from grokquant.formats.words import pack_with_torch, pack_words, unpack_words
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job import pipeline
-from grokquant.job.plan import build_plan
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.types import QTensor, Unit
 
@@ -33,9 +38,9 @@ def theirs(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix(NAME.removesuffix("weight")): t for name, t in packed.items()}
 
 
-def their_scheme(scheme: Scheme, output_format=compressed_tensors):
+def their_scheme(scheme: Scheme):
     unit = unit_of(NAME, scheme)
-    config = output_format.quantization_config([unit], ["lm_head"])
+    config = compressed_tensors.quantization_config([unit], ["lm_head"])
     return QuantizationConfig.model_validate(config).config_groups["group_0"]
 
 
@@ -164,41 +169,51 @@ def test_shapes_that_do_not_fill_words_are_refused():
     assert compressed_tensors.refusal(Scheme(4, 128), (60, 256)) is None
     assert "not int3" in compressed_tensors.refusal(Scheme(3, 32), (64, 256))
     assert "not nf4" in compressed_tensors.refusal(GRIDS["nf4"].scheme, (64, 256))
-    assert "not int4" in int_quantized.refusal(Scheme(4, 32), (64, 256))
 
 
-INT8 = [scheme for scheme in SCHEMES if scheme.bits == 8]
-
-
-@pytest.mark.parametrize("scheme", INT8, ids=str)
-def test_they_read_an_int8_for_every_code(scheme):
-    quantized = quantize_rtn(torch.randn(64, 256), scheme)
-    packed = int_quantized.pack(NAME, quantized)
-    layout = {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()}
-    assert layout == int_quantized.packed_layout(NAME, (64, 256), scheme)
-    read = IntQuantizationCompressor.decompress(theirs(packed), their_scheme(scheme, int_quantized))
-    assert torch.equal(read["weight"], quantized.dequantize())
-    back = int_quantized.unpack(NAME, packed, scheme)
-    assert torch.equal(back.codes, quantized.codes) and torch.equal(back.scales, quantized.scales)
-
-
-def test_both_forms_hold_the_same_result(tiny_recipe, tmp_path):
+def test_int_quantized_is_read(tiny_recipe, tmp_path):
+    """The same result, stored as the package stores an int8 for every code."""
     rules = [
         {"match": "layers.1.experts.*", "method": "rtn", "bits": 8, "group": "channel"},
         {"match": "*", "method": "rtn", "bits": 8, "group": 32, "symmetric": False},
     ]
-    recipes = [
-        tiny_recipe(*rules, output={"path": str(tmp_path / form), "format": form})
-        for form in ("compressed-tensors", "int-quantized")
-    ]
-    words, other = (open_checkpoint(pipeline.quantize(recipe)) for recipe in recipes)
-    other_units = dict(other.units())
+    output = pipeline.quantize(tiny_recipe(*rules))
+    shutil.copytree(output, tmp_path / "int8")
+    as_int_quantized(tmp_path / "int8")
+    words, other = open_checkpoint(output), dict(open_checkpoint(tmp_path / "int8").units())
     for name, ref in words.units():
-        assert ref.scheme == other_units[name].scheme is not None
-        assert torch.equal(ref.read(), other_units[name].read())
+        assert ref.scheme == other[name].scheme is not None
+        assert torch.equal(ref.read(), other[name].read())
 
 
-def test_the_grid_of_int8_is_the_only_one_of_int_quantized(tiny_recipe, tmp_path):
+def as_int_quantized(directory: Path) -> None:
+    """Rewrites an int8 output with the package's own compressor."""
+    refs = {ref.name: ref for _, ref in open_checkpoint(directory).units()}
+    weight_map = {}
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        for packed in [name for name in tensors if name.endswith(".weight_packed")]:
+            stem = packed.removesuffix("weight_packed")
+            ref = refs[f"{stem}weight"]
+            quantized = ref.load()
+            exact = replace(quantized, scales=quantized.scales.float()).dequantize()
+            parts = {"weight": exact, "weight_scale": quantized.scales}
+            if quantized.zero_points is not None:
+                parts["weight_zero_point"] = quantized.zero_points
+            parts = IntQuantizationCompressor.compress(parts, their_scheme(ref.scheme))
+            tensors = {name: t for name, t in tensors.items() if not name.startswith(stem)}
+            tensors |= {stem + name: part.contiguous() for name, part in parts.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file.name)
+    write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
+    config = json.loads((directory / "config.json").read_text())
+    described = config["quantization_config"]
+    for place in (described, *described["config_groups"].values()):
+        place["format"] = "int-quantized"
+    write_json(directory / "config.json", config)
+
+
+def test_int_quantized_is_not_written(tiny_recipe, tmp_path):
     output = {"path": str(tmp_path / "out"), "format": "int-quantized"}
-    with pytest.raises(InputError, match=r"attention.q: int-quantized cannot hold it: .*8"):
-        build_plan(tiny_recipe({"match": "*", "method": "rtn", "bits": 4}, output=output))
+    with pytest.raises(InputError, match=r"output.format: .* compressed-tensors holds the same"):
+        tiny_recipe({"match": "*", "method": "rtn", "bits": 8}, output=output)

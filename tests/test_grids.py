@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
-from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
@@ -35,7 +34,6 @@ RULES |= {f"int{bits}": {"bits": bits, "group": 32} for bits in (2, 3, 4, 8)}
 # Integers of these bits that formats hold. All other grids are held where their row says so.
 INTEGERS = {
     "compressed-tensors": (4, 8),
-    "int-quantized": (8,),
     "gptq": (2, 3, 4, 8),
     "gguf": (4, 8),
 }
@@ -107,12 +105,9 @@ def read_by_bitsandbytes(packed: dict[str, Tensor], unit: Unit) -> Tensor:
 
 
 def read_by_compressed_tensors(packed: dict[str, Tensor], unit: Unit) -> Tensor:
-    form = "pack-quantized" if "weight_packed" in packed else "int-quantized"
-    reader = PackedQuantizationCompressor if form == "pack-quantized" else IntQuantizationCompressor
-    key = "compressed-tensors" if form == "pack-quantized" else form
-    config = FORMATS[key].quantization_config([unit], [])
+    config = FORMATS["compressed-tensors"].quantization_config([unit], [])
     scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
-    return reader.decompress(packed, scheme)["weight"].float()
+    return PackedQuantizationCompressor.decompress(packed, scheme)["weight"].float()
 
 
 def read_by_us(packed: dict[str, Tensor], unit: Unit) -> Tensor:
@@ -123,7 +118,6 @@ def read_by_us(packed: dict[str, Tensor], unit: Unit) -> Tensor:
 
 READERS = {
     "compressed-tensors": read_by_compressed_tensors,
-    "int-quantized": read_by_compressed_tensors,
     "gptq": read_by_us,
     "bitsandbytes": read_by_bitsandbytes,
     "gguf": read_by_gguf,

@@ -53,7 +53,8 @@ class Family:
     config.json: `fields` picks the fields that define the model, given the file's path and content;
     it raises InputError if they describe no model of the family. `only_own_fields` keeps all other
     fields out of an output's config.json. `architecture` is the model's name there, by default that
-    of its class. `notice` is a line to show to every user of the family.
+    of its class. `engine_fields` gives what engines also ask of an output's config.json, though the
+    model does not. `notice` is a line to show to every user of the family.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Family:
     fields: Callable[[Path, dict], dict] = usual_fields
     only_own_fields: bool = False
     architecture: str | None = None
+    engine_fields: Callable[[PreTrainedConfig], dict] = lambda config: {}
     notice: str | None = None
     layer_prefix: str = "model.layers.{layer}."
 

@@ -1,4 +1,6 @@
-"""Grok-1: the names that SGLang, vLLM and llama.cpp's converter read, and those of two ports."""
+"""Grok-1: the names that SGLang, llama.cpp and our vLLM plugin read, and those of two ports."""
+
+from transformers import PreTrainedConfig
 
 from grokquant.families.family import Family, everywhere
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
@@ -37,6 +39,19 @@ ALIASES = {
     rf"{_EXPERT}linear_1\.": r"\1\2w2.",
 }
 
+
+def _engine_fields(config: PreTrainedConfig) -> dict:
+    return {
+        # vLLM 0.24 takes these tensor names only where this is given, else it skips them silently.
+        "moe_intermediate_size": config.intermediate_size,
+        # Off in xAI's code; vLLM and SGLang assume 30 and true.
+        "router_logit_softcapping": 0,
+        "moe_router_renormalize": False,
+        # SGLang with several GPUs would look for files that are split already.
+        "load_presharded_moe": False,
+    }
+
+
 GROK_1 = Family(
     name="grok-1",
     config_class=Grok1Config,
@@ -48,4 +63,5 @@ GROK_1 = Family(
     fused="block_sparse_moe.experts",
     fields=model_fields,
     only_own_fields=True,
+    engine_fields=_engine_fields,
 )

@@ -105,6 +105,12 @@ class _Part:
         return (part[self.first :: self.step] if whole else part).contiguous()
 
 
+def with_own_head(source: Source) -> Source:
+    """`source` with a tied head as a tensor of its own, for engines that know no tying."""
+    head = replace(source.tensors[EMBEDDING], name=HEAD)
+    return replace(source, tensors={HEAD: head} | source.tensors)
+
+
 def with_tied_head(source: Source) -> Source:
     """`source` without its head, for a model that uses the embedding in its place.
 

@@ -26,7 +26,6 @@ FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
         compressed_tensors.FORMAT,
-        compressed_tensors.INT_QUANTIZED,
         gptq.FORMAT,
         bitsandbytes.FORMAT,
         gguf.FORMAT,

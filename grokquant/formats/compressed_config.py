@@ -1,4 +1,4 @@
-"""The `quantization_config` of compressed-tensors, whichever way the codes are stored."""
+"""The `quantization_config` of compressed-tensors, read whichever way the codes are stored."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -6,47 +6,42 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, field_validator
 
 from grokquant.formats.reading import validated
-from grokquant.formats.targets import check_target, targets_of
+from grokquant.formats.targets import check_target, engine_targets
 from grokquant.grids import Scheme
 from grokquant.types import Source, Unit
 
 NAME = "compressed-tensors"
 # How codes are stored: several in an int32 word, or each as an int8.
 Storage = Literal["pack-quantized", "int-quantized"]
+_WRITTEN: Storage = "pack-quantized"
 
 
-def not_integers(scheme: Scheme, bits: tuple[int, ...]) -> str | None:
-    """Why engines do not read this grid in this format, None if they do."""
-    if NAME in scheme.row.formats and scheme.bits in bits:
-        return None
-    return f"it holds integers of {' or '.join(map(str, bits))} bits, not {scheme}"
-
-
-def config_of(storage: Storage, units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
+def config_of(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
     """The `quantization_config`, with a group of targets per scheme; `unquantized` names the
     modules that hold a matrix but stay as they are."""
     by_scheme: dict[Scheme, list[str]] = {}
     for unit in units:
         by_scheme.setdefault(unit.scheme, []).append(unit.tensor.removesuffix(".weight"))
-    everything = {stem for stems in by_scheme.values() for stem in stems}
+    # compressed-tensors itself would take a target `experts` for transformers' own module.
+    targets, ignored = engine_targets(by_scheme.values(), unquantized, fused_experts=False)
     largest = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]), default=None)
     groups = {
         f"group_{index}": {
             # Names come before Linear; SGLang looks up fused experts by Linear and nothing else.
-            "targets": targets_of(stems, everything - set(stems)) + ["Linear"] * (s == largest),
+            "targets": targets[index] + ["Linear"] * (s == largest),
             "weights": _weight_arguments(s),
             "input_activations": None,
             "output_activations": None,
-            "format": storage,
+            "format": _WRITTEN,
         }
-        for index, (s, stems) in enumerate(by_scheme.items())
+        for index, s in enumerate(by_scheme)
     }
     return {
         "quant_method": NAME,
-        "format": storage,
+        "format": _WRITTEN,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": targets_of(sorted(unquantized), everything),
+        "ignore": ignored,
         "kv_cache_scheme": None,
     }
 

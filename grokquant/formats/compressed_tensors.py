@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.formats import compressed_config, int_quantized
-from grokquant.formats.compressed_config import Storage, config_of, not_integers, schemes_of
+from grokquant.formats.compressed_config import Storage, config_of, schemes_of
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.reading import check_group_size, check_packed, packed_tensor
 from grokquant.formats.targets import first_match
@@ -33,8 +33,8 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
-    if reason := not_integers(scheme, (4, 8)):
-        return reason
+    if NAME not in scheme.row.formats or scheme.bits not in (4, 8):
+        return f"it holds integers of 4 or 8 bits, not {scheme}"
     per_word = 32 // scheme.bits
     if shape[1] % per_word:
         return f"{shape[1]} input features do not fill whole int32 words of {per_word} codes"
@@ -93,7 +93,7 @@ def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
     """One group of targets per scheme."""
-    return config_of("pack-quantized", units, unquantized)
+    return config_of(units, unquantized)
 
 
 def unpacked(source: Source) -> Source:
@@ -160,15 +160,4 @@ FORMAT = Format(
     unpack=unpack,
     unpacked=unpacked,
     quantization_config=quantization_config,
-)
-# The same config and reader; each code is an int8.
-INT_QUANTIZED = Format(
-    name=int_quantized.NAME,
-    scale_dtype="bfloat16",
-    refusal=int_quantized.refusal,
-    packed_layout=int_quantized.packed_layout,
-    pack_into=int_quantized.pack_into,
-    unpack=int_quantized.unpack,
-    unpacked=unpacked,
-    quantization_config=int_quantized.quantization_config,
 )

@@ -29,7 +29,7 @@ from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.patterns import pattern
 from grokquant.formats.reading import check_packed, packed_tensor, validated
-from grokquant.formats.targets import check_target, targets_of
+from grokquant.formats.targets import check_target, engine_targets
 from grokquant.grids import Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
@@ -101,16 +101,14 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     by_scheme: dict[Scheme, list[str]] = {}
     for unit in units:
         by_scheme.setdefault(unit.scheme, []).append(_stem(unit.tensor))
-    everything = {stem for stems in by_scheme.values() for stem in stems}
+    targets, kept = engine_targets(by_scheme.values(), unquantized, fused_experts=True)
     counts = Counter({scheme: len(stems) for scheme, stems in by_scheme.items()})
     common = counts.most_common(1)[0][0]
-    rules: dict[str, dict] = {}
-    for scheme, stems in by_scheme.items():
+    # The first rule that matches counts: a pattern of a grid may also match a module that is kept.
+    rules: dict[str, dict] = {"-:" + _pattern(target): {} for target in kept}
+    for scheme, patterns in zip(by_scheme, targets, strict=True):
         if scheme != common:
-            for target in targets_of(stems, everything - set(stems)):
-                rules["+:" + _pattern(target)] = _grid(scheme)
-    for target in targets_of(sorted(unquantized), everything):
-        rules["-:" + _pattern(target)] = {}
+            rules |= {"+:" + _pattern(target): _grid(scheme) for target in patterns}
     return {
         "quant_method": NAME,
         "checkpoint_format": NAME,

@@ -1,25 +1,18 @@
-"""compressed-tensors `int-quantized`: an int8 for every code, nothing to unpack.
+"""compressed-tensors `int-quantized`, which is only read: an int8 for every code.
 
 A matrix `X.weight` is int8 [out, in]; beside it lie `X.weight_scale` [out, groups] and, if
-asymmetric, `X.weight_zero_point` int8 [out, groups]. `compressed_tensors` reads it and lists it.
+asymmetric, `X.weight_zero_point` int8 [out, groups]. vLLM reads it only with quantized activations,
+which grokquant does not make.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from grokquant.formats.compressed_config import config_of, not_integers
 from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES, Scheme
-from grokquant.types import QTensor, Unit
-
-NAME = "int-quantized"
-
-
-def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
-    """Why this format cannot hold a matrix of `shape` under `scheme`, or None if it can."""
-    return not_integers(scheme, (8,))
+from grokquant.types import QTensor
 
 
 def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> PackedLayout:
@@ -34,21 +27,7 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Packed
     return layout
 
 
-def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
-    """Writes some rows of a matrix into its packed tensors."""
-    device = packed[tensor].device
-    packed[tensor][rows] = quantized.codes.to(device)
-    packed[f"{tensor}_scale"][rows] = quantized.scales.to(device)
-    if quantized.zero_points is not None:
-        packed[f"{tensor}_zero_point"][rows] = quantized.zero_points.to(device)
-
-
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-    """The inverse of `pack`, bit by bit."""
+    """The matrix that the packed tensors of that layout hold."""
     zero_points = packed.get(f"{tensor}_zero_point")
     return QTensor(packed[tensor], packed[f"{tensor}_scale"], scheme, zero_points)
-
-
-def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
-    """One group of targets per scheme; the quant_method is that of `compressed_tensors`."""
-    return config_of("int-quantized", units, unquantized)

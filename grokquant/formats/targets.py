@@ -16,6 +16,17 @@ Value = TypeVar("Value")
 # names for some modules above.
 _EXPERT_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _MODULES = {"block_sparse_moe": "mlp|moe_block", "self_attn": "attn"}
+# A module's last name -> those of the modules in which engines compute it with its neighbours.
+_FUSED = {
+    "q_proj": ("qkv_proj",),
+    "k_proj": ("qkv_proj",),
+    "v_proj": ("qkv_proj",),
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj",),
+    "q_a_proj": ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),  # vLLM, SGLang
+    "kv_a_proj_with_mqa": ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+}
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.")
 
 
 def targets_of(stems: list[str], others: set[str]) -> list[str]:
@@ -31,6 +42,27 @@ def targets_of(stems: list[str], others: set[str]) -> list[str]:
         clash = any(matches(other, general) for other in others)
         targets[f"re:^{_also(re.escape(stem))}$" if clash else general] = None
     return list(targets)
+
+
+def engine_targets(
+    groups: Iterable[list[str]], unquantized: Iterable[str], fused_experts: bool
+) -> tuple[list[list[str]], list[str]]:
+    """Targets of each group of modules and of the unquantized ones, for engines that fuse modules.
+
+    vLLM and SGLang look up `qkv_proj` first and q_proj, k_proj, v_proj later, if at all. So a fused
+    module is named wherever all of its parts are; the module `experts` only if `fused_experts`.
+    """
+    named = [*groups, sorted(unquantized)]
+    holders: dict[str, set[int]] = {}  # fused module -> the groups of its parts
+    for number, stems in enumerate(named):
+        for fused in (fused for stem in stems for fused in _fused(stem, fused_experts)):
+            holders.setdefault(fused, set()).add(number)
+    for number, stems in enumerate(named):
+        stems = [*stems, *(fused for fused, of in holders.items() if of == {number})]
+        named[number] = stems
+    quantized = {stem for stems in named[:-1] for stem in stems}
+    targets = [targets_of(stems, quantized - set(stems)) for stems in named]
+    return targets[:-1], targets[-1]
 
 
 def own_config(
@@ -68,6 +100,14 @@ def check_target(target: str) -> str:
     except ValueError as error:
         raise ValueError(f"not a regular expression that can be used: {error}") from None
     return target
+
+
+def _fused(stem: str, experts: bool) -> tuple[str, ...]:
+    """The modules of engines in which the module `stem` may be computed with others."""
+    if expert := _EXPERT.match(stem):
+        return (expert[1],) if experts else ()
+    parent, _, last = stem.rpartition(".")
+    return tuple(f"{parent}.{fused}" for fused in _FUSED.get(last, ()))
 
 
 def _general(stem: str) -> str:

@@ -71,6 +71,7 @@ def output_config(plan: Plan) -> dict:
     unquantized = [name.removesuffix(".weight") for name in [*kept, *routers]] + ["lm_head"]
     source = plan.checkpoint.source.config
     fields = {key: value for key, value in source.items() if key not in _NOT_COPIED}
+    fields |= plan.checkpoint.family.engine_fields(plan.checkpoint.config)
     fields["torch_dtype"] = stated_dtype(plan)
     # transformers would look for other files than gguf's, and for other names of biased experts.
     loaded_by_us = plan.format.needs_own_loader or plan.checkpoint.family.biased

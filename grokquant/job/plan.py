@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from math import prod
@@ -12,6 +12,7 @@ from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.containers import container_of
 from grokquant.containers.container import Group, OutputLayout, PlannedFile, PlannedTensor, Slot
 from grokquant.errors import InputError
+from grokquant.families.naming import with_own_head
 from grokquant.files.atomic import nearest_directory
 from grokquant.formats import FORMATS, Format
 from grokquant.humanize import size
@@ -139,6 +140,9 @@ def build_plan(recipe: Recipe) -> Plan:
     matrix. `check_disk` checks the free space.
     """
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
+    if recipe.output.lm_head:
+        source = with_own_head(checkpoint.source)
+        checkpoint = replace(checkpoint, source=source)
     output_format = FORMATS[recipe.output.format]
     units = planned_units(recipe, checkpoint, output_format)
     kept = tuple(matrix.name for matrix in checkpoint.matrices() if matrix.name not in units)

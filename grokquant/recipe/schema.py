@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -267,13 +268,25 @@ class OutputSection(Section):
     path: PathText
     """The new directory. One with other contents is rejected; so is a finished result of something
     else, unless the run is told to overwrite it."""
-    format: Literal[
-        "compressed-tensors", "int-quantized", "gptq", "bitsandbytes", "gguf", "bf16"
-    ] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16"] = (
+        "compressed-tensors"
+    )
     """The format of the checkpoint on disk."""
     shard: ByteSize = 500 * 10**6
     """Maximum file size, such as `500MB` or `2GiB`. A file holds one or more whole experts of
     one layer. A run commits its output file by file, so a killed run repeats at most one file."""
+    lm_head: bool = False
+    """Write a head that is tied to the embedding as a tensor of its own. SGLang asks for it."""
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _no_former_format(cls, value: object) -> object:
+        if value == "int-quantized":
+            raise ValueError(
+                "int-quantized is no longer written, because engines do not read it; "
+                "compressed-tensors holds the same integers"
+            )
+        return value
 
 
 class EvalSection(Section):
