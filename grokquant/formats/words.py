@@ -12,9 +12,13 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from grokquant.threads import in_pieces, slices
+
 # The blocks in which columns become rows: 32 KB of words each, which stay in the cache.
 _ROWS = 512
 _COLUMNS = 64
+# Of packed codes, for one thread at a time.
+_BYTES = 1 << 20
 # The highest bits of eight codes: flipping it adds 128 to an int8.
 _HIGH_BITS = np.uint64(0x8080808080808080)
 _u64 = np.uint64
@@ -53,7 +57,9 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     if bits == 4 and words.device.type == "cpu":
         codes = torch.empty(len(unsigned) * 2, dtype=torch.int8)
         pairs = codes.view(torch.int16).numpy().view(np.uint16)
-        _unpack_nibbles(unsigned.numpy(), pairs)
+        packed = unsigned.numpy()
+        pieces = slices(0, len(packed), _BYTES)
+        in_pieces(lambda piece: _unpack_nibbles(packed[piece], pairs[piece]), pieces)
         return codes.view(len(words), -1)
     return _unpack_with_torch(unsigned, bits).view(len(words), -1)
 
