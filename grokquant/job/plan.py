@@ -143,7 +143,7 @@ def build_plan(recipe: Recipe) -> Plan:
     units = planned_units(recipe, checkpoint, output_format)
     kept = tuple(matrix.name for matrix in checkpoint.matrices() if matrix.name not in units)
     if not units and not output_format.holds_dense:
-        raise InputError("recipe: quantize: every matrix is kept, so there is nothing to quantize")
+        raise InputError("recipe: quantize: no rule rounds a matrix, there is nothing to quantize")
     planned = {unit.tensor: unit for unit in units.values()}
     groups = _part_groups(checkpoint, planned, output_format)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
