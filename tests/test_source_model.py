@@ -26,6 +26,7 @@ from grokquant.job.convert import conversion_recipe
 from grokquant.job.source_model import fingerprint_of, recorded_models
 from grokquant.recipe import parse_recipe
 from grokquant.reporting.publish import publish
+from grokquant.reporting.rows import markdown_table
 
 COPY = {"match": "layers.*", "method": "copy"}
 REPORT = "quantization-report.json"
@@ -80,18 +81,17 @@ def test_grok_has_one_fingerprint_in_every_form(tiny_release, tmp_path, form):
     assert port == own and len(own.tensors) > 20
 
 
-@pytest.mark.parametrize("output_format", ["compressed-tensors", "int-quantized", "gptq", "gguf"])
+@pytest.mark.parametrize("output_format", ["compressed-tensors", "gptq", "gguf"])
 def test_the_same_integers_have_one_fingerprint_in_every_format(saved, tmp_path, output_format):  # noqa: F811
     """Scales in bfloat16 and float16, experts in stacks, rows of heads in another order."""
     first = quantized(
         saved("mixtral")[1],
         tmp_path / "first",
         {"match": "layers.*", "method": "rtn", "bits": 8, "group": 32},
-        format="int-quantized",
         shard="100KB",
     )
     second = quantized(first, tmp_path / "second", COPY, format=output_format)
-    dense = quantized(first, tmp_path / "bf16", COPY | {"method": "keep"}, format="bf16")
+    dense = quantized(first, tmp_path / "bf16", COPY | {"method": "unquantized"}, format="bf16")
     known = fingerprint_of(open_checkpoint(first))
     assert fingerprint_of(open_checkpoint(second)) == known
     assert fingerprint_of(open_checkpoint(dense)) == known
@@ -297,7 +297,10 @@ def test_the_report_begins_with_another_reference(result, other, tmp_path):
 def test_a_report_about_the_source_has_no_such_line(result, source, tmp_path):
     report = grokquant.evaluate(result, source, samples=1, quick=True, any_reference=True)
     assert report.reference_note is None and "reference_note" not in report.to_json()
-    publish(report, result, tmp_path / "published")
+    page = publish(report, result, tmp_path / "published")[1].read_text()
+    assert report.protocol.arithmetic == "float32 on the stored weights"
+    for text in (page, markdown_table(report), json.dumps(report.to_json())):
+        assert "dequantized" not in text and "integers" not in text
 
 
 def test_a_record_that_is_none_is_named(result, source, tmp_path):

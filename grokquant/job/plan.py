@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all weight files, to the byte."""
+        """Bytes of all weight files, to the byte: the size that every report gives."""
         return sum(file.layout.size for file in self.files)
 
     @property
@@ -62,7 +62,8 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.tensor_bytes / self.checkpoint.parameters
+        """Of the weight files, as `Checkpoint.bits_per_weight` of the finished output."""
+        return 8 * self.output_bytes / self.checkpoint.parameters
 
     @cached_property
     def needs(self) -> set[Needs]:
