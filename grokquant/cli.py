@@ -273,7 +273,7 @@ def evaluate(
     from grokquant.evaluation.suite import check_gates
     from grokquant.job.shards import check_writable
     from grokquant.reporting.publish import publish
-    from grokquant.reporting.rows import terminal_table, verdict
+    from grokquant.reporting.rows import notes, terminal_table, verdict
     from grokquant.reporting.suite_tables import suite_tables
     from grokquant.reporting.terminal import LayerProgress
 
@@ -296,8 +296,7 @@ def evaluate(
     if as_json:
         _print_json(report.to_json())
     else:
-        if report.reference_note:
-            _say(report.reference_note)
+        _say(*notes(report))
         _print_tables(terminal_table(report), *suite_tables(report))
         _say(verdict(report), f"report: {page}")
     check_gates(report)

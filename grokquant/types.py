@@ -108,7 +108,7 @@ class TensorRef:
     stores integers and scales. `stored_bytes` is the size of the tensor at the source. Where the
     source supports them, `load_rows` reads the rows from a first to before a second index,
     `load_into` reads into a uint8 buffer of at least `stored_bytes`, and `load_part` reads the part
-    selected by a tuple of slices.
+    selected by a slice, with both ends, for each axis.
     """
 
     name: str

@@ -111,7 +111,7 @@ def content(layers: int = 4, experts: int = 8) -> dict:
             "text": "python-docs (held-out)",
             "text_sha256": "9f86d081884c7d659a2feaa0c55ad015",
             "windows": 128,
-            "length": 256,
+            "length": 256, "asked_length": None,
             "tokens_scored": 32640,
             "scored": "every token but the first of each window",
             "bos": False,

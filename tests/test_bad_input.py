@@ -490,7 +490,7 @@ def test_copy_from_a_source_without_integers(hf):
     message = hf.quantizing_fails()
     assert message == (
         "layers.0.attention.q: method copy needs a quantized source, but it has bfloat16; "
-        "use keep or rtn"
+        "use unquantized or rtn"
     )
 
 

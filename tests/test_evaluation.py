@@ -25,11 +25,13 @@ from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.run import run_suite
 from grokquant.evaluation.suite import suite_of
 from grokquant.families.grok_model import GrokDecoderLayer, GrokRouter
+from grokquant.humanize import unbroken_size
 from grokquant.job.verify import verify
 from grokquant.recipe import EvalSection
 from grokquant.recipe.of_output import settings_of
+from grokquant.reporting.html.page import render_html
 from grokquant.reporting.publish import publish
-from grokquant.reporting.rows import markdown_table
+from grokquant.reporting.rows import markdown_table, notes, verdict
 from grokquant.streaming.blocks import BlockwiseModel
 from grokquant.text import python_docs
 from grokquant.text.documents import load_documents, token_rows
@@ -408,6 +410,16 @@ def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, te
 def test_windows_are_no_longer_than_the_model_has_positions(outputs, tiny_release):
     report = grokquant.evaluate(outputs["int4"], tiny_release, samples=1, length=100_000)
     assert (report.protocol.windows, report.protocol.length) == (1, 512)
+    assert report.protocol.asked_length == 100_000
+    (line,) = notes(report)
+    assert line.endswith(
+        "have 512 tokens and not the 100,000 asked for: the model has no more positions."
+    )
+    assert line in markdown_table(report) and line in render_html(report)
+
+
+def test_windows_of_the_length_asked_for_need_no_words(report):
+    assert report.protocol.asked_length is None and notes(report) == []
 
 
 def test_other_texts_can_be_given(outputs, tiny_release, text_file, tmp_path):
@@ -469,6 +481,28 @@ def test_a_broken_quantization_report_is_named_at_once(output, tiny_release, set
 
 
 # What is written
+
+
+def test_a_size_is_the_same_everywhere(report, output):
+    """That of the weight files on disk, and bits per weight follow from it."""
+    files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    plan = grokquant.plan(output / "recipe.yaml")
+    written = json.loads((output / "quantization-report.json").read_text())
+    checkpoint = open_checkpoint(output)
+    sizes = (plan.output_bytes, written["output_bytes"], checkpoint.file_bytes)
+    assert {*sizes, report.quantized.bytes} == {files}
+    bits = (plan.bits_per_weight, written["bits_per_weight"], checkpoint.bits_per_weight)
+    assert {*bits, report.quantized.bits_per_weight} == {8 * files / checkpoint.parameters}
+    shown = unbroken_size(files)
+    for text in (verdict(report), markdown_table(report), render_html(report)):
+        assert shown in text
+
+
+def test_dequantized_is_said_of_a_reference_that_is_stored_quantized(report):
+    """Mixtral in bf16 beside it, see `test_source_model.py`."""
+    assert report.protocol.arithmetic == "float32 on the stored weights, dequantized"
+    assert "dequantized; float32" in markdown_table(report)
+    assert "it was dequantized for the comparison" in render_html(report)
 
 
 def test_grids_come_with_their_methods(report, outputs, tiny_release):

@@ -65,8 +65,16 @@ MISTAKES = [
     ("bits: 4", "bits: true", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not true"),
     ("bits: 4", "bits: [4]", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not a list"),
     ("bits: 4", "bits: 4\n    group: 96", f"7:12: quantize[0].group: {GROUPS}, not 96"),
-    ("method: gptq", "method: gtpq", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
-    ("method: gptq", "method: no", "5:13: quantize[0].method: Input should be 'keep', 'copy', "),
+    (
+        "method: gptq",
+        "method: gtpq",
+        "5:13: quantize[0].method: Input should be 'unquantized', ",
+    ),
+    (
+        "method: gptq",
+        "method: no",
+        "5:13: quantize[0].method: Input should be 'unquantized', ",
+    ),
     ("bits: 4", "{bits: 4}", "7:3: could not find expected ':'"),
     (
         "bits: 4",
@@ -118,7 +126,7 @@ MISTAKES = [
     (
         "method: copy",
         "method: keep\n    bits: 8",
-        "9:11: quantize[1].bits: not allowed with method keep, only with rtn,",
+        "9:11: quantize[1].bits: not allowed with method unquantized, only with rtn,",
     ),
     (
         "method: copy",
@@ -407,7 +415,7 @@ def test_first_matching_rule_counts() -> None:
         for name in ("layers.0.experts.3.up", "layers.0.experts.4.up", "layers.0.attention.q")
         for index in [recipe.rule_index(name)]
     }
-    assert list(methods.values()) == ["keep", "rtn", None]
+    assert list(methods.values()) == ["unquantized", "rtn", None]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -431,3 +439,12 @@ def test_five_recipes_are_shipped() -> None:
         "toy-int4",
         "toy-int8",
     ]
+
+
+def test_keep_is_the_former_name_of_unquantized():
+    """Its bytes are the same, and a recipe that is written down has the present name."""
+    values = {"match": "*", "method": "keep"}
+    rule = Rule(**values)
+    assert rule.method == "unquantized" and rule == Rule(match="*", method="unquantized")
+    assert rule.model_dump() == {"match": "*", "method": "unquantized"}
+    assert values["method"] == "keep"

@@ -26,6 +26,7 @@ from grokquant.job.convert import conversion_recipe
 from grokquant.job.source_model import fingerprint_of, recorded_models
 from grokquant.recipe import parse_recipe
 from grokquant.reporting.publish import publish
+from grokquant.reporting.rows import markdown_table
 
 COPY = {"match": "layers.*", "method": "copy"}
 REPORT = "quantization-report.json"
@@ -87,11 +88,10 @@ def test_the_same_integers_have_one_fingerprint_in_every_format(saved, tmp_path,
         saved("mixtral")[1],
         tmp_path / "first",
         {"match": "layers.*", "method": "rtn", "bits": 8, "group": 32},
-        format="compressed-tensors",
         shard="100KB",
     )
     second = quantized(first, tmp_path / "second", COPY, format=output_format)
-    dense = quantized(first, tmp_path / "bf16", COPY | {"method": "keep"}, format="bf16")
+    dense = quantized(first, tmp_path / "bf16", COPY | {"method": "unquantized"}, format="bf16")
     known = fingerprint_of(open_checkpoint(first))
     assert fingerprint_of(open_checkpoint(second)) == known
     assert fingerprint_of(open_checkpoint(dense)) == known
@@ -141,6 +141,21 @@ def test_a_part_of_a_release_is_what_the_whole_has_there(tiny_release):
     index = (slice(3, 20), slice(5, 70))
     for _, ref in open_checkpoint(tiny_release).units():
         assert torch.equal(ref.load_part(index), ref.read()[index])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_no_expert_of_a_fused_file_is_read_whole(saved, tmp_path, family):  # noqa: F811
+    """One of them is stored transposed, with the rows of gate and up in turns."""
+    model, path = saved(family)
+    path = shutil.copytree(path, tmp_path / "fused")
+    fused = {name: value.contiguous() for name, value in model.state_dict().items()}
+    save_file(fused, path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(path)
+    index = (slice(3, 20), slice(5, 30))
+    for name, ref in checkpoint.source.tensors.items():
+        if ".experts." in name:
+            part = index[: len(ref.shape)]
+            assert torch.equal(ref.load_part(part), ref.read()[part]), name
 
 
 def test_a_zero_is_a_zero(saved, tmp_path):  # noqa: F811
@@ -297,7 +312,10 @@ def test_the_report_begins_with_another_reference(result, other, tmp_path):
 def test_a_report_about_the_source_has_no_such_line(result, source, tmp_path):
     report = grokquant.evaluate(result, source, samples=1, quick=True, any_reference=True)
     assert report.reference_note is None and "reference_note" not in report.to_json()
-    publish(report, result, tmp_path / "published")
+    page = publish(report, result, tmp_path / "published")[1].read_text()
+    assert report.protocol.arithmetic == "float32 on the stored weights"
+    for text in (page, markdown_table(report), json.dumps(report.to_json())):
+        assert "dequantized" not in text and "integers" not in text
 
 
 def test_a_record_that_is_none_is_named(result, source, tmp_path):

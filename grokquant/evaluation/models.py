@@ -54,7 +54,7 @@ def described(checkpoint: Checkpoint, path: str | Path, rows: tuple[UnitRow, ...
         layers=checkpoint.config.num_hidden_layers,
         experts=max(checkpoint.num_experts, 1),
         parameters=checkpoint.parameters,
-        bytes=checkpoint.stored_bytes,
+        bytes=checkpoint.file_bytes,
         bits_per_weight=checkpoint.bits_per_weight,
         schemes=grids,
     )

@@ -78,7 +78,7 @@ class ComparedModel(_Part):
     parameters: Count
     """Number of weights in all tensors."""
     bytes: Count
-    """Size of all tensors as stored, scales included."""
+    """Size of the weight files."""
     bits_per_weight: NotNegative
     """8 * bytes / parameters."""
     schemes: dict[str, Count] = {}
@@ -96,6 +96,8 @@ class Protocol(_Part):
     """Number of windows, each run on its own."""
     length: Count
     """Tokens per window."""
+    asked_length: Count | None = None
+    """Tokens per window that were asked for, where the model has fewer positions; else None."""
     tokens_scored: Count
     """Number of tokens behind every figure."""
     scored: str

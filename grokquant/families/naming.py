@@ -81,7 +81,8 @@ def _split(
             first = number if step > 1 else number * rows  # this part's first row
             load = _Part(ref, expert, axis, first, rows, step)
             size = prod(shape) * ref.dtype.itemsize
-            yield TensorRef(names[part], shape, ref.dtype, size, load)
+            load_part = load.some if ref.load_part else None
+            yield TensorRef(names[part], shape, ref.dtype, size, load, load_part=load_part)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,16 @@ class _Part:
         part = self.ref.load_part(index) if self.ref.load_part else self.ref.read()[index]
         part = part.squeeze(0).movedim(self.axis - 1, 0)
         return (part[self.first :: self.step] if whole else part).contiguous()
+
+    def some(self, index: tuple[slice, ...]) -> Tensor:
+        """Some rows and columns of the part, from the first to the last of which is read."""
+        assert self.ref.load_part
+        rows, *columns = index
+        last = self.first + (rows.stop - 1) * self.step
+        wanted = [slice(self.first + rows.start * self.step, last + 1), *columns]
+        ordered = wanted[::-1] if self.axis == 2 else wanted
+        some = self.ref.load_part((slice(self.expert, self.expert + 1), *ordered))
+        return some.squeeze(0).movedim(self.axis - 1, 0)[:: self.step].contiguous()
 
 
 def with_own_head(source: Source) -> Source:

@@ -13,7 +13,7 @@ NAME = "bf16"
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
     """The same reason for every scheme."""
-    return "it holds no quantized matrices, every rule must be method: keep"
+    return "it holds no quantized matrices, every rule must be method: unquantized"
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:

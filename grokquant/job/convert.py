@@ -20,10 +20,10 @@ def conversion_recipe(result: str | Path, output_format: str, output: str | Path
     kept = [name for name, ref in units.items() if ref.scheme is None]
     if len(kept) == len(units):
         raise InputError(f"{result}: has no quantized matrices to convert")
-    rules = [{"match": name, "method": "keep"} for name in kept]
+    rules = [{"match": name, "method": "unquantized"} for name in kept]
     known = FORMATS.get(output_format)  # parsing the recipe rejects others
     dense = known is not None and not known.holds_quantized
-    rules.append({"match": "*", "method": "keep" if dense else "copy"})
+    rules.append({"match": "*", "method": "unquantized" if dense else "copy"})
     return parse_recipe(
         {
             "model": {"path": str(result)},

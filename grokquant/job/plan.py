@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of all weight files, to the byte."""
+        """Bytes of all weight files, to the byte: the size that every report gives."""
         return sum(file.layout.size for file in self.files)
 
     @property
@@ -63,7 +63,8 @@ class Plan:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * self.tensor_bytes / self.checkpoint.parameters
+        """Of the weight files, as `Checkpoint.bits_per_weight` of the finished output."""
+        return 8 * self.output_bytes / self.checkpoint.parameters
 
     @cached_property
     def needs(self) -> set[Needs]:
@@ -147,7 +148,7 @@ def build_plan(recipe: Recipe) -> Plan:
     units = planned_units(recipe, checkpoint, output_format)
     kept = tuple(matrix.name for matrix in checkpoint.matrices() if matrix.name not in units)
     if not units and not output_format.holds_dense:
-        raise InputError("recipe: quantize: every matrix is kept, so there is nothing to quantize")
+        raise InputError("recipe: quantize: no rule rounds a matrix, there is nothing to quantize")
     planned = {unit.tensor: unit for unit in units.values()}
     groups = _part_groups(checkpoint, planned, output_format)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}

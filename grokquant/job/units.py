@@ -91,7 +91,7 @@ def _copied(name: str, ref: TensorRef, rule: Rule, output_format: Format) -> Sch
     if ref.scheme is None:
         raise InputError(
             f"{name}: method copy needs a quantized source, but it has {ref.stored_as}; "
-            "use keep or rtn"
+            "use unquantized or rtn"
         )
     if not ref.scheme.is_integer:
         return ref.scheme

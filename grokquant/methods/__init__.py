@@ -2,8 +2,8 @@
 
 from grokquant.methods.copy import COPY
 from grokquant.methods.gptq import GPTQ
-from grokquant.methods.keep import KEEP
 from grokquant.methods.method import Method
 from grokquant.methods.rtn import RTN
+from grokquant.methods.unquantized import UNQUANTIZED
 
-METHODS: dict[str, Method] = {method.name: method for method in (KEEP, COPY, RTN, GPTQ)}
+METHODS: dict[str, Method] = {method.name: method for method in (UNQUANTIZED, COPY, RTN, GPTQ)}

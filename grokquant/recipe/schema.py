@@ -41,6 +41,8 @@ _METHOD_KEYS: dict[str, dict[str, Any]] = {
 }
 # Former names of keys, which are still accepted, and their present names.
 FORMER_KEYS = {"data": "text"}
+# The same of methods: what was kept, integers of the source, became floats.
+FORMER_METHODS = {"keep": "unquantized"}
 
 # Groups that a recipe may choose; grids with other groups have just the one.
 _CHOSEN_GROUPS = {
@@ -181,9 +183,11 @@ class _Rule(Section):
     def _fill_in(cls, values: Any) -> Any:
         """Rejects keys that the method does not take and fills in defaults. null means unset."""
         method = values.get("method") if isinstance(values, dict) else None
-        if not isinstance(method, str) or method not in _METHOD_KEYS:
+        method = FORMER_METHODS.get(method, method) if isinstance(method, str) else None
+        if method not in _METHOD_KEYS:
             return values
         given = {key: value for key, value in values.items() if value is not None}
+        given["method"] = method
         for key in given:
             if key in cls.model_fields and key not in {"match", "method", *_METHOD_KEYS[method]}:
                 takers = ", ".join(name for name, keys in _METHOD_KEYS.items() if key in keys)

@@ -22,7 +22,7 @@ def describe(path: str | Path) -> dict:
         "experts": checkpoint.num_experts,
         "experts_per_token": getattr(config, "num_experts_per_tok", None),
         "parameters": checkpoint.parameters,
-        "bytes": checkpoint.stored_bytes,
+        "bytes": checkpoint.file_bytes,
         "bits_per_weight": checkpoint.bits_per_weight,
         "matrices": dict(grids),
         "tokenizer": [file.name for file in source.tokenizer_files],

@@ -28,8 +28,8 @@ QUANTILES = (
 # llama.cpp prints no quartiles of the KLD.
 KLD_QUANTILES = tuple(name for name in QUANTILES if name not in ("75.0%", "25.0%"))
 
-# A model of fewer bits per weight is stored quantized; bf16 has 16, float32 tensors only add to it.
-_QUANTIZED_BITS = 15
+# What `schemes` of a report calls matrices that are stored as floats.
+_FLOATS = {"bfloat16", "float16", "float32", "float64"}
 _UNITS = {
     "document": ("document", "documents"),
     "window": ("window", "windows"),
@@ -228,6 +228,19 @@ def _router_rows(report: Report) -> Iterator[Row]:
     ).row(report)  # fmt: skip
 
 
+def notes(report: Report) -> list[str]:
+    """What a reader must know before any figure: it comes first, wherever the report is shown."""
+    first = [report.reference_note] if report.reference_note else []
+    protocols = (text.protocol for text in (report, *report.further_texts))
+    cut = (
+        f"Windows of {protocol.text} have {protocol.length:,} tokens and not the "
+        f"{protocol.asked_length:,} asked for: the model has no more positions."
+        for protocol in protocols
+        if protocol.asked_length
+    )
+    return [*first, *dict.fromkeys(cut)]
+
+
 def terminal_table(report: Report) -> Table:
     """The metrics for a rich console."""
     title = f"{name_of(report.quantized)} against {name_of(report.reference)}"
@@ -259,9 +272,8 @@ def markdown_table(report: Report) -> str:
         (row.name, row.shown, row.shown_error, row.shown_interval, row.shown_noise, row.better)
         for row in rows(report)
     ]
-    note = [markdown_text(report.reference_note), ""] if report.reference_note else []
     lines = [
-        *note,
+        *(line for note in notes(report) for line in (markdown_text(note), "")),
         "| Metric | Value | ± | 95 % interval | Noise floor | Better |",
         "|:--|--:|--:|--:|--:|:--|",
         *map(markdown_row, metrics),
@@ -339,7 +351,7 @@ def bf16_bytes(checkpoint: ComparedModel) -> int:
 
 
 def stored_quantized(checkpoint: ComparedModel) -> bool:
-    return checkpoint.bits_per_weight < _QUANTIZED_BITS
+    return not _FLOATS.issuperset(checkpoint.schemes)
 
 
 def markdown_row(cells: Iterable[str]) -> str:

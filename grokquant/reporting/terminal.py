@@ -46,7 +46,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
         "notice": plan.checkpoint.family.notice,
         "notes": list(plan.checkpoint.source.notes),
         "parameters": plan.checkpoint.parameters,
-        "source_bytes": plan.checkpoint.stored_bytes,
+        "source_bytes": plan.checkpoint.file_bytes,
         "output_bytes": plan.output_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "files": {file.name: file.layout.size for file in plan.files},
@@ -103,7 +103,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
     console.print(_plan_table(plan))
     console.print(
-        f"{plan.checkpoint.parameters:,} weights, {size(plan.checkpoint.stored_bytes)} -> "
+        f"{plan.checkpoint.parameters:,} weights, {size(plan.checkpoint.file_bytes)} -> "
         f"{size(plan.output_bytes)} in {len(plan.files)} file(s), "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
@@ -255,7 +255,7 @@ class RunProgress(_LayerBar):
             ]
         seconds = time.monotonic() - self.start
         lines = [
-            f"{output}: {size(plan.checkpoint.stored_bytes)} -> {size(plan.output_bytes)}, "
+            f"{output}: {size(plan.checkpoint.file_bytes)} -> {size(plan.output_bytes)}, "
             f"{plan.bits_per_weight:.3f} bits per weight, {duration(seconds)}",
             f"report: {output / REPORT_NAME}",
         ]

@@ -43,6 +43,7 @@ from grokquant.reporting.rows import (
     bf16_bytes,
     name_of,
     noise_rows,
+    notes,
     rows,
     verdict,
 )
@@ -102,9 +103,9 @@ def write_page(
 
 
 def _header(report: Report) -> str:
-    note = report.reference_note
+    first = "".join(f"<p><b>{html_text(note)}</b></p>" for note in notes(report))
     return (
-        f"<header>{f'<p><b>{html_text(note)}</b></p>' if note else ''}"
+        f"<header>{first}"
         '<p class="eyebrow">Cost of quantization</p>'
         f"<h1>{html_text(name_of(report.quantized))}</h1>"
         f'<p class="against">{_kind(report.quantized)}, compared with '

@@ -198,7 +198,7 @@ def sizes(report: Report) -> str:
         Bar(name_of(reference), Mark(theirs.value, theirs), unbroken_size(reference.bytes)),
         Bar("the same weights in bf16", Mark(bf16), unbroken_size(bf16)),
     ]
-    return horizontal_bars("Size of all tensors", bars)
+    return horizontal_bars("Size of all weight files", bars)
 
 
 def fewest_tokens(report: Report) -> str:

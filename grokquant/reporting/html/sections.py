@@ -143,14 +143,14 @@ def weights_section(report: Report) -> str:
     return section(
         "What was quantized",
         f"{name_of(model)} at {model.bits_per_weight:.2f} bits per weight, "
-        f"{name_of(reference)} at {reference.bits_per_weight:.2f}, counting all tensors.",
+        f"{name_of(reference)} at {reference.bits_per_weight:.2f}, counting all of their files.",
         grid(charts) + _fallbacks(report) + (folded if worst else ""),
     )
 
 
 def _size_words(report: Report) -> str:
     bf16 = unbroken_size(bf16_bytes(report.quantized))
-    words = f"All tensors, against the same weights in bf16 ({bf16})."
+    words = f"All weight files, against the same weights in bf16 ({bf16})."
     if stored_quantized(report.reference):
         words += " The reference is stored quantized, too; it was dequantized for the comparison."
     return words
