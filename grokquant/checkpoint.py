@@ -16,7 +16,7 @@ from grokquant.families import family_of
 from grokquant.families.family import Family
 from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.sources import open_source
-from grokquant.toy import TOY_PATH
+from grokquant.toy import TOY, TOY_PATH
 from grokquant.types import Matrix, Source, TensorRef
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -79,9 +79,12 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     Reads headers only. `config` replaces the checkpoint's own config.json. Raises InputError if
     something is missing or has the wrong shape.
     """
-    directory = TOY_PATH if str(path) == "toy" else Path(path)
+    is_toy = str(path) == TOY
+    directory = TOY_PATH if is_toy else Path(path)
     config_path = Path(config) if config else None
     source = containers.opened(open_source(directory, config_path))
+    if is_toy:
+        source = replace(source, origin=replace(source.origin, name=TOY))
     family = family_of(source)
     source = renamed(formats.unpacked(source), family)
     config_path = config_path or directory / "config.json"

@@ -50,8 +50,9 @@ class _Commands(click.Group):
         ctx.exit(code)
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
-        """The option, such as `--samples`, that sets parameter `key` of the invoked command."""
-        return next((o.opts[0] for o in self._options(ctx) if o.name == key), None)
+        """The option, such as `--samples`, that sets parameter or recipe key `key`."""
+        name = key and key.replace(".", "_")
+        return next((o.opts[0] for o in self._options(ctx) if o.name == name), None)
 
     def _with_options(self, ctx: click.Context, text: str) -> str:
         """`text` as the invoked command says it: `--overwrite` for `overwrite=True`."""
@@ -180,9 +181,22 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 )
 @click.option("--output", metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
 @_overwrite
+@click.option(
+    "--tokenizer",
+    "output_tokenizer",
+    type=click.Choice(("source", "none")),
+    default="source",
+    show_default=True,
+    help="Tokenizer in GGUF files: that of RESULT, or none.",
+)
 @_json
 def convert(
-    result: str, output_format: str, output: str | None, overwrite: bool, as_json: bool
+    result: str,
+    output_format: str,
+    output: str | None,
+    overwrite: bool,
+    output_tokenizer: str,
+    as_json: bool,
 ) -> None:
     """Repack RESULT into another format.
 
@@ -196,7 +210,7 @@ def convert(
     from grokquant.reporting.terminal import RunProgress
 
     place = output or f"{Path(result).resolve()}-{output_format}"
-    recipe = conversion_recipe(result, output_format, place)
+    recipe = conversion_recipe(result, output_format, place, output_tokenizer)
     with RunProgress() as progress:
         written = pipeline.quantize(recipe, progress, overwrite=overwrite)
     if as_json:

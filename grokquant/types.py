@@ -105,10 +105,11 @@ class TensorRef:
 
     `shape` and `dtype` are those that `read()` returns: an expert of a stacked, transposed or
     packed source tensor appears as one [out, in] matrix. `scheme` is set if the source itself
-    stores integers and scales. `stored_bytes` is the size of the tensor at the source. Where the
-    source supports them, `load_rows` reads the rows from a first to before a second index,
-    `load_into` reads into a uint8 buffer of at least `stored_bytes`, and `load_part` reads the part
-    selected by a slice, with both ends, for each axis.
+    stores integers and scales, `grid_name` if its format has a name of its own for that grid.
+    `stored_bytes` is the size of the tensor at the source. Where the source supports them,
+    `load_rows` reads the rows from a first to before a second index, `load_into` reads into a uint8
+    buffer of at least `stored_bytes`, and `load_part` reads the part selected by a slice, with both
+    ends, for each axis.
     """
 
     name: str
@@ -122,11 +123,12 @@ class TensorRef:
     load_part: Callable[[tuple[slice, ...]], Tensor] | None = field(
         default=None, repr=False, compare=False
     )
+    grid_name: str | None = None
 
     @property
     def stored_as(self) -> str:
-        """The grid or dtype at the source, as people read it: int8 g32 sym, bfloat16."""
-        return str(self.scheme or self.dtype).removeprefix("torch.")
+        """The grid or dtype at the source, as people read it: int8 g32 sym, Q4_K, bfloat16."""
+        return self.grid_name or str(self.scheme or self.dtype).removeprefix("torch.")
 
     def read(self) -> Tensor:
         """The dense tensor; integers are dequantized in their scales' dtype."""
@@ -155,6 +157,22 @@ class TensorRef:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """What is known of a model beside its weights, for the model card of an output.
+
+    `base_model` is its repository on the Hugging Face hub, or that of the model from which it was
+    quantized. `licence` is an identifier of the hub; `other` has a name and a link.
+    """
+
+    name: str = "model"
+    base_model: str | None = None
+    licence: str | None = None
+    licence_name: str | None = None
+    licence_link: str | None = None
+    languages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Source:
     """An opened checkpoint: what is in it and how to read each tensor, nothing loaded yet.
 
@@ -168,11 +186,15 @@ class Source:
     tensors: dict[str, TensorRef]
     tokenizer_files: tuple[Path, ...] = ()
     weight_files: tuple[Path, ...] = ()
-    licence: str | None = None
+    origin: Origin = field(default_factory=Origin)
     # Files that an output takes over as they are, by their names relative to `path`.
     beside: Mapping[str, Path] = field(default_factory=dict)
     # Lines for people: weights in `path` that are not read.
     notes: tuple[str, ...] = ()
+
+    @property
+    def licence(self) -> str | None:
+        return self.origin.licence
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def tiny_recipe(tiny_release, text_file, tmp_path):
             "calibration": {"text": str(text_file), "samples": 16, "length": 64},
             "quantize": list(rules) or [EXPERTS, ATTENTION],
             "output": {"path": str(tmp_path / "out")},
-            "eval": {"text": str(text_file), "samples": 4, "length": 64},
+            "eval": {"text": relpath(text_file), "samples": 4, "length": 64},
         }
         return parse_recipe(values | sections)
 

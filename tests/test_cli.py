@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from importlib import import_module
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def recipe(place, tiny_release, text_file) -> Path:
         "calibration": {"text": str(text_file), "samples": 16, "length": 64},
         "quantize": [EXPERTS, ATTENTION],
         "output": {"path": str(place / "out")},
-        "eval": {"text": str(text_file), "samples": 4, "length": 64},
+        "eval": {"text": relpath(text_file), "samples": 4, "length": 64},
     }
     path.write_text(json.dumps(values))  # YAML holds JSON
     return path

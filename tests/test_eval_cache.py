@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ BUDGET = 50_000_000
 
 @pytest.fixture(scope="module")
 def settings(text_file) -> EvalSection:
-    return EvalSection(text=str(text_file), samples=3, length=40)
+    return EvalSection(text=relpath(text_file), samples=3, length=40)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from os.path import relpath
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ WINDOWS, LENGTH = 11, 200
 
 @pytest.fixture(scope="module")
 def settings(text_file) -> EvalSection:
-    return EvalSection(text=str(text_file), samples=WINDOWS, length=LENGTH)
+    return EvalSection(text=relpath(text_file), samples=WINDOWS, length=LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +403,7 @@ def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, te
     report = grokquant.evaluate(outputs["int4"], tiny_release, samples=3, length=40)
     assert (report.protocol.windows, report.protocol.length) == (3, 40)
     assert report.protocol.tokens_scored == 3 * 39
-    assert report.protocol.text == str(text_file)
+    assert report.protocol.text == relpath(text_file)
     for layer in report.layers:
         assert sum(layer.tokens_per_expert) == 3 * 40 * 2
 
@@ -429,7 +430,7 @@ def test_other_texts_can_be_given(outputs, tiny_release, text_file, tmp_path):
     same, other = evaluate(text=str(text_file)), evaluate(text=str(lines))
     assert evaluate(data=str(lines)) == other  # its former name
     assert other.kld == same.kld
-    assert other.protocol.text == str(lines)
+    assert other.protocol.text == lines.name
     assert other.protocol.text_sha256 == same.protocol.text_sha256
 
 

@@ -1,6 +1,7 @@
 """Every family: what transformers saves is read, run, quantized, evaluated and loaded."""
 
 import shutil
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_quantize_evaluate_load_and_generate(saved, family, text_file, tmp_path)
             "quantize": [{"match": "layers.*", "method": method, "bits": 8, "group": 32}],
             "max_fallbacks": 1,
             "output": {"path": str(tmp_path / "out")},
-            "eval": {"text": str(text_file), "samples": 2, "length": 64},
+            "eval": {"text": relpath(text_file), "samples": 2, "length": 64},
         }
     )
     output = pipeline.quantize(recipe)

@@ -67,10 +67,11 @@ def output_of(tmp_path_factory) -> Callable[..., Path]:
             made[family,] = source(family)
         if (family, rules, form) not in made:
             path = tmp_path_factory.mktemp("made") / f"{family}-{rules}-{form}"
+            output = {"path": str(path), "format": form}
             recipe = {
                 "model": {"path": str(made[family,])},
                 "quantize": RULES[rules],
-                "output": {"path": str(path), "format": form},
+                "output": output | ({"tokenizer": "none"} if form == "gguf" else {}),
             }
             made[family, rules, form] = pipeline.quantize(parse_recipe(recipe))
         return made[family, rules, form]

@@ -224,8 +224,9 @@ def dense(tiny_recipe, request) -> Path:
 def test_a_dense_file_holds_every_weight_of_the_source(dense, tiny_release):
     files = sorted(dense.glob("*.gguf"))
     count = len(files)
-    names = [f"model-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
-    names = names if count > 1 else ["model.gguf"]
+    stem = f"{tiny_release.name}-4x559K-BF16"
+    names = [f"{stem}-{n:05d}-of-{count:05d}.gguf" for n in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}.gguf"]
     assert [file.name for file in files] == names
     source, found = open_checkpoint(tiny_release).source, open_checkpoint(dense).source
     assert source.tensors.keys() == found.tensors.keys()

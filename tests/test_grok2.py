@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from os.path import relpath
 from pathlib import Path
 
 import grok_forms
@@ -177,7 +178,7 @@ def test_quantize_evaluate_load_and_generate(tiny, text_file, tmp_path, method, 
         "quantize": [rule],
         "max_fallbacks": 1,
         "output": {"path": str(tmp_path / "out")},
-        "eval": {"text": str(text_file), "samples": 2, "length": 64},
+        "eval": {"text": relpath(text_file), "samples": 2, "length": 64},
     }
     output = pipeline.quantize(parse_recipe(recipe))
     units = dict(open_checkpoint(output).units())

@@ -20,8 +20,8 @@ from grokquant.files.regular import open_regular
 from grokquant.job.verify import verify
 from grokquant.recipe import load_recipe
 from grokquant.sources import open_source
+from grokquant.sources.origin import front_matter
 from grokquant.sources.pickles import read_headers
-from grokquant.sources.safetensors_directory import licence_of
 from grokquant.text.documents import load_documents
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -205,7 +205,7 @@ def test_an_unfinished_download_is_named(directory):
 def test_a_model_card_of_any_size_is_looked_at_briefly(directory):
     card = directory / "README.md"
     card.write_text("---\n" + "a: b\n" * 200_000 + "license: mit\n---\n")
-    assert licence_of(card) is None
+    assert front_matter(card) == {}
     card.write_text("---\nlicense: mit\n---\n")
     os.truncate(card, 5 << 30)
-    assert licence_of(card) == "mit"
+    assert front_matter(card) == {"license": "mit"}

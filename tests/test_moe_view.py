@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def output(tmp_path_factory, tiny_release, text_file) -> Path:
             "model": {"path": str(tiny_release)},
             "quantize": [rule],
             "output": {"path": str(tmp_path_factory.mktemp("out") / "int4")},
-            "eval": {"text": str(text_file), **SETTINGS},
+            "eval": {"text": relpath(text_file), **SETTINGS},
         }
     )
 

@@ -11,6 +11,7 @@ from make_release import write_hollow_grok_1
 from grokquant.errors import InputError
 from grokquant.job.plan import build_plan, check_disk
 from grokquant.recipe import load_recipe
+from grokquant.toy import TOY_PATH
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 EXPERT_WEIGHTS, ATTENTION_WEIGHTS = 309_237_645_312, 5_637_144_576
@@ -23,6 +24,7 @@ MATRICES = 64 * (4 + 8 * 3)
 def grok_1(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("grok-1")
     write_hollow_grok_1(directory)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "tokenizer.model")
     return directory
 
 

@@ -6,6 +6,7 @@ What is written here is packed weight by weight, as the formats' own description
 import json
 import shutil
 from collections.abc import Callable
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def check_whole_way(path: Path, text_file: Path, output: Path) -> None:
         "model": {"path": str(path)},
         "quantize": [rule],
         "output": {"path": str(output)},
-        "eval": {"text": str(text_file), "samples": 1, "length": 32},
+        "eval": {"text": relpath(text_file), "samples": 1, "length": 32},
     }
     pipeline.quantize(parse_recipe(recipe))
     assert 0 < grokquant.evaluate(output, path).kld.mean.value < 0.02

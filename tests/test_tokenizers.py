@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from shipped_tokenizers import (
     TEMPLATE,
     WAYS,
     added_to_sentencepiece,
+    byte_level,
     docstrings,
     json_with_config,
     json_with_map,
@@ -171,7 +173,7 @@ def test_a_tokenizer_s_own_code_is_never_run(source):
     assert not (source / "ran").exists()
 
 
-@pytest.mark.parametrize("way", [w for w in WAYS if w not in ("json_alone", "template_list")])
+@pytest.mark.parametrize("way", WAYS)
 def test_gguf_has_the_same_tokens(way, source, tmp_path):
     WAYS[way](source)
     tokenizer = load_tokenizer(open_checkpoint(source))
@@ -182,3 +184,137 @@ def test_gguf_has_the_same_tokens(way, source, tmp_path):
     kinds = found["tokenizer.ggml.token_type"]
     for number, token in tokenizer.added_tokens_decoder.items():
         assert kinds[number] == (2 if token.content == "<unk>" else 3), token
+
+
+GGML = "tokenizer.ggml."
+
+
+def gguf_metadata(source: Path) -> dict[str, object]:
+    return dict(vocabulary(open_checkpoint(source).source))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gguf_adds_what_the_tokenizer_adds_and_has_its_templates(way, source):
+    WAYS[way](source)
+    wanted = AutoTokenizer.from_pretrained(source)
+    found = gguf_metadata(source)
+    bare, whole = wanted("x", add_special_tokens=False).input_ids, wanted("x").input_ids
+    bos, eos = (found[f"{GGML}add_{name}_token"] for name in ("bos", "eos"))
+    framed = [found[f"{GGML}bos_token_id"]] * bos + bare + [found[f"{GGML}eos_token_id"]] * eos
+    assert framed == whole
+    templates = wanted.chat_template or {}
+    templates = {"default": templates} if isinstance(templates, str) else dict(templates)
+    assert found.get("tokenizer.chat_template") == templates.pop("default", None)
+    assert found.get("tokenizer.chat_templates", []) == sorted(templates)
+    for name, template in templates.items():
+        assert found[f"tokenizer.chat_template.{name}"] == template
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, True), (True, True)])
+def test_a_sentencepiece_model_whose_config_asks_for_bos_and_eos(source, bos, eos):
+    model = sentencepiece_model(source)
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": bos, "add_eos_token": eos}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    plain = model.encode("hello")
+    added = [model.bos_id()] * bos + plain + [model.eos_id()] * eos
+    assert load_tokenizer(open_checkpoint(source))("hello").input_ids == added
+    found = gguf_metadata(source)
+    assert (found[f"{GGML}add_bos_token"], found[f"{GGML}add_eos_token"]) == (bos, eos)
+
+
+def test_tokens_around_a_text_that_gguf_cannot_name_are_refused(source):
+    byte_level(source, bos="<|begin|>")
+    content = json.loads((source / "tokenizer.json").read_text())
+    start = content["post_processor"]["single"][0]
+    content["post_processor"]["single"].insert(0, start)
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="adds 2 tokens before .*; `output.tokenizer: none`"):
+        gguf_metadata(source)
+
+
+@pytest.mark.parametrize(
+    ("listed", "config", "found"),
+    [
+        ([2, 0], None, {"eos": 2, "eot": 0}),
+        ([0, 5, 2], None, {"eos": 2, "eot": 5, "eom": 0}),
+        (None, [7, 2], {"eos": 2, "eot": 7}),
+        (7, [2], {"eos": 7}),
+        (None, None, {"eos": 2}),
+        # llama.cpp knows <|endoftext|> (0) by its text.
+        ([0, 5, 7, 2], None, {"eos": 2, "eot": 5, "eom": 7}),
+        ([5, 7, 6, 2], None, None),
+    ],
+)
+def test_gguf_names_every_token_that_ends_a_text(source, listed, config, found):
+    json_with_config(source)  # its eos is <|im_end|>, 2
+    (source / "generation_config.json").unlink()
+    if listed is not None:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    content = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(content | {"eos_token_id": config}))
+    if found is None:
+        with pytest.raises(InputError, match="4 tokens end a text, but GGUF has no place for"):
+            gguf_metadata(source)
+        return
+    names = ("eos", "eot", "eom")
+    values = {name: gguf_metadata(source).get(f"{GGML}{name}_token_id") for name in names}
+    assert values == dict.fromkeys(names) | found
+
+
+def spm_tokens(found: dict, text: str) -> list[int]:
+    """llama.cpp's tokens of a text: the two neighbours with the best join are joined, again and
+    again (src/llama-vocab.cpp, llm_tokenizer_spm_session)."""
+    ids = {token: number for number, token in enumerate(found[f"{GGML}tokens"])}
+    scores = found[f"{GGML}scores"]
+    prefix = " " if found[f"{GGML}add_space_prefix"] and text else ""
+    parts = list((prefix + text).replace(" ", "▁"))
+    while True:
+        joins = [a + b for a, b in pairwise(parts)]
+        best = max((scores[ids[join]] for join in joins if join in ids), default=None)
+        if best is None:
+            break
+        at = next(n for n, join in enumerate(joins) if join in ids and scores[ids[join]] == best)
+        parts[at : at + 2] = [joins[at]]
+    whole = ([ids[p]] if p in ids else [ids[f"<0x{b:02X}>"] for b in p.encode()] for p in parts)
+    return [number for numbers in whole for number in numbers]
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_a_tokenizer_json_of_sentencepiece_s_kind_gives_the_same_tokens(source, metaspace):
+    """As fine-tunes are saved: tokenizer.json alone."""
+    added_to_sentencepiece(source)
+    (source / "tokenizer.model").unlink()
+    if metaspace:
+        content = json.loads((source / "tokenizer.json").read_text())
+        cutting = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"}
+        content |= {"normalizer": None, "pre_tokenizer": cutting | {"split": False}}
+        (source / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(open_checkpoint(source))
+    found = gguf_metadata(source)
+    assert found[f"{GGML}model"] == "llama" and found[f"{GGML}unknown_token_id"] == 0
+    kinds = dict(zip(found[f"{GGML}tokens"], found[f"{GGML}token_type"], strict=True))
+    assert [kinds[t] for t in ("<unk>", "</s>", "<|im_end|>", "<0x0A>", "▁the")] == [2, 3, 3, 6, 1]
+    for text in [*TEXTS[:3], *docstrings()]:
+        if metaspace:  # adds no space to a text that begins with one, as llama.cpp does
+            text = text.lstrip(" ")
+        assert spm_tokens(found, text) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("change", ["merge missing", "merges mixed", "normalizer"])
+def test_a_tokenizer_json_that_only_looks_like_sentencepiece_is_refused(source, change):
+    added_to_sentencepiece(source)
+    (source / "tokenizer.model").unlink()
+    content = json.loads((source / "tokenizer.json").read_text())
+    merges = content["model"]["merges"]
+    if change == "merge missing":
+        del merges[-1]
+    elif change == "merges mixed":
+        several = next(
+            n for n in range(len(merges)) if "".join(merges[n]) == "".join(merges[n + 1])
+        )
+        merges.append(merges.pop(several))
+    else:
+        content["normalizer"]["normalizers"].append({"type": "Lowercase"})
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"tokenizer.json: its \S+ .*; `output.tokenizer: none`"):
+        gguf_metadata(source)

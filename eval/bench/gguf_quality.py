@@ -42,13 +42,14 @@ def quantize(rule: dict, output: Path) -> Path:
 def by_ggml(library: Path, dense: Path, ours: Path, grid: str, output: Path) -> Path:
     """`ours`, its blocks replaced by those that ggml makes of the same tensors of `dense`."""
     shutil.copytree(ours, output)
-    stored = {tensor.name: tensor for tensor in read_tensors(dense / "model.gguf")}
+    source, target = (next(place.glob("*.gguf")) for place in (dense, output))
+    stored = {tensor.name: tensor for tensor in read_tensors(source)}
     quantize = quantizer(library)
-    with (output / "model.gguf").open("r+b") as file:
-        for tensor in read_tensors(output / "model.gguf"):
+    with target.open("r+b") as file:
+        for tensor in read_tensors(target):
             if tensor.type != grid.upper():
                 continue
-            W = weights(dense / "model.gguf", stored[tensor.name])
+            W = weights(source, stored[tensor.name])
             blocks = np.empty(tensor.bytes, np.uint8)
             columns = tensor.shape[-1]
             rows = W.numel() // columns

@@ -95,12 +95,14 @@ class Container:
     none of which spans two layers; `schemes` are the grids of the matrices by tensor name. It
     raises InputError for parts that such files cannot hold.
     `sidecar_files(layout)` are the JSON files beside the weights, by name.
+    `holds_tokenizer` is True where the weight files hold the tokenizer as well.
     `opened(source)` presents the tensors of such files under their usual names.
     """
 
     lay_out: Callable[[Source, list[Group], Mapping[str, Scheme], int], OutputLayout]
     sidecar_files: Callable[[OutputLayout], dict[str, dict]] = _no_sidecar_files
     opened: Callable[[Source], Source] = _as_it_is
+    holds_tokenizer: bool = False
 
 
 def split(groups: Iterable[Group], shard: int, over_layers: bool = False) -> list[Group]:

@@ -3,7 +3,7 @@
 Several files are a split as llama.cpp makes them; it loads the first and finds the others.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,6 +19,7 @@ from grokquant.containers.container import (
     Slot,
     split,
 )
+from grokquant.containers.gguf_general import file_name, general
 from grokquant.containers.gguf_names import (
     LAYER,
     OUTSIDE,
@@ -160,10 +161,9 @@ def _files(
     count = len(parts)
     files = []
     for number, (layer, planned) in enumerate(parts):
-        name = "model.gguf"
-        metadata: dict[str, Value] = dict(_metadata(source)) if number == 0 else {}
+        name = file_name(source, tensors.values(), number, count)
+        metadata = _metadata(source, tensors.values()) if number == 0 else {}
         if count > 1:
-            name = f"model-{number + 1:05d}-of-{count:05d}.gguf"
             metadata["split.no"] = Short(number)
             metadata["split.count"] = Short(count)
             metadata["split.tensors.count"] = Signed(len(tensors))
@@ -172,16 +172,15 @@ def _files(
     return tuple(files)
 
 
-def _metadata(source: Source) -> Iterator[tuple[str, Value]]:
+def _metadata(source: Source, tensors: Collection[GgufTensor]) -> dict[str, Value]:
     architecture = architecture_of(source)
-    yield "general.architecture", architecture.name
-    yield "general.name", source.path.name
-    yield "general.quantization_version", 2
+    found: dict[str, Value] = {"general.architecture": architecture.name}
+    found |= general(source, tensors)
     for key, name in architecture.settings.items():
         value = setting(source.config, name)
         if value is not None:
-            yield f"{architecture.name}.{key}", value
-    yield from vocabulary(source).items()
+            found[f"{architecture.name}.{key}"] = value
+    return found | vocabulary(source)
 
 
 def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
@@ -204,4 +203,4 @@ def _restored(slot: Slot, load: Callable, dtype: torch.dtype) -> Tensor:
     return slot.restored(load(), dtype)
 
 
-CONTAINER = Container(lay_out=lay_out, opened=opened)
+CONTAINER = Container(lay_out=lay_out, opened=opened, holds_tokenizer=True)

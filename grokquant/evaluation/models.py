@@ -8,7 +8,7 @@ from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation.report import ComparedModel, UnitRow
 from grokquant.files.json_objects import read_json_object
-from grokquant.grids import Scheme
+from grokquant.files.published import published_path
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import Matrix
 
@@ -49,7 +49,7 @@ def described(checkpoint: Checkpoint, path: str | Path, rows: tuple[UnitRow, ...
     methods = {row.name: f" ({row.method})" for row in rows}
     grids = Counter(ref.stored_as + methods.get(name, "") for name, ref in checkpoint.units())
     return ComparedModel(
-        path=str(path),
+        path=published_path(str(path)),
         family=checkpoint.family.name,
         layers=checkpoint.config.num_hidden_layers,
         experts=max(checkpoint.num_experts, 1),
@@ -71,13 +71,13 @@ def unit_rows(checkpoint: Checkpoint) -> tuple[UnitRow, ...]:
     try:
         rows = read_json_object(path)["units"]
         matrices = {matrix.name: matrix for matrix in checkpoint.matrices()}
-        return tuple(_unit_row(row, matrices[row["name"]]) for row in rows)
+        grids = {name: ref.stored_as for name, ref in checkpoint.units()}
+        return tuple(_unit_row(row, matrices[row["name"]], grids[row["name"]]) for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: not a quantization report of this version") from None
 
 
-def _unit_row(row: dict[str, Any], matrix: Matrix) -> UnitRow:
+def _unit_row(row: dict[str, Any], matrix: Matrix, grid: str) -> UnitRow:
     known = {key: value for key, value in row.items() if key in UnitRow.model_fields}
-    scheme = str(Scheme(**row["scheme"]))
     place = {"layer": matrix.layer, "expert": matrix.expert}
-    return UnitRow.model_validate(known | place | {"scheme": scheme})
+    return UnitRow.model_validate(known | place | {"scheme": grid})

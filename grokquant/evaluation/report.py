@@ -68,7 +68,7 @@ class ComparedModel(_Part):
     """One of the two models that are compared."""
 
     path: str
-    """Its path, as given."""
+    """Its path as given if that is relative, else its name alone."""
     family: str
     """The model family, such as grok-1 or mixtral."""
     layers: Count

@@ -20,7 +20,7 @@ from grokquant.evaluation.suite import Suite, judged, load_suite, suite_of
 from grokquant.evaluation.task_requests import opened_tasks
 from grokquant.evaluation.windows import read_text
 from grokquant.recipe import parse_size
-from grokquant.recipe.of_output import settings_of
+from grokquant.recipe.of_output import check_text_is_here, settings_of
 from grokquant.version import __version__
 
 
@@ -45,7 +45,10 @@ def suite_for(
     Raises InputError where a suite is given together with its parts, or one of them cannot be used.
     """
     if suite is None:
-        return suite_of(settings_of(output, text, samples, length))
+        settings = settings_of(output, text, samples, length)
+        if text is None:
+            check_text_is_here(output, settings)
+        return suite_of(settings)
     given = {"text": text, "samples": samples, "length": length}
     for key, value in given.items():
         if value is not None:

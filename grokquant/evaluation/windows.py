@@ -10,6 +10,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation.measure import Windows
 from grokquant.evaluation.report import Protocol
 from grokquant.evaluation.suite import TextSection
+from grokquant.files.published import published_path
 from grokquant.text.documents import load_documents, rows_of, text_digest
 from grokquant.text.tokenizer import load_tokenizer
 
@@ -61,7 +62,7 @@ def _protocol(
     count, length = windows.rows.shape
     held_out = section.text == "python-docs"
     return Protocol(
-        text="python-docs, held-out part" if held_out else section.text,
+        text="python-docs, held-out part" if held_out else published_path(section.text),
         text_sha256=text_digest(documents),
         windows=count,
         length=length,

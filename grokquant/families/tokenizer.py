@@ -21,6 +21,15 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", SENTENCEPIECE)
 _LONG_TEXT = "sequence-length-is-longer-than-the-specified-maximum"
 
 
+def has_tokenizer(source: Source) -> bool:
+    """Whether a vocabulary lies beside the weights."""
+    return any(path.name in VOCABULARIES for path in source.tokenizer_files)
+
+
+def no_tokenizer(source: Source) -> InputError:
+    return InputError(f"{source.path}: no tokenizer.model or tokenizer.json beside it")
+
+
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer of `source`. Code beside it is never run.
 
@@ -29,7 +38,7 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     files = {path.name: path for path in source.tokenizer_files}
     path = next((files[name] for name in VOCABULARIES if name in files), None)
     if path is None:
-        raise InputError(f"{source.path}: no tokenizer.model or tokenizer.json beside it")
+        raise no_tokenizer(source)
     try:
         tokenizer = _sentencepiece(files) if path.name == SENTENCEPIECE else _auto(path.parent)
     except BaseException as error:  # the libraries raise bare exceptions for a broken file

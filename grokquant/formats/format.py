@@ -49,6 +49,8 @@ class Format(ReadableFormat):
     modules that hold a matrix but stay as they are.
     `sidecar_files(config)` are the JSON files that readers want beside config.json, by name.
 
+    `grid_name(scheme)` is what the users of the format call a grid that it can hold.
+
     `scale_dtype` is the dtype of scales if the recipe names none. `holds_quantized` is False where
     `refusal` refuses every matrix. `holds_dense` is True where an output may have no quantized
     matrix at all. `needs_own_loader` is True where transformers by itself does not find the files,
@@ -62,6 +64,7 @@ class Format(ReadableFormat):
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], QTensor]
     quantization_config: Callable[[Iterable[Unit], Iterable[str]], dict]
     sidecar_files: Callable[[dict], dict[str, dict]] = _no_sidecar_files
+    grid_name: Callable[[Scheme], str] = str
     holds_quantized: bool = True
     holds_dense: bool = False
     needs_own_loader: bool = False

@@ -67,6 +67,11 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
     return own_config(NAME, by_type, unquantized)
 
 
+def grid_name(scheme: Scheme) -> str:
+    """llama.cpp's name of a grid: Q8_0, Q4_K."""
+    return _grid_of(scheme).name.upper()
+
+
 def unpacked(source: Source) -> Source:
     """`source` with each matrix of blocks presented as one `X.weight` that reads as a QTensor."""
     types = _types_of(source)
@@ -96,7 +101,8 @@ def _unpacked_ref(
         return unpack(tensor, {f"{tensor}_blocks": ref.read()}, scheme)
 
     dtype = SCALE_DTYPES[scheme.scale_dtype]
-    return TensorRef(tensor, shape, dtype, ref.stored_bytes, load, scheme)
+    called = grid_name(scheme)
+    return TensorRef(tensor, shape, dtype, ref.stored_bytes, load, scheme, grid_name=called)
 
 
 def _types_of(source: Source) -> list[tuple[str, str]]:
@@ -128,6 +134,7 @@ FORMAT = Format(
     unpack=unpack,
     unpacked=unpacked,
     quantization_config=quantization_config,
+    grid_name=grid_name,
     holds_dense=True,
     needs_own_loader=True,
 )

@@ -10,11 +10,14 @@ from grokquant.recipe import Recipe, parse_recipe
 from grokquant.recipe.of_output import settings_of
 
 
-def conversion_recipe(result: str | Path, output_format: str, output: str | Path) -> Recipe:
+def conversion_recipe(
+    result: str | Path, output_format: str, output: str | Path, tokenizer: str = "source"
+) -> Recipe:
     """The recipe that carries over every matrix of `result` as it is stored.
 
     Running it repacks codes and scales bit for bit, and fails if `output_format` cannot hold them;
-    `bf16` dequantizes them. Raises InputError if `result` is not a quantized checkpoint.
+    `bf16` dequantizes them. `tokenizer` is the recipe's `output.tokenizer`. Raises InputError if
+    `result` is not a quantized checkpoint.
     """
     units = dict(open_checkpoint(result).units())
     kept = [name for name, ref in units.items() if ref.scheme is None]
@@ -28,7 +31,7 @@ def conversion_recipe(result: str | Path, output_format: str, output: str | Path
         {
             "model": {"path": str(result)},
             "quantize": rules,
-            "output": {"path": str(output), "format": output_format},
+            "output": {"path": str(output), "format": output_format, "tokenizer": tokenizer},
             "eval": _eval_settings(Path(result)),
         }
     )

@@ -45,6 +45,7 @@ def identity_of(plan: Plan) -> dict:
         "config": _without_paths(source.config),
         "source": {path.name: content(path, stride) for path in source.weight_files},
         "small tensors": None if stride is None else _digest_of_small_tensors(plan),
+        "first file": plan.files[0].name,  # of GGUF files the name says which model it is
         "tokenizer": {path.name: atomic.sha256(path) for path in source.tokenizer_files},
         "version": {package: version(package) for package in _PACKAGES},
     }

@@ -10,9 +10,17 @@ from pathlib import Path
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.containers import container_of
-from grokquant.containers.container import Group, OutputLayout, PlannedFile, PlannedTensor, Slot
+from grokquant.containers.container import (
+    Container,
+    Group,
+    OutputLayout,
+    PlannedFile,
+    PlannedTensor,
+    Slot,
+)
 from grokquant.errors import InputError
 from grokquant.families.naming import with_own_head
+from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
 from grokquant.files.atomic import nearest_directory
 from grokquant.formats import FORMATS, Format
 from grokquant.humanize import size
@@ -20,7 +28,7 @@ from grokquant.job.units import planned_units
 from grokquant.methods import METHODS
 from grokquant.methods.method import Needs
 from grokquant.recipe import Recipe
-from grokquant.types import Unit
+from grokquant.types import Source, Unit
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Plan:
 
     `units` are the matrices to quantize, by name; `kept` names the quantizable matrices that are
     not quantized; `parts` are the tensors that the run computes or carries over, by name, and
-    `output_layout` says where they go.
+    `output_layout` says where they go. `notes` are lines for the user.
     """
 
     recipe: Recipe
@@ -38,6 +46,7 @@ class Plan:
     kept: tuple[str, ...]
     parts: dict[str, PlannedTensor]
     output_layout: OutputLayout
+    notes: tuple[str, ...] = ()
 
     @property
     def format(self) -> Format:
@@ -153,9 +162,32 @@ def build_plan(recipe: Recipe) -> Plan:
     groups = _part_groups(checkpoint, planned, output_format)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
     container = container_of(recipe.output.format)
-    output_layout = container.lay_out(checkpoint.source, groups, schemes, recipe.output.shard)
+    notes = _check_tokenizer(recipe, checkpoint.source, container)
+    laid_out = checkpoint.source
+    if recipe.output.tokenizer == "none":
+        laid_out = replace(laid_out, tokenizer_files=())
+    output_layout = container.lay_out(laid_out, groups, schemes, recipe.output.shard)
     parts = {part.name: part for _, group in groups for part in group}
-    return Plan(recipe, checkpoint, units, kept, parts, output_layout)
+    plan = Plan(recipe, checkpoint, units, kept, parts, output_layout, notes)
+    if plan.needs_calibration and not has_tokenizer(checkpoint.source):
+        raise no_tokenizer(checkpoint.source)
+    return plan
+
+
+def _check_tokenizer(recipe: Recipe, source: Source, container: Container) -> tuple[str, ...]:
+    """Lines about a tokenizer that the output will not have.
+
+    Raises InputError if its weight files need one that is missing, or `tokenizer` has no effect.
+    """
+    asked = recipe.output.tokenizer
+    if asked == "none" and not container.holds_tokenizer:
+        raise InputError("none is allowed with format gguf only", "output.tokenizer")
+    if has_tokenizer(source):
+        return ()
+    if asked == "source" and container.holds_tokenizer:
+        text = f"{source.path} has none; `none` writes files without one"
+        raise InputError(text, "output.tokenizer")
+    return (f"{source.path}: has no tokenizer, so the output has none either",)
 
 
 def _part_groups(

@@ -15,6 +15,8 @@ from grokquant.recipe.schema import (
     Section,
     TextName,
     check_text,
+    is_file,
+    is_repository_text,
     parse_size,
 )
 
@@ -32,6 +34,8 @@ __all__ = [
     "Section",
     "TextName",
     "check_text",
+    "is_file",
+    "is_repository_text",
     "load_recipe",
     "load_sections",
     "parse_recipe",

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from grokquant.errors import InputError
-from grokquant.recipe import EvalSection, load_recipe
+from grokquant.recipe import EvalSection, is_file, load_recipe
 
 
 def settings_of(
@@ -28,3 +28,13 @@ def settings_of(
         problem = error.errors()[0]
         key = str(problem["loc"][0])
         raise InputError(problem["msg"].removeprefix("Value error, "), key) from None
+
+
+def check_text_is_here(output: str | Path, settings: EvalSection) -> None:
+    """Raises InputError if the recipe of `output` names a text file that is not here: published
+    recipes have no absolute paths."""
+    if is_file(settings.text) and not Path(settings.text).exists():
+        recipe = Path(output) / "recipe.yaml"
+        raise InputError(
+            f"{recipe} names {settings.text}, which is not here; give its path", "text"
+        )

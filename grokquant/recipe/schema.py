@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
+from grokquant.files.published import is_repository, published_path
 from grokquant.grids import GRIDS
 from grokquant.methods import METHODS
 
@@ -59,13 +60,22 @@ else:  # values that pydantic lists in errors and in the schema
 def check_text(text: str) -> str:
     """Returns `text` if it is a valid name of a text: `python-docs`, a .txt, .jsonl or .parquet
     file, or `hub/name[:config[:split]]` of the datasets library. Raises ValueError otherwise."""
-    is_file = Path(text).suffix.lower() in TEXT_SUFFIXES
-    if text == "python-docs" or is_file or "/" in text.partition(":")[0]:
+    if text == "python-docs" or is_file(text) or "/" in text.partition(":")[0]:
         return text
     raise ValueError(
         "expected python-docs, a .txt, .jsonl or .parquet file, or a datasets name such as "
         f"hub/name:config:split, not {text!r}"
     )
+
+
+def is_file(text: str) -> bool:
+    """Whether the name of a text is that of a file."""
+    return Path(text).suffix.lower() in TEXT_SUFFIXES
+
+
+def is_repository_text(text: str) -> bool:
+    """Whether the name of a text is that of a dataset on the hub."""
+    return not is_file(text) and is_repository(text.partition(":")[0])
 
 
 def _check_path(path: object) -> object:
@@ -276,6 +286,10 @@ class OutputSection(Section):
         "compressed-tensors"
     )
     """The format of the checkpoint on disk."""
+    tokenizer: Literal["source", "none"] = "source"
+    """What `gguf` stores as tokenizer. `source`: that of the source; without one, the recipe is
+    rejected. `none`: none, so that programs take and give token numbers only. Other formats have
+    the source's tokenizer files beside the weights, or none if it has none."""
     shard: ByteSize = 500 * 10**6
     """Maximum file size, such as `500MB` or `2GiB`. A file holds one or more whole experts of
     one layer. A run commits its output file by file, so a killed run repeats at most one file."""
@@ -322,6 +336,18 @@ class Recipe(Section):
         matching = (i for i, rule in enumerate(self.quantize) if rule.matches(unit_name))
         return next(matching, None)
 
+    def published(self) -> "Recipe":
+        """The recipe without absolute paths, see `published_path`."""
+        sections = {
+            "model": {"path", "config"},
+            "calibration": {"text"},
+            "output": {"path"},
+            "eval": {"text"},
+        }
+        return self.model_copy(
+            update={name: _published(getattr(self, name), keys) for name, keys in sections.items()}
+        )
+
     def to_yaml(self) -> str:
         """The recipe as YAML with all defaults; `load_recipe` reads the same recipe from it."""
         yaml = YAML()
@@ -329,6 +355,12 @@ class Recipe(Section):
         text = io.StringIO()
         yaml.dump(self.model_dump(exclude_none=True), text)
         return text.getvalue()
+
+
+def _published(section: Section, keys: set[str]) -> Section:
+    values = {key: getattr(section, key) for key in keys}
+    changed = {key: published_path(value) for key, value in values.items() if value is not None}
+    return section.model_copy(update=changed)
 
 
 def _fixed_keys(grid: object) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from grokquant.errors import InputError
 from grokquant.evaluation.report import Report
-from grokquant.job import metadata
-from grokquant.job.shards import REPORT_NAME
+from grokquant.job.card import fill_evaluation
+from grokquant.job.shards import CARD_NAME, REPORT_NAME
 from grokquant.reporting.html.page import write_report
 from grokquant.reporting.rows import markdown_table
 from grokquant.reporting.suite_tables import tasks_markdown
@@ -21,8 +21,8 @@ def publish(report: Report, output: Path, directory: Path | None = None) -> tupl
     if (output / REPORT_NAME).is_file():
         tables = [markdown_table(report), *tasks_markdown(report)]
         try:
-            metadata.fill_evaluation(output, "\n".join(tables))
+            fill_evaluation(output, "\n".join(tables))
         except (OSError, UnicodeError) as error:
-            card = output / metadata.CARD_NAME
+            card = output / CARD_NAME
             raise InputError(f"{card}: the results cannot be added: {error}") from None
     return paths

@@ -16,6 +16,7 @@ import numpy as np
 from grokquant.errors import InputError
 from grokquant.evaluation.bootstrap import Resampler
 from grokquant.evaluation.report import JSON_NAME, Estimate, Report, read_report
+from grokquant.files.published import published_path
 from grokquant.reporting.rows import name_of
 from grokquant.version import __version__
 
@@ -71,7 +72,7 @@ class RankedModel(EvaluatedModel):
         report = self.report
         return {
             "name": self.name,
-            "path": str(self.path),
+            "path": published_path(str(self.path)),
             "bits_per_weight": self.bits_per_weight,
             "bytes": report.quantized.bytes,
             "kld": report.kld.mean.model_dump(mode="json"),

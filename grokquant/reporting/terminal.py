@@ -44,7 +44,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
         "output": plan.recipe.output.path,
         "family": plan.checkpoint.family.name,
         "notice": plan.checkpoint.family.notice,
-        "notes": list(plan.checkpoint.source.notes),
+        "notes": [*plan.checkpoint.source.notes, *plan.notes],
         "parameters": plan.checkpoint.parameters,
         "source_bytes": plan.checkpoint.file_bytes,
         "output_bytes": plan.output_bytes,
@@ -59,7 +59,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
             {
                 "name": unit.name,
                 "method": unit.method,
-                "scheme": str(unit.scheme),
+                "scheme": plan.format.grid_name(unit.scheme),
                 "shape": list(unit.shape),
             }
             for unit in plan.units.values()
@@ -98,7 +98,7 @@ def print_notices(notices: Iterable[str]) -> None:
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    print_notices(plan.checkpoint.notices)
+    print_notices([*plan.checkpoint.notices, *plan.notes])
     console = console or text_console()
     console.print(f"{plan.recipe.model.path} -> {plan.recipe.output.path}")
     console.print(_plan_table(plan))
@@ -133,7 +133,9 @@ def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
     weights: Counter[tuple[str, str]] = Counter()
     for matrix in plan.checkpoint.matrices():
         unit = plan.units.get(matrix.name)
-        grid = f"{unit.scheme} ({unit.method})" if unit else "not quantized"
+        grid = "not quantized"
+        if unit:
+            grid = f"{plan.format.grid_name(unit.scheme)} ({unit.method})"
         key = (matrix.kind, grid)
         counts[key] += 1
         weights[key] += prod(plan.checkpoint.source.tensors[matrix.tensor].shape)

@@ -20,7 +20,8 @@ from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.left_aside import left_aside
-from grokquant.sources.safetensors_directory import TOKENIZER_FILES, licence_of
+from grokquant.sources.origin import origin_of
+from grokquant.sources.safetensors_directory import TOKENIZER_FILES
 from grokquant.types import Source, TensorRef
 
 NAME = "gguf"
@@ -41,16 +42,17 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
             if tensor.name in refs:
                 raise InputError(f"{file}: {tensor.name} is also in another file")
             refs[tensor.name] = _ref(file, tensor)
-    beside = (path / name for name in TOKENIZER_FILES)
+    tokenizer = (path / name for name in TOKENIZER_FILES)
+    beside = files_beside(path)
     return Source(
         path=path,
         kind=NAME,
         config=config,
         tensors=refs,
-        tokenizer_files=tuple(file for file in beside if file.is_file()),
+        tokenizer_files=tuple(file for file in tokenizer if file.is_file()),
         weight_files=tuple(files),
-        licence=licence_of(path / "README.md"),
-        beside=files_beside(path),
+        origin=origin_of(path, config, beside),
+        beside=beside,
         notes=left_aside(path, [file.name for file in files]),
     )
 

@@ -8,6 +8,7 @@ Here each expert is one [out, in] matrix under its Hugging Face name.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -25,13 +26,16 @@ from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, 
 from grokquant.sources.holes import contradiction, find_hole
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.left_aside import left_aside
+from grokquant.sources.origin import origin_of
 from grokquant.sources.pickles import ArrayHeader, read_array, read_headers
-from grokquant.types import QTensor, Source, TensorRef
+from grokquant.types import Origin, QTensor, Source, TensorRef
 
 NAME = "release"
 FILE_PATTERN = re.compile(r"tensor(\d{5})_(\d{3})")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 CHUNK_ROWS = 4096  # rows searched at a time for the first non-finite value
+PUBLISHED_REPOSITORY = "xai-org/grok-1"
+PUBLISHED_LICENCE = "apache-2.0"
 MAX_LAYERS = 8000  # file names have five digits
 DAMAGED = "the file is not whole: compare its checksum and download it again"
 
@@ -118,6 +122,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     attention = {"q_proj": dimensions["Q"], "kv_proj": dimensions["K"]}
     config, published = complete_config(config_path or directory, given, derived, attention)
     tokenizer = [_first_file(places, name) for name in TOKENIZER_FILES]
+    beside = files_beside(path)
     return Source(
         path=path,
         kind=NAME,
@@ -125,10 +130,19 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         tensors={ref.name: ref for leaf in stored for ref in _refs(leaf)},
         tokenizer_files=tuple(file for file in tokenizer if file),
         weight_files=tuple(leaf.path for leaf in stored),
-        licence="apache-2.0" if published else None,
-        beside=files_beside(path),
+        origin=_origin(path, given, beside, published),
+        beside=beside,
         notes=left_aside(path, ()),
     )
+
+
+def _origin(path: Path, config: dict, beside: Mapping[str, Path], published: bool) -> Origin:
+    """What the directory says; what is published, if the shapes are those of Grok-1."""
+    found = origin_of(path, config, beside)
+    if not published:
+        return found
+    name = PUBLISHED_REPOSITORY.partition("/")[2]
+    return replace(found, name=name, base_model=PUBLISHED_REPOSITORY, licence=PUBLISHED_LICENCE)
 
 
 def _checkpoint_directory(path: Path) -> Path:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Mapping
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,13 +17,14 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.files.impostors import impostor
 from grokquant.files.json_objects import parse_json_object, read_json_object
-from grokquant.files.regular import open_regular, read_head
+from grokquant.files.regular import open_regular
 from grokquant.files.safetensors_header import DTYPES
 from grokquant.sources import presharded
 from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.left_aside import left_aside, unlisted
+from grokquant.sources.origin import origin_of
 from grokquant.types import Source, TensorRef
 
 NAME = "safetensors"
@@ -36,7 +36,6 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 # Far above any real checkpoint; more is damage, or an attack on memory.
 MAX_HEADER_BYTES = 25_000_000
 MAX_TENSORS = 100_000
-_FRONT_BYTES = 65_536  # of a model card: its front matter has a few hundred
 # Where older writers describe their quantization, if config.json does not, and their quant_method.
 OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 TOKENIZER_FILES = (
@@ -73,6 +72,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     if presharded.is_presharded(path):
         refs = _joined(path, config, opened)
     files = (path / name for name in TOKENIZER_FILES)
+    beside = files_beside(path)
     return Source(
         path=path,
         kind=NAME,
@@ -80,8 +80,8 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         tensors={ref.name: ref for ref in refs},
         tokenizer_files=tuple(file for file in files if file.is_file()),
         weight_files=tuple(path / file for file in by_file),
-        licence=licence_of(path / "README.md"),
-        beside=files_beside(path),
+        origin=origin_of(path, config, beside),
+        beside=beside,
         notes=notes,
     )
 
@@ -244,20 +244,6 @@ def _load(path: Path, name: str, index: tuple[slice, ...] | None = None) -> Tens
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def licence_of(card: Path) -> str | None:
-    """The value of `license:` in the front matter of a model card."""
-    if not card.is_file():
-        return None
-    head = read_head(card, _FRONT_BYTES).decode("utf-8", "replace")
-    first, *lines = head.splitlines() or [""]
-    if first.rstrip() != "---" or "---" not in (line[:3] for line in lines):
-        return None
-    for line in takewhile(lambda line: not line.startswith("---"), lines):
-        if found := re.match(r"license:[ \t]*[\"']?([\w.+-]+)", line):
-            return found[1]
-    return None
 
 
 KIND = SourceKind(

@@ -2,4 +2,5 @@
 
 from pathlib import Path
 
+TOY = "toy"  # what recipes and commands call it
 TOY_PATH = Path(__file__).parent / "release"

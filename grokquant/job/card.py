@@ -1,0 +1,208 @@
+"""The model card of an output, README.md: front matter by the rules of the Hugging Face hub."""
+
+import io
+import re
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from grokquant.escaping import markdown_code, markdown_text, one_line, python_string
+from grokquant.files.atomic import write_text
+from grokquant.files.published import published_path
+from grokquant.formats import Format
+from grokquant.humanize import size
+from grokquant.job.findings import findings, listed
+from grokquant.job.plan import Plan
+from grokquant.job.shards import CARD_NAME, REPORT_NAME
+from grokquant.recipe import is_file, is_repository_text
+from grokquant.types import UnitReport
+from grokquant.version import OWN
+
+# `grokquant eval` writes the evaluation table of the card between these.
+TABLE_START = "<!-- evaluation -->"
+TABLE_END = "<!-- /evaluation -->"
+# Text that needs no quotes in YAML, and words that are none in YAML 1.1.
+_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
+_NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
+
+
+def model_card(plan: Plan, reports: list[UnitReport]) -> str:
+    """The card of a result that has not been evaluated yet."""
+    name = Path(plan.recipe.output.path).name
+    sections = [
+        f"---\n{_yaml(front_matter(plan))}---",
+        f"# {markdown_text(name)}",
+        _summary(plan),
+        "## What was quantized",
+        _grids(plan, reports),
+        *_listed("Fallbacks to round-to-nearest:", _fallbacks(reports)),
+        *_listed("Unusual losses:", listed(unusual(plan, reports))),
+        "## How it was made",
+        _commands(plan),
+        "## Evaluation",
+        f"{TABLE_START}\nNot evaluated yet. `grokquant eval` with the source as reference writes "
+        f"the table here.\n{TABLE_END}",
+        "## Loading",
+        *_loading(plan, name),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def fill_evaluation(directory: Path, table: str) -> None:
+    """Writes `table` into the model card of an output, if it has a place for it."""
+    path = directory / CARD_NAME
+    if not path.is_file():
+        return
+    card = path.read_text(encoding="utf-8")
+    before, start, rest = card.partition(TABLE_START)
+    _, end, after = rest.partition(TABLE_END)
+    if start and end:
+        write_text(path, f"{before}{start}\n{table.strip()}\n{end}{after}")
+
+
+def scheme_counts(reports: list[UnitReport], output_format: Format) -> dict[str, int]:
+    """The number of matrices per grid and method: {"int4 g128 sym (gptq)": 96}."""
+    return dict(Counter(f"{output_format.grid_name(r.scheme)} ({r.method})" for r in reports))
+
+
+def front_matter(plan: Plan) -> dict[str, Any]:
+    """What the hub reads, without what is not known.
+
+    Keys: github.com/huggingface/hub-docs, modelcard.md.
+    """
+    origin = plan.checkpoint.source.origin
+    values = {
+        "license": origin.licence,
+        "license_name": origin.licence_name,
+        "license_link": origin.licence_link,
+        "library_name": _library(plan),
+        "pipeline_tag": "text-generation",
+        "language": list(origin.languages),
+        "base_model": origin.base_model,
+        "base_model_relation": "quantized" if origin.base_model else None,
+        "datasets": _datasets(plan),
+        "quantized_by": OWN,
+        "tags": _tags(plan),
+    }
+    return {key: value for key, value in values.items() if value}
+
+
+def _library(plan: Plan) -> str:
+    if plan.format.name == "gguf":
+        return "gguf"
+    return "transformers" if _in_transformers(plan) else OWN
+
+
+def _in_transformers(plan: Plan) -> bool:
+    """Whether transformers has the model itself, so that it needs us for some formats only."""
+    return plan.checkpoint.family.config_class.__module__.startswith("transformers.")
+
+
+def _datasets(plan: Plan) -> list[str]:
+    """The calibration text, if it is a dataset of the hub."""
+    text = plan.recipe.calibration.text
+    used = plan.needs_calibration and is_repository_text(text)
+    return [text.partition(":")[0]] if used else []
+
+
+def _tags(plan: Plan) -> list[str]:
+    tags = [plan.checkpoint.family.name]
+    if plan.checkpoint.num_experts:
+        tags.append("mixture-of-experts")
+    return [*tags, plan.format.name]
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    """YAML that 1.1 and 1.2 read alike: Norwegian is `no`, which 1.1 takes for false."""
+    values = {key: _quoted(value) for key, value in values.items()}
+    yaml = YAML()
+    yaml.width = 1 << 30  # never fold a long value
+    text = io.StringIO()
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def _quoted(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_quoted(item) for item in value]
+    plain = _PLAIN.fullmatch(value) and value.lower() not in _NO_TEXT
+    return value if plain else DoubleQuotedScalarString(value)
+
+
+def _summary(plan: Plan) -> str:
+    checkpoint = plan.checkpoint
+    origin = checkpoint.source.origin
+    source = markdown_code(origin.name)
+    if origin.base_model:
+        source = f"[{origin.base_model}](https://huggingface.co/{origin.base_model})"
+    text = (
+        f"A quantized {checkpoint.family.name} of {checkpoint.parameters:,} weights, "
+        f"{plan.bits_per_weight:.2f} bits per weight ({size(plan.output_bytes)}), made by "
+        f"grokquant from {source}."
+    )
+    if any(ref.scheme for _, ref in checkpoint.units()):
+        text += ' "bf16" below means that source with its stored integers dequantized.'
+    return text
+
+
+def _grids(plan: Plan, reports: list[UnitReport]) -> str:
+    counts = scheme_counts(reports, plan.format)
+    rows = "".join(f"| {grid} | {count} |\n" for grid, count in counts.items())
+    kept = f", nor are {len(plan.kept)} matrices that the recipe keeps" if plan.kept else ""
+    return (
+        f"| grid (method) | matrices |\n|---|---|\n{rows}\n"
+        f"Router, norms and embedding are not quantized{kept}. `{REPORT_NAME}` has a row for every "
+        "quantized matrix."
+    )
+
+
+def _fallbacks(reports: list[UnitReport]) -> list[str]:
+    return [f"`{report.name}`: {report.fallback}" for report in reports if report.fallback]
+
+
+def _listed(head: str, lines: list[str]) -> list[str]:
+    return [head, "\n".join(f"* {line}" for line in lines)] if lines else []
+
+
+def unusual(plan: Plan, reports: list[UnitReport]) -> list[str]:
+    """A line for each matrix of which too much was lost."""
+    return findings(reports, {name: unit.kind for name, unit in plan.units.items()})
+
+
+def _commands(plan: Plan) -> str:
+    """The command that makes the same files from the recipe beside them."""
+    recipe = plan.recipe
+    values = {"model.path": recipe.model.path, "output.path": recipe.output.path}
+    if plan.needs_calibration and is_file(recipe.calibration.text):
+        values["calibration.text"] = recipe.calibration.text
+    settings = (f"{key}={one_line(published_path(value))}" for key, value in values.items())
+    options = "".join(f" \\\n  --set {shlex.quote(setting)}" for setting in settings)
+    return (
+        "`recipe.yaml` reproduces these files; paths are those of your machine:\n\n"
+        f"```sh\ngrokquant quantize recipe.yaml{options}\n```"
+    )
+
+
+def _loading(plan: Plan, name: str) -> list[str]:
+    """A way to load the result in every program that is known to read it."""
+    place = python_string(name)
+    ways = [
+        f"With grokquant:\n\n```python\nimport grokquant\n\n"
+        f"model, tokenizer = grokquant.load({place})\n```"
+    ]
+    alone = _in_transformers(plan) and not plan.units and not plan.format.needs_own_loader
+    ours = "" if alone else "import grokquant  # transformers reads these files through it\n"
+    ways.append(
+        f"With transformers:\n\n```python\n{ours}from transformers import AutoModelForCausalLM, "
+        f"AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained({place})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({place})\n```"
+    )
+    if plan.format.name == "gguf":
+        first = shlex.quote(one_line(f"{name}/{plan.files[0].name}"))
+        split = " (it finds the other files itself)" if len(plan.files) > 1 else ""
+        ways.append(f"With llama.cpp{split}:\n\n```sh\nllama-cli -m {first}\n```")
+    return ways
