@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def _digest_of_small_tensors(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def without_paths(value: object) -> object:
+def without_paths(value: Any) -> Any:
     """A JSON value without texts that are absolute paths, such as transformers' `_name_or_path`:
     they are private, and say where something lies, not what it is."""
     if isinstance(value, dict):

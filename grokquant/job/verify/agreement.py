@@ -1,6 +1,7 @@
 """Whether a result is what its recipe and its config make: matrices, files, papers."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from io import BytesIO
 from math import prod
 from pathlib import Path
@@ -11,9 +12,13 @@ from grokquant.errors import InputError
 from grokquant.files.json_objects import read_json_object
 from grokquant.files.regular import open_regular
 from grokquant.grids import Scheme
-from grokquant.job import metadata
+from grokquant.job import metadata, source_model
+from grokquant.job.fingerprint import settings_of, without_paths
+from grokquant.job.finished import MADE_FROM
 from grokquant.job.plan import Plan
+from grokquant.job.seal import FILES
 from grokquant.job.shards import REPORT_NAME
+from grokquant.job.source_model import ModelFingerprint, kept_fingerprint_of
 from grokquant.job.unit import stored_bits
 from grokquant.job.verify.fault import Fault
 from grokquant.methods import METHODS
@@ -27,9 +32,10 @@ def all_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Fault]:
     found = {name: ref.scheme for name, ref in plan.checkpoint.units()}
     yield from unit_faults(plan, found)
     yield from header_faults(directory, plan)
-    yield from config_faults(directory, plan)
+    yield from config_faults(directory, plan, report)
     if report:
         yield from report_faults(directory, plan, report)
+        yield from origin_faults(directory, plan, report)
 
 
 def unit_faults(plan: Plan, found: Mapping[str, Scheme | None]) -> Iterator[Fault]:
@@ -68,9 +74,9 @@ def header_faults(directory: Path, plan: Plan) -> Iterator[Fault]:
                 yield Fault(f"{path}: {text}", file.name)
 
 
-def config_faults(directory: Path, plan: Plan) -> Iterator[Fault]:
+def config_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Fault]:
     """The JSON files that follow from the plan: config.json and what belongs to it."""
-    config = metadata.output_config(plan)
+    config = metadata.output_config(_with_config_of_source(plan, report))
     container = container_of(plan.recipe.output.format)
     planned = container.sidecar_files(plan.output_layout) | plan.format.sidecar_files(config)
     for name, content in ({CONFIG_NAME: config} | planned).items():
@@ -80,9 +86,57 @@ def config_faults(directory: Path, plan: Plan) -> Iterator[Fault]:
         except InputError as error:
             yield Fault(str(error), name)
             continue
+        found, content = without_paths(found), without_paths(content)
         for key in {**content, **found}:
             if found.get(key) != content.get(key):
-                yield Fault(f"{path}: {key} is not what the recipe makes", name)
+                yield Fault(f"{path}: {key} is not what source and recipe make", name)
+
+
+def _with_config_of_source(plan: Plan, report: Mapping) -> Plan:
+    """The plan with the config that the report notes of the source, which has no quantization."""
+    noted = report.get(MADE_FROM)
+    config = noted.get("config") if isinstance(noted, dict) else None
+    if not isinstance(config, dict):
+        return plan  # named with the report
+    source = replace(plan.checkpoint.source, config=config)
+    return replace(plan, checkpoint=replace(plan.checkpoint, source=source))
+
+
+def origin_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Fault]:
+    """Where recipe, tokenizer or what is kept is not that of the source that the report notes."""
+    path = directory / REPORT_NAME
+    try:
+        noted = report[MADE_FROM]
+        if noted["recipe"] != settings_of(plan.recipe):
+            yield Fault(f"{path}: {MADE_FROM}.recipe is not recipe.yaml", REPORT_NAME)
+        for name, checksum in noted["tokenizer"].items():
+            if report[FILES].get(name) != checksum:
+                yield Fault(f"{directory / name}: is not the tokenizer of the source", name)
+        known = ModelFingerprint.model_validate(report[source_model.KEY][0])
+        own = kept_fingerprint_of(plan.checkpoint)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        yield Fault(f"{path}: cannot be read: {type(error).__name__} {error}", REPORT_NAME)
+        return
+    except InputError:
+        return  # values that are not finite are named already
+    yield from _fingerprint_faults(directory, plan, known, own)
+
+
+def _fingerprint_faults(
+    directory: Path, plan: Plan, known: ModelFingerprint, own: ModelFingerprint
+) -> Iterator[Fault]:
+    path = directory / CONFIG_NAME
+    for key in {**known.config, **own.config}:
+        if known.config.get(key) != own.config.get(key):
+            yield Fault(f"{path}: {key} is not that of the source", CONFIG_NAME)
+    if known.tokenizer != own.tokenizer:
+        yield Fault(f"{directory}: its tokenizer cuts texts unlike that of the source")
+    if any(METHODS[unit.method].revises for unit in plan.units.values()):
+        return
+    for name, checksum in own.tensors.items():
+        if known.tensors.get(name) != checksum:
+            file = plan.file_of[name].name
+            yield Fault(f"{directory / file}: {name} is not that of the source", file)
 
 
 def report_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Fault]:
@@ -94,6 +148,9 @@ def report_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
         record = metadata.Record(rows, *counts, made_from={})
     except (KeyError, TypeError, ValueError) as error:
         yield Fault(f"{path}: cannot be read: {error}", REPORT_NAME)
+        return
+    if [row.name for row in rows] != list(plan.units):
+        yield Fault(f"{path}: units are not the matrices that the recipe quantizes", REPORT_NAME)
         return
     planned = metadata.report_of_plan(plan, record)
     # Names in GGUF's headers are the source's, so planned sizes may differ by their length.
@@ -110,9 +167,6 @@ def _unit_report(row: dict[str, Any]) -> UnitReport:
 
 
 def _row_faults(plan: Plan, rows: list[UnitReport]) -> Iterator[str]:
-    if [row.name for row in rows] != list(plan.units):
-        yield "units are not the matrices that the recipe quantizes"
-        return
     for row, unit in zip(rows, plan.units.values(), strict=True):
         planned = (unit.scheme, _bits_per_weight(unit), _method(unit, row.fallback))
         if (row.scheme, row.bits_per_weight, row.method) != planned:
