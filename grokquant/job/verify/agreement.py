@@ -117,8 +117,9 @@ def origin_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         yield Fault(f"{path}: cannot be read: {type(error).__name__} {error}", REPORT_NAME)
         return
-    except InputError:
-        return  # values that are not finite are named already
+    except InputError as error:
+        yield Fault(str(error))
+        return
     yield from _fingerprint_faults(directory, plan, known, own)
 
 
@@ -154,8 +155,9 @@ def report_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
         return
     planned = metadata.report_of_plan(plan, record)
     # Names in GGUF's headers are the source's, so planned sizes may differ by their length.
-    files = plan.checkpoint.source.weight_files
-    planned["output_bytes"] = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in plan.checkpoint.source.weight_files)
+    planned["output_bytes"] = size
+    planned["bits_per_weight"] = 8 * size / plan.checkpoint.parameters
     for key, value in planned.items():
         if report.get(key) != value:
             yield Fault(f"{path}: {key} does not agree with recipe and files", REPORT_NAME)

@@ -21,12 +21,12 @@ def planned_again(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     Raises InputError where the recipe cannot have made it.
     """
     plan = plan_of(recipe, checkpoint)
-    return plan_of(recipe, _in_stored_order(plan, checkpoint))
+    return plan_of(recipe, _in_stored_order(plan))
 
 
-def _in_stored_order(plan: Plan, checkpoint: Checkpoint) -> Checkpoint:
+def _in_stored_order(plan: Plan) -> Checkpoint:
     """A run writes tensors in the order of its source, which only the files of a result know."""
-    source = checkpoint.source
+    source = plan.checkpoint.source
     stored = stored_names(plan.recipe.output.format, source.weight_files)
     place = {name: number for number, name in enumerate(stored)}
     order = {
@@ -35,7 +35,7 @@ def _in_stored_order(plan: Plan, checkpoint: Checkpoint) -> Checkpoint:
     }
     names = sorted(source.tensors, key=order.__getitem__)
     tensors = {name: source.tensors[name] for name in names}
-    return replace(checkpoint, source=replace(source, tensors=tensors))
+    return replace(plan.checkpoint, source=replace(source, tensors=tensors))
 
 
 def stored_names(output_format: str, files: Iterable[Path]) -> list[str]:
