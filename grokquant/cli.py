@@ -368,22 +368,43 @@ def inspect(path: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("output")
-def verify(output: str) -> None:
-    """Check that an output is intact.
+@click.option("--digest", metavar="HEX", help="Digest that `quantize` printed when it made OUTPUT.")
+@_json
+def verify(output: str, digest: str | None, as_json: bool) -> None:
+    """Check that an output is whole and unchanged.
 
-    Verifies the checksums, compares every matrix with its row in the report, and checks that all
-    values are finite. Prints every fault on a line of its own.
+    Every file must be there, match its checksum and belong to the output. Recipe, config, index,
+    report and the headers of the files must agree, and all values must be finite. Prints every
+    fault on a line of its own. Who can write to OUTPUT can make all of this agree; only --digest
+    finds that.
     """
-    from grokquant.job.verify import FaultsFound
+    from pathlib import Path
+
+    from grokquant.job.seal import digest_of
+    from grokquant.job.shards import SUMS_NAME
+    from grokquant.job.verify import Fault, FaultsFound
     from grokquant.job.verify import verify as check
 
+    faults: tuple[Fault, ...] = ()
+    matrices = None
     try:
-        matrices = check(output)
+        matrices = check(output, digest)
     except FaultsFound as found:
-        for fault in found.faults:
+        faults = found.faults
+    if as_json:
+        rows = [{"file": fault.file, "text": fault.text} for fault in faults]
+        listed = Path(output, SUMS_NAME).is_file()
+        found_digest = digest_of(Path(output)) if listed else None
+        _print_json(
+            {"output": output, "matrices": matrices, "digest": found_digest, "faults": rows}
+        )
+    else:
+        for fault in faults:
             _say(f"grokquant: {fault}", err=True)
-        sys.exit(found.exit_code)
-    _say(f"{output}: ok, {matrices} quantized matrices match the report")
+    if faults:
+        sys.exit(FaultsFound.exit_code)
+    if not as_json:
+        _say(f"{output}: ok, {matrices} quantized matrices match the report")
 
 
 @main.command()

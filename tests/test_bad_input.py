@@ -759,7 +759,7 @@ def test_verify_of_damaged_papers(hf):
         sums.write_bytes(content)
         assert f"{sums}:1: is not a checksum" in hf.faults(hf.source)
     sums.write_bytes(whole.replace(b"a", b"b", 1))
-    assert "does not match its checksum" in hf.fails("verify", hf.source, code=1)
+    assert "does not match its checksum" in hf.faults(hf.source)
     sums.unlink()
     assert "SHA256SUMS: is missing" in hf.faults(hf.source)
     for content in ("{", "[]", '{"units": [{"name": "x"}]}', "[" * 100_000):

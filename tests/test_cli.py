@@ -18,6 +18,7 @@ from conftest import ATTENTION, EXPERTS
 import grokquant
 from grokquant.cli import _bounded, main
 from grokquant.escaping import lines, one_line
+from grokquant.files.atomic import sha256
 from grokquant.formats import FORMATS
 
 ROOT = Path(grokquant.__file__).parents[1]
@@ -155,11 +156,12 @@ def test_wrong_usage_exits_2(arguments):
 
 def test_quantize_prints_sizes_bits_and_the_report(finished, output):
     assert finished.exit_code == 0, finished.stderr
-    sizes, report = finished.stdout.splitlines()
+    sizes, report, digest = finished.stdout.splitlines()
     row = json.loads((output / "quantization-report.json").read_text())
     assert re.fullmatch(rf"{output}: 1\.98 MB -> 1\.62 MB, 11\.253 bits per weight, \d+ s", sizes)
     assert (round(row["bits_per_weight"], 3), round(row["output_bytes"], -4)) == (11.253, 1620000)
     assert report == f"report: {output / 'quantization-report.json'}"
+    assert digest == f"digest: {sha256(output / 'SHA256SUMS')}"
 
 
 def test_quantize_shows_the_plan_and_a_line_per_block_on_stderr(finished, output):

@@ -50,7 +50,7 @@ def directory(tmp_path) -> Path:
     save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text('{"model_type": "x"}')
     (folder / "quantization-report.json").write_text('{"units": []}')
-    (folder / "SHA256SUMS").write_text("")
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  config.json\n")
     return folder
 
 

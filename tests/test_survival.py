@@ -221,7 +221,8 @@ def test_a_run_of_something_else_is_refused_and_loses_nothing(own_job):
     # What changes no weight is free.
     assert job.run("max_fallbacks=0.5", "eval.samples=7") == 0, job.stderr
     differing = {name for name, checksum in tree(job.out).items() if job.whole[name] != checksum}
-    assert differing == {"recipe.yaml", "SHA256SUMS"}
+    papers = {"quantization-report.json", "SHA256SUMS", "README.md"}  # with its checksum
+    assert differing == {"recipe.yaml"} | papers
 
 
 def test_where_nothing_is_committed_another_recipe_just_starts(jobs):
@@ -410,7 +411,8 @@ def check_order(events: list[Event], root: Path) -> None:
     last = len(models) - models[::-1].index(True)
     assert models.count(True) == 12 and names[-1] == str(out)
     rest = [Path(name).name for name in files[last:]]
-    assert rest[0] == "model.safetensors.index.json" and rest[-2:] == ["config.json", "SHA256SUMS"]
+    assert rest[0] == "model.safetensors.index.json"
+    assert rest[-4:] == ["config.json", "quantization-report.json", "SHA256SUMS", "README.md"]
 
 
 # --- numbers that are none

@@ -9,6 +9,7 @@ A part is a tensor as the run computes it or carries it over; its slot is rows o
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -94,12 +95,16 @@ class Container:
     `lay_out(source, groups, schemes, shard)` plans files of at most `shard` bytes, or of one group,
     none of which spans two layers; `schemes` are the grids of the matrices by tensor name. It
     raises InputError for parts that such files cannot hold.
+    `listed(file, name)` is what the header of a file says, to be compared with a planned one: type
+    and shape of each tensor by its name, in the order of their bytes, and the metadata that follow
+    from config and tokenizer. It raises InputError that begins with `name` for a damaged header.
     `sidecar_files(layout)` are the JSON files beside the weights, by name.
     `holds_tokenizer` is True where the weight files hold the tokenizer as well.
     `opened(source)` presents the tensors of such files under their usual names.
     """
 
     lay_out: Callable[[Source, list[Group], Mapping[str, Scheme], int], OutputLayout]
+    listed: Callable[[BinaryIO, str], dict[str, str]]
     sidecar_files: Callable[[OutputLayout], dict[str, dict]] = _no_sidecar_files
     opened: Callable[[Source], Source] = _as_it_is
     holds_tokenizer: bool = False

@@ -10,7 +10,7 @@ from grokquant.containers.container import (
     Slot,
     split,
 )
-from grokquant.files.safetensors_header import file_layout
+from grokquant.files.safetensors_header import file_layout, read_listing
 from grokquant.grids import Scheme
 from grokquant.sources.safetensors_directory import INDEX
 from grokquant.types import Source
@@ -41,4 +41,4 @@ def sidecar_files(layout: OutputLayout) -> dict[str, dict]:
     return {INDEX: {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}}
 
 
-CONTAINER = Container(lay_out=lay_out, sidecar_files=sidecar_files)
+CONTAINER = Container(lay_out=lay_out, listed=read_listing, sidecar_files=sidecar_files)

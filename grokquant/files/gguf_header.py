@@ -9,6 +9,7 @@
 Format: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -43,8 +44,9 @@ _FLOAT32 = 6
 _BOOL = 7
 _STRING = 8
 _ARRAY = 9
-# Bytes of a value, by the number of its type; strings and arrays are not of one size.
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# How `struct` calls numbers, by the number of their type, and how many bytes they take.
+_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_SIZES = {kind: struct.calcsize("<" + code) for kind, code in _NUMBERS.items()}
 # What a header may hold; more is damage, or an attack on memory and time. The largest vocabularies
 # have 800,000 strings with their merges, the longest strings are chat templates.
 _MOST_PAIRS = 1 << 16
@@ -135,6 +137,17 @@ def parse_header(file: BinaryIO, name: str) -> list[GgufTensor]:
     return placed
 
 
+def read_listing(file: BinaryIO, name: str) -> dict[str, str]:
+    """Type and shape of each tensor of a file, `Q4_0 [64, 32]`, in the order of their bytes, after
+    its metadata. Raises InputError for a damaged header."""
+    header = _Header(file)
+    try:
+        tensors = header.read()
+    except (struct.error, ValueError, OverflowError) as error:
+        raise InputError(f"{name}: not a readable GGUF file: {error}") from None
+    return header.values | {t.name: f"{t.type} {list(t.shape)}" for t in tensors}
+
+
 def _check_places(
     name: str, tensors: list[GgufTensor], start: int, alignment: int, size: int
 ) -> None:
@@ -159,6 +172,7 @@ class _Header:
         self.file = file
         self.alignment = ALIGNMENT
         self.strings = 0
+        self.values: dict[str, str] = {}
 
     def read(self) -> list[GgufTensor]:
         """All tensors, with offsets that count from the data."""
@@ -178,7 +192,7 @@ class _Header:
         return found
 
     def read_pairs(self, count: int) -> None:
-        """Skips the metadata, but for the alignment."""
+        """Reads the alignment; of all other values only what `values` says of them."""
         keys: set[str] = set()
         for _ in range(count):
             key = self.read_string(_LONGEST_KEY)
@@ -189,7 +203,7 @@ class _Header:
             if key == ALIGNMENT_KEY:
                 self.alignment = self.read_alignment(kind)
             else:
-                self.skip(kind)
+                self.values[key] = self.described(kind)
 
     def read_alignment(self, kind: int) -> int:
         if kind != _UINT32:
@@ -215,6 +229,17 @@ class _Header:
         if shape[0] % TYPES[_BY_NUMBER[number]][1]:
             raise ValueError(f"{name!r}: rows of {shape[0]} values do not divide into blocks")
         return GgufTensor(name, _BY_NUMBER[number], tuple(reversed(shape)), offset)
+
+    def described(self, kind: int) -> str:
+        """A number as it is, of other values a digest."""
+        start = self.file.tell()
+        self.skip(kind)
+        length = self.file.tell() - start
+        self.file.seek(start)
+        raw = self.file.read(length)
+        if kind in _NUMBERS:
+            return str(struct.unpack("<" + _NUMBERS[kind], raw)[0])
+        return f"{len(raw)} bytes of {hashlib.sha256(raw).hexdigest()}"
 
     def skip(self, kind: int) -> None:
         """Skips a value of type `kind`."""

@@ -12,8 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import BinaryIO
 
 import torch
+
+from grokquant.errors import InputError
+from grokquant.files.json_objects import MAX_BYTES, parse_json_object
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -33,6 +37,7 @@ DTYPES = {
     "F64": torch.float64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def file_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> F
     starts = dict(zip(names, accumulate([0, *sizes.values()]), strict=False))
     if any(starts[name] % tensors[name][0].itemsize for name in names):
         names.sort(key=lambda name: -tensors[name][0].itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers expects it
+    entries: dict[str, object] = {_METADATA: {"format": "pt"}}  # transformers expects it
     end = 0
     for name in names:
         dtype, shape = tensors[name]
@@ -71,3 +76,17 @@ def file_layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> F
     header = len(text).to_bytes(8, "little") + text
     offsets = {name: len(header) + start for name, start in starts.items()}
     return FileLayout(header, offsets, len(header) + end)
+
+
+def read_listing(file: BinaryIO, name: str) -> dict[str, str]:
+    """Dtype and shape of each tensor of a file, `BF16 [64, 32]`, in the order of their bytes; its
+    metadata too. Raises InputError for a header that is no such list."""
+    length = int.from_bytes(file.read(8), "little")
+    entries = parse_json_object(file.read(min(length, MAX_BYTES)), f"{name}: header")
+    metadata = entries.pop(_METADATA, None)
+    try:
+        tensors = sorted(entries, key=lambda tensor: entries[tensor]["data_offsets"])
+        listing = {tensor: "{dtype} {shape}".format(**entries[tensor]) for tensor in tensors}
+    except (KeyError, TypeError):
+        raise InputError(f"{name}: header: lists no tensors") from None
+    return listing | {_METADATA: json.dumps(metadata)}

@@ -83,7 +83,7 @@ def _pack_int8(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized
     weight = packed[tensor]
     weight[rows] = quantized.codes.to(weight.device)
     packed[f"{stem}.SCB"][rows] = quantized.scales.squeeze(1).to(weight.device)
-    packed[f"{stem}.weight_format"].zero_()
+    _copy(constants(tensor, (len(weight), weight.shape[1]), quantized.scheme), packed)
 
 
 def _pack_four_bits(
@@ -97,9 +97,24 @@ def _pack_four_bits(
     weight.view(-1, columns // 2)[rows] = pairs.to(weight.device)
     absmax = packed[f"{tensor}.absmax"].view(-1, scheme.groups(columns))
     absmax[rows] = quantized.scales.to(weight.device)
-    packed[f"{tensor}.quant_map"].copy_(torch.tensor(scheme.row.table))
-    state = _state((len(absmax), columns), scheme)
-    packed[f"{tensor}.{_STATE}{scheme.grid}"].copy_(torch.tensor(list(state), dtype=torch.uint8))
+    _copy(constants(tensor, (len(absmax), columns), scheme), packed)
+
+
+def _copy(values: Mapping[str, Tensor], packed: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        packed[name].copy_(value)
+
+
+def constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tensor]:
+    """The packed tensors that depend on no weight."""
+    if scheme == _INT8:
+        row_by_row = torch.tensor(0, dtype=torch.uint8)
+        return {f"{_stem(tensor)}.weight_format": row_by_row}
+    state = torch.tensor(list(_state(shape, scheme)), dtype=torch.uint8)
+    return {
+        f"{tensor}.quant_map": torch.tensor(scheme.row.table),
+        f"{tensor}.{_STATE}{scheme.grid}": state,
+    }
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -226,6 +241,7 @@ FORMAT = Format(
     refusal=refusal,
     packed_layout=packed_layout,
     pack_into=pack_into,
+    constants=constants,
     unpack=unpack,
     unpacked=unpacked,
     quantization_config=quantization_config,

@@ -65,8 +65,9 @@ def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized:
     stem = _stem(tensor)
     bits = quantized.scheme.bits
     words = packed[f"{stem}.weight_packed"]
-    shape = torch.tensor([len(words), quantized.codes.shape[1]])
-    packed[f"{stem}.weight_shape"].copy_(shape)
+    shape = (len(words), quantized.codes.shape[1])
+    for name, value in constants(tensor, shape, quantized.scheme).items():
+        packed[name].copy_(value)
     packed[f"{stem}.weight_scale"][rows] = quantized.scales.to(words.device)
     pack_words(quantized.codes, bits, words[rows])
     if quantized.zero_points is not None:
@@ -76,6 +77,11 @@ def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized:
         pack_words(quantized.zero_points.T, bits, zeros)
         first = rows.start // per_word
         packed[f"{stem}.weight_zero_point"][first : first + count // per_word] = zeros.T
+
+
+def constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tensor]:
+    """The packed tensors that depend on no weight."""
+    return {f"{_stem(tensor)}.weight_shape": torch.tensor(shape)}
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -157,6 +163,7 @@ FORMAT = Format(
     refusal=refusal,
     packed_layout=packed_layout,
     pack_into=pack_into,
+    constants=constants,
     unpack=unpack,
     unpacked=unpacked,
     quantization_config=quantization_config,

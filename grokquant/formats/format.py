@@ -16,6 +16,11 @@ from grokquant.types import QTensor, Source, Unit
 PackedLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
+def _no_constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tensor]:
+    """The `constants` of formats whose packed tensors are all computed from weights."""
+    return {}
+
+
 def _no_sidecar_files(config: dict) -> dict[str, dict]:
     """The `sidecar_files` of formats whose readers want config.json alone."""
     return {}
@@ -44,6 +49,7 @@ class Format(ReadableFormat):
     `pack_into(packed, tensor, rows, quantized)` writes some rows into those tensors. Slices begin,
     and but for the last end, at a multiple of 32; they may be written concurrently, since whatever
     does not depend on rows is the same in each.
+    `constants(tensor, shape, scheme)` are the packed tensors that depend on no weight, by name.
     `unpack(tensor, packed, scheme)` is the inverse of `pack`, bit by bit.
     `quantization_config(units, unquantized)` is that of config.json; `unquantized` names the
     modules that hold a matrix but stay as they are.
@@ -63,6 +69,7 @@ class Format(ReadableFormat):
     pack_into: Callable[[Mapping[str, Tensor], str, slice, QTensor], None]
     unpack: Callable[[str, Mapping[str, Tensor], Scheme], QTensor]
     quantization_config: Callable[[Iterable[Unit], Iterable[str]], dict]
+    constants: Callable[[str, tuple[int, int], Scheme], dict[str, Tensor]] = _no_constants
     sidecar_files: Callable[[dict], dict[str, dict]] = _no_sidecar_files
     grid_name: Callable[[Scheme], str] = str
     holds_quantized: bool = True

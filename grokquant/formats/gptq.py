@@ -82,7 +82,24 @@ def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized:
     stored = (zeros - scheme.qmin - 1) % (1 << scheme.bits)
     words = slice(rows.start * scheme.bits // 32, rows.stop * scheme.bits // 32)
     qzeros[:, words] = _to_words(stored, scheme.bits).T.to(device)
-    g_idx.copy_(torch.arange(len(g_idx)) // (len(g_idx) // len(scales)))
+    g_idx.copy_(_natural_order(len(g_idx), len(scales)))
+
+
+def constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tensor]:
+    """The packed tensors that depend on no weight, since symmetric grids are written."""
+    stem = _stem(tensor)
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    zeros = torch.full((rows, groups), -scheme.qmin - 1)  # stored minus one
+    return {
+        f"{stem}.qzeros": _to_words(zeros, scheme.bits).T,
+        f"{stem}.g_idx": _natural_order(columns, groups),
+    }
+
+
+def _natural_order(columns: int, groups: int) -> Tensor:
+    """int32 [in]: the group of each column, without act-order."""
+    return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -196,8 +213,7 @@ def _check_groups(source: Source, name: str, g_idx: Tensor, groups: int, desc_ac
     """Raises InputError where columns have no group, or are reordered without `desc_act`."""
     if ((g_idx < 0) | (g_idx >= groups)).any():
         raise InputError(f"{source.path}: {name} refers to groups that do not exist")
-    natural = torch.arange(len(g_idx)) // (len(g_idx) // groups)
-    if not desc_act and not torch.equal(g_idx.long(), natural):
+    if not desc_act and not torch.equal(g_idx, _natural_order(len(g_idx), groups)):
         raise InputError(f"{source.path}: {name} reorders columns, but desc_act is false")
 
 
@@ -286,6 +302,7 @@ FORMAT = Format(
     refusal=refusal,
     packed_layout=packed_layout,
     pack_into=pack_into,
+    constants=constants,
     unpack=unpack,
     unpacked=unpacked,
     quantization_config=quantization_config,

@@ -15,6 +15,7 @@ from grokquant.files.atomic import write_text
 from grokquant.files.published import published_path
 from grokquant.formats import Format
 from grokquant.humanize import size
+from grokquant.job.card_parts import EVALUATION, NOT_EVALUATED, with_table
 from grokquant.job.findings import findings, listed
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
@@ -22,9 +23,6 @@ from grokquant.recipe import is_file, is_repository_text
 from grokquant.types import UnitReport
 from grokquant.version import OWN
 
-# `grokquant eval` writes the evaluation table of the card between these.
-TABLE_START = "<!-- evaluation -->"
-TABLE_END = "<!-- /evaluation -->"
 # Text that needs no quotes in YAML, and words that are none in YAML 1.1.
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9._/-]*")
 _NO_TEXT = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
@@ -44,8 +42,7 @@ def model_card(plan: Plan, reports: list[UnitReport]) -> str:
         "## How it was made",
         _commands(plan),
         "## Evaluation",
-        f"{TABLE_START}\nNot evaluated yet. `grokquant eval` with the source as reference writes "
-        f"the table here.\n{TABLE_END}",
+        EVALUATION.marked(NOT_EVALUATED),
         "## Loading",
         *_loading(plan, name),
     ]
@@ -57,11 +54,7 @@ def fill_evaluation(directory: Path, table: str) -> None:
     path = directory / CARD_NAME
     if not path.is_file():
         return
-    card = path.read_text(encoding="utf-8")
-    before, start, rest = card.partition(TABLE_START)
-    _, end, after = rest.partition(TABLE_END)
-    if start and end:
-        write_text(path, f"{before}{start}\n{table.strip()}\n{end}{after}")
+    write_text(path, with_table(path.read_text(encoding="utf-8"), table))
 
 
 def scheme_counts(reports: list[UnitReport], output_format: Format) -> dict[str, int]:

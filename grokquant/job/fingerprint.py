@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def identity_of(plan: Plan) -> dict:
     stride = None if total <= _HASHED_WHOLE else _STRIDE
     return {
         "recipe": settings_of(plan.recipe),
-        "config": _without_paths(source.config),
+        "config": without_paths(source.config),
         "source": {path.name: content(path, stride) for path in source.weight_files},
         "small tensors": None if stride is None else _digest_of_small_tensors(plan),
         "first file": plan.files[0].name,  # of GGUF files the name says which model it is
@@ -131,13 +132,13 @@ def _digest_of_small_tensors(plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _without_paths(value: object) -> object:
+def without_paths(value: Any) -> Any:
     """A JSON value without texts that are absolute paths, such as transformers' `_name_or_path`:
     they are private, and say where something lies, not what it is."""
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(item) for item in value]
+        return [without_paths(item) for item in value]
     return None if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -11,12 +11,15 @@ from grokquant.job import source_model
 from grokquant.job.card import model_card, scheme_counts, unusual
 from grokquant.job.finished import MADE_FROM
 from grokquant.job.plan import Plan
-from grokquant.job.shards import CARD_NAME, REPORT_NAME
+from grokquant.job.shards import CARD_NAME
 from grokquant.text import tokenizer
 from grokquant.types import UnitReport
 from grokquant.version import MARK, OWN
 
 GENERATION_CONFIG = "generation_config.json"
+RECIPE_NAME = "recipe.yaml"
+ORIGIN = "origin"  # the key of what is known of the source beside its weights
+SCHEMA = "grokquant.quantization/2"  # of the report
 _DTYPES = ("bfloat16", "float16", "float32")
 _NOT_COPIED = ("auto_map", "dtype", "quantization_config")
 
@@ -44,15 +47,14 @@ def write_beside(directory: Path, plan: Plan) -> list[str]:
 
 
 def write(directory: Path, plan: Plan, record: Record) -> None:
-    """Writes the metadata files of a finished run into `directory`. config.json comes last, since
-    it makes the directory loadable."""
+    """Writes the metadata files of a finished run into `directory`, but for those of `seal`.
+    config.json comes last, since it makes the directory loadable."""
     container = container_of(plan.recipe.output.format)
     config = output_config(plan)
     others = container.sidecar_files(plan.output_layout) | plan.format.sidecar_files(config)
     for name, content in others.items():
         write_json(directory / name, content)
-    write_text(directory / "recipe.yaml", published_recipe(plan))
-    write_json(directory / REPORT_NAME, quantization_report(plan, record))
+    write_text(directory / RECIPE_NAME, published_recipe(plan))
     write_text(directory / CARD_NAME, model_card(plan, record.units))
     if GENERATION_CONFIG not in plan.checkpoint.source.beside:
         write_json(directory / GENERATION_CONFIG, generation_config(plan))
@@ -106,12 +108,19 @@ def published_recipe(plan: Plan) -> str:
 
 def quantization_report(plan: Plan, record: Record) -> dict:
     """The report, one row per unit. It has no times, so that equal runs give equal bytes."""
+    models = source_model.source_models(plan.checkpoint)
+    made_from = {MADE_FROM: record.made_from, source_model.KEY: models}
+    return made_from | report_of_plan(plan, record)
+
+
+def report_of_plan(plan: Plan, record: Record) -> dict:
+    """The part of a report that does not need the source again."""
     origin = plan.checkpoint.source.origin
     return {
-        "schema": "grokquant.quantization/1",
+        "schema": SCHEMA,
         "family": plan.checkpoint.family.name,
         "source": origin.base_model or published_path(plan.recipe.model.path),
-        MADE_FROM: record.made_from,
+        ORIGIN: asdict(origin) | {"languages": list(origin.languages)},
         "output_bytes": plan.output_bytes,
         "bits_per_weight": plan.bits_per_weight,
         "parameters": plan.checkpoint.parameters,
@@ -121,7 +130,6 @@ def quantization_report(plan: Plan, record: Record) -> dict:
         "calibration_rows": list(record.calibration_rows),
         "tokens_per_expert": record.tokens_per_expert,
         "kept": list(plan.kept),
-        source_model.KEY: source_model.source_models(plan.checkpoint),
         "units": [_row(report) for report in record.units],
     }
 

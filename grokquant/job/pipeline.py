@@ -36,6 +36,7 @@ from grokquant.job.finished import already_made, besides, made_from
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.lock import check_output, work_directory
 from grokquant.job.plan import Plan, build_plan, check_disk, work_path
+from grokquant.job.seal import seal
 from grokquant.job.shards import REPORT_NAME, ShardWriter
 from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
@@ -162,7 +163,7 @@ def _fill(
     record = metadata.Record(reports, work.tokens_per_expert, shape, made_from(plan, identity))
     metadata.write(work.files, plan, record)
     verify_against_plan(work.files, plan)
-    work.write_sums()
+    seal(work.files, metadata.quantization_report(plan, record), work.sums)
 
 
 @dataclass

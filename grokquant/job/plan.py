@@ -111,9 +111,22 @@ class Plan:
     def unit_of_tensor(self) -> dict[str, Unit]:
         return {unit.tensor: unit for unit in self.units.values()}
 
+    @cached_property
+    def unit_of_part(self) -> dict[str, Unit]:
+        """The unit of each packed tensor."""
+        units = self.unit_of_tensor
+        return {part: unit for tensor, unit in units.items() for part in self.parts_of(tensor)}
+
     def packed_bytes(self, unit: Unit) -> int:
         layout = self.format.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
         return sum(prod(shape) * dtype.itemsize for dtype, shape in layout)
+
+    def parts_of(self, tensor: str) -> list[str]:
+        """The names of the parts that store a tensor of the checkpoint."""
+        unit = self.unit_of_tensor.get(tensor)
+        if unit is None:
+            return [tensor]
+        return list(self.format.packed_layout(tensor, unit.shape, unit.scheme))
 
     @property
     def carried_over(self) -> list[str]:
@@ -149,7 +162,11 @@ def build_plan(recipe: Recipe) -> Plan:
     Raises InputError naming the rule or unit if a rule matches nothing or a grid does not fit a
     matrix. `check_disk` checks the free space.
     """
-    checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
+    return plan_of(recipe, open_checkpoint(recipe.model.path, recipe.model.config))
+
+
+def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """The rules of `recipe` applied to `checkpoint`, wherever that lies. Raises InputError."""
     if recipe.output.lm_head:
         source = with_own_head(checkpoint.source)
         checkpoint = replace(checkpoint, source=source)

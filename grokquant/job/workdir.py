@@ -27,7 +27,7 @@ from grokquant.errors import InputError
 from grokquant.files import atomic
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
-from grokquant.job.shards import CARD_NAME, SUMS_NAME, write_tensors
+from grokquant.job.shards import SUMS_NAME, write_tensors
 from grokquant.types import UnitReport
 
 RUN = "run.json"
@@ -155,15 +155,6 @@ class WorkDirectory:
         # Clones, since tensors are mapped from a file that the next layer removes.
         saved = {name: tensor.clone() for name, tensor in load_file(path).items()}
         return layer, States(**saved)
-
-    def write_sums(self) -> None:
-        """Writes SHA256SUMS of all files but the card, which people edit. For `sha256sum -c`."""
-        free = {SUMS_NAME, CARD_NAME, *(path.name for path in self._temporaries())}
-        files = sorted(p for p in self.files.rglob("*") if p.is_file() and p.name not in free)
-        names = (path.relative_to(self.files).as_posix() for path in files)
-        sums = ((self.sums.get(name) or atomic.sha256(self.files / name), name) for name in names)
-        text = "".join(f"{checksum}  {name}\n" for checksum, name in sums)
-        atomic.write_text(self.files / SUMS_NAME, text)
 
     def publish(self, overwrite: bool) -> None:
         """Gives the output its final name and only then, with `overwrite`, replaces an earlier

@@ -27,6 +27,7 @@ from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
 from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
+from grokquant.job.seal import digest_of
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import UnitReport
 
@@ -238,6 +239,7 @@ class RunProgress(_LayerBar):
         computed."""
         return {
             "output": str(output),
+            "digest": digest_of(output),
             "finished_before": self.was_there,
             "output_bytes": self.plan.output_bytes,
             "bits_per_weight": self.plan.bits_per_weight,
@@ -260,6 +262,7 @@ class RunProgress(_LayerBar):
             f"{output}: {size(plan.checkpoint.file_bytes)} -> {size(plan.output_bytes)}, "
             f"{plan.bits_per_weight:.3f} bits per weight, {duration(seconds)}",
             f"report: {output / REPORT_NAME}",
+            f"digest: {digest_of(output)}",
         ]
         if self.busy:
             shares = (f"{work} {busy / seconds:.0%}" for work, busy in self.busy.items())

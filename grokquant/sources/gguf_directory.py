@@ -68,7 +68,9 @@ def _ref(path: Path, tensor: GgufTensor) -> TensorRef:
     def load() -> Tensor:
         return load_rows(0, rows).view(shape)
 
-    return TensorRef(tensor.name, shape, dtype, tensor.bytes, load, load_rows=load_rows)
+    return TensorRef(
+        tensor.name, shape, dtype, tensor.bytes, load, load_rows=load_rows if rows > 1 else None
+    )
 
 
 def _read(

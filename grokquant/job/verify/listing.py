@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from grokquant.errors import InputError
 from grokquant.files.regular import read_regular
+from grokquant.job.seal import sums_text
 from grokquant.job.shards import CARD_NAME, SUMS_NAME
 from grokquant.job.verify.fault import Fault
 
@@ -48,17 +49,14 @@ def read_sums(directory: Path) -> tuple[dict[str, str], list[Fault]]:
     return sums, faults or _other_form(path, text, sums)
 
 
-def sums_text(sums: dict[str, str]) -> str:
-    """The content of SHA256SUMS, for `sha256sum -c`."""
-    names = sorted(sums, key=PurePosixPath)
-    return "".join(f"{sums[name]}  {name}\n" for name in names)
-
-
 def listing_faults(directory: Path, sums: dict[str, str]) -> Iterator[Fault]:
     """Files that are missing from a result or are no part of it."""
     present = set(_names(directory))
-    for name in sorted({*sums, CARD_NAME} - present):
-        yield Fault(f"{directory / name}: is missing", name)
+    for name in sorted({*sums, CARD_NAME}):
+        if name not in present:
+            yield Fault(f"{directory / name}: is missing", name)
+        elif not (directory / name).is_file():
+            yield Fault(f"{directory / name}: is not a file", name)
     for name in sorted(present):
         kind = _forbidden(name)
         if kind:
