@@ -19,7 +19,7 @@ from grokquant.version import MARK, OWN
 
 GENERATION_CONFIG = "generation_config.json"
 _DTYPES = ("bfloat16", "float16", "float32")
-_NOT_COPIED = ("auto_map", "dtype", "quantization_config")
+_NOT_COPIED = ("dtype", "quantization_config")
 # `grokquant eval` writes the evaluation table of the card between these.
 TABLE_START = "<!-- evaluation -->"
 TABLE_END = "<!-- /evaluation -->"
