@@ -21,7 +21,7 @@ RECIPE_NAME = "recipe.yaml"
 ORIGIN = "origin"  # the key of what is known of the source beside its weights
 SCHEMA = "grokquant.quantization/2"  # of the report
 _DTYPES = ("bfloat16", "float16", "float32")
-_NOT_COPIED = ("auto_map", "dtype", "quantization_config")
+_NOT_COPIED = ("dtype", "quantization_config")
 
 
 @dataclass(frozen=True)
