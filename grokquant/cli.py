@@ -454,8 +454,8 @@ def generate(
 ) -> None:
     """Generate text from a checkpoint.
 
-    PATH is an xAI release, a bf16 Hugging Face directory, a quantized output or `toy`. Weights stay
-    packed and are read when they are first used. With --max-memory a model larger than the memory
+    PATH is an xAI release, a bf16 Hugging Face directory, a quantized output or `toy`. Weights of an
+    output stay packed and are read when they are first used. With --max-memory a model larger than the memory
     of the machine runs too, slowly, and ends with a line on how much was read.
     """
     from grokquant.humanize import size
@@ -464,7 +464,7 @@ def generate(
     def write(piece: str) -> None:
         click.echo(escaping.lines(piece) if sys.stdout.isatty() else piece, nl=False)
 
-    packed = not dequantize
+    packed = False if dequantize else None
     made = generate_text(
         path, prompt, tokens, temperature, seed, device, packed, max_memory, chat, write
     )

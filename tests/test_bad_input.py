@@ -239,7 +239,7 @@ RELEASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer empty": (lambda s: (s / "tokenizer.model").write_bytes(b""), "tokenizer.model: "),
     "tokenizer.json broken": (
         lambda s: (s / "tokenizer.model").rename(s / "tokenizer.json"),
-        "tokenizer.json: cannot be read as a tokenizer",
+        "tokenizer.json: not valid JSON",
     ),
 }
 
@@ -446,7 +446,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_damaged_hugging_face_directory(hf, damage):
     act, complaint = HF[damage]
     act(hf.source)
-    message = hf.fails("generate", hf.source, "--prompt", "x", "--tokens", 1)
+    message = hf.fails("generate", hf.source, "--prompt", "x", "--tokens", 1, "--dequantize")
     assert complaint in message
 
 
@@ -472,7 +472,9 @@ def test_a_config_cannot_meddle_with_transformers(hf):
     odd = {"sliding_window": "x", "attn_implementation": "x", "to_dict": 1, "id2label": 5}
     edit_json(hf.source / "config.json", **odd, auto_map={"AutoConfig": "evil.Config"})
     result = CliRunner().invoke(main, ["inspect", str(hf.source)])
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    note = "grok-1 has no such settings, left out: sliding_window, attn_implementation, to_dict"
+    assert note in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_copy_from_a_source_without_integers(hf):
@@ -626,7 +628,8 @@ def test_an_earlier_result_survives_a_failure(place, quantized, monkeypatch):
     shutil.copytree(quantized, place.out)
     poison(place.source, 21)
     assert "tensor00021_000: " in place.fails("quantize", place.recipe, "--overwrite")
-    assert CliRunner().invoke(main, ["verify", str(place.out)]).exit_code == 0
+    checked = CliRunner().invoke(main, ["verify", str(place.out)])
+    assert checked.exit_code == 0, checked.stderr
 
 
 def test_an_earlier_result_comes_back_if_the_new_one_cannot_take_its_name(

@@ -16,6 +16,7 @@ from grokquant.errors import InputError
 from grokquant.formats.gptq import FORMAT as gptq
 from grokquant.grids import Scheme
 from grokquant.job import pipeline
+from grokquant.runtime.matrix_cache import MatrixCache
 from grokquant.runtime.packed import PackedMatrix
 from grokquant.types import QTensor
 
@@ -126,8 +127,8 @@ def test_asymmetric_matrices_stay_themselves_in_packed_modules(released):
     codes, zeros, scales = random_codes(4, 128, 256, 8)
     rewrite(released, naive_pack(codes, zeros, scales, np.arange(256) // 32, 4), {"sym": False})
     ref = open_checkpoint(released).source.tensors[NAME]
-    module = PackedMatrix(ref, gptq, torch.float16)
-    module.read(torch.device("cpu"))
+    module = PackedMatrix(ref, gptq, torch.float16, MatrixCache())
+    module.open(torch.device("cpu"))
     assert torch.equal(module.dense(torch.float16), ref.read())
 
 

@@ -58,7 +58,7 @@ def test_the_parts_of_the_package_are_what_they_were():
         assert inspect.isfunction(function) and function.__doc__
         assert name in dir(grokquant) and name in grokquant.__all__
     assert list(inspect.signature(grokquant.load).parameters) == [
-        "path", "device", "dtype", "packed"
+        "path", "device", "dtype", "packed", "max_memory"
     ]  # fmt: skip
     with pytest.raises(AttributeError, match="'grokquant' has no attribute 'laod'"):
         _ = grokquant.laod

@@ -212,6 +212,7 @@ class RunProgress(_LayerBar):
 
     def _reset(self, plan: Plan, was_there: bool) -> None:
         self.plan = plan
+        self.place = Path(plan.recipe.output.path).absolute()  # ".", too, becomes another directory
         self.was_there = was_there
         self.fallbacks = 0
         self.busy: dict[str, float] = {}
@@ -246,14 +247,14 @@ class RunProgress(_LayerBar):
         computed."""
         return {
             "output": str(output),
-            "digest": digest_of(output),
+            "digest": digest_of(self.place),
             "finished_before": self.was_there,
             "output_bytes": self.plan.output_bytes,
             "bits_per_weight": self.plan.bits_per_weight,
             "seconds": time.monotonic() - self.start,
             "busy_seconds": self.busy,
             "fallbacks": self.fallbacks,
-            "findings": _findings_of(output),
+            "findings": _findings_of(self.place),
         }
 
     def summary(self, output: Path) -> list[str]:
@@ -269,14 +270,14 @@ class RunProgress(_LayerBar):
             f"{output}: {size(plan.checkpoint.file_bytes)} -> {size(plan.output_bytes)}, "
             f"{plan.bits_per_weight:.3f} bits per weight, {duration(seconds)}",
             f"report: {output / REPORT_NAME}",
-            f"digest: {digest_of(output)}",
+            f"digest: {digest_of(self.place)}",
         ]
         if self.busy:
             shares = (f"{work} {busy / seconds:.0%}" for work, busy in self.busy.items())
             lines.append(f"overlapping work: {', '.join(shares)}")
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
-        lines += listed(_findings_of(output))
+        lines += listed(_findings_of(self.place))
         return lines
 
 

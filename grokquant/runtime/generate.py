@@ -44,7 +44,7 @@ def generate_text(
     temperature: float = 0.0,
     seed: int = 0,
     device: str = "cpu",
-    packed: bool = True,
+    packed: bool | None = None,
     max_memory: int | str | None = None,
     chat: bool = False,
     write: Callable[[str], object] = lambda piece: None,

@@ -14,6 +14,7 @@ from grokquant.families.family import set_parameter
 from grokquant.files.json_objects import read_json_object
 from grokquant.recipe.schema import parse_size
 from grokquant.runtime.packed import PackedMatrix, pack_model
+from grokquant.sources.release import NAME as RELEASE
 from grokquant.text.tokenizer import load_tokenizer
 
 
@@ -21,14 +22,15 @@ def load(
     path: str | Path,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    packed: bool = True,
+    packed: bool | None = None,
     max_memory: int | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model in `dtype` and its tokenizer (None if there is none beside it).
 
     `path` is a release, a bf16 Hugging Face directory or a quantized output; `toy` names the
     embedded toy. Quantized matrices stay `packed` and are read when they are first used, or they
-    are all dequantized at once. Of packed ones at most `max_memory` is held (bytes, or text such as
+    are all dequantized at once. By default only those of a release are dequantized, which xAI's
+    code rounds to bfloat16. Of packed ones at most `max_memory` is held (bytes, or text such as
     "16GB"); matrices used longest ago are dropped, and read again when they are needed. Raises
     InputError.
     """
@@ -37,6 +39,8 @@ def load(
     checkpoint = open_checkpoint(path)
     for note in checkpoint.source.notes:
         warn(note, stacklevel=2)
+    if packed is None:
+        packed = limit is not None or checkpoint.source.kind != RELEASE
     model = build_model(checkpoint, place, dtype, packed, limit)
     has_tokenizer = bool(checkpoint.source.tokenizer_files)
     return model, load_tokenizer(checkpoint) if has_tokenizer else None
