@@ -173,6 +173,22 @@ def test_what_is_as_it_was_made_passes(made, output_format):
     assert verify(made(output_format)) == (0 if output_format == "bf16" else UNITS)
 
 
+def test_what_says_more_of_itself_passes(smallest_release, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(smallest_release, source)
+    card = "---\nlicense: other\nlicense_name: x\nlanguage: [de, no]\nbase_model: a/b\n---\n"
+    (source / "README.md").write_text(card)
+    (source / "LICENSE").write_text("x")
+    sampling = {"temperature": 0.6, "top_k": 5, "eos_token_id": [2, 5]}
+    (source / "generation_config.json").write_text(json.dumps(sampling))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    for output_format, group in ("gguf", 32), ("gptq", 64):
+        rule = {"match": "*", "method": "rtn", "bits": 4, "group": group, "scale_dtype": "float16"}
+        output = {"path": str(tmp_path / output_format), "format": output_format}
+        values = {"model": {"path": str(source)}, "quantize": [rule], "output": output}
+        assert found(pipeline.quantize(parse_recipe(values))) == {}
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [("compressed-tensors", "bf16"), ("gptq", "gptq"), ("gguf", "gguf")]
 )
@@ -438,6 +454,9 @@ FORGED: dict[str, tuple[str, Callable[[Path], object], str]] = {
         CT,
         lambda r: rewrite(r / "recipe.yaml", "layers.0.attention.q", "layers.*.attention.q"),
         "units are not the matrices that the recipe quantizes",
+    ),
+    "another comment": (
+        CT, lambda r: rewrite(r / "recipe.yaml", "# The", "# the"), "yaml: is not as grokquant",
     ),
     "a recipe of another method": (
         CT,

@@ -96,8 +96,8 @@ class Container:
     none of which spans two layers; `schemes` are the grids of the matrices by tensor name. It
     raises InputError for parts that such files cannot hold.
     `listed(file, name)` is what the header of a file says, to be compared with a planned one: type
-    and shape of each tensor by its name, in the order of their bytes, and the metadata that follow
-    from config and tokenizer. It raises InputError that begins with `name` for a damaged header.
+    and shape of each tensor by its name, in the order of their bytes, and metadata. It raises
+    InputError that begins with `name` for a damaged header.
     `sidecar_files(layout)` are the JSON files beside the weights, by name.
     `holds_tokenizer` is True where the weight files hold the tokenizer as well.
     `opened(source)` presents the tensors of such files under their usual names.

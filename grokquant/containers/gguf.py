@@ -6,7 +6,6 @@ Several files are a split as llama.cpp makes them; it loads the first and finds 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -44,7 +43,6 @@ from grokquant.grids import Scheme, block_grid
 from grokquant.types import Source, TensorRef
 
 _BLOCKS = "_blocks"  # the ending of packed matrices, see formats/gguf.py
-_ARCHITECTURE = "general.architecture"
 _TYPE_OF = {dtype: name for name, dtype in DENSE.items()}
 
 
@@ -98,15 +96,6 @@ def opened(source: Source) -> Source:
             ref = _ref(name, location, source.tensors[location.name])
             refs[ref.name] = ref
     return replace(source, tensors=refs)
-
-
-def listed(file: BinaryIO, name: str) -> dict[str, str]:
-    """What the header of a file says, but for names, authors and licences in `general`."""
-    return {
-        key: value
-        for key, value in read_listing(file, name).items()
-        if not key.startswith("general.") or key == _ARCHITECTURE
-    }
 
 
 def _locations(architecture: Architecture, config: dict) -> dict[str, _Location]:
@@ -194,7 +183,7 @@ def _files(
 
 def _metadata(source: Source, tensors: Collection[GgufTensor]) -> dict[str, Value]:
     architecture = architecture_of(source)
-    found: dict[str, Value] = {_ARCHITECTURE: architecture.name}
+    found: dict[str, Value] = {"general.architecture": architecture.name}
     found |= general(source, tensors)
     for key, name in architecture.settings.items():
         value = setting(source.config, name)
@@ -223,4 +212,4 @@ def _restored(slot: Slot, load: Callable, dtype: torch.dtype) -> Tensor:
     return slot.restored(load(), dtype)
 
 
-CONTAINER = Container(lay_out=lay_out, listed=listed, opened=opened, holds_tokenizer=True)
+CONTAINER = Container(lay_out=lay_out, listed=read_listing, opened=opened, holds_tokenizer=True)

@@ -70,7 +70,7 @@ def faults(directory: str | Path) -> Iterator[Fault]:
     report, found = papers.read_report(path)
     yield from found
     yield from listing_faults(path, sums)
-    plan, found = _plan_of(path, sums)
+    plan, found = _plan_of(path, sums, report)
     yield from _content_faults(path, sums, plan)
     yield from found
     if plan:
@@ -91,11 +91,13 @@ def _digest_faults(path: Path, digest: str | None) -> Iterator[Fault]:
         yield Fault(f"{sums}: has the digest {digest_of(path)}, not {digest.lower()}")
 
 
-def _plan_of(path: Path, sums: Mapping[str, str]) -> tuple[Plan | None, list[Fault]]:
+def _plan_of(
+    path: Path, sums: Mapping[str, str], report: Mapping
+) -> tuple[Plan | None, list[Fault]]:
     """The plan of a result, None and a fault where recipe, config and headers make none."""
     try:
         recipe = load_recipe(path / metadata.RECIPE_NAME)
-        return planned_again(recipe, open_checkpoint(path)), []
+        return planned_again(recipe, open_checkpoint(path), report), []
     except InputError as error:
         text = str(error)
         file = next((name for name in sums if text.startswith(f"{path / name}:")), None)

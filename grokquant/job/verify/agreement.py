@@ -32,6 +32,7 @@ def all_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Fault]:
     found = {name: ref.scheme for name, ref in plan.checkpoint.units()}
     yield from unit_faults(plan, found)
     yield from header_faults(directory, plan)
+    yield from recipe_faults(directory, plan)
     yield from config_faults(directory, plan, report)
     if report:
         yield from report_faults(directory, plan, report)
@@ -61,6 +62,8 @@ def header_faults(directory: Path, plan: Plan) -> Iterator[Fault]:
         if not path.is_file():
             yield Fault(f"{path}: planned, but missing", file.name)
             continue
+        if path.stat().st_size != file.layout.size:
+            yield Fault(f"{path}: planned with {file.layout.size} bytes", file.name)
         planned = container.listed(BytesIO(file.layout.header), file.name)
         try:
             with open_regular(path) as stored:
@@ -72,6 +75,13 @@ def header_faults(directory: Path, plan: Plan) -> Iterator[Fault]:
             if found.get(key) != planned.get(key):
                 text = f"{key}: planned as {planned.get(key)}, but stored as {found.get(key)}"
                 yield Fault(f"{path}: {text}", file.name)
+
+
+def recipe_faults(directory: Path, plan: Plan) -> Iterator[Fault]:
+    """A recipe that says the same in other words, or has comments of somebody else."""
+    path = directory / metadata.RECIPE_NAME
+    if path.read_text(encoding="utf-8") != metadata.published_recipe(plan):
+        yield Fault(f"{path}: is not as grokquant writes it", metadata.RECIPE_NAME)
 
 
 def config_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Fault]:
@@ -154,10 +164,6 @@ def report_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
         yield Fault(f"{path}: units are not the matrices that the recipe quantizes", REPORT_NAME)
         return
     planned = metadata.report_of_plan(plan, record)
-    # Names in GGUF's headers are the source's, so planned sizes may differ by their length.
-    size = sum(file.stat().st_size for file in plan.checkpoint.source.weight_files)
-    planned["output_bytes"] = size
-    planned["bits_per_weight"] = 8 * size / plan.checkpoint.parameters
     for key, value in planned.items():
         if report.get(key) != value:
             yield Fault(f"{path}: {key} does not agree with recipe and files", REPORT_NAME)

@@ -4,24 +4,40 @@ Its recipe and its config say how each matrix should be stored, in which file an
 bytes. The source is not needed: the result has the same tensors.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.containers import container_of
+from grokquant.errors import InputError
 from grokquant.files.regular import open_regular
+from grokquant.job.metadata import ORIGIN
 from grokquant.job.plan import Plan, plan_of
+from grokquant.job.shards import REPORT_NAME
 from grokquant.recipe import Recipe
+from grokquant.types import Origin
 
 
-def planned_again(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+def planned_again(recipe: Recipe, checkpoint: Checkpoint, report: Mapping) -> Plan:
     """The plan that `recipe` makes of a result, with its tensors in the order of their bytes.
 
     Raises InputError where the recipe cannot have made it.
     """
-    plan = plan_of(recipe, checkpoint)
+    plan = plan_of(recipe, _with_origin(checkpoint, report))
     return plan_of(recipe, _in_stored_order(plan))
+
+
+def _with_origin(checkpoint: Checkpoint, report: Mapping) -> Checkpoint:
+    """Names and licence of the source come from the report, and are in headers of GGUF files."""
+    noted = report.get(ORIGIN)
+    try:
+        known = dict(noted) if noted else {}  # without a report, that is the fault to name
+        origin = Origin(**known | {"languages": tuple(known.get("languages", ()))})
+    except (TypeError, ValueError):
+        path = checkpoint.source.path / REPORT_NAME
+        raise InputError(f"{path}: {ORIGIN} cannot be read") from None
+    return replace(checkpoint, source=replace(checkpoint.source, origin=origin))
 
 
 def _in_stored_order(plan: Plan) -> Checkpoint:
