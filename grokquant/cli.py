@@ -454,9 +454,9 @@ def generate(
 ) -> None:
     """Generate text from a checkpoint.
 
-    PATH is an xAI release, a bf16 Hugging Face directory, a quantized output or `toy`. Weights of an
-    output stay packed and are read when they are first used. With --max-memory a model larger than the memory
-    of the machine runs too, slowly, and ends with a line on how much was read.
+    PATH is an xAI release, a bf16 Hugging Face directory, a quantized output or `toy`. Weights of
+    an output stay packed and are read when they are first used. With --max-memory a model larger
+    than the memory of the machine runs too, slowly, and ends with a line on how much was read.
     """
     from grokquant.humanize import size
     from grokquant.runtime.generate import generate_text
