@@ -21,6 +21,7 @@ from damaged_files import (
     Case,
     write_llama,
 )
+from malicious_pickles import MALICIOUS
 from test_bad_input import PROGRESS
 from test_recipe import GOOD, MISTAKES
 from test_sources_pickles import NOT_TENSOR_FILES
@@ -124,11 +125,14 @@ def release(tmp_path_factory, smallest_release) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", NOT_TENSOR_FILES)
+PICKLES = NOT_TENSOR_FILES | MALICIOUS
+
+
+@pytest.mark.parametrize("name", PICKLES)
 def test_a_damaged_pickle_is_named(release, monkeypatch, name):
     monkeypatch.chdir(release)  # where a pickle that runs would leave its mark
     path = release / "m" / "ckpt-0" / "tensor00003_000"
-    path.write_bytes(NOT_TENSOR_FILES[name])
+    path.write_bytes(PICKLES[name])
     line = refusal(release, "inspect", release / "m")
     assert f"{path}: " in line
 
