@@ -171,7 +171,7 @@ def awkward(tmp_path_factory, smallest_release, text_file) -> Path:
     return root
 
 
-def test_commands_and_papers_show_awkward_names(awkward):
+def test_commands_and_papers_show_awkward_names(awkward, text_file):
     source, out = awkward / f"source{AWKWARD}", awkward / f"out{AWKWARD}"
     recipe, ranking = awkward / "recipe.yaml", awkward / "ranking"
     line, value = one_line(AWKWARD), json_text(json.dumps(AWKWARD, ensure_ascii=False))[1:-1]
@@ -183,15 +183,17 @@ def test_commands_and_papers_show_awkward_names(awkward):
         (["quantize", recipe], line),
         (["inspect", out], line),
         (["verify", out], line),
-        (["eval", out, "--reference", source, "--quick"], line),
+        (["eval", out, "--reference", source, "--text", text_file, "--quick"], line),
         (["compare", out], line),
         (["compare", out, "--markdown"], markdown_text(AWKWARD)),
         (["compare", out, "--output", ranking], line),
-        (["verify", source], line),
-        (["convert", out, "--format", "gguf", "--output", source], line),
+        (["verify", source], line),  # refused
+        (["convert", out, "--format", "gguf", "--output", source], line),  # refused
     ):
         result = CliRunner().invoke(main, list(map(str, command)))
         assert result.exception is None or isinstance(result.exception, SystemExit), command
+        refused = command[0] == "convert" or command == ["verify", source]
+        assert (result.exit_code == 0) is not refused, result.output
         shown = result.stdout + result.stderr
         assert acting(shown) == [] and name in shown, command
         assert "grokquant: ok" not in shown.splitlines(), command
