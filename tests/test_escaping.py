@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from rich.table import Table
 
+import grokquant
 from grokquant.cli import main
 from grokquant.escaping import (
     html_text,
@@ -23,6 +24,7 @@ from grokquant.escaping import (
     one_line,
     python_string,
 )
+from grokquant.files.published import published_path
 from grokquant.reporting.terminal import PlainConsole
 from grokquant.runtime.generate import Generated
 
@@ -223,3 +225,23 @@ def check_page(text: str) -> None:
 def test_spaces_of_all_widths_are_no_danger():
     spaces = [chr(c) for c in range(0x3001) if unicodedata.category(chr(c)) == "Zs"]
     assert one_line("".join(spaces)) == "".join(spaces)
+
+
+def test_reports_name_files_whose_names_are_not_utf8():
+    for path in ("/a/b\udce9.txt", "b\udce9.txt"):
+        assert published_path(path) == "b\\udce9.txt"
+
+
+def test_text_of_others_passes_through_these_functions_alone():
+    """No module makes pages, rich tables or consoles around them."""
+    shortcuts = re.compile(
+        r"from html import|rich\.markup|(?<!Plain)Console\(|Text\.from_|\bprint\("
+    )
+    program = "evaluation/task_data.py"  # prints what it wrote, when run by itself
+    package = Path(grokquant.__file__).parent
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if shortcuts.search(re.sub(r"console\.print\(", "", path.read_text()))
+    }
+    assert found - {program} == {"escaping.py", "reporting/terminal.py"}
