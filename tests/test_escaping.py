@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from rich.table import Table
 
+import grokquant
 from grokquant.cli import main
 from grokquant.escaping import (
     html_text,
@@ -23,6 +24,7 @@ from grokquant.escaping import (
     one_line,
     python_string,
 )
+from grokquant.files.published import published_path
 from grokquant.reporting.terminal import PlainConsole
 from grokquant.runtime.generate import Generated
 
@@ -171,7 +173,7 @@ def awkward(tmp_path_factory, smallest_release, text_file) -> Path:
     return root
 
 
-def test_commands_and_papers_show_awkward_names(awkward):
+def test_commands_and_papers_show_awkward_names(awkward, text_file):
     source, out = awkward / f"source{AWKWARD}", awkward / f"out{AWKWARD}"
     recipe, ranking = awkward / "recipe.yaml", awkward / "ranking"
     line, value = one_line(AWKWARD), json_text(json.dumps(AWKWARD, ensure_ascii=False))[1:-1]
@@ -183,15 +185,17 @@ def test_commands_and_papers_show_awkward_names(awkward):
         (["quantize", recipe], line),
         (["inspect", out], line),
         (["verify", out], line),
-        (["eval", out, "--reference", source, "--quick"], line),
+        (["eval", out, "--reference", source, "--text", text_file, "--quick"], line),
         (["compare", out], line),
         (["compare", out, "--markdown"], markdown_text(AWKWARD)),
         (["compare", out, "--output", ranking], line),
-        (["verify", source], line),
-        (["convert", out, "--format", "gguf", "--output", source], line),
+        (["verify", source], line),  # refused
+        (["convert", out, "--format", "gguf", "--output", source], line),  # refused
     ):
         result = CliRunner().invoke(main, list(map(str, command)))
         assert result.exception is None or isinstance(result.exception, SystemExit), command
+        refused = command[0] == "convert" or command == ["verify", source]
+        assert (result.exit_code == 0) is not refused, result.output
         shown = result.stdout + result.stderr
         assert acting(shown) == [] and name in shown, command
         assert "grokquant: ok" not in shown.splitlines(), command
@@ -221,3 +225,23 @@ def check_page(text: str) -> None:
 def test_spaces_of_all_widths_are_no_danger():
     spaces = [chr(c) for c in range(0x3001) if unicodedata.category(chr(c)) == "Zs"]
     assert one_line("".join(spaces)) == "".join(spaces)
+
+
+def test_reports_name_files_whose_names_are_not_utf8():
+    for path in ("/a/b\udce9.txt", "b\udce9.txt"):
+        assert published_path(path) == "b\\udce9.txt"
+
+
+def test_text_of_others_passes_through_these_functions_alone():
+    """No module makes pages, rich tables or consoles around them."""
+    shortcuts = re.compile(
+        r"from html import|rich\.markup|(?<!Plain)Console\(|Text\.from_|\bprint\("
+    )
+    program = "evaluation/task_data.py"  # prints what it wrote, when run by itself
+    package = Path(grokquant.__file__).parent
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if shortcuts.search(re.sub(r"console\.print\(", "", path.read_text()))
+    }
+    assert found - {program} == {"escaping.py", "reporting/terminal.py"}

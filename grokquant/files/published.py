@@ -12,10 +12,11 @@ _CACHED = re.compile(r"models--(.+?)--(.+)")
 
 def published_path(path: str) -> str:
     """`path` as it was typed if that is relative, else its last part, or the repository that a
-    download cache holds there."""
-    place = PurePath(path)
-    if not place.is_absolute() and not path.startswith("~"):
-        return path
+    download cache holds there. Bytes that are not UTF-8 are escaped: no text file can hold them."""
+    shown = path.encode("utf-8", "backslashreplace").decode()
+    place = PurePath(shown)
+    if not place.is_absolute() and not shown.startswith("~"):
+        return shown
     return cached_repository(place) or place.name or "model"
 
 
