@@ -11,6 +11,7 @@ from make_release import write_hollow_grok_1
 from grokquant.errors import InputError
 from grokquant.job.plan import build_plan, check_disk
 from grokquant.recipe import load_recipe
+from grokquant.reporting.terminal import print_plan
 from grokquant.toy import TOY_PATH
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -134,3 +135,9 @@ def test_first_rule_wins_and_the_rest_is_kept(tiny_recipe):
     assert plan.units["layers.1.experts.3.up"].scheme.bits == 8
     assert plan.units["layers.1.experts.2.up"].scheme.bits == 4
     assert len(plan.kept) == 2 * 4 and all(".attention." in name for name in plan.kept)
+
+
+def test_the_table_says_what_becomes_of_integers_that_no_rule_matches(tiny_recipe, capsys):
+    print_plan(build_plan(tiny_recipe(EXPERTS)))
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "attention" in line]
+    assert {row[2].strip() for row in rows} == {"bfloat16 (dequantized)"}

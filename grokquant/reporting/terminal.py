@@ -28,7 +28,7 @@ from grokquant.job.budget import Budget
 from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
 from grokquant.job.shards import REPORT_NAME
-from grokquant.types import UnitReport
+from grokquant.types import TensorRef, UnitReport
 
 # Off a terminal: wide enough that no table folds its cells, whatever reads the output.
 _PIPE_WIDTH = 1000
@@ -133,15 +133,22 @@ def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
     weights: Counter[tuple[str, str]] = Counter()
     for matrix in plan.checkpoint.matrices():
         unit = plan.units.get(matrix.name)
-        grid = "not quantized"
+        ref = plan.checkpoint.source.tensors[matrix.tensor]
+        grid = _as_floats(ref)
         if unit:
             grid = f"{plan.format.grid_name(unit.scheme)} ({unit.method})"
         key = (matrix.kind, grid)
         counts[key] += 1
-        weights[key] += prod(plan.checkpoint.source.tensors[matrix.tensor].shape)
+        weights[key] += prod(ref.shape)
     rest = plan.checkpoint.parameters - sum(weights.values())
     rows = {key: (counts[key], weights[key]) for key in counts}
     return rows | {("router, norms, embedding", "not quantized"): (0, rest)}
+
+
+def _as_floats(ref: TensorRef) -> str:
+    """How a matrix is stored that is not quantized."""
+    dtype = str(ref.dtype).removeprefix("torch.")
+    return f"{dtype} ({'dequantized' if ref.scheme else 'unquantized'})"
 
 
 class _LayerBar:
