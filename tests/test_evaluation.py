@@ -501,8 +501,8 @@ def test_a_size_is_the_same_everywhere(report, output):
 
 def test_dequantized_is_said_of_a_reference_that_is_stored_quantized(report):
     """Mixtral in bf16 beside it, see `test_source_model.py`."""
-    assert report.protocol.arithmetic == "float32 on the stored weights, dequantized"
-    assert "dequantized; float32" in markdown_table(report)
+    assert report.protocol.arithmetic == "float32 on the stored weights"
+    assert "dequantized; float32 on the stored weights;" in markdown_table(report)
     assert "it was dequantized for the comparison" in render_html(report)
 
 

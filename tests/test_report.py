@@ -41,6 +41,13 @@ def test_json_round_trip(tmp_path: Path) -> None:
     assert read_report(json_path) == read_report(json_path.parent) == report()
 
 
+def test_earlier_words_of_a_report_make_no_other_protocol() -> None:
+    """Reports of the same reference can still be compared."""
+    former = "float32 on the stored weights, integers multiplied out to bf16"
+    read = parse_report(changed("/protocol/arithmetic", former), "test")
+    assert read.protocol.arithmetic == "float32 on the stored weights"
+
+
 def test_json_keeps_the_order_and_equal_reports_give_equal_bytes(tmp_path: Path) -> None:
     paths = [write_report(report(), tmp_path / name) for name in ("a", "b")]
     for one, other in zip(*paths, strict=True):

@@ -8,7 +8,7 @@ JSON schema (`Report.model_json_schema()`) and in the documentation.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from grokquant.errors import InputError
 from grokquant.files.json_objects import read_json_object
@@ -85,6 +85,12 @@ class ComparedModel(_Part):
     """Number of matrices by grid, with the method that rounded them if known."""
 
 
+def _without_former_words(arithmetic: object) -> object:
+    """Earlier reports said this of every model, also where nothing was stored as integers."""
+    former = ", integers multiplied out to bf16"
+    return arithmetic.removesuffix(former) if isinstance(arithmetic, str) else arithmetic
+
+
 class Protocol(_Part):
     """Which tokens were scored, and how. Results of different protocols cannot be compared."""
 
@@ -104,7 +110,7 @@ class Protocol(_Part):
     """Which tokens of a window are scored."""
     bos: bool
     """Whether a window begins with a beginning-of-sequence token."""
-    arithmetic: str
+    arithmetic: Annotated[str, BeforeValidator(_without_former_words)]
     """The dtype in which both models were run."""
 
 

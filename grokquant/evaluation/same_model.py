@@ -52,31 +52,37 @@ def check_same_model(
 def other_model(quantized: Checkpoint, reference: Checkpoint) -> OtherModel | None:
     """What tells the reference from the source of `quantized`; None if nothing does.
 
-    A result names the models that it was made from, any of which may be the reference. Where none
-    is named, the tensors are compared that quantization usually leaves as they are. Some methods
-    of other tools change a part of these; not one that is equal is another model.
+    A result names the models that it was made from, any of which may be the reference.
     """
     theirs = fingerprint_of(reference)
-    if known := recorded_models(quantized.source.path):
-        found = [list(differences(model, theirs)) for model in known]
-        nearest = min(found, key=len)
-        return OtherModel(_joined(nearest), certain=True) if nearest else None
+    known = recorded_models(quantized.source.path)
+    if not known:
+        return _told_by_what_was_kept(quantized, theirs)
+    nearest = min((list(differences(model, theirs)) for model in known), key=len)
+    return OtherModel(_joined(nearest), certain=True) if nearest else None
+
+
+def _told_by_what_was_kept(quantized: Checkpoint, theirs: ModelFingerprint) -> OtherModel | None:
+    """The same by the tensors that quantization usually leaves as they are.
+
+    Ours are all equal to the source's. Some methods of other tools change a part of theirs; where
+    none is equal, it is another model.
+    """
     own = kept_fingerprint_of(quantized)
-    if not (found_here := list(differences(own, theirs))):
+    found = list(differences(own, theirs))
+    if not found:
         return None
     ours = (quantized.source.path / REPORT_NAME).is_file()
-    shared = own.tensors.keys() & theirs.tensors.keys()
-    some_are_equal = len(_changed(own, theirs)) < len(shared)
-    only_tensors = len(found_here) == 1 and bool(_changed(own, theirs))
-    return OtherModel(_joined(found_here), certain=ours or not (only_tensors and some_are_equal))
+    explained = len(found) == 1 and _differ_in_part(own, theirs)
+    return OtherModel(_joined(found), certain=ours or not explained)
 
 
 def differences(own: ModelFingerprint, theirs: ModelFingerprint) -> Iterator[str]:
     """What tells two models apart, with the values of both; only what both say is compared."""
     if own.family != theirs.family:
-        yield f"family is {own.family}, the reference has {theirs.family}"
-    for key in own.config.keys() & theirs.config.keys():
-        if own.config[key] != theirs.config[key]:
+        yield f"family is {own.family[:_LONGEST]}, the reference has {theirs.family}"
+    for key in own.config:
+        if key in theirs.config and own.config[key] != theirs.config[key]:
             values = (str(config[key])[:_LONGEST] for config in (own.config, theirs.config))
             yield f"{key} is {next(values)}, the reference has {next(values)}"
     if own.tokenizer and theirs.tokenizer and own.tokenizer.sha256 != theirs.tokenizer.sha256:
@@ -89,6 +95,12 @@ def differences(own: ModelFingerprint, theirs: ModelFingerprint) -> Iterator[str
             f"{name[:_LONGEST]} (checksum {own.tensors[name][:_LONGEST]}, "
             f"the reference has {theirs.tensors[name]})"
         )
+
+
+def _differ_in_part(own: ModelFingerprint, theirs: ModelFingerprint) -> bool:
+    """Whether some of the sampled tensors differ and some are equal."""
+    shared = own.tensors.keys() & theirs.tensors.keys()
+    return 0 < len(_changed(own, theirs)) < len(shared)
 
 
 def _changed(own: ModelFingerprint, theirs: ModelFingerprint) -> list[str]:

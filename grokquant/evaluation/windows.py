@@ -44,7 +44,7 @@ def read_text(section: TextSection, base: Checkpoint, key: str) -> TextWindows:
     rows = _with_bos(cut.tokens, tokenizer, key) if section.bos else cut.tokens
     windows = Windows(rows, section.first_scored(length))
     scored = cut.documents[:, windows.first :]
-    return TextWindows(windows, scored, _protocol(section, documents, windows, base))
+    return TextWindows(windows, scored, _protocol(section, documents, windows))
 
 
 def _with_bos(rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase, key: str) -> torch.Tensor:
@@ -56,9 +56,7 @@ def _with_bos(rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase, key: str) 
     return rows
 
 
-def _protocol(
-    section: TextSection, documents: list[str], windows: Windows, base: Checkpoint
-) -> Protocol:
+def _protocol(section: TextSection, documents: list[str], windows: Windows) -> Protocol:
     count, length = windows.rows.shape
     held_out = section.text == "python-docs"
     return Protocol(
@@ -70,11 +68,5 @@ def _protocol(
         tokens_scored=count * (length - windows.first),
         scored=_SCORED[section.protocol],
         bos=section.bos,
-        arithmetic=_arithmetic(base),
+        arithmetic="float32 on the stored weights",
     )
-
-
-def _arithmetic(base: Checkpoint) -> str:
-    """All models that are compared with `base` have the same, whatever they store themselves."""
-    stored_quantized = any(ref.scheme for _, ref in base.units())
-    return "float32 on the stored weights" + (", dequantized" if stored_quantized else "")
