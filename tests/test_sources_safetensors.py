@@ -130,8 +130,8 @@ def test_a_single_file_comes_before_an_index(sharded):
     assert [str(path) for path in source.weight_files] == theirs
     assert source.tensors["a.weight"].read().eq(9).all()
     assert source.notes == (
-        f"{directory}: the weights are those of model.safetensors; not read: {SHARDS[0]}, "
-        f"{SHARDS[1]}, model.safetensors.index.json",
+        f"{directory}: the weights are those of model.safetensors; not read: "
+        f"model.safetensors.index.json, {SHARDS[0]}, {SHARDS[1]}",
     )
 
 

@@ -43,8 +43,8 @@ def unlisted(file: Path, tensors: Collection[str]) -> tuple[str, ...]:
 
 
 def named(names: Iterable[str]) -> str:
-    """The first names in alphabetical order, and the number of the others."""
-    ordered = sorted(names)
+    """The first names, an index before the shards that it names, and the number of the others."""
+    ordered = sorted(names, key=lambda name: (not name.endswith(".index.json"), name))
     first = ", ".join(name[:_LONGEST] for name in ordered[:_NAMED])
     more = len(ordered) - _NAMED
     return f"{first} and {more} more" if more > 0 else first
