@@ -22,7 +22,8 @@ def report(name: str, error: float, scheme: Scheme = INT4, lost: int = 0) -> Uni
 
 
 def found(*reports: UnitReport) -> list[str]:
-    return findings(reports, {each.name: each.name.rstrip("0123456789") for each in reports})
+    kinds = {each.name: f"{each.name.rstrip('0123456789')} in {each.scheme}" for each in reports}
+    return findings(reports, kinds)
 
 
 def test_twice_the_error_of_its_kind_is_named():
@@ -51,7 +52,7 @@ def test_a_matrix_of_which_nothing_is_left_has_one_line():
     usual = [report(f"down{i}", 0.1) for i in range(5)]
     (line,) = found(*usual, report("down9", 1.0000002, lost=64))
     assert line == (
-        "down9: 64 rows became zero, too small for int4 g128 sym; "
+        "down9: 64 rows became zero, too small for the grid's scales; "
         "relative error 1, nothing is left of its weights"
     )
 

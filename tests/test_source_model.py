@@ -295,6 +295,9 @@ def test_the_report_begins_with_another_reference(result, other, tmp_path):
     output = shutil.copytree(result, tmp_path / "copy")
     text = ["--any-reference", "--quick", "--samples", "1"]
     command = ["eval", str(output), "--reference", str(other), *text]
+    refused = CliRunner().invoke(main, [part for part in command if part != "--any-reference"])
+    assert refused.exit_code == 2 and not (output / "evaluation").exists()
+    assert refused.stderr.startswith(f"grokquant: --any-reference: needed to compare {output}")
     printed = CliRunner().invoke(main, command)
     assert printed.exit_code == 0, printed.output
     found = read_report(output / "evaluation")

@@ -145,7 +145,9 @@ def _summary(plan: Plan) -> str:
 def _grids(plan: Plan, reports: list[UnitReport]) -> str:
     counts = scheme_counts(reports, plan.format)
     rows = "".join(f"| {grid} | {count} |\n" for grid, count in counts.items())
-    kept = f", nor are {len(plan.kept)} matrices that the recipe keeps" if plan.kept else ""
+    kept = (
+        f", nor are {len(plan.kept)} matrices stored as floats" if plan.kept else ""
+    )
     return (
         f"| grid (method) | matrices |\n|---|---|\n{rows}\n"
         f"Router, norms and embedding are not quantized{kept}. `{REPORT_NAME}` has a row for every "
@@ -163,7 +165,11 @@ def _listed(head: str, lines: list[str]) -> list[str]:
 
 def unusual(plan: Plan, reports: list[UnitReport]) -> list[str]:
     """A line for each matrix of which too much was lost."""
-    return findings(reports, {name: unit.kind for name, unit in plan.units.items()})
+    kinds = {
+        name: f"{unit.kind} in {plan.format.grid_name(unit.scheme)}"
+        for name, unit in plan.units.items()
+    }
+    return findings(reports, kinds)
 
 
 def _commands(plan: Plan) -> str:

@@ -19,16 +19,16 @@ _LISTED = 10
 def findings(reports: Sequence[UnitReport], kinds: Mapping[str, str]) -> list[str]:
     """A line for each matrix that lost whole rows, all of its weights, or twice as much as others.
 
-    `kinds` says what each matrix is, such as experts.down, by name. A matrix is compared with
-    those of its kind on the same grid.
+    `kinds` says what each matrix is, such as experts.down in int4 g128 sym, by name. A matrix is
+    compared with those of its kind.
     """
-    errors: dict[tuple[str, str], list[float]] = defaultdict(list)
+    errors: dict[str, list[float]] = defaultdict(list)
     for report in reports:
-        errors[kinds[report.name], str(report.scheme)].append(report.relative_error)
+        errors[kinds[report.name]].append(report.relative_error)
     usual = {key: median(each) for key, each in errors.items() if len(each) >= _FEWEST}
     lines = []
     for report in reports:
-        kind = (kinds[report.name], str(report.scheme))
+        kind = kinds[report.name]
         if found := list(_losses(report, usual.get(kind, 0.0), kind)):
             lines.append(f"{report.name}: {'; '.join(found)}")
     return lines
@@ -41,13 +41,12 @@ def listed(lines: Sequence[str]) -> list[str]:
     return [*lines[:_LISTED], *rest]
 
 
-def _losses(report: UnitReport, usual: float, kind: tuple[str, str]) -> Iterator[str]:
+def _losses(report: UnitReport, usual: float, kind: str) -> Iterator[str]:
     error = report.relative_error
     if report.lost_rows:
-        yield f"{report.lost_rows} rows became zero, too small for {report.scheme}"
+        yield f"{report.lost_rows} rows became zero, too small for the grid's scales"
     if error >= _NOTHING_LEFT:
         yield f"relative error {error:.3g}, nothing is left of its weights"
     elif usual and error > _UNUSUAL * usual:
-        named = " in ".join(kind)
         times = error / usual
-        yield f"relative error {error:.3g}, {times:.1f} times the median {usual:.3g} of {named}"
+        yield f"relative error {error:.3g}, {times:.1f} times the median {usual:.3g} of {kind}"
