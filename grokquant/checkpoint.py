@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from grokquant import containers, formats
 from grokquant.errors import InputError
 from grokquant.families import family_of
-from grokquant.families.family import Family
+from grokquant.families.family import Family, one_line
 from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.sources import open_source
 from grokquant.toy import TOY, TOY_PATH
 from grokquant.types import Matrix, Source, TensorRef
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_NAMED = 20  # keys of a config in a note
 # Tensors that older versions of transformers stored although they follow from the config.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -88,9 +89,19 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     family = family_of(source)
     source = renamed(formats.unpacked(source), family)
     config_path = config_path or directory / "config.json"
-    source = replace(source, config=family.own_config(config_path, source.config))
+    notes = (*source.notes, *_left_out(config_path, family, source.config))
+    source = replace(source, config=family.own_config(config_path, source.config), notes=notes)
     checkpoint = Checkpoint(source, family, family.config(config_path, source.config))
     return _complete(checkpoint)
+
+
+def _left_out(path: Path, family: Family, config: dict) -> Iterator[str]:
+    """A line that names the keys of a config.json that an output's does not have, if any."""
+    names = family.left_out(config)
+    if names:
+        shown = ", ".join(name[:80] for name in names[:_NAMED])
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        yield f"{path}: {family.name} has no such settings, left out: {shown}{more}"
 
 
 def _complete(checkpoint: Checkpoint) -> Checkpoint:
@@ -153,7 +164,7 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Checkpoint names and shapes of the parameters of the family's model, experts one by one."""
     family = checkpoint.family
     config = checkpoint.config
-    model = family.empty_model(config)
+    model = _empty_model(checkpoint)
     layers = family.layers(model)
     fused = {id(p) for layer in layers for p in _experts_parameters(family, layer)}
     shapes = {
@@ -169,6 +180,16 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
             for part, name in family.expert_biases(layer, expert).items():
                 shapes[name] = (hidden,) if part == "down" else (inner,)
     return shapes
+
+
+def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    try:
+        return checkpoint.family.empty_model(checkpoint.config)
+    except Exception as error:  # of any class: what a model makes of values that fit one by one
+        path = checkpoint.source.path
+        raise InputError(
+            f"{path}: transformers makes no model of config.json: {one_line(error)}"
+        ) from None
 
 
 def _experts_parameters(family: Family, layer: nn.Module) -> list[nn.Parameter]:

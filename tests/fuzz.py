@@ -84,7 +84,7 @@ def safetensors_bodies() -> Iterator[bytes]:
     tensors = {
         "model.layers.0.mlp.weight": (torch.bfloat16, (2, 3)),
         "scale": (torch.float32, ()),
-        "codes": (torch.uint8, (4, 0)),
+        "codes": (torch.uint8, (4, 2)),
     }
     yield file_layout(tensors).header[8:]
     yield file_layout({"a": (torch.int8, (24,))}).header[8:]

@@ -310,7 +310,7 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
     "header damaged": (lambda s: flip(s / SHARD, 9), f"{SHARD}: header"),
     "header huge": (lambda s: flip(s / SHARD, 6), f"{SHARD}: header of"),
     "header cut": (lambda s: os.truncate(s / SHARD, 50), f"{SHARD}: truncated"),
-    "truncated": (lambda s: os.truncate(s / SHARD, 100_000), f"{SHARD}: not a valid"),
+    "truncated": (lambda s: os.truncate(s / SHARD, 100_000), f"{SHARD}: truncated: "),
     "shard missing": (lambda s: (s / SHARD).unlink(), f"{SHARD}: no such file"),
     "index missing": (
         lambda s: (s / "model.safetensors.index.json").unlink(),

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from grokquant.errors import InputError
+from grokquant.files import json_objects
+from grokquant.files.safetensors_entries import parse_entries
+from grokquant.files.safetensors_header import DTYPES
 from grokquant.sources import open_source
 from grokquant.sources.finite import all_finite
-from grokquant.sources.safetensors_directory import DTYPES
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 TENSORS = (
@@ -74,7 +76,7 @@ def test_sharded(sharded):
     (sharded / "tokenizer.json").write_text("{}")
     (sharded / "README.md").write_text("---\nbase_model: x\nlicense: 'apache-2.0'\n---\n# Model\n")
     source = open_source(sharded)
-    assert source.kind == "safetensors" and source.config == {"model_type": "mixtral"}
+    assert source.kind == "safetensors" and source.config["model_type"] == "mixtral"
     assert source.licence == "apache-2.0"
     assert source.tokenizer_files == (sharded / "tokenizer.json",)
     assert source.weight_files == tuple(sharded / shard for shard in SHARDS)
@@ -377,6 +379,33 @@ BROKEN_HEADERS: dict[str, tuple[bytes, bytes]] = {
     "metadata of numbers": (b'{"__metadata__": {"a": 1}, "x": ' + RAW + b"}", bytes(8)),
     "entry is a number": (b'{"x": 1}', b""),
     "overlap": (b'{"x": ' + RAW + b', "y": ' + RAW + b"}", bytes(8)),
+    "no values": (entry(shape=[0, 2], data_offsets=[0, 0]), b""),
+    "no values of an endless size": (entry(shape=[2**64 - 1, 0], data_offsets=[0, 0]), b""),
+    "no values beside others": (
+        b'{"x": ' + RAW + b', "y": {"dtype": "I8", "shape": [0], "data_offsets": [8, 8]}}',
+        bytes(8),
+    ),
+    "unknown field": (entry(quantized=True), bytes(8)),
+    "true for a size": (entry(shape=[True, 2]), bytes(8)),
+    "a size as text": (entry(shape=["2"]), bytes(8)),
+    "one offset": (entry(data_offsets=[0]), bytes(8)),
+    "many dimensions": (entry(shape=[1] * 30 + [2]), bytes(8)),
+    "hole between": (
+        b'{"x": ' + RAW + b', "y": {"dtype": "I8", "shape": [1], "data_offsets": [9, 10]}}',
+        bytes(10),
+    ),
+    "name is a path": (b'{"../../x": ' + RAW + b"}", bytes(8)),
+    "name is a Windows path": (b'{"..\\x": ' + RAW + b"}", bytes(8)),
+    "name is a directory": (b'{"..": ' + RAW + b"}", bytes(8)),
+    "name has an escape": (b'{"\u001b[2J": ' + RAW + b"}", bytes(8)),
+    "no name": (b'{"": ' + RAW + b"}", bytes(8)),
+    "long name": (b'{"' + b"x" * 100_000 + b'": ' + RAW + b"}", bytes(8)),
+    "metadata is a list": (b'{"__metadata__": [], "x": ' + RAW + b"}", bytes(8)),
+    "much metadata": (
+        json.dumps({"__metadata__": {str(i): "" for i in range(20_000)}, "x": ENTRY}).encode(),
+        bytes(8),
+    ),
+    "a byte order mark": (b"\xef\xbb\xbf" + entry(), bytes(8)),
     "no dtype": (b'{"x": {"shape": [2], "data_offsets": [0, 8]}}', bytes(8)),
 }
 
@@ -415,6 +444,14 @@ def test_too_many_tensors(single, monkeypatch):
     # Counted before the library sees it, which would take seconds and memory.
     monkeypatch.setattr("grokquant.sources.safetensors_directory.safe_open", None)
     assert "100001 tensors" in refusal(single)
+
+
+@pytest.mark.parametrize("bloat", [b"0,", b"[],", b"{},"])
+def test_a_bloated_header_is_refused_before_it_is_parsed(monkeypatch, bloat):
+    header = b'{"x": [' + bloat * (24_000_000 // len(bloat)) + b"0]}"
+    monkeypatch.setattr(json_objects.json, "loads", None)
+    with pytest.raises(InputError, match="x: header: .*it has more than 1120000 values"):
+        parse_entries(header, "x", 0)
 
 
 def test_truncated_anywhere(single):

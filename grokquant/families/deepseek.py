@@ -17,6 +17,8 @@ _KEYS_AND_VALUES = {
     "attention.kv_b": "self_attn.kv_b_proj.weight",
     "attention.o": "self_attn.o_proj.weight",
 }
+# vLLM and SGLang read them; transformers computes as they say in the released models.
+_READ_BY_ENGINES = {"aux_loss_alpha", "ep_size", "moe_layer_freq", "scoring_func", "seq_aux"}
 
 
 def _routed(config: PreTrainedConfig, layer: int) -> bool:
@@ -37,4 +39,5 @@ DEEPSEEK_V2 = Family(
     experts=EXPERTS,
     routed=_routed,
     unquantized=("mlp.gate",),
+    other_fields=frozenset(_READ_BY_ENGINES),
 )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grokquant.errors import InputError
-from grokquant.families.config import usual_fields
+from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
 from grokquant.types import Matrix
 
 # (config, layer) -> names of its quantizable matrices, part -> end of the tensor's name
@@ -51,10 +52,12 @@ class Family:
     and biases if `biased`.
 
     config.json: `fields` picks the fields that define the model, given the file's path and content;
-    it raises InputError if they describe no model of the family. `only_own_fields` keeps all other
-    fields out of an output's config.json. `architecture` is the model's name there, by default that
-    of its class. `engine_fields` gives what engines also ask of an output's config.json, though the
-    model does not. `notice` is a line to show to every user of the family.
+    it raises InputError if they describe no model of the family. An output's config.json has the
+    fields of the config class and `other_fields`, which are understood here or read by other
+    programs; with `only_own_fields` it has what `fields` returns. `architecture` is the model's
+    name there, by default that of its class. `engine_fields` gives what engines also ask of an
+    output's config.json, though the model does not. `notice` is a line to show to every user of the
+    family.
     """
 
     name: str
@@ -69,8 +72,9 @@ class Family:
     transposed: bool = False
     interleaved: bool = False
     biased: bool = False
-    fields: Callable[[Path, dict], dict] = usual_fields
+    fields: Callable[[Path, dict], dict] = check_fields
     only_own_fields: bool = False
+    other_fields: frozenset[str] = frozenset()
     architecture: str | None = None
     engine_fields: Callable[[PreTrainedConfig], dict] = lambda config: {}
     notice: str | None = None
@@ -82,21 +86,31 @@ class Family:
         Raises InputError.
         """
         fields = self.fields(path, content)
+        known = model_keys(self.config_class)
+        given = {key: value for key, value in fields.items() if key in known}
         try:
-            return self.config_class(**fields)
-        except Exception as error:  # of any class: transformers' and pydantic's checks of values
-            raise InputError(f"{path}: {_line(error)}") from None
+            config = self.config_class(**deepcopy(given))  # it changes what it is given
+        except Exception as error:  # of any class: transformers checks values, too
+            raise InputError(f"{path}: {one_line(error)}") from None
+        check_sizes(path, config)
+        return config
 
     def own_config(self, path: Path, content: dict) -> dict:
         """The `content` of a config.json in this family's own form, with its own names for the
         architecture and the fields. Raises InputError."""
         own = self.fields(path, content)
         if not self.only_own_fields:
-            own = content | own
+            left_out = self.left_out(content)
+            own = {key: value for key, value in (content | own).items() if key not in left_out}
         elif "quantization_config" in content:
             own = own | {"quantization_config": content["quantization_config"]}
         names = {"architectures": [self.architecture or self.model_class.__name__]}
         return own | names | {"model_type": self.config_class.model_type}
+
+    def left_out(self, content: dict) -> list[str]:
+        """The keys of a config.json that are not part of an output's."""
+        known = carried_keys(self.config_class) | self.other_fields
+        return [key for key in content if key not in known]
 
     def num_experts(self, config: PreTrainedConfig, layer: int) -> int:
         """Routed experts of a layer, 0 where it is dense."""
@@ -192,7 +206,8 @@ def _matrix(place: str, tensor: str, layer: int, part: str, expert: int | None =
     return Matrix(f"{place}.{part}", tensor, layer, part, _READS.get(part, part), expert)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an exception says, on one line of bounded length."""
     return " ".join(str(error).split())[:300] or type(error).__name__  # some are pages long
 
 

@@ -18,4 +18,5 @@ GPT_OSS = Family(
     transposed=True,
     interleaved=True,
     biased=True,
+    other_fields=frozenset({"experts_per_token", "initial_context_length"}),  # vLLM reads them
 )

@@ -5,7 +5,8 @@ from transformers import PreTrainedConfig
 from grokquant.families.family import Family, everywhere
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
 from grokquant.families.projections import ATTENTION
-from grokquant.sources.grok_config import model_fields
+from grokquant.sources.grok_config import ALIASES as FIELD_ALIASES
+from grokquant.sources.grok_config import OFF, model_fields
 
 EXPERTS = {
     "gate": "block_sparse_moe.experts.{expert}.w1.weight",
@@ -52,6 +53,13 @@ def _engine_fields(config: PreTrainedConfig) -> dict:
     }
 
 
+_ASKED_BY_ENGINES = (
+    "moe_intermediate_size",
+    "router_logit_softcapping",
+    "moe_router_renormalize",
+    "load_presharded_moe",
+)
+
 GROK_1 = Family(
     name="grok-1",
     config_class=Grok1Config,
@@ -64,4 +72,5 @@ GROK_1 = Family(
     fields=model_fields,
     only_own_fields=True,
     engine_fields=_engine_fields,
+    other_fields=frozenset({*FIELD_ALIASES, *OFF, *_ASKED_BY_ENGINES}),
 )

@@ -29,6 +29,9 @@ _UNDERSTOOD: Mapping[str, tuple] = {
     "sliding_window_size": (None, -1),
     "global_attn_every_n": (None, 1),
 }
+# SGLang reads them, too; they scale positions only under a rope type that is not supported here.
+_SCALING = {"scaling_factor", "extrapolation_factor", "attn_factor", "beta_fast", "beta_slow"}
+_READ_BY_SGLANG = {*_UNDERSTOOD, *_SCALING, "residual_moe"}
 
 
 def _fields(path: Path, content: dict) -> dict:
@@ -75,5 +78,6 @@ GROK_2 = Family(
     aliases=ALIASES,
     fused="block_sparse_moe.experts",
     fields=_fields,
+    other_fields=frozenset(_READ_BY_SGLANG),
     notice="Grok-2 is experimental: without released model code, its computation follows SGLang's",
 )

@@ -9,10 +9,9 @@ from grokquant.errors import InputError
 from grokquant.files.impostors import impostor
 from grokquant.files.regular import read_regular
 
-# Far above any real file: the largest tokenizers have 40 MB and 1,500,000 values, headers of models
-# with 100,000 tensors 800,000.
+# Far above any real file. Of 1,000,000 values Python makes objects of a hundred megabytes.
 MAX_BYTES = 64_000_000
-MAX_VALUES = 4_000_000
+MAX_VALUES = 1_000_000
 MAX_DEPTH = 64
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _STEP = {"{": 1, "[": 1, "}": -1, "]": -1}
@@ -35,11 +34,11 @@ def parse_strict_object(raw: bytes, name: str) -> dict:
     return content
 
 
-def parse_json_object(raw: bytes, name: str) -> dict:
+def parse_json_object(raw: bytes, name: str, most_values: int | None = None) -> dict:
     """Parses `raw` as one JSON object. Raises InputError that begins with `name`."""
     try:
         text = raw.decode("utf-8-sig")
-        _check_extent(text)
+        _check_extent(text, MAX_VALUES if most_values is None else most_values)
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         if what := impostor(raw):
@@ -50,11 +49,11 @@ def parse_json_object(raw: bytes, name: str) -> dict:
     return content
 
 
-def _check_extent(text: str) -> None:
+def _check_extent(text: str, most_values: int) -> None:
     """Raises ValueError where parsing would take much memory, or more depth than any file has."""
     punctuation = _STRING.sub("", text)
-    if punctuation.count(",") >= MAX_VALUES:
-        raise ValueError(f"it has more than {MAX_VALUES} values")
+    if max(punctuation.count(","), punctuation.count("{"), punctuation.count("[")) >= most_values:
+        raise ValueError(f"it has more than {most_values} values")
     steps = (_STEP[bracket] for bracket in re.findall(r"[][{}]", punctuation))
     if max(accumulate(steps), default=0) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")

@@ -18,7 +18,7 @@ from grokquant.version import MARK, OWN
 
 GENERATION_CONFIG = "generation_config.json"
 _DTYPES = ("bfloat16", "float16", "float32")
-_NOT_COPIED = ("auto_map", "dtype", "quantization_config")
+_NOT_COPIED = ("dtype", "quantization_config")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Tensors appear raw, under their names and in their dtypes; `formats` unpacks qua
 """
 
 import glob
-import math
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.files.impostors import impostor
-from grokquant.files.json_objects import parse_json_object, read_json_object
+from grokquant.files.json_objects import read_json_object
 from grokquant.files.regular import open_regular
-from grokquant.files.safetensors_header import DTYPES
+from grokquant.files.safetensors_entries import Entry, parse_entries
 from grokquant.sources import presharded
 from grokquant.sources.beside import files_beside
 from grokquant.sources.finite import all_finite
@@ -35,7 +35,6 @@ EXPLICIT = "transformers_weights"
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 # Far above any real checkpoint; more is damage, or an attack on memory.
 MAX_HEADER_BYTES = 25_000_000
-MAX_TENSORS = 100_000
 # Where older writers describe their quantization, if config.json does not, and their quant_method.
 OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 TOKENIZER_FILES = (
@@ -59,7 +58,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens the directory `path`; only headers are read, and no file stays open.
 
     Raises InputError for missing or malformed files, unsafe file names in the index and tensors
-    that are not in their shard. Code in the directory (auto_map) is ignored.
+    that are not in their shard. Code in the directory is ignored.
     """
     config = _read_config(path, config_path)
     index, by_file = _weights(path, config.pop(EXPLICIT, None))
@@ -88,7 +87,6 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
 
 def _read_config(path: Path, config_path: Path | None) -> dict:
     config = read_json_object(config_path or path / "config.json")
-    config.pop("auto_map", None)
     for name, method in OLDER_CONFIGS.items():
         if config.get("quantization_config") is None and (path / name).is_file():
             config["quantization_config"] = {"quant_method": method} | read_json_object(path / name)
@@ -166,29 +164,25 @@ def shards_of(content: dict, name: str) -> dict[str, list[str]]:
 
 def _open_shard(path: Path, names: list[str] | None) -> tuple[list[TensorRef], tuple[str, ...]]:
     """The tensors of a file, by default all, and a line about others that it holds."""
-    found = _check_header(path)
+    found = _read_header(path)
     for name in names or ():
         if name not in found:
             raise InputError(f"{path}: tensor {name!r} is missing, the index places it here")
-    try:
-        with safe_open(path, framework="pt") as file:
-            refs = [_ref(path, name, file.get_slice(name)) for name in names or sorted(found)]
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a valid safetensors file: {_line(error)}") from None
-    strays = found - set(names or found)
+    refs = [_ref(path, name, found[name]) for name in names or sorted(found)]
+    strays = found.keys() - set(names or found)
     return refs, unlisted(path, strays)
 
 
-def _check_header(path: Path) -> set[str]:
-    """Names in the header, once it is known to be safe for the safetensors library."""
+def _read_header(path: Path) -> dict[str, Entry]:
+    """The tensors in the header of a file, which is then safe for the safetensors library."""
     if not path.exists():
         raise InputError(f"{path}: no such file{_unfinished(path)}")
     with open_regular(path) as file:
         return parse_header(file, str(path))
 
 
-def parse_header(file: BinaryIO, name: str) -> set[str]:
-    """Names in the header of an open file, which errors call `name`."""
+def parse_header(file: BinaryIO, name: str) -> dict[str, Entry]:
+    """The tensors in the header of an open file, which errors call `name`."""
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES:
@@ -199,10 +193,8 @@ def parse_header(file: BinaryIO, name: str) -> set[str]:
     raw = file.read(length)
     if not raw or len(raw) < length:
         raise InputError(f"{name}: truncated: {len(raw)} of the {length} bytes of its header")
-    names = parse_json_object(raw, f"{name}: header").keys() - {"__metadata__"}
-    if not 0 < len(names) <= MAX_TENSORS:
-        raise InputError(f"{name}: {len(names)} tensors, expected 1 to {MAX_TENSORS}")
-    return names
+    data_bytes = file.seek(0, os.SEEK_END) - 8 - length
+    return parse_entries(raw, name, data_bytes)
 
 
 def _unfinished(path: Path) -> str:
@@ -211,19 +203,14 @@ def _unfinished(path: Path) -> str:
     return f"; {begun[0].name} is an unfinished download of it, download it again" if begun else ""
 
 
-def _ref(path: Path, name: str, stored) -> TensorRef:
-    shape = tuple(stored.get_shape())
-    kind = stored.get_dtype()
-    if kind not in DTYPES:
-        raise InputError(f"{path}: tensor {name!r} has dtype {kind}, which is not supported")
-    dtype = DTYPES[kind]
-    size = math.prod(shape) * dtype.itemsize
+def _ref(path: Path, name: str, entry: Entry) -> TensorRef:
+    shape = entry.shape
     load = partial(_load, path, name)
     return TensorRef(
         name,
         shape,
-        dtype,
-        size,
+        entry.dtype,
+        entry.end - entry.start,
         load,
         load_rows=(lambda first, stop: load((slice(first, stop),))) if shape else None,
         load_part=load if shape else None,
