@@ -11,7 +11,7 @@ import torch
 
 from grokquant.errors import InputError
 from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection
-from grokquant.text import python_docs
+from grokquant.text import documents, python_docs
 from grokquant.text.documents import (
     READERS,
     calibration_rows,
@@ -161,7 +161,51 @@ def test_parquet_is_a_document_per_row(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
     assert message(path).startswith(f"{path}: cannot be read as parquet: ")
     path.unlink()
-    assert message(path).startswith(f"{path}: cannot be read as parquet: ")
+    assert message(path).startswith(f"{path}: cannot be read: ")
+
+
+@pytest.mark.parametrize("repeated", [True, False])
+def test_parquet_that_unpacks_to_far_more_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repeated: bool
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["x" * 100_000] * 1100})
+    parquet.write_table(table, path, compression="zstd", use_dictionary=repeated)
+    assert path.stat().st_size < 100_000
+    made = 0
+
+    def counted(text: object, where: str) -> str:
+        nonlocal made
+        made += len(str(text))
+        return str(text)
+
+    monkeypatch.setattr(documents, "_checked", counted)
+    assert message(path) == f"{path}: unpacks to more than 100 times its size"
+    # Plain values are refused by the file's own figures, repeated ones when they are too many.
+    assert made <= 100_100_000 if repeated else made == 0
+
+
+def test_a_line_without_end_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "_MAX_DOCUMENT_BYTES", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n{"text": "' + b"x" * 5000)
+    assert message(path) == f"{path}:2: longer than 1000 bytes, not a document"
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 1001)
+    assert message(path) == f"{path}: larger than 1000 bytes, the limit for such a file"
+
+
+def test_a_line_of_many_values_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "x", "y": [' + b"[]," * 100_000 + b"[]]}")
+    monkeypatch.setattr(documents.json, "loads", None)
+    assert message(path) == f"{path}:1: not a JSON object"
 
 
 def test_datasets_by_name_config_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

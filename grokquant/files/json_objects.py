@@ -38,7 +38,7 @@ def parse_json_object(raw: bytes, name: str, most_values: int | None = None) -> 
     """Parses `raw` as one JSON object. Raises InputError that begins with `name`."""
     try:
         text = raw.decode("utf-8-sig")
-        _check_extent(text, MAX_VALUES if most_values is None else most_values)
+        check_extent(text, MAX_VALUES if most_values is None else most_values)
         content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         if what := impostor(raw):
@@ -49,7 +49,7 @@ def parse_json_object(raw: bytes, name: str, most_values: int | None = None) -> 
     return content
 
 
-def _check_extent(text: str, most_values: int) -> None:
+def check_extent(text: str, most_values: int) -> None:
     """Raises ValueError where parsing would take much memory, or more depth than any file has."""
     punctuation = _STRING.sub("", text)
     if max(punctuation.count(","), punctuation.count("{"), punctuation.count("[")) >= most_values:

@@ -2,26 +2,34 @@
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grokquant.errors import InputError
-from grokquant.files.regular import read_regular
+from grokquant.families.tokenizer import tokens_of
+from grokquant.files.json_objects import check_extent
+from grokquant.files.regular import open_regular, read_regular
 from grokquant.recipe import CalibrationSection, check_text
 
 if TYPE_CHECKING:
     from grokquant.checkpoint import Checkpoint
 
-# A text is read whole; the largest that people evaluate on have some hundred megabytes.
+# The largest texts that people evaluate on have some hundred megabytes, their longest documents a
+# few. Tokenizers take a hundred bytes of memory per byte of a document.
 _MAX_TEXT_BYTES = 2_000_000_000
-_MAX_LINE_BYTES = 64_000_000
+_MAX_DOCUMENT_BYTES = 64_000_000
+_MAX_VALUES = 100_000  # of the JSON of one document
+# Parquet files of prose unpack to five times their size, of empty rows and repetitions to more.
+_MAX_UNPACKED = 100
+_ROWS_AT_ONCE = 256
 _INSTALL = 'it needs the eval extra: pip install "grokquant[eval]"'
 
 
@@ -29,10 +37,10 @@ def load_documents(text: str, part: Literal["train", "calibration", "heldout"]) 
     """The documents that `text` names, without empty ones.
 
     `python-docs` is the text of this Python installation; `part` chooses documents of it. A .txt
-    file is one document; a .jsonl file holds one per line and a .parquet file one per row, both in
-    `text`. Anything else is `name[:config[:split]]` for the datasets library, where `name` is a
-    data set on the hub or a directory; the split is `train` by default, the column `text`. Raises
-    InputError naming file and line.
+    file is one document of at most 64 MB; a .jsonl file holds one per line and a .parquet file one
+    per row, both in `text`. Anything else is `name[:config[:split]]` for the datasets library,
+    where `name` is a data set on the hub or a directory; the split is `train` by default, the
+    column `text`. Raises InputError naming file and line.
     """
     try:
         check_text(text)
@@ -140,7 +148,7 @@ def _tokens(
     tokens = array("q")  # 8 bytes a token, where a list takes 36
     ends: list[int] = []
     for text in documents:
-        tokens.extend(tokenizer(text, add_special_tokens=False).input_ids)
+        tokens.extend(tokens_of(tokenizer, text))
         ends.append(len(tokens))
         if limit is not None and len(tokens) >= limit:
             break
@@ -148,18 +156,18 @@ def _tokens(
 
 
 def _read_txt(path: str) -> Iterator[str]:
-    yield _decoded(_read_bytes(path), path)
+    raw = read_regular(Path(path), _MAX_DOCUMENT_BYTES)
+    yield _decoded(raw, path)
 
 
 def _read_jsonl(path: str) -> Iterator[str]:
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         where = f"{path}:{number}"
-        if len(line) > _MAX_LINE_BYTES:
-            raise InputError(f"{where}: longer than {_MAX_LINE_BYTES} bytes, not a document")
         text = _decoded(line, where)
         if not text.strip():
             continue
         try:
+            check_extent(text, _MAX_VALUES)
             record = json.loads(text)
         except (ValueError, RecursionError):
             raise InputError(f"{where}: not a JSON object") from None
@@ -168,20 +176,57 @@ def _read_jsonl(path: str) -> Iterator[str]:
         yield _checked(record["text"], where)
 
 
+def _lines(path: str) -> Iterator[bytes]:
+    """The lines of a file, one at a time. Raises InputError for one that is too long."""
+    with open_regular(Path(path)) as file:
+        if os.fstat(file.fileno()).st_size > _MAX_TEXT_BYTES:
+            raise InputError(f"{path}: larger than {_MAX_TEXT_BYTES} bytes, the limit for a text")
+        number = 0
+        while line := file.readline(_MAX_DOCUMENT_BYTES + 1):
+            number += 1
+            if len(line) > _MAX_DOCUMENT_BYTES:
+                raise InputError(
+                    f"{path}:{number}: longer than {_MAX_DOCUMENT_BYTES} bytes, not a document"
+                )
+            yield line.removesuffix(b"\n")
+
+
 def _read_parquet(path: str) -> Iterator[str]:
     try:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"{path}: {_INSTALL}") from None
-    try:
-        file = parquet.ParquetFile(path)
-        _check_columns(file.schema_arrow.names, path)
-        column = file.read(columns=["text"]).column("text").to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
-    for number, text in enumerate(column, start=1):
-        yield _checked(text, f"{path}: row {number}")
+    with open_regular(Path(path)) as opened:
+        most = _MAX_UNPACKED * max(os.fstat(opened.fileno()).st_size, 1_000_000)
+        try:
+            _check_columns(parquet.read_schema(opened).names, path)
+            # A text that repeats stays a single one in memory until it is taken out.
+            file = parquet.ParquetFile(opened, read_dictionary=["text"])
+            _check_unpacked(path, _column_bytes(file), most)
+            batches = file.iter_batches(_ROWS_AT_ONCE, columns=["text"], use_threads=False)
+            number = unpacked = 0
+            for batch in batches:
+                for value in batch.column("text"):
+                    number += 1
+                    text = _checked(value.as_py(), f"{path}: row {number}")
+                    unpacked += len(text)
+                    _check_unpacked(path, unpacked, most)
+                    yield text
+        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+            raise InputError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
+
+
+def _column_bytes(file: Any) -> int:
+    """The size of the column `text`, unpacked, as the file's footer has it."""
+    groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+    columns = (group.column(index) for group in groups for index in range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "text")
+
+
+def _check_unpacked(path: str, size: int, most: int) -> None:
+    if size > most:
+        raise InputError(f"{path}: unpacks to more than {_MAX_UNPACKED} times its size")
 
 
 def _read_dataset(data: str) -> Iterator[str]:
@@ -204,10 +249,6 @@ READERS: dict[str, Callable[[str], Iterator[str]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
-
-
-def _read_bytes(path: str) -> bytes:
-    return read_regular(Path(path), _MAX_TEXT_BYTES)
 
 
 def _decoded(raw: bytes, where: str) -> str:
