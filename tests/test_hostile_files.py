@@ -24,9 +24,16 @@ from grokquant.sources.origin import front_matter
 from grokquant.sources.pickles import read_headers
 from grokquant.text.documents import load_documents
 
+
+def open_indexed(directory: Path) -> object:
+    """Opens a model whose weights are in shards, so that the index is read."""
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    return open_source(directory)
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "config.json": lambda path: open_source(path.parent),
-    "model.safetensors.index.json": lambda path: open_source(path.parent),
+    "model.safetensors.index.json": lambda path: open_indexed(path.parent),
     "model.safetensors": lambda path: open_source(path.parent),
     "quantize_config.json": lambda path: open_source(path.parent),
     "recipe.yaml": load_recipe,
