@@ -3,14 +3,17 @@
 import copy
 import io
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mutations import changed, mutations
 from test_report import content, estimate
 
 from grokquant.errors import InputError
 from grokquant.evaluation.bootstrap import Resampler
+from grokquant.reporting.html.ranking_page import write_ranking
 from grokquant.reporting.ranking import Ranking, Standing, difference, rank_models
 from grokquant.reporting.ranking_tables import markdown, terminal_tables
 from grokquant.reporting.terminal import PlainConsole
@@ -181,3 +184,41 @@ def test_a_directory_that_was_not_evaluated_is_told_how(tmp_path):
         rank_models([tmp_path / "new"])
     with pytest.raises(InputError, match="nowhere: cannot be read: No such file"):
         rank_models([tmp_path / "nowhere"])
+
+
+def test_changed_reports_end_in_one_line(tmp_path):
+    good = write(tmp_path, "good", 4.1, 0.002)
+    other = write(tmp_path, "other", 3.1, 0.004, salt=1) / "evaluation" / "report.json"
+    content = json.loads(other.read_text())
+    for place, value in random.Random(0).sample(mutations(content), 150):
+        other.write_text(json.dumps(changed(content, place, value)))
+        try:
+            ranking = rank_models([good, other])
+            markdown(ranking)
+            write_ranking(ranking, tmp_path / "page")
+        except InputError as error:
+            message = str(error)
+            assert str(other) in message and "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"bootstrap__resamples": 10**12}, "bootstrap.resamples: Input should be less than or eq"),
+        ({"bootstrap__resamples": 0}, "bootstrap.resamples: Input should be greater than or eq"),
+        ({"documents__tokens": [0] * DOCUMENTS}, "documents: Value error, a cluster without tok"),
+        ({"documents__kld": [1e308] * DOCUMENTS}, "documents.kld.0: Input should be less than"),
+        ({"layers": []}, "the number of layers is 0, but 4 in"),
+    ],
+)
+def test_reports_that_would_be_computed_without_end_are_refused(tmp_path, change, complaint):
+    good = write(tmp_path, "good", 4.1, 0.002)
+    with pytest.raises(InputError) as caught:
+        rank_models([good, write(tmp_path, "bad", 4.1, 0.002, **change)])
+    assert complaint in str(caught.value)
+
+
+def test_a_report_of_more_draws_than_minutes_take_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("grokquant.evaluation.report._MOST_DRAWS", 1000 * DOCUMENTS - 1)
+    with pytest.raises(InputError, match="more than 59999 draws in the bootstrap"):
+        rank_models([write(tmp_path, "good", 4.1, 0.002)])

@@ -1,17 +1,15 @@
 """config.json: what it may say of a model, and what of it an output's says again."""
 
 import json
-import math
 import random
 import shutil
-from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import run_stored_layer
+from mutations import Place, changed, mutations
 from test_families import MODELS, TOKENS, saved  # noqa: F401
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
@@ -21,9 +19,6 @@ from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.streaming.blocks import BlockwiseModel
 
-Loc = tuple[str, ...]
-
-VALUES = (..., None, -1, 0, 1.5, -0.5, 10**5, 10**12, 10**400, "x", [], {}, [None], True, math.nan)
 # Fields that need not be there and change the model if they are.
 ADDED = (
     "dtype",
@@ -43,32 +38,6 @@ ADDED = (
 )
 
 
-def places(content: dict, above: Loc = ()) -> Iterator[Loc]:
-    """Where a config holds a value, inner objects and their values both."""
-    for key, value in content.items():
-        yield (*above, key)
-        if isinstance(value, dict):
-            yield from places(value, (*above, key))
-
-
-def changed(content: dict, place: Loc, value: object) -> dict:
-    """A copy with another value in a place; ... removes it."""
-    copy = deepcopy(content)
-    part = copy
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
-    if value is ...:
-        del part[place[-1]]
-    return copy
-
-
-def mutations(content: dict) -> Iterator[tuple[Loc, object]]:
-    known = list(places(content))
-    added = [(key,) for key in ADDED if key not in content]
-    return ((place, value) for place in [*known, *added] for value in VALUES)
-
-
 def run(checkpoint: Checkpoint) -> None:
     """Computes what an evaluation computes."""
     model = BlockwiseModel(checkpoint, torch.float32)
@@ -80,7 +49,7 @@ def run(checkpoint: Checkpoint) -> None:
     model.logits(hidden)
 
 
-def try_out(source: Path, config: Path, wanted: list[tuple[Loc, object]]) -> None:
+def try_out(source: Path, config: Path, wanted: list[tuple[Place, object]]) -> None:
     """Opens a model with each changed config, and runs it if it opens."""
     content = json.loads((source / "config.json").read_text())
     config.write_text(json.dumps(content))
@@ -101,7 +70,7 @@ def try_out(source: Path, config: Path, wanted: list[tuple[Loc, object]]) -> Non
 @torch.no_grad()
 def test_changed_configs_end_in_one_line(saved, family, tmp_path):  # noqa: F811
     _, source = saved(family)
-    everything = list(mutations(json.loads((source / "config.json").read_text())))
+    everything = mutations(json.loads((source / "config.json").read_text()), *ADDED)
     sample = random.Random(family).sample(everything, 25)
     try_out(source, tmp_path / "changed.json", sample)
 
@@ -112,13 +81,13 @@ def test_changed_configs_end_in_one_line(saved, family, tmp_path):  # noqa: F811
 def test_all_changed_configs_end_in_one_line(saved, family, tmp_path):  # noqa: F811
     _, source = saved(family)
     content = json.loads((source / "config.json").read_text())
-    try_out(source, tmp_path / "changed.json", list(mutations(content)))
+    try_out(source, tmp_path / "changed.json", mutations(content, *ADDED))
 
 
 @torch.no_grad()
 def test_changed_configs_of_a_release_end_in_one_line(tiny_release, tmp_path):
     content = json.loads((tiny_release / "config.json").read_text())
-    sample = random.Random(0).sample(list(mutations(content)), 40)
+    sample = random.Random(0).sample(mutations(content, *ADDED), 40)
     try_out(tiny_release, tmp_path / "changed.json", sample)
 
 

@@ -3,11 +3,10 @@
 import json
 import os
 import random
-from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from mutations import changed, mutations
 from shipped_tokenizers import json_with_config
 
 from grokquant.errors import InputError
@@ -204,30 +203,11 @@ def test_json_with_too_many_values_is_refused(directory, monkeypatch):
     assert "tokenizer.json: not valid JSON: it has more than 100 values" in refusal(directory)
 
 
-def places(content: dict | list, above: tuple = ()) -> Iterator[tuple]:
-    """Where a tokenizer.json holds a value; of its vocabulary, only some."""
-    items = content.items() if isinstance(content, dict) else enumerate(content)
-    for key, value in list(items)[:12]:
-        yield (*above, key)
-        if isinstance(value, (dict, list)):
-            yield from places(value, (*above, key))
-
-
-def changed(content: dict, place: tuple, value: object) -> dict:
-    copy = deepcopy(content)
-    part = copy
-    for key in place[:-1]:
-        part = part[key]
-    part[place[-1]] = value
-    return copy
-
-
 def try_out(directory: Path, sample: int | None) -> None:
     """Reads and uses tokenizers with one value changed, a sample or all."""
     path = directory / "tokenizer.json"
     content = json.loads(path.read_text())
-    values = [None, -1, 10**12, 1.5, "x", "", [], {}, True, [None], {"Regex": "("}]
-    every = [(place, value) for place in places(content) for value in values]
+    every = mutations(content)
     for place, value in random.Random(0).sample(every, sample or len(every)):
         path.write_text(json.dumps(changed(content, place, value)))
         try:

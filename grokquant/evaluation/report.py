@@ -18,6 +18,10 @@ JSON_NAME = "report.json"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+# A report may come from anybody, and `compare` computes with these.
+TokenCount = Annotated[int, Field(ge=0, le=10**15)]
+Sum = Annotated[float, Field(ge=-1e18, le=1e18)]
+_MOST_DRAWS = 10**9  # resamples times clusters: some minutes
 NotNegative = Annotated[float, Field(ge=0)]
 ClusterKind = Literal["document", "window", "block"]
 
@@ -123,9 +127,9 @@ class Bootstrap(_Part):
     independent."""
     clusters: Count
     """Number of clusters."""
-    resamples: Count
+    resamples: Annotated[int, Field(ge=2, le=10_000)]
     """Number of resamples."""
-    seed: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     """Random seed."""
     method: str
     """How the interval is taken from the resamples."""
@@ -137,13 +141,13 @@ class Documents(_Part):
     A bootstrap needs nothing else, so two reports can be compared document by document.
     """
 
-    tokens: tuple[Count, ...]
+    tokens: Annotated[tuple[TokenCount, ...], Field(min_length=1)]
     """Number of scored tokens."""
-    nll: tuple[float, ...]
+    nll: tuple[Sum, ...]
     """Negative log-likelihood of the true tokens under the quantized model, in nats."""
-    nll_reference: tuple[float, ...]
+    nll_reference: tuple[Sum, ...]
     """The same under the reference."""
-    kld: tuple[float, ...]
+    kld: tuple[Sum, ...]
     """KL divergence, in nats."""
     same_top: tuple[Count, ...]
     """Number of tokens for which both models rank the same token first."""
@@ -152,6 +156,8 @@ class Documents(_Part):
     def _same_length(self) -> "Documents":
         if len({len(getattr(self, name)) for name in type(self).model_fields}) > 1:
             raise ValueError("the columns have different lengths")
+        if not all(self.tokens):
+            raise ValueError("a cluster without tokens")
         return self
 
 
@@ -457,6 +463,12 @@ class TextFigures(_Part):
     """Share of tokens for which both models rank the same token first."""
     documents: Documents
     """Sums by document."""
+
+    @model_validator(mode="after")
+    def _can_be_resampled(self) -> "TextFigures":
+        if self.bootstrap.resamples * len(self.documents.tokens) > _MOST_DRAWS:
+            raise ValueError(f"more than {_MOST_DRAWS} draws in the bootstrap")
+        return self
 
 
 class Gate(_Part):

@@ -232,4 +232,5 @@ def _must_agree(report: Report, first: Report) -> Iterator[tuple[str, object, ob
     perplexity = first.perplexity.reference.value
     if not isclose(own_perplexity, perplexity, rel_tol=_SAME_PERPLEXITY):
         yield "the reference’s perplexity", own_perplexity, perplexity
+    yield "the number of layers", len(report.layers), len(first.layers)
     yield "bootstrap.unit", report.bootstrap.unit, first.bootstrap.unit
