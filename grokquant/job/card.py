@@ -170,7 +170,8 @@ def _listed(head: str, lines: list[str]) -> list[str]:
 
 def unusual(plan: Plan, reports: list[UnitReport]) -> list[str]:
     """A line for each matrix of which too much was lost."""
-    return findings(reports, {name: unit.kind for name, unit in plan.units.items()})
+    kinds = {name: unit.kind for name, unit in plan.units.items()}
+    return findings(reports, kinds, plan.format.grid_name)
 
 
 def _commands(plan: Plan) -> str:

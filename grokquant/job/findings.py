@@ -1,9 +1,10 @@
 """What a reader of a run's reports should not miss: matrices of which too much was lost."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 
+from grokquant.grids import Scheme
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import UnitReport
 
@@ -16,19 +17,23 @@ _FEWEST = 3
 _LISTED = 10
 
 
-def findings(reports: Sequence[UnitReport], kinds: Mapping[str, str]) -> list[str]:
+def findings(
+    reports: Sequence[UnitReport],
+    kinds: Mapping[str, str],
+    grid_name: Callable[[Scheme], str] = str,
+) -> list[str]:
     """A line for each matrix that lost whole rows, all of its weights, or twice as much as others.
 
     `kinds` says what each matrix is, such as experts.down, by name. A matrix is compared with
-    those of its kind on the same grid.
+    those of its kind on the same grid, which `grid_name` calls as its users do.
     """
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
     for report in reports:
-        errors[kinds[report.name], str(report.scheme)].append(report.relative_error)
+        errors[kinds[report.name], grid_name(report.scheme)].append(report.relative_error)
     usual = {key: median(each) for key, each in errors.items() if len(each) >= _FEWEST}
     lines = []
     for report in reports:
-        kind = (kinds[report.name], str(report.scheme))
+        kind = (kinds[report.name], grid_name(report.scheme))
         if found := list(_losses(report, usual.get(kind, 0.0), kind)):
             lines.append(f"{report.name}: {'; '.join(found)}")
     return lines
@@ -44,7 +49,7 @@ def listed(lines: Sequence[str]) -> list[str]:
 def _losses(report: UnitReport, usual: float, kind: tuple[str, str]) -> Iterator[str]:
     error = report.relative_error
     if report.lost_rows:
-        yield f"{report.lost_rows} rows became zero, too small for {report.scheme}"
+        yield f"{report.lost_rows} rows became zero, too small for {kind[1]}"
     if error >= _NOTHING_LEFT:
         yield f"relative error {error:.3g}, nothing is left of its weights"
     elif usual and error > _UNUSUAL * usual:
