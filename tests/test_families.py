@@ -9,7 +9,13 @@ import torch
 from conftest import run_stored_layer
 from safetensors.torch import load_file, save_file
 from shipped_tokenizers import json_with_config, write_json
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
@@ -176,6 +182,11 @@ def test_what_lies_beside_the_weights_comes_along(saved, family, dtype, tmp_path
     loaded = [GenerationConfig.from_pretrained(path).to_dict() for path in (source, made)]
     assert loaded[0] == loaded[1] == grokquant.load(made)[0].generation_config.to_dict()
     assert wanted.items() <= loaded[1].items()
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (source, made)]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    assert vocabularies[0] == vocabularies[1]
+    settings = [tokenizer.init_kwargs | {"name_or_path": ""} for tokenizer in tokenizers]
+    assert settings[0] == settings[1] and tokenizers[0].chat_template == tokenizers[1].chat_template
     for name in ("LICENSE", "NOTICE.txt", "preprocessor_config.json", "tokenizer_config.json"):
         assert (made / name).read_bytes() == (source / name).read_bytes()
     assert not (made / "LICENSE.py").exists()
