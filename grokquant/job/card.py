@@ -145,9 +145,7 @@ def _summary(plan: Plan) -> str:
 def _grids(plan: Plan, reports: list[UnitReport]) -> str:
     counts = scheme_counts(reports, plan.format)
     rows = "".join(f"| {grid} | {count} |\n" for grid, count in counts.items())
-    kept = (
-        f", nor are {len(plan.kept)} matrices stored as floats" if plan.kept else ""
-    )
+    kept = f", nor are {len(plan.kept)} matrices stored as floats" if plan.kept else ""
     return (
         f"| grid (method) | matrices |\n|---|---|\n{rows}\n"
         f"Router, norms and embedding are not quantized{kept}. `{REPORT_NAME}` has a row for every "
