@@ -69,7 +69,7 @@ def naive_gptq(
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_integers_are_those_of_the_paper(W, X, scheme, act_order, block, slab, monkeypatch):
-    monkeypatch.setattr(gptq, "SLAB_ROWS", slab)
+    monkeypatch.setattr(gptq, "_PIECE_ROWS", slab)
     quantized = round_gptq(W, factorize(squares(X, block), 0.01, act_order), scheme, "absmax")
     quantized = quantized.quantized
     shift = 0.01 * X.square().sum().item() / COLUMNS
@@ -88,7 +88,7 @@ def test_integers_are_those_of_the_paper(W, X, scheme, act_order, block, slab, m
 def test_compiled_and_plain_loops_agree(W, X, scheme, monkeypatch):
     feedback = factorize(squares(X), 0.01, True)
     compiled = round_gptq(W, feedback, scheme)
-    plain_loop = lambda slab, part, threads: slab._plain(part)  # noqa: E731
+    plain_loop = lambda slab, part: slab._plain(part)  # noqa: E731
     monkeypatch.setattr(gptq._Slab, "_compiled", plain_loop)
     plain = round_gptq(W, feedback, scheme)
     assert (plain.quantized.codes != compiled.quantized.codes).sum() <= 2

@@ -186,7 +186,7 @@ def test_gptq_errs_less_than_rtn_on_the_outputs(name, W, H):
 def test_the_compiled_loop_of_gptq_agrees_with_the_plain_one(name, W, H, monkeypatch):
     scheme = GRIDS[name].scheme
     compiled = rounded("gptq", W, H, scheme)
-    plain_loop = lambda slab, part, threads: slab._plain(part)  # noqa: E731
+    plain_loop = lambda slab, part: slab._plain(part)  # noqa: E731
     monkeypatch.setattr("grokquant.methods.gptq._Slab._compiled", plain_loop)
     plain = rounded("gptq", W, H, scheme)
     assert (compiled.codes == plain.codes).float().mean() > 0.99  # all but ties and what follows

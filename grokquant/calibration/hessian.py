@@ -4,7 +4,6 @@ The error of a row w of W is (w - q) H (w - q)^T with H = X^T X, summed over the
 """
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor
 
 from grokquant.calibration import gram_kernels
+from grokquant.threads import Workers, in_pieces, slices
 
 # Tokens multiplied at once: bounds the float32 or packed copy of the inputs.
 _TOKENS = 2048
-# Columns of the result made by one product; the part of a panel below the diagonal is wasted.
+# Columns of the result made by one product, and rows on a CPU, where one thread makes it; the part
+# of it below the diagonal is wasted.
 _PANEL = 512
 # Shares of the work for threads: more than most machines have cores, so that none waits long.
 _SHARES = 32
@@ -43,7 +44,7 @@ def accumulate(parts: Iterable[Tensor], features: int, block: int | None = None)
 
     Products of bfloat16 inputs are exact and added up in float32; only half of the symmetric result
     is computed. `block` is the number of columns in a diagonal block; None makes a full Hessian.
-    The same parts give the same bits.
+    The same parts give the same bits, whatever the number of threads.
     """
     blocks: list[Tensor] = []
     tokens = 0
@@ -52,10 +53,11 @@ def accumulate(parts: Iterable[Tensor], features: int, block: int | None = None)
         if not len(part):
             continue
         tokens += len(part)
-        for X in part.split(_TOKENS):
-            columns = X.split([len(H) for H in blocks], dim=1)
-            for H, X_block in zip(blocks, columns, strict=True):
-                _add_products(X_block, H)
+        with Workers() as workers:
+            for X in part.split(_TOKENS):
+                columns = X.split([len(H) for H in blocks], dim=1)
+                for H, X_block in zip(blocks, columns, strict=True):
+                    _add_products(X_block, H, workers)
     blocks = blocks or _zeros(features, block, torch.device("cpu"))
     for H in blocks:
         _mirror(H)
@@ -68,8 +70,10 @@ def blend(routed: Hessian, everyone: Hessian, prior_tokens: float) -> Hessian:
     The prior counts little for an expert with much data and dominates for one with hardly any.
     Changes the blocks of `routed` in place and returns it.
     """
+    alpha = prior_tokens / max(everyone.tokens, 1)
     for H, prior in zip(routed.blocks, everyone.blocks, strict=True):
-        H.add_(prior, alpha=prior_tokens / max(everyone.tokens, 1))
+        pieces = zip(H.split(_PANEL), prior.split(_PANEL), strict=True)
+        in_pieces(lambda rows: rows[0].add_(rows[1], alpha=alpha), pieces)
     return routed
 
 
@@ -78,39 +82,50 @@ def _zeros(features: int, block: int | None, device: torch.device) -> list[Tenso
     return [torch.zeros(size, size, device=device) for size in sizes]
 
 
-def _add_products(X: Tensor, H: Tensor) -> None:
+def _add_products(X: Tensor, H: Tensor, workers: Workers) -> None:
     """Adds X^T X to the upper triangle of H; the lower one is invalid until it is mirrored."""
-    on_cpu = X.device.type == "cpu"
-    bfloat16 = X.dtype == torch.bfloat16
-    if on_cpu and bfloat16 and gram_kernels.available():
-        return _add_bfloat16_products(X, H)
+    if X.device.type != "cpu":
+        return _add_on_gpu(X, H)
+    if X.dtype == torch.bfloat16 and gram_kernels.available():
+        return _add_bfloat16_products(X, H, workers)
+    X = X.float()
+
+    def add(corner: tuple[slice, slice]) -> None:
+        rows, columns = corner
+        H[corner].addmm_(X[:, rows].T, X[:, columns])
+
+    panels = slices(0, len(H), _PANEL)
+    workers.map(
+        add,
+        [(rows, columns) for columns in panels for rows in panels if rows.start <= columns.start],
+    )
+
+
+def _add_on_gpu(X: Tensor, H: Tensor) -> None:
     # Only GPUs multiply bfloat16 to a float32 result in torch.
-    directly = bfloat16 and not on_cpu
+    directly = X.dtype == torch.bfloat16
     X = X if directly else X.float()
-    for start in range(0, len(H), _PANEL):
-        stop = min(start + _PANEL, len(H))
-        panel = H[:stop, start:stop]  # with all rows above it
-        left = X[:, :stop].T
-        right = X[:, start:stop]
+    for columns in slices(0, len(H), _PANEL):
+        panel = H[: columns.stop, columns]  # with all rows above it
+        left = X[:, : columns.stop].T
+        right = X[:, columns]
         if directly:
             panel += torch.mm(left, right, out_dtype=torch.float32)
         else:
             panel.addmm_(left, right)
 
 
-def _add_bfloat16_products(X: Tensor, H: Tensor) -> None:
+def _add_bfloat16_products(X: Tensor, H: Tensor, workers: Workers) -> None:
     panels = -(-len(H) // gram_kernels.WIDTH)
     pairs = -(-len(X) // 2)
     packed = np.empty((panels, pairs, gram_kernels.WIDTH), np.uint32)
     inputs = X.view(torch.uint16).numpy()  # numpy has no bfloat16
     result = H.numpy()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        # One thread computes a whole panel, so the number of threads does not change the sums.
-        for work in (
-            lambda first: gram_kernels.pack(inputs, packed, first, _SHARES),
-            lambda first: gram_kernels.add_products(packed, result, first, _SHARES),
-        ):
-            list(pool.map(work, range(_SHARES)))
+    for work in (
+        lambda first: gram_kernels.pack(inputs, packed, first, _SHARES),
+        lambda first: gram_kernels.add_products(packed, result, first, _SHARES),
+    ):
+        workers.map(work, range(_SHARES))
 
 
 def _mirror(H: Tensor) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats import Format
 from grokquant.grids import Scheme
-from grokquant.methods import METHODS, compiled
+from grokquant.methods import METHODS
 from grokquant.methods.copy import InexactScale
 from grokquant.methods.method import TILE_ROWS, Errors, dense
+from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor, Unit, rows_of
 
 
@@ -56,7 +57,7 @@ def _round_tiles(
 
     size = method.tile_rows(columns, stored.device.type == "cpu")
     try:
-        errors = sum(compiled.in_tiles(rows, size, work), Errors())
+        errors = sum(in_pieces(work, slices(0, rows, size)), Errors())
     except InexactScale as reason:
         raise InputError(f"{unit.tensor}: copy would not be lossless: {reason}") from None
     if not isfinite(errors.squared_error + errors.squared_norm) or not _finite_scales(stored):

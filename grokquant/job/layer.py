@@ -131,7 +131,7 @@ class LayerQuantizer:
         hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
 
         def inner(inputs: Inputs) -> Inputs:
-            return lambda: map(hidden_units, inputs())
+            return lambda: (self.model.by_rows(hidden_units, x) for x in inputs())
 
         features = len(W_up)
         all_hidden_units = inner(self._inputs(x))
@@ -151,8 +151,8 @@ class LayerQuantizer:
         """The rows `token` of x (default: all), some at a time on the model's device."""
         device = self.model.device
         if token is None:
-            return lambda: (part.to(device) for (part,) in self.model.parts(x))
-        return lambda: (x[part].to(device) for (part,) in self.model.parts(token))
+            return lambda: (part.to(device) for part in self.model.inputs_at_once(x))
+        return lambda: (x[part].to(device) for part in self.model.inputs_at_once(token))
 
     def _everyones_hessian(self, x: Tensor, block: int | None) -> Hessian:
         """The Hessian of all tokens, computed when the first expert of the layer is starved."""

@@ -280,7 +280,7 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
     run.progress.calibrating(*rows.shape)
     plan = run.plan
     work = run.work
-    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device)
+    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
     layers = plan.checkpoint.config.num_hidden_layers
     hidden = model.embed(rows)  # (rows, time, hidden)
     states = States(hidden, hidden if plan.needs_reference else None)

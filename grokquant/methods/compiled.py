@@ -1,15 +1,12 @@
 """rtn on CPUs by the compiled kernels: tile by tile of rows, on all cores."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.methods.kernels import LANES, STEP, Grid, RowSource, round_rows
+from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor, rows_of
 
 # Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
@@ -17,7 +14,6 @@ SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
 # Weights of a tile: few enough for the cache, enough to hide the cost of Python's calls.
 _TILE = 3 << 19
 
-_T = TypeVar("_T")
 # Mantissa bits of float32 (23) that a scale loses when it is stored in this dtype.
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
@@ -94,15 +90,7 @@ def quantize(
         tile = rows_of(W, part)
         return round_tile(tile, scheme, search, importance)[0]
 
-    tiles = in_tiles(rows, tile_rows(columns), work)
-    return QTensor.cat(tiles)
-
-
-def in_tiles(rows: int, size: int, work: Callable[[slice], _T]) -> list[_T]:
-    """Results of `work` for all tiles of `size` rows, in order, on as many threads as torch has."""
-    tiles = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(work, tiles))
+    return QTensor.cat(in_pieces(work, slices(0, rows, tile_rows(columns))))
 
 
 def _row_source(tile: Tensor | QTensor) -> RowSource:

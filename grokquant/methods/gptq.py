@@ -12,10 +12,11 @@ Columns are rounded by recursive halving, so that most feedback is large matrix 
     |           |            |      3. round the right half
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, sqrt
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 from pydantic import Field
@@ -29,13 +30,19 @@ from grokquant.methods.method import Cost, Method, Needs, Rounded, Site, Unusabl
 from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
 from grokquant.methods.scales import ScaleRule, round_to_grid
 from grokquant.methods.spans import divisors, nearest_in_codebook
+from grokquant.threads import alone, in_order, in_pieces, slices
 from grokquant.types import QTensor
 
+T = TypeVar("T")
 _FLOAT = torch.float32.itemsize
 # Columns rounded one by one; the feedback between more of them is a matrix product.
 _LEAF = 64
-# Rows rounded at once: bounds the working memory, and the products stay large.
+# Rows rounded at once on a GPU: bounds the working memory, and the products stay large.
 SLAB_ROWS = 4096
+# Rows that one thread of a CPU rounds: fewer make slower products, more leave threads idle.
+_PIECE_ROWS = 256
+# Columns of the output energy that one thread adds up.
+_PIECE_COLUMNS = 512
 # Random sign combinations of rows that replace the rows in ||W X||: a relative error of 1 percent.
 _PROBES = 128
 # How often damping is raised, tenfold each time, before a Hessian counts as unusable: from the
@@ -110,7 +117,7 @@ def factorize(H: Tensor | list[Tensor], damping: float, act_order: bool) -> Feed
     # No entry of a Gram matrix exceeds the largest of its diagonal, so checking that is enough.
     if not torch.isfinite(importance).all():
         raise UnusableHessian("the Hessian is not finite")
-    mean = importance.mean().item()
+    mean = alone(importance.mean).item()
     if mean <= 0:
         raise UnusableHessian("the Hessian is zero")
     factors: list[Factor] = []
@@ -126,21 +133,22 @@ def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = 
 
     Scales are found first, in natural column order (static groups), so that the result needs no
     group index, in whatever order columns are visited. Besides W and the result, this takes the
-    memory of four float32 slabs [4096, in]. The numerator of the output error is exact, and so is
-    the denominator for up to 128 rows; for more rows, 128 random combinations of them estimate it
-    to about one percent.
+    memory of four float32 slabs: [256, in] for each thread, [4096, in] on a GPU. The numerator of
+    the output error is exact, and so is the denominator for up to 128 rows; for more rows, 128
+    random combinations of them estimate it to about one percent.
     """
     importance = feedback.importance if rule == "mse" else None
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
     quantized = find_levels(W, scheme, rule, importance).hold(codes)
-    lost = 0.0
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        for start in range(0, len(W), SLAB_ROWS):
-            rows = slice(start, start + SLAB_ROWS)
-            for factor in feedback.factors:
-                slab = _Slab(W, quantized, rows, factor)
-                lost += slab.round(threads if W.device.type == "cpu" else None)
-                slab.store(codes)
+
+    def lost_in(rows: slice) -> float:
+        slabs = (_Slab(W, quantized, rows, factor) for factor in feedback.factors)
+        return sum(slab.round(codes) for slab in slabs)
+
+    if W.device.type == "cpu":
+        lost = sum(in_pieces(lost_in, slices(0, len(W), _PIECE_ROWS)))
+    else:
+        lost = sum(in_order(lost_in, slices(0, len(W), SLAB_ROWS)))
     energy = _output_energy(W, feedback)
     return Rounded(quantized, sqrt(max(lost, 0.0) / max(energy, 1e-30)))
 
@@ -169,15 +177,19 @@ def _output_energy(W: Tensor, feedback: Feedback) -> float:
     probes = _probes(W)
     energy = 0.0
     for factor in feedback.factors:
-        F = factor.F
         Y = probes[:, factor.columns]  # (probes, block)
-        for start in range(0, len(F), SLAB_ROWS):  # bounds the memory of YF
-            part = slice(start, start + SLAB_ROWS)
-            YF = Y[:, part] + Y[:, part] @ F[part, part].triu(1)
-            YF.addmm_(Y[:, :start], F[:start, part])
-            energy += (YF.square_() @ factor.D[part]).sum(dtype=torch.float64).item()
-        energy -= factor.shift * Y.norm().item() ** 2
+        add_up = partial(_energy_of, Y, factor)
+        energy += sum(_by_columns(add_up, factor.F))
+        energy -= factor.shift * alone(Y.norm).item() ** 2
     return energy
+
+
+def _energy_of(Y: Tensor, factor: Factor, part: slice) -> float:
+    """The energy of some columns of YF."""
+    F = factor.F
+    YF = Y[:, part] + Y[:, part] @ F[part, part].triu(1)
+    YF.addmm_(Y[:, : part.start], F[: part.start, part])
+    return (YF.square_() @ factor.D[part]).sum(dtype=torch.float64).item()
 
 
 def _probes(W: Tensor) -> Tensor:
@@ -189,8 +201,19 @@ def _probes(W: Tensor) -> Tensor:
     for rows in W.split(SLAB_ROWS):
         shape = (_PROBES, len(rows))
         signs = torch.randint(0, 2, shape, generator=generator, device=W.device).mul_(2).sub_(1)
-        probes.addmm_(signs.float(), rows.float(), alpha=_PROBES**-0.5)
+        _by_columns(partial(_add_probes, probes, signs.float(), rows), W)
     return probes
+
+
+def _add_probes(probes: Tensor, signs: Tensor, rows: Tensor, part: slice) -> None:
+    probes[:, part].addmm_(signs, rows[:, part].float(), alpha=_PROBES**-0.5)
+
+
+def _by_columns(work: Callable[[slice], T], M: Tensor) -> list[T]:
+    """Results of `work` for parts of the columns of M; their size bounds the memory of a part."""
+    if M.device.type == "cpu":
+        return in_pieces(work, slices(0, M.shape[1], _PIECE_COLUMNS))
+    return in_order(work, slices(0, M.shape[1], SLAB_ROWS))
 
 
 class _Slab:
@@ -226,44 +249,33 @@ class _Slab:
             return torch.zeros_like(self.scales)
         return values[self.rows].T.float().contiguous()
 
-    def round(self, threads: ThreadPoolExecutor | None) -> float:
-        """Rounds all columns; returns tr(E H E^T) of the errors E.
-
-        The compiled kernel runs on `threads`; None stands for a device that is no CPU.
-        """
-        loss = self._descend(0, len(self.codes), threads)  # of H + shift I
-        return loss - self.factor.shift * self.errors.norm().item() ** 2
-
-    def store(self, codes: Tensor) -> None:
-        """Puts the rounded codes into their columns of `codes` int8 [out, in]."""
+    def round(self, codes: Tensor) -> float:
+        """Rounds all columns into `codes` int8 [out, in]; returns tr(E H E^T) of the errors E."""
+        loss = self._descend(0, len(self.codes))  # of H + shift I
         natural = torch.empty_like(self.codes)
         natural[self.order] = self.codes
         codes[self.rows, self.first : self.first + len(natural)] = natural.T
+        return loss - self.factor.shift * self.errors.norm().item() ** 2
 
-    def _descend(self, start: int, stop: int, threads: ThreadPoolExecutor | None) -> float:
+    def _descend(self, start: int, stop: int) -> float:
         """Rounds these columns, whose targets hold the feedback of all columns before `start`."""
         if stop - start <= _LEAF:
             part = slice(start, stop)
-            return self._plain(part) if threads is None else self._compiled(part, threads)
+            on_cpu = self.codes.device.type == "cpu"
+            return self._compiled(part) if on_cpu else self._plain(part)
         middle = (start + stop) // 2
-        loss = self._descend(start, middle, threads)
+        loss = self._descend(start, middle)
         F = self.factor.F[start:middle, middle:stop]  # (left half, right half)
         self.targets[middle:stop].addmm_(F.T, self.errors[start:middle])
-        return loss + self._descend(middle, stop, threads)
+        return loss + self._descend(middle, stop)
 
-    def _compiled(self, part: slice, threads: ThreadPoolExecutor) -> float:
-        count = self.codes.shape[1]
-        share = -(-count // torch.get_num_threads())  # rows for each thread
+    def _compiled(self, part: slice) -> float:
         columns = (self.errors, self.targets, self.codes, self.groups, self.factor.D)
         levels = (self.scales, self.zeros, self.offsets, self.table)
         F = self.factor.F[part, part].contiguous()
         arguments = [M.numpy() for M in (*(M[part] for M in columns), F, *levels)]
         limits = (float(self.scheme.qmin), float(self.scheme.qmax))
-
-        def round_rows(start: int) -> float:
-            return round_columns(limits, (start, min(start + share, count)), *arguments)
-
-        return sum(threads.map(round_rows, range(0, count, share)))
+        return round_columns(limits, (0, self.codes.shape[1]), *arguments)
 
     def _plain(self, part: slice) -> float:
         """The same in PyTorch, for other devices than the CPU."""
@@ -314,8 +326,8 @@ class Gptq(Method):
         return settings.hessian_block
 
     def cost(self, rows: int, columns: int, settings: GptqSettings) -> Cost:
-        """Four float32 slabs; a Cholesky factorisation of each block, n^3 / 6; half of a product of
-        W with the block for the feedback."""
+        """Four float32 slabs, of all threads together; a Cholesky factorisation of each block,
+        n^3 / 6; half of a product of W with the block for the feedback."""
         block = self.block_columns(columns, settings)
         return Cost(
             working_bytes=4 * min(rows, SLAB_ROWS) * columns * _FLOAT,

@@ -7,13 +7,19 @@ triangle only; until it has succeeded, the lower triangle and the saved diagonal
     H = | above above |   1. corner: H minus the products of the rows of R to its right, then
         |   .  corner |      a small Cholesky factorisation
         |   .    .    |   2. above: the same products off, then solved by the corner's factor
+
+A row of `above` needs no other row of it, so that threads share them in pieces.
 """
 
 import torch
 from torch import Tensor
 
+from grokquant.threads import Workers, slices
+
 # Columns eliminated at once: wide enough for fast matrix products, narrow for the rest.
 _PANEL = 512
+# Rows of a product that one thread of a CPU makes: fast, and few enough for many threads.
+_PIECE = 256
 # Rows whose columns are permuted at once: they fit into the cache.
 _ROWS_AT_ONCE = 64
 
@@ -58,17 +64,32 @@ def factorize_(H: Tensor, shift: float) -> Tensor | None:
 
 def _cholesky_(H: Tensor) -> bool:
     """Writes R of H = R R^T over H's upper triangle. False if H is not positive definite."""
-    for start, stop in reversed(_panels(H)):
-        right = H[start:stop, stop:]  # the finished part of these rows of R (panel, n - stop)
-        corner = torch.addmm(H[start:stop, start:stop], right, right.T, alpha=-1)
-        # Reversed in both directions, the usual lower factor becomes an upper one.
-        L, failed = torch.linalg.cholesky_ex(corner.flip(0, 1))
-        if failed:
-            return False
-        R = L.flip(0, 1)
-        H[start:stop, start:stop].tril_(-1).add_(R)
-        above = H[:start, start:stop].addmm_(H[:start, stop:], right.T, alpha=-1)
-        above.copy_(torch.linalg.solve_triangular(R.T, above, upper=False, left=False))
+    with Workers(H.device) as workers:
+        return all(_eliminate_(H, *panel, workers) for panel in reversed(_panels(H)))
+
+
+def _eliminate_(H: Tensor, start: int, stop: int, workers: Workers) -> bool:
+    """Writes the columns of R from `start` to before `stop`; those to their right are there."""
+    columns = slice(start, stop)
+    right = H[columns, stop:]  # the finished part of these rows of R (panel, n - stop)
+    size = _PIECE if H.device.type == "cpu" else len(H)
+
+    def left_over(rows: slice) -> Tensor:  # (rows, panel)
+        return torch.addmm(H[rows, columns], H[rows, stop:], right.T, alpha=-1)
+
+    corner = torch.cat(workers.map(left_over, slices(start, stop, size)))
+    # Reversed in both directions, the usual lower factor becomes an upper one.
+    ((L, failed),) = workers.map(torch.linalg.cholesky_ex, [corner.flip(0, 1)])
+    if failed:
+        return False
+    R = L.flip(0, 1)
+    H[columns, columns].tril_(-1).add_(R)
+
+    def solve(rows: slice) -> None:
+        above = left_over(rows)
+        H[rows, columns] = torch.linalg.solve_triangular(R.T, above, upper=False, left=False)
+
+    workers.map(solve, slices(0, start, size))
     return True
 
 
@@ -83,4 +104,4 @@ def _restore_(H: Tensor, diagonal: Tensor) -> None:
 
 def _panels(H: Tensor) -> list[tuple[int, int]]:
     """(start, stop) of each panel of columns."""
-    return [(start, min(start + _PANEL, len(H))) for start in range(0, len(H), _PANEL)]
+    return [(part.start, part.stop) for part in slices(0, len(H), _PANEL)]

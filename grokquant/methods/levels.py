@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from grokquant.grids import FinderName, Scheme
-from grokquant.methods.compiled import in_tiles
 from grokquant.methods.find_blocks import find_block_minima, find_block_scales
 from grokquant.methods.find_groups import find_absmax, find_range, find_table
 from grokquant.methods.scales import ScaleRule, find_scales, group_columns, round_to_grid
 from grokquant.methods.spans import Spans, divisors, nearest_in_codebook
+from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
 # Weights searched at once: 512 KB in float32, so temporaries stay in the cache.
@@ -40,8 +40,9 @@ class Levels:
 
     def nearest(self, W: Tensor) -> QTensor:
         """Every weight of W [out, in] rounded to its nearest level."""
-        codes = in_tiles(
-            len(W), _rows_at_once(W), lambda part: self._nearest(W[part].float(), part.start)
+        codes = in_pieces(
+            lambda part: self._nearest(W[part].float(), part.start),
+            slices(0, len(W), _rows_at_once(W)),
         )
         return self.hold(torch.cat(codes))
 
@@ -86,7 +87,7 @@ def _by_rows(find: FindInGroups) -> Finder:
         def find_rows(part: slice) -> Spans:
             return find(group_columns(W[part].float(), scheme), weights, scheme, rule)
 
-        return Spans.cat(in_tiles(len(W), _rows_at_once(W), find_rows))
+        return Spans.cat(in_pieces(find_rows, slices(0, len(W), _rows_at_once(W))))
 
     return find_all
 

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from grokquant.grids import Scheme
+from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor, Unit
 
 T = TypeVar("T")
 # Rows rounded at once, unless a kernel has its own number: bounds the float32 copies.
 TILE_ROWS = 2048
+# Rows whose errors one thread adds up: it holds three float32 copies of them.
+_ERROR_ROWS = 256
 
 
 class Needs(Enum):
@@ -219,18 +222,23 @@ def dense(W: Tensor | QTensor) -> Tensor:
 
 def errors_of(W: Tensor, quantized: QTensor, dtype: torch.dtype = torch.float32) -> Errors:
     """The errors of rounding W [out, in], computed tile by tile with sums in `dtype`."""
-    errors = Errors()
-    for start in range(0, len(W), TILE_ROWS):
-        part = slice(start, start + TILE_ROWS)
+
+    def errors(part: slice) -> Errors:
         rows = W[part].float()
+<<<<<<< HEAD
         rounded = quantized.rows(part).dequantize().float()
         lost = rows - rounded
         was_zero = (rows == 0).all(1)
         is_zero = (rounded == 0).all(1)
         errors += Errors(
+=======
+        lost = rows - quantized.rows(part).dequantize().float()
+        return Errors(
+>>>>>>> cbc08a4 (Calibration shares its work among threads in pieces of fixed sizes)
             lost.square().sum(dtype=dtype).item(),
             rows.square().sum(dtype=dtype).item(),
             int(was_zero.sum()),
             int((is_zero & ~was_zero).sum()),
         )
-    return errors
+
+    return sum(in_pieces(errors, slices(0, len(W), _ERROR_ROWS)), Errors())

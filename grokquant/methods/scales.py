@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.methods import compiled, kernels
+from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
 ScaleRule = Literal["absmax", "mse"]
@@ -49,10 +50,12 @@ def search_scales(
     if importance is None:
         importance = torch.ones(W.shape[1], device=W.device)
     groups = group_columns(importance.unsqueeze(0), scheme)  # (1, groups, group_size)
-    found = [
-        _find_in_rows(group_columns(rows.float(), scheme), groups.float(), scheme, rule)
-        for rows in W.split(_ROWS_AT_ONCE)
-    ]
+
+    def find(part: slice) -> tuple[Tensor, Tensor | None]:
+        rows = group_columns(W[part].float(), scheme)
+        return _find_in_rows(rows, groups.float(), scheme, rule)
+
+    found = in_pieces(find, slices(0, len(W), _ROWS_AT_ONCE))
     scales = torch.cat([scale for scale, _ in found])
     zero_points = [zero_point for _, zero_point in found if zero_point is not None]
     return scales, torch.cat(zero_points) if zero_points else None

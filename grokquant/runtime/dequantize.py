@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from grokquant.methods.compiled import in_tiles
+from grokquant.threads import in_pieces, slices
 from grokquant.types import ROW_BLOCK_BYTES, QTensor
 
 _f32 = np.float32
@@ -59,7 +59,7 @@ def dequantize_rows(quantized: QTensor, part: slice, dtype: torch.dtype) -> Tens
         else:
             _dequantize(codes[tile], levels[tile], bits[tile])
 
-    in_tiles(len(codes), _ROWS, work)
+    in_pieces(work, slices(0, len(codes), _ROWS))
     return dense
 
 

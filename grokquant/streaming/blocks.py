@@ -15,8 +15,8 @@ one expert.
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import dataclass, field
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
+from grokquant.threads import in_order, in_pieces, slices
 
 STREAMED = "grokquant-streamed"  # the name of our experts in transformers' registry
 # The dtype of hidden states and weights in calibration. Its products are exact in float32, in which
@@ -34,6 +35,10 @@ STREAMED = "grokquant-streamed"  # the name of our experts in transformers' regi
 CALIBRATION_DTYPE = torch.bfloat16
 # Tokens in one forward pass: large matrix products, small activations.
 TOKENS_AT_ONCE = 2048
+# The same for each of several threads: products are nearly as fast, and activations smaller.
+TOKENS_IN_PIECE = 256
+# Inputs of a matrix held at once while threads compute them: enough pieces for 32 threads.
+INPUTS_AT_ONCE = 32 * TOKENS_IN_PIECE
 
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -43,27 +48,33 @@ Expert = Callable[[Tensor], Tensor]
 MakeExpert = Callable[[int, Tensor, Tensor], Expert]
 
 
+class Place(local):
+    """Where each thread is: the tokens that it works on are those from `start` on."""
+
+    start: int = 0
+
+
 @dataclass
 class Exchange:
     """Carries inputs and outputs between the experts of a running block and `combine`.
 
     The first pass fills `recorded`, the arguments of `combine` for all `tokens`; the second one
-    returns its `outputs`. `position` counts the tokens of a pass.
+    returns its `outputs`. `place` says which tokens the calling thread has: those from its `start`.
     """
 
     tokens: int
+    place: Place
     recorded: tuple[Tensor, ...] = ()
     outputs: Tensor | None = None
-    position: int = 0
+    _first: Lock = field(default_factory=Lock)
 
     def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        part = slice(self.position, self.position + len(x))
-        self.position = part.stop % self.tokens  # 0 again when the pass ends
+        part = slice(self.place.start, self.place.start + len(x))
         if self.outputs is not None:
             return self.outputs[part].to(x)
         given = (x, experts, gates)
-        if not self.recorded:
-            self.recorded = tuple(
+        with self._first:
+            self.recorded = self.recorded or tuple(
                 t.new_empty((self.tokens, *t.shape[1:]), device=CPU) for t in given
             )
         for whole, rows in zip(self.recorded, given, strict=True):
@@ -110,10 +121,8 @@ class Rows:
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
-    def split(self, size: int) -> Iterator["Rows"]:
-        """Yields the rows, `size` at a time."""
-        for start in range(0, len(self.tokens), size):
-            yield self._each(lambda t: t[start : start + size])  # noqa: B023, called at once
+    def __getitem__(self, part: slice) -> "Rows":
+        return self._each(lambda t: t[part])
 
     def to(self, device: torch.device) -> "Rows":
         return self._each(lambda t: t.to(device))
@@ -148,6 +157,9 @@ class BlockwiseModel:
     Hidden states are [rows, time, hidden], in main memory; all rows have the same length.
     Parameters outside the layers that equal those of `twin`, a model of the same family, are shared
     with it: embedding, head and norm of a quantized model.
+
+    With `pieces` each thread of a CPU runs some rows by itself, so that results do not depend on
+    the number of threads; hooks and experts are then called from several threads at once.
     """
 
     def __init__(
@@ -156,7 +168,13 @@ class BlockwiseModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device = CPU,
         twin: "BlockwiseModel | None" = None,
+        pieces: bool = False,
     ) -> None:
+        shared = pieces and device.type == "cpu"
+        self._each = in_pieces if shared else in_order
+        self._tokens_at_once = TOKENS_IN_PIECE if shared else TOKENS_AT_ONCE
+        self._inputs_at_once = INPUTS_AT_ONCE if shared else TOKENS_AT_ONCE
+        self._place = Place()
         self.source = checkpoint.source
         self.family = checkpoint.family
         self.dtype = dtype
@@ -185,8 +203,12 @@ class BlockwiseModel:
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         """The hidden states of token ids [rows, time] that enter the first block."""
+        (hidden,) = self._each(self._embed, [tokens])  # at once, for each row fills all taps
+        return hidden
+
+    def _embed(self, tokens: Tensor) -> Tensor:
         entered = []
-        for rows in tokens.split(_rows_at_once(tokens)):
+        for rows in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
             self.model.base_model.forward(input_ids=rows.to(self.device))
             entered.append(self.taps[0].entered.cpu())
         # Once more with a single row, so that the taps keep masks that broadcast over rows.
@@ -231,36 +253,39 @@ class BlockwiseModel:
     def _run_layer(
         self, index: int, batches: list[tuple[Rows | None, Tensor]], combine: Combine
     ) -> list[Tensor]:
-        def run() -> Iterator[Iterator[Tensor]]:
-            return (self._run_rows(index, hidden, rows) for rows, hidden in batches)
-
         tokens = sum(hidden.shape[0] * hidden.shape[1] for _, hidden in batches)
         exchange = self._exchange(index, tokens)
-        if exchange is None:
-            return [torch.cat(list(parts)) for parts in run()]
-        for parts in run():  # the first pass, which only records
-            for _ in parts:
+        if exchange is not None:
+            for _ in self._run_batches(index, batches):  # the first pass, which only records
                 pass
-        recorded = exchange.recorded
-        exchange.recorded = ()  # so that its memory is free before the second pass
-        exchange.outputs = combine(*recorded)
-        del recorded
-        return [torch.cat(list(parts)) for parts in run()]
+            recorded = exchange.recorded
+            exchange.recorded = ()  # so that its memory is free before the second pass
+            exchange.outputs = combine(*recorded)
+            del recorded
+        return [torch.cat(parts) for parts in self._run_batches(index, batches)]
+
+    def _run_batches(
+        self, index: int, batches: list[tuple[Rows | None, Tensor]]
+    ) -> Iterator[list[Tensor]]:
+        """Yields the layer's outputs for each batch, in parts."""
+        start = 0
+        for rows, hidden in batches:
+            yield self._run_rows(index, hidden, rows, start)
+            start += hidden.shape[0] * hidden.shape[1]
 
     @torch.no_grad()
     def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:
         """The inputs [tokens, in] of the matrix `tensor` (its checkpoint name) of layer `index`."""
         self._exchange(index, hidden.shape[0] * hidden.shape[1])  # of which only pass 1 runs
-        inputs: list[Tensor] = []
+        inputs: dict[int, Tensor] = {}  # by the first of their tokens
         layer = self.layers[index]
         linear, _ = parameter_parent(layer, self.family.parameter_name(layer, index, tensor))
         hook = linear.register_forward_pre_hook(
-            lambda _, args: inputs.append(args[0].flatten(0, -2).cpu())
+            lambda _, args: inputs.update({self._place.start: args[0].flatten(0, -2).cpu()})
         )
-        for _ in self._run_rows(index, hidden):
-            pass
+        self._run_rows(index, hidden)
         hook.remove()
-        return torch.cat(inputs)
+        return torch.cat([inputs[start] for start in sorted(inputs)])
 
     @torch.no_grad()
     def replace(self, index: int, tensor: str, value: Tensor) -> None:
@@ -297,13 +322,24 @@ class BlockwiseModel:
                 token, slot = torch.where(experts == number)
                 expert = make_expert(number, x, token)
                 gate = gates[token, slot].unsqueeze(1)  # (routed, 1)
-                for part, share in self.parts(token, gate):
-                    y = expert(x[part].to(self.device)).float().cpu()  # (part, hidden)
-                    combined.index_add_(0, part, y * share)
+                self._add_outputs(combined, x, token, gate, expert)
                 del expert  # frees its matrices before the next ones are read
             return combined
 
         return combine
+
+    def _add_outputs(
+        self, combined: Tensor, x: Tensor, token: Tensor, gate: Tensor, expert: Expert
+    ) -> None:
+        """Adds the outputs of an expert for the rows `token` of x [tokens, hidden] to `combined`,
+        each times its `gate` [routed, 1]."""
+
+        def add(part: slice) -> None:
+            rows = token[part]
+            y = expert(x[rows].to(self.device)).float().cpu()  # (part, hidden)
+            combined.index_add_(0, rows, y * gate[part])
+
+        self._each(add, slices(0, len(token), self._tokens_at_once))
 
     def stored_expert(self, index: int, number: int) -> Expert:
         """An expert as the checkpoint holds it; reads its three matrices."""
@@ -332,6 +368,14 @@ class BlockwiseModel:
 
         return inner
 
+    def inputs_at_once(self, x: Tensor) -> Iterator[Tensor]:
+        """Parts of x [tokens, ...], as `by_rows` can take them; none if it is empty."""
+        yield from x.split(self._inputs_at_once) if len(x) else ()
+
+    def by_rows(self, function: Expert, x: Tensor) -> Tensor:
+        """What `function` makes of x [tokens, hidden], some rows at a time."""
+        return torch.cat(self._each(function, x.split(self._tokens_at_once)))
+
     @staticmethod
     def parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Splits tensors of the same number of rows alike; yields nothing if they have none."""
@@ -342,20 +386,28 @@ class BlockwiseModel:
         experts = self.family.experts_of(self.layers[index])
         if experts is None:
             return None
-        experts.exchange = Exchange(tokens)
+        experts.exchange = Exchange(tokens, self._place)
         return experts.exchange
 
-    def _run_rows(self, index: int, hidden: Tensor, rows: Rows | None = None) -> Iterator[Tensor]:
-        """Yields the layer's outputs, some rows at a time. `rows` default to the last embedded."""
-        size = _rows_at_once(hidden)
-        parts = repeat(None) if rows is None else rows.split(size)
-        for part, h in zip(parts, hidden.split(size), strict=False):
-            if part is not None:
-                self._note_arguments(part.to(self.device))
+    def _run_rows(
+        self, index: int, hidden: Tensor, rows: Rows | None = None, start: int = 0
+    ) -> list[Tensor]:
+        """The layer's outputs, some rows in each part. `rows` default to the last embedded; `start`
+        is the number of their first token."""
+        time = hidden.shape[1]
+
+        def run(part: slice) -> Tensor:
+            if rows is not None:
+                self._note_arguments(rows[part].to(self.device))
+            self._place.start = start + part.start * time
             args, kwargs = self.taps[index].arguments
-            out = self.layers[index](h.to(self.device), *args, **kwargs)
+            out = self.layers[index](hidden[part].to(self.device), *args, **kwargs)
             # Layers of some models return a tuple that begins with the hidden states.
-            yield (out[0] if isinstance(out, tuple) else out).to(hidden.device)
+            return (out[0] if isinstance(out, tuple) else out).to(hidden.device)
+
+        size = max(1, self._tokens_at_once // time)
+        each = in_order if rows is not None else self._each  # all threads share the taps
+        return each(run, slices(0, len(hidden), size))
 
     def _note_arguments(self, rows: Rows) -> None:
         """Has the taps note what the model hands to its layers for these rows."""
@@ -377,8 +429,3 @@ class BlockwiseModel:
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
         dtype = self.family.working_dtype(name, self.dtype)
         set_parameter(module, name, value.to(self.device, dtype))
-
-
-def _rows_at_once(rows: Tensor) -> int:
-    """How many of `rows` [rows, time, ...] to put through one forward pass."""
-    return max(1, TOKENS_AT_ONCE // rows.shape[1])

@@ -69,7 +69,7 @@ def is_small(plan: Plan) -> bool:
 def _one_layer(plan: Plan, rows: Tensor) -> float:
     """Seconds of the first layer, quantized as in the run and discarded."""
     start = perf_counter()
-    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE)
+    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
     hidden = model.embed(rows)
     states = States(hidden, hidden if plan.needs_reference else None)
     LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None).run(states)
