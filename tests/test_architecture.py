@@ -18,13 +18,8 @@ from grokquant.sources.kind import SourceKind
 ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
 ROOMS = [
-<<<<<<< HEAD
     {"errors", "version", "humanize", "escaping", "grids"},
-    {"types", "devices", "files"},
-=======
-    {"errors", "version", "humanize", "grids"},
     {"types", "devices", "threads", "files"},
->>>>>>> cbc08a4 (Calibration shares its work among threads in pieces of fixed sizes)
     {"methods"},
     {"recipe", "sources"},
     {"families", "formats", "containers", "toy"},

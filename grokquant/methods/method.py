@@ -225,16 +225,11 @@ def errors_of(W: Tensor, quantized: QTensor, dtype: torch.dtype = torch.float32)
 
     def errors(part: slice) -> Errors:
         rows = W[part].float()
-<<<<<<< HEAD
         rounded = quantized.rows(part).dequantize().float()
         lost = rows - rounded
         was_zero = (rows == 0).all(1)
         is_zero = (rounded == 0).all(1)
-        errors += Errors(
-=======
-        lost = rows - quantized.rows(part).dequantize().float()
         return Errors(
->>>>>>> cbc08a4 (Calibration shares its work among threads in pieces of fixed sizes)
             lost.square().sum(dtype=dtype).item(),
             rows.square().sum(dtype=dtype).item(),
             int(was_zero.sum()),
