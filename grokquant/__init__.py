@@ -54,11 +54,20 @@ def quantize(
     The same call resumes an interrupted run, and returns at once if its result is finished. A
     result of something else raises InputError, unless `overwrite`: then it is replaced once the new
     one is complete.
+
+    In the main thread Ctrl-C and SIGTERM let the current file finish, then raise
+    `errors.Stopped`, a KeyboardInterrupt; a second one does so at once. Afterwards signals have the
+    handlers that they had before.
     """
     from grokquant.devices import device_of
+    from grokquant.errors import Stopped
     from grokquant.job import pipeline
 
-    return pipeline.quantize(_as_recipe(recipe), device=device_of(device), overwrite=overwrite)
+    progress = pipeline.Silence()
+    output = pipeline.quantize(_as_recipe(recipe), progress, device_of(device), overwrite)
+    if progress.asked_to_stop:  # when nothing was left to stop
+        raise Stopped(f"{output}: is finished; a signal came while it was published")
+    return output
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokquant import escaping
-from grokquant.errors import GrokquantError, InputError
+from grokquant.errors import GrokquantError, InputError, Stopped
 from grokquant.escaping import one_line
 from grokquant.version import __version__
 
@@ -44,6 +44,8 @@ class _Commands(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             code, text = 2, f"{where}{error.strerror or error}"
+        except Stopped as stopped:
+            code, text = stopped.exit_code, str(stopped)
         except KeyboardInterrupt:
             code, text = 130, "interrupted; no output was written"
         _say(f"grokquant: {_bounded(text)}", err=True)

@@ -27,7 +27,11 @@ class GateError(GrokquantError):
     exit_code = 1
 
 
-class Stopped(GrokquantError):
-    """A signal stopped the run; everything committed is kept (exit 130)."""
+class Stopped(KeyboardInterrupt):
+    """A signal, SIGINT or SIGTERM, stopped the run; everything committed is kept (exit 130).
+
+    Like any KeyboardInterrupt it passes `except Exception`, which would keep a process alive that
+    was asked to end.
+    """
 
     exit_code = 130

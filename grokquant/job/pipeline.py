@@ -63,7 +63,13 @@ class Progress(Protocol):
 
 
 class Silence:
-    """No-op progress, but for notes: they become warnings."""
+    """No-op progress, but for notes: they become warnings. `asked_to_stop` says whether a signal
+    came."""
+
+    asked_to_stop = False
+
+    def stopping(self) -> None:
+        self.asked_to_stop = True
 
     def note(self, line: str) -> None:
         warn(line, stacklevel=2)
@@ -73,7 +79,6 @@ class Silence:
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
     def calibrating(self, rows: int, length: int) -> None: ...
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
-    def stopping(self) -> None: ...
     def worked(self, busy: dict[str, float]) -> None: ...
 
 

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import current_thread, main_thread
 from types import FrameType
 
 from grokquant.errors import Stopped
@@ -35,15 +36,22 @@ class StopRequest:
 
 @contextmanager
 def stopping(notify: Callable[[], None]) -> Iterator[StopRequest]:
-    """Turns signals into stop requests inside the block. Only the main thread can do that."""
+    """Turns signals into stop requests inside the block; ignored ones stay ignored.
+
+    Only the main thread can do that. In another one nothing changes: SIGTERM ends the process, and
+    Ctrl-C interrupts the main thread.
+    """
     request = StopRequest(notify)
-    try:
-        before = [signal.signal(number, request.handle) for number in _SIGNALS]
-    except ValueError:  # Python sets handlers in the main thread only
+    if current_thread() is not main_thread():
         yield request
         return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # A handler that is None is none of Python's, and could not be restored.
+    taken = [number for number in _SIGNALS if before[number] not in (signal.SIG_IGN, None)]
+    for number in taken:
+        signal.signal(number, request.handle)
     try:
         yield request
     finally:
-        for number, handler in zip(_SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+        for number in taken:
+            signal.signal(number, before[number])

@@ -80,7 +80,7 @@ def _by_rows(find: FindInGroups) -> Finder:
     """A finder that gives some rows at once to `find`."""
 
     def find_all(W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None) -> Spans:
-        if importance is None or importance.sum() == 0:
+        if importance is None or not importance.any():
             importance = torch.ones(W.shape[1], device=W.device)
         weights = group_columns(importance.float().unsqueeze(0), scheme)
 

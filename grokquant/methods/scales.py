@@ -35,7 +35,7 @@ def find_scales(
     Hessian's diagonal). It may make a symmetric scale negative: the lowest code, -2^(bits-1), then
     stands for the largest weight, whatever its sign.
     """
-    if importance is not None and importance.sum() == 0:
+    if importance is not None and not importance.any():
         importance = None  # all scales would lose nothing
     if compiled.can_round(W, scheme):
         found = compiled.quantize(W, scheme, rule == "mse", importance)
