@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import click
 
 from grokquant import escaping
-from grokquant.errors import GrokquantError, InputError, Stopped
+from grokquant.errors import GrokquantError, InputError, OutOfMemory, Stopped
 from grokquant.escaping import one_line
+from grokquant.memory import memory_for
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
@@ -27,8 +28,23 @@ Exit codes: 0 success; 1 a quality or verification gate failed; 2 invalid comman
 _LONGEST_LINE = 2000  # of an error: names and values in it come from files
 
 
+# What a command says when memory runs out, unless what it calls has said it.
+_LESS_MEMORY = {
+    "eval": "; lower --samples or --length",
+    "generate": "; set --max-memory",
+}
+
+
+class _Command(click.Command):
+    def invoke(self, ctx: click.Context) -> object:
+        with memory_for(self.name or "grokquant"):
+            return super().invoke(ctx)
+
+
 class _Commands(click.Group):
     """Turns errors and interruptions of any command into one line and an exit code."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> object:
         try:
@@ -39,6 +55,8 @@ class _Commands(click.Group):
             if isinstance(error, InputError) and (option := self._option(ctx, error.key)):
                 text = f"{option}: {error.text}"
             text = self._with_options(ctx, text)
+            if isinstance(error, OutOfMemory):
+                text += _LESS_MEMORY.get(ctx.invoked_subcommand or "", "")
         except BrokenPipeError:
             raise  # the reader closed the pipe; click handles that
         except OSError as error:

@@ -21,6 +21,10 @@ class InputError(GrokquantError):
         self.key = key
 
 
+class OutOfMemory(InputError):
+    """Memory ran out (exit 2). The text names the step."""
+
+
 class GateError(GrokquantError):
     """The result failed a quality or verification gate (exit 1)."""
 

@@ -18,7 +18,7 @@ from grokquant.sources.kind import SourceKind
 ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
 ROOMS = [
-    {"errors", "version", "humanize", "escaping", "grids"},
+    {"errors", "version", "humanize", "escaping", "memory", "grids"},
     {"types", "devices", "threads", "files"},
     {"methods"},
     {"recipe", "sources"},

@@ -12,6 +12,7 @@ from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
 from grokquant.job.plan import Plan
 from grokquant.job.unit import report_of, round_unit
 from grokquant.job.workdir import States
+from grokquant.memory import memory_for
 from grokquant.methods import METHODS
 from grokquant.methods.method import errors_of
 from grokquant.recipe import ExpertsSection
@@ -212,7 +213,8 @@ class LayerQuantizer:
     def _round(self, unit: Unit, site: Site | None) -> QTensor:
         ref = self.plan.checkpoint.source.tensors[unit.tensor]
         rounding = self._rounding[unit.method]
-        quantized, report = round_unit(unit, ref, rounding, site, self.model.device)
+        with memory_for(f"{unit.name}: {unit.method}"):
+            quantized, report = round_unit(unit, ref, rounding, site, self.model.device)
         if self.revises:
             self._held[unit.name] = quantized, report
         else:

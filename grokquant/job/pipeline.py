@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from grokquant.devices import CPU
-from grokquant.errors import GateError, InputError, Stopped
+from grokquant.errors import GateError, InputError, OutOfMemory, Stopped
 from grokquant.formats import Format
 from grokquant.job import metadata
+from grokquant.job.budget.memory import peak_step
 from grokquant.job.fingerprint import (
     CALIBRATION,
     identity_of,
@@ -42,6 +43,7 @@ from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
 from grokquant.job.verify import verify_against_plan
 from grokquant.job.workdir import States, WorkDirectory
+from grokquant.memory import memory_for
 from grokquant.recipe import Recipe
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
@@ -108,7 +110,8 @@ def quantize(
         return output  # nothing was written, not even a lock
     check_disk(plan)
     progress.planned(plan)
-    rows = make_rows()
+    with memory_for("calibration.text"):
+        rows = make_rows()
     identity |= {CALIBRATION: rows_digest(rows)}
     with (
         stopping(progress.stopping) as stop,
@@ -123,12 +126,15 @@ def quantize(
             return output
         _announce(output, progress)
         try:
-            _fill(plan, work, rows, identity, progress, stop, device)
+            with memory_for("quantize"):
+                _fill(plan, work, rows, identity, progress, stop, device)
             refuse_changed_source(plan, stamps)
             stop.busy = lambda: True  # nothing is left to stop
             work.publish(overwrite)
         except Stopped:
             raise Stopped(_where_it_stands(plan, work)) from None
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{error}; {_with_less_memory(plan, work)}") from None
     return output
 
 
@@ -264,7 +270,8 @@ class Run:
     def round(self, unit: Unit, stored: Tensor | QTensor) -> None:
         """Rounds and packs a unit that needs no data."""
         start = perf_counter()
-        parts, report = round_without_data(unit, stored.to(self.device), self.format)
+        with memory_for(f"{unit.name}: {unit.method}"):
+            parts, report = round_without_data(unit, stored.to(self.device), self.format)
         self.busy["computing"] += perf_counter() - start
         self.emit(parts, report)
 
@@ -288,7 +295,8 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
     work = run.work
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
     layers = plan.checkpoint.config.num_hidden_layers
-    hidden = model.embed(rows)  # (rows, time, hidden)
+    with memory_for("embedding"):
+        hidden = model.embed(rows)  # (rows, time, hidden)
     states = States(hidden, hidden if plan.needs_reference else None)
     model.free_embedding()
     first = 0
@@ -300,7 +308,8 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
         kept = plan.kept_in_layer(index)
         if not layer.revises:  # first, so that the file they share with experts is soon complete
             run.write_kept(kept, {})
-        states = layer.run(states)
+        with memory_for(f"layer {index}"):
+            states = layer.run(states)
         if not torch.isfinite(states.hidden).all():
             raise InputError(f"layer {index}: its outputs on the calibration text are not finite")
         if layer.revises:
@@ -344,3 +353,13 @@ def _where_it_stands(plan: Plan, work: WorkDirectory) -> str:
         return "interrupted; no output was written"
     done = f"{len(work.sums)} of {len(plan.files)} files are done"
     return f"stopped, {done}; run the same command to resume"
+
+
+def _with_less_memory(plan: Plan, work: WorkDirectory) -> str:
+    done = f"{len(work.sums)} of {len(plan.files)} files are done"
+    ways = "with more memory"
+    if plan.needs_calibration:
+        ways += " or fewer threads (OMP_NUM_THREADS)"
+    if knob := peak_step(plan).knob:
+        ways += f", or lower {knob} and begin anew"
+    return f"{done}; run the same command {ways}"

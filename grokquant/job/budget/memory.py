@@ -11,7 +11,12 @@ import torch
 
 from grokquant.job.plan import Plan
 from grokquant.methods import METHODS
-from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_AT_ONCE
+from grokquant.streaming.blocks import (
+    CALIBRATION_DTYPE,
+    INPUTS_AT_ONCE,
+    TOKENS_AT_ONCE,
+    TOKENS_IN_PIECE,
+)
 from grokquant.types import ROW_BLOCK_BYTES, TensorRef, Unit
 
 FLOAT = torch.float32.itemsize
@@ -104,8 +109,10 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     if method.needs_site:
         hessian = columns * method.block_columns(columns, unit.settings) * FLOAT
     if unit.expert is not None and unit.part == "down":
-        # gate and up as rounded; the hidden units of some tokens, several times over.
-        own += 2 * weights * size + 6 * TOKENS_AT_ONCE * columns * FLOAT
+        # gate and up as rounded; the hidden units of some tokens, several times over: of one part
+        # on a GPU; of a piece for each thread of a CPU, and once of all that are held at once.
+        pieces = 6 * TOKENS_IN_PIECE * torch.get_num_threads() * FLOAT + INPUTS_AT_ONCE * size
+        own += 2 * weights * size + max(6 * TOKENS_AT_ONCE * FLOAT, pieces) * columns
     knob = "hessian_block" if hessian > always else "calibration.samples"
     return Step(f"{unit.name}: {unit.method}", always + own + hessian, knob)
 
