@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from grokquant.recipe import Recipe
 
 _EXIT_CODES = """
-Exit codes: 0 success; 1 a quality or verification gate failed; 2 invalid command, recipe or input;
-130 interrupted.
+Exit codes: 0 success; 1 a quality or verification gate failed; 2 invalid command, recipe or input,
+or too little memory; 130 interrupted.
 """
 
 _LONGEST_LINE = 2000  # of an error: names and values in it come from files

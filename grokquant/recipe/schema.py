@@ -1,6 +1,6 @@
 """The keys of a recipe: what to make, never how to run.
 
-No key names a device, rank or work directory: a recipe gives the same bytes everywhere.
+No key names a device, rank or work directory: a recipe means the same on every machine.
 """
 
 import io
@@ -152,7 +152,7 @@ class CalibrationSection(Section):
     length: RowLength = 2048
     """Tokens per sequence."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Random seed for choosing the sequences; the same seed gives the same bytes."""
+    """Random seed for choosing the sequences; the same seed chooses the same ones."""
 
 
 class _Rule(Section):
