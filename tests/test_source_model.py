@@ -233,10 +233,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_reference_is_refused_with_both_values(result, other, change):
+def test_another_reference_is_refused_with_both_values(result, other, text_file, change):
     CHANGES[change][0](other)
     with pytest.raises(InputError) as caught:
-        grokquant.evaluate(result, other, quick=True)
+        grokquant.evaluate(result, other, str(text_file), quick=True)
     assert str(caught.value).startswith(f"any_reference: needed to compare {result} with {other}")
     assert CHANGES[change][1] in str(caught.value) and "\n" not in str(caught.value)
 
@@ -248,9 +248,9 @@ def test_results_of_earlier_versions_are_compared_by_what_was_kept(older, source
     assert CHANGES[change][1] in differences_of(older, other)
 
 
-def test_another_architecture_is_named(result, saved):  # noqa: F811
+def test_another_architecture_is_named(result, saved, text_file):  # noqa: F811
     with pytest.raises(InputError, match=r"family is mixtral, the reference has olmoe"):
-        grokquant.evaluate(result, saved("olmoe")[1])
+        grokquant.evaluate(result, saved("olmoe")[1], str(text_file))
 
 
 def test_a_model_of_another_tool_is_another_only_if_nothing_is_equal(older, source, other):
@@ -290,10 +290,10 @@ def test_a_result_of_a_result_is_compared_with_either_source(result, source, tmp
         assert differences_of(path, result) is None
 
 
-def test_the_report_begins_with_another_reference(result, other, tmp_path):
+def test_the_report_begins_with_another_reference(result, other, text_file, tmp_path):
     _router(other)
     output = shutil.copytree(result, tmp_path / "copy")
-    text = ["--any-reference", "--quick", "--samples", "1"]
+    text = ["--any-reference", "--quick", "--samples", "1", "--text", str(text_file)]
     command = ["eval", str(output), "--reference", str(other), *text]
     refused = CliRunner().invoke(main, [part for part in command if part != "--any-reference"])
     assert refused.exit_code == 2 and not (output / "evaluation").exists()
@@ -312,8 +312,9 @@ def test_the_report_begins_with_another_reference(result, other, tmp_path):
     assert table.startswith(note)
 
 
-def test_a_report_about_the_source_has_no_such_line(result, source, tmp_path):
-    report = grokquant.evaluate(result, source, samples=1, quick=True, any_reference=True)
+def test_a_report_about_the_source_has_no_such_line(result, source, text_file, tmp_path):
+    text = str(text_file)
+    report = grokquant.evaluate(result, source, text, 1, quick=True, any_reference=True)
     assert report.reference_note is None and "reference_note" not in report.to_json()
     page = publish(report, result, tmp_path / "published")[1].read_text()
     assert report.protocol.arithmetic == "float32 on the stored weights"
@@ -321,13 +322,13 @@ def test_a_report_about_the_source_has_no_such_line(result, source, tmp_path):
         assert "dequantized" not in text and "integers" not in text
 
 
-def test_a_record_that_is_none_is_named(result, source, tmp_path):
+def test_a_record_that_is_none_is_named(result, source, text_file, tmp_path):
     path = shutil.copytree(result, tmp_path / "copy")
     report = json.loads((path / REPORT).read_text())
     for broken in ([{"schema": "x"}], 3, [3], [report["source_models"][0] | {"tensors": {"a": 1}}]):
         (path / REPORT).write_text(json.dumps(report | {"source_models": broken}))
         with pytest.raises(InputError, match=r"quantization-report.json: source_models: "):
-            grokquant.evaluate(path, source)
+            grokquant.evaluate(path, source, str(text_file))
 
 
 def test_grok_in_another_form_is_the_source(tiny_release, tmp_path):

@@ -81,7 +81,7 @@ def outputs(library: Path | None, grid: str, directory: Path) -> Iterator[tuple[
     rtn = quantize({"method": "rtn", "grid": grid}, directory / f"{grid}-rtn")
     if library:
         dense = directory / "dense"
-        dense = dense if dense.exists() else quantize({"method": "keep"}, dense)
+        dense = dense if dense.exists() else quantize({"method": "unquantized"}, dense)
         yield "llama.cpp", by_ggml(library, dense, rtn, grid, directory / f"{grid}-peer")
     yield "rtn", rtn
     yield "gptq", quantize({"method": "gptq", "grid": grid}, directory / f"{grid}-gptq")

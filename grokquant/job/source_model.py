@@ -1,13 +1,14 @@
 """Which model a checkpoint is, in whatever form: a fingerprint of config, tokenizer and weights.
 
 The same weights have the same fingerprint under other names, in other files and dtypes, as integers
-or multiplied out. So it hashes values, rounded to bfloat16, under the names of the family:
+or dequantized. So it hashes values, rounded to bfloat16, under the names of the family:
 
     all layers                   norms, biases, routers    whole
     outside the layers           embedding, head           some rows from first to last
     first, middle, last layer    matrices, one expert      a corner
 
-A few megabytes are read of a model of any size where its files can be read in parts.
+Of Grok-1 as released 37 MB are read. Values that lie between two of bfloat16, such as its float32
+norms, may differ in a float16 copy: they are rounded twice there.
 """
 
 import hashlib
@@ -196,8 +197,8 @@ def _spread(ref: TensorRef) -> Tensor:
 
 
 def _part(ref: TensorRef, index: tuple[slice, ...]) -> Tensor:
-    """Part of a tensor, read by itself where the source can; integers multiplied out in float32,
-    which is exact, so that nothing is rounded twice."""
+    """Part of a tensor, read by itself where the source can; integers are dequantized in
+    float32, which is exact, so that nothing is rounded twice."""
     if ref.load_part:
         return ref.load_part(index)
     rows, *columns = index
