@@ -137,6 +137,15 @@ def test_the_list_of_files_is_closed(result, change):
     assert any(complaint in text for text in found(result)), found(result)
 
 
+def test_what_downloads_add_is_no_fault(result):
+    (result / ".gitattributes").write_text("*.safetensors filter=lfs")
+    (result / ".cache/huggingface/download").mkdir(parents=True)
+    (result / ".cache/huggingface/download/config.json.metadata").write_text("x")
+    assert found(result) == {}
+    (result / ".cache/huggingface/x.py").write_text("x")
+    assert any("x.py: is code" in text for text in found(result))
+
+
 def test_code_is_named_even_where_the_sums_know_it(result):
     (result / "modeling.py").write_text("x")
     seal(result)
@@ -564,6 +573,9 @@ def change_a_byte(path: Path, draw: random.Random) -> str:
     return f"byte {place}"
 
 
+VALUES = (7, 0.5, "x", None, [], {}, [{}])
+
+
 def change_a_value(path: Path, draw: random.Random) -> str:
     content = json.loads(path.read_text())
     part: dict | list = content
@@ -572,7 +584,7 @@ def change_a_value(path: Path, draw: random.Random) -> str:
         if not isinstance(part[key], (dict, list)) or not part[key]:
             break
         part = part[key]
-    part[key] = 7 if part[key] != 7 else 8
+    part[key] = draw.choice([v for v in VALUES if v != part[key]])
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return f"value at {key}"
 

@@ -157,13 +157,15 @@ def report_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
         rows = [_unit_report(row) for row in report["units"]]
         counts = (report["tokens_per_expert"], report["calibration_rows"])
         record = metadata.Record(rows, *counts, made_from={})
-    except (KeyError, TypeError, ValueError) as error:
-        yield Fault(f"{path}: cannot be read: {error}", REPORT_NAME)
+        if [row.name for row in rows] != list(plan.units):
+            text = "units are not the matrices that the recipe quantizes"
+            yield Fault(f"{path}: {text}", REPORT_NAME)
+            return
+        planned = metadata.report_of_plan(plan, record)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        text = f"cannot be read: {type(error).__name__} {error}"
+        yield Fault(f"{path}: {text}", REPORT_NAME)
         return
-    if [row.name for row in rows] != list(plan.units):
-        yield Fault(f"{path}: units are not the matrices that the recipe quantizes", REPORT_NAME)
-        return
-    planned = metadata.report_of_plan(plan, record)
     for key, value in planned.items():
         if report.get(key) != value:
             yield Fault(f"{path}: {key} does not agree with recipe and files", REPORT_NAME)
