@@ -7,6 +7,7 @@ import shutil
 import unicodedata
 from contextlib import redirect_stdout
 from html.parser import HTMLParser
+from os.path import relpath
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def awkward(tmp_path_factory, smallest_release, text_file) -> Path:
         "model": {"path": str(root / f"source{AWKWARD}")},
         "quantize": [{"match": "*", "method": "rtn", "bits": 4, "group": 32}],
         "output": {"path": str(root / f"out{AWKWARD}")},
-        "eval": {"text": str(text_file), "samples": 2, "length": 32},
+        "eval": {"text": relpath(text_file), "samples": 2, "length": 32},
     }
     (root / "recipe.yaml").write_text(json.dumps(recipe))
     return root

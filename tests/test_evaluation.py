@@ -29,7 +29,7 @@ from grokquant.evaluation.suite import suite_of
 from grokquant.families.grok_model import GrokDecoderLayer, GrokRouter
 from grokquant.humanize import unbroken_size
 from grokquant.job.verify import verify
-from grokquant.recipe import EvalSection
+from grokquant.recipe import EvalSection, load_recipe
 from grokquant.recipe.of_output import settings_of
 from grokquant.reporting.html.page import render_html
 from grokquant.reporting.publish import publish
@@ -485,10 +485,10 @@ def test_a_broken_quantization_report_is_named_at_once(output, tiny_release, set
 # What is written
 
 
-def test_a_size_is_the_same_everywhere(report, output):
+def test_a_size_is_the_same_everywhere(report, output, tiny_release):
     """That of the weight files on disk, and bits per weight follow from it."""
     files = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    plan = grokquant.plan(output / "recipe.yaml")
+    plan = grokquant.plan(load_recipe(output / "recipe.yaml", [f"model.path={tiny_release}"]))
     written = json.loads((output / "quantization-report.json").read_text())
     checkpoint = open_checkpoint(output)
     sizes = (plan.output_bytes, written["output_bytes"], checkpoint.file_bytes)

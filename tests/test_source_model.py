@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from os.path import relpath
 from pathlib import Path
 
 import grok_forms
@@ -183,7 +184,7 @@ def result(source, text_file, tmp_path_factory) -> Path:
         "model": {"path": str(source)},
         "quantize": [{"match": "layers.*.experts.*", "method": "rtn", "bits": 4, "group": 32}],
         "output": {"path": str(tmp_path_factory.mktemp("result") / "int4")},
-        "eval": {"text": str(text_file), "samples": 2, "length": 32},
+        "eval": {"text": relpath(text_file), "samples": 2, "length": 32},
     }
     return pipeline.quantize(parse_recipe(recipe))
 

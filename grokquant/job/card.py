@@ -32,8 +32,7 @@ def model_card(plan: Plan, reports: list[UnitReport]) -> str:
     """The card of a result that has not been evaluated yet."""
     name = Path(plan.recipe.output.path).name
     sections = [
-        f"---\n{_yaml(front_matter(plan))}---",
-        f"# {markdown_text(name)}",
+        f"---\n{_yaml(front_matter(plan))}---\n# {markdown_text(name)}",
         _summary(plan),
         "## What was quantized",
         _grids(plan, reports),
