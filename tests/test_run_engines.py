@@ -25,7 +25,7 @@ RTN = {"match": "*", "method": "rtn", "group": 32}
 EXPERTS = RTN | {"match": "*.experts.*", "bits": 4}
 MLP = RTN | {"match": "*.mlp.*", "bits": 4}
 INT8 = RTN | {"bits": 8}
-KEEP = {"match": "*", "method": "keep"}
+KEEP = {"match": "*", "method": "unquantized"}
 SIZES = {
     "vocab_size": 2048,
     "hidden_size": 256,
