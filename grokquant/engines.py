@@ -44,6 +44,7 @@ class Contents:
         return [stored for stored in self.experts if stored.scheme]
 
 
+WRONG = "WRONG RESULTS WITHOUT AN ERROR"
 AtFault = Callable[[Contents], list[Stored]]
 
 
@@ -310,7 +311,7 @@ def where_it_runs(contents: Contents) -> list[str]:
     """
     limits = [(consumer, consumer.limit(contents)) for consumer in CONSUMERS]
     wrong = [f"{c.title}: {limit.reason}" for c, limit in limits if limit and limit.wrong]
-    lines = [f"WRONG RESULTS WITHOUT AN ERROR in {line}" for line in wrong]
+    lines = [f"{WRONG} in {line}" for line in wrong]
     taken = [consumer for consumer, limit in limits if limit is None]
     lines.append("runs in: " + "; ".join(c.title for c in taken if c.tried(contents)))
     if untried := [c.title for c in taken if not c.tried(contents)]:

@@ -7,6 +7,7 @@ from grokquant.cli import _ENGINES
 from grokquant.engines import CONSUMERS, Contents, Stored, verdicts, where_it_runs
 from grokquant.errors import GateError
 from grokquant.grids import GRIDS, Scheme
+from grokquant.job.card import model_card
 from grokquant.job.plan import build_plan, check_engine
 from grokquant.reporting.inspection import describe
 from grokquant.types import Matrix
@@ -100,6 +101,14 @@ def test_plan_for_an_engine_names_the_rule_to_change(tiny_recipe):
         check_engine(plan, "vllm")
     with pytest.raises(GateError, match=r"llama.cpp does not take formats .* set output\.format"):
         check_engine(plan, "llama.cpp")
+
+
+def test_the_model_card_says_it_too(tiny_recipe):
+    card = model_card(
+        build_plan(tiny_recipe({"match": "*", "method": "rtn", "bits": 4, "group": 32})), []
+    )
+    assert "\n* runs in: vLLM (0.27" in card and "```sh\nvllm serve out\n```" in card
+    assert "\n* not in: SGLang (quantized experts with GELU)" in card
 
 
 @pytest.mark.parametrize("rules", ["asymmetric", "mixed", "partly", "attention", "int4"])
