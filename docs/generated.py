@@ -17,6 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
 from grokquant.cli import main
+from grokquant.engines import CONSUMERS
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.suite import SHIPPED
 from grokquant.families import FAMILIES
@@ -189,6 +190,20 @@ def _held(output_format: Format, schemes: list[Scheme]) -> str:
     return "any group" if len(held) == len(schemes) else ", ".join(held) or "–"
 
 
+def engines() -> str:
+    """Each program with the version that was tried, and what it does not take."""
+    rows = []
+    for consumer in CONSUMERS:
+        limits = [
+            f"**{limit.reason}: wrong results without an error**" if limit.wrong else limit.reason
+            for limit in consumer.limits
+        ]
+        tried = ", ".join(consumer.families) or "all"
+        name = f"{consumer.title} (`{consumer.name}`)"
+        rows.append([name, consumer.version, tried, "; ".join(limits) or "–"])
+    return _table(["program (`--for`)", "tried", "families tried", "does not take"], rows)
+
+
 def families() -> str:
     """Architectures that can be read."""
     rows = [[f"`{name}`", f"`{family.name}`"] for name, family in FAMILIES.items()]
@@ -244,6 +259,7 @@ PARTS = {
     "report": lambda: fields_of(Report, "report"),
     "grids": grids_by_format,
     "families": families,
+    "engines": engines,
     "commands": commands,
     "suites": suites,
     "rooms": rooms,

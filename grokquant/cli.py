@@ -131,6 +131,17 @@ _device = click.option(
 )
 # The formats of `recipe/schema.py`, repeated here so that --help does not import pydantic.
 _FORMATS = ("compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16")
+# The consumers of `engines.py`, repeated for the same reason.
+_ENGINES = (
+    "llama.cpp",
+    "vllm",
+    "sglang",
+    "transformers-grokquant",
+    "transformers",
+    "lm-eval",
+    "gptqmodel",
+    "exllamav2",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 _overwrite = click.option(
     "--overwrite", is_flag=True, help="Replace an earlier result once the new one is complete."
@@ -181,17 +192,23 @@ def quantize(
 @main.command()
 @click.argument("recipe")
 @_overrides
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(_ENGINES),
+    help="Fail if this program cannot take the result, and name the rule to change.",
+)
 @_json
-def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(recipe: str, overrides: tuple[str, ...], engine: str | None, as_json: bool) -> None:
     """Show what quantize would do.
 
     Prints the grid of each kind of matrix, the exact size of the result, the peak memory, the step
-    that needs it, and the estimated time. Sizes come from file headers alone; time and memory come
-    from a probe of this machine that takes a few seconds.
+    that needs it, the estimated time, and the programs that can load the result. Sizes come from
+    file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
     from grokquant.recipe import load_recipe
 
-    _show_plan(load_recipe(recipe, overrides), as_json)
+    _show_plan(load_recipe(recipe, overrides), as_json, engine)
 
 
 @main.command()
@@ -494,9 +511,9 @@ def generate(
         click.echo(f"{made.hit_rate:.0%} of matrices in memory, {read} read per token", err=True)
 
 
-def _show_plan(recipe: "Recipe", as_json: bool) -> None:
+def _show_plan(recipe: "Recipe", as_json: bool, engine: str | None = None) -> None:
     from grokquant.job.budget import budget_of
-    from grokquant.job.plan import build_plan, check_disk
+    from grokquant.job.plan import build_plan, check_disk, check_engine
     from grokquant.reporting.terminal import plan_as_dict, print_budget, print_plan
 
     plan = build_plan(recipe)
@@ -506,6 +523,8 @@ def _show_plan(recipe: "Recipe", as_json: bool) -> None:
     else:
         print_plan(plan)
         print_budget(budget)
+    if engine:
+        check_engine(plan, engine)
     check_disk(plan)  # last: the plan is shown even if this disk is too small
 
 

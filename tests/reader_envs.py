@@ -13,6 +13,12 @@ only_with_readers = [
 ]
 
 
+only_with_engines = [
+    pytest.mark.engines,
+    pytest.mark.skipif(not READERS, reason="GROKQUANT_READERS names no environments"),
+]
+
+
 def run_reader(environment: str, program: str, *arguments: object) -> None:
     """Runs tests/readers/`program` in an environment that `make test-readers` has made."""
     python = Path(READERS) / environment / "bin" / "python"

@@ -22,7 +22,7 @@ ROOMS = [
     {"types", "devices", "threads", "files"},
     {"methods"},
     {"recipe", "sources"},
-    {"families", "formats", "containers", "toy"},
+    {"families", "formats", "containers", "toy", "engines"},
     {"checkpoint", "calibration"},
     {"text", "streaming"},
     {"job", "runtime", "vllm_plugin"},

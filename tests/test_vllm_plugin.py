@@ -18,7 +18,7 @@ from grokquant.vllm_plugin.completeness import check_complete
 
 RTN = {"match": "*", "method": "rtn"}
 OUTPUTS = {
-    "bf16": ([{"match": "*", "method": "keep"}], {"format": "bf16", "lm_head": True}),
+    "bf16": ([{"match": "*", "method": "unquantized"}], {"format": "bf16", "lm_head": True}),
     "compressed-tensors": (
         [
             RTN | {"match": "*.experts.*", "bits": 4, "group": 32, "symmetric": False},

@@ -10,6 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from grokquant.engines import WRONG, verdicts, where_it_runs
 from grokquant.escaping import markdown_code, markdown_text, one_line, python_string
 from grokquant.files.atomic import write_text
 from grokquant.files.published import published_path
@@ -43,6 +44,7 @@ def model_card(plan: Plan, reports: list[UnitReport]) -> str:
         "## Evaluation",
         EVALUATION.marked(NOT_EVALUATED),
         "## Loading",
+        _where_it_runs(plan),
         *_loading(plan, name),
     ]
     return "\n\n".join(sections) + "\n"
@@ -183,6 +185,12 @@ def _commands(plan: Plan) -> str:
     )
 
 
+def _where_it_runs(plan: Plan) -> str:
+    """Which programs take the result; what would go wrong silently is bold."""
+    lines = where_it_runs(plan.contents)
+    return "\n".join(f"* **{line}**" if line.startswith(WRONG) else f"* {line}" for line in lines)
+
+
 def _loading(plan: Plan, name: str) -> list[str]:
     """A way to load the result in every program that is known to read it."""
     place = python_string(name)
@@ -201,4 +209,6 @@ def _loading(plan: Plan, name: str) -> list[str]:
         first = shlex.quote(one_line(f"{name}/{plan.files[0].name}"))
         split = " (it finds the other files itself)" if len(plan.files) > 1 else ""
         ways.append(f"With llama.cpp{split}:\n\n```sh\nllama-cli -m {first}\n```")
+    if verdicts(plan.contents)["vllm"] == "yes":
+        ways.append(f"With vLLM:\n\n```sh\nvllm serve {shlex.quote(one_line(name))}\n```")
     return ways

@@ -18,8 +18,9 @@ from grokquant.containers.container import (
     PlannedTensor,
     Slot,
 )
-from grokquant.errors import InputError
-from grokquant.families.naming import with_own_head
+from grokquant.engines import BY_NAME, Contents, Stored
+from grokquant.errors import GateError, InputError
+from grokquant.families.naming import HEAD, with_own_head
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
 from grokquant.files.atomic import nearest_directory
 from grokquant.formats import FORMATS, Format
@@ -74,6 +75,21 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Of the weight files, as `Checkpoint.bits_per_weight` of the finished output."""
         return 8 * self.output_bytes / self.checkpoint.parameters
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What programs that load the output will find."""
+        tensors = self.checkpoint.source.tensors
+        return Contents(
+            self.recipe.output.format,
+            self.checkpoint.family.name,
+            tuple(
+                Stored(matrix, tensors[matrix.tensor].shape, unit.scheme if unit else None)
+                for matrix in self.checkpoint.matrices()
+                for unit in [self.units.get(matrix.name)]
+            ),
+            own_head=HEAD in tensors,
+        )
 
     @cached_property
     def needs(self) -> set[Needs]:
@@ -268,6 +284,22 @@ def work_path(output: Path) -> Path:
     """The directory in which a run works until `output` is complete."""
     output = output.resolve()  # "." has no name; a link leads to the disk that is meant
     return output.with_name(output.name + ".partial")
+
+
+def check_engine(plan: Plan, name: str) -> None:
+    """Raises GateError if the consumer called `name` cannot take the output of `plan`."""
+    consumer = BY_NAME[name]
+    limit = consumer.limit(plan.contents)
+    if limit is None:
+        return
+    place = ""
+    if limit.about == "rules":
+        matrix = limit.at_fault(plan.contents)[0].matrix.name
+        index = plan.recipe.rule_index(matrix)
+        rule = "no rule" if index is None else f"quantize[{index}]"
+        place = f" ({matrix}, of {rule})"
+    does = "gives wrong results for" if limit.wrong else "does not take"
+    raise GateError(f"{consumer.title} {does} {limit.reason}{place}: {limit.way_out}")
 
 
 def check_disk(plan: Plan) -> None:

@@ -3,7 +3,11 @@
 from collections import Counter
 from pathlib import Path
 
-from grokquant.checkpoint import open_checkpoint
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.engines import Contents, Stored, verdicts, where_it_runs
+from grokquant.families.naming import HEAD
+from grokquant.formats import format_of
+from grokquant.version import MARK
 
 
 def describe(path: str | Path) -> dict:
@@ -11,6 +15,7 @@ def describe(path: str | Path) -> dict:
     checkpoint = open_checkpoint(path)
     source = checkpoint.source
     config = checkpoint.config
+    contents = _contents(checkpoint)
     grids = Counter(ref.stored_as for _, ref in checkpoint.units())
     return {
         "path": str(source.path),
@@ -25,6 +30,8 @@ def describe(path: str | Path) -> dict:
         "bytes": checkpoint.file_bytes,
         "bits_per_weight": checkpoint.bits_per_weight,
         "matrices": dict(grids),
+        "runs_in": {} if contents is None else verdicts(contents),
+        "where_it_runs": [] if contents is None else where_it_runs(contents),
         "tokenizer": [file.name for file in source.tokenizer_files],
         "tensors": [
             {
@@ -36,3 +43,15 @@ def describe(path: str | Path) -> dict:
             for name, ref in source.tensors.items()
         ],
     }
+
+
+def _contents(checkpoint: Checkpoint) -> Contents | None:
+    """What programs find in an output of ours, None for other checkpoints."""
+    source = checkpoint.source
+    described = source.config.get("quantization_config") or {}
+    format = format_of(source)
+    if format is None or MARK not in described:
+        return None
+    refs = [(matrix, source.tensors[matrix.tensor]) for matrix in checkpoint.matrices()]
+    stored = tuple(Stored(matrix, ref.shape, ref.scheme) for matrix, ref in refs)
+    return Contents(format.name, checkpoint.family.name, stored, HEAD in source.tensors)

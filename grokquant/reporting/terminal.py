@@ -20,6 +20,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from grokquant.engines import verdicts, where_it_runs
 from grokquant.escaping import one_line
 from grokquant.evaluation.report import Layer
 from grokquant.files.json_objects import read_json_object
@@ -56,6 +57,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
         "peak_knob": budget.peak.knob,
         "seconds": budget.seconds,
         "kept": list(plan.kept),
+        "runs_in": verdicts(plan.contents),
         "units": [
             {
                 "name": unit.name,
@@ -108,6 +110,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"{size(plan.output_bytes)} in {len(plan.files)} file(s), "
         f"{plan.bits_per_weight:.3f} bits per weight"
     )
+    for line in where_it_runs(plan.contents):
+        console.print(line)
 
 
 def print_budget(budget: Budget) -> None:
@@ -334,6 +338,8 @@ def print_description(description: dict) -> None:
     console = text_console()
     for label, fact in facts:
         console.print(f"{label:>{_LABEL_WIDTH}}  {fact}")
+    for line in description["where_it_runs"]:
+        console.print(line)
     table = Table("tensor", "shape", "stored as", "bytes")
     for tensor in description["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))

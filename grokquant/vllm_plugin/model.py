@@ -241,7 +241,7 @@ class Grok1ForVllm(nn.Module, SupportsPP):
             experts &= {number for name in names if (number := expert_of(name)) is not None}
         check_complete(names, self.config, experts)
         for name, _ in self.named_parameters():
-            if "zero_point" in name and name not in loaded:
+            if name.endswith("weight_zero_point") and name not in loaded:
                 raise InputError(f"{name}: the checkpoint has no zero points for it")
         return loaded
 

@@ -1,0 +1,118 @@
+"""The table of consumers: what each takes of plans that were tried, and what people are told."""
+
+import pytest
+from test_from_pretrained import INT4, RULES, output_of  # noqa: F401
+
+from grokquant.cli import _ENGINES
+from grokquant.engines import CONSUMERS, Contents, Stored, verdicts, where_it_runs
+from grokquant.errors import GateError
+from grokquant.grids import GRIDS, Scheme
+from grokquant.job.card import model_card
+from grokquant.job.plan import build_plan, check_engine
+from grokquant.reporting.inspection import describe
+from grokquant.types import Matrix
+
+G128, INT8, ASYM = Scheme(4, 128), Scheme(8, 128), Scheme(4, 128, False)
+NF4, LLM_INT8 = GRIDS["nf4"].scheme, GRIDS["llm_int8"].scheme
+
+
+def contents(
+    form: str, family: str, experts=G128, attention=INT8, head=False, **others
+) -> Contents:
+    """A model of one layer; `others` are grids of matrices by their names, `_` for dots."""
+    places = [(f"attention.{part}", None) for part in "qkvo"]
+    places += [(part, expert) for expert in range(2) for part in ("gate", "up", "down")]
+    stored = []
+    for part, expert in places:
+        name = part if expert is None else f"experts.{expert}.{part}"
+        scheme = others.get(name.replace(".", "_"), attention if expert is None else experts)
+        reads = "attention.q" if part in ("attention.k", "attention.v") else part
+        stored.append(Stored(Matrix(name, name, 0, part, reads, expert), (256, 256), scheme))
+    return Contents(form, family, tuple(stored), head)
+
+
+CT, BNB = "compressed-tensors", "bitsandbytes"
+# What was tried (consumer, contents) and what came of it.
+TRIED = [
+    ("vllm", contents(CT, "grok-1"), "yes"),
+    ("vllm", contents("gptq", "mixtral"), "yes"),
+    ("vllm", contents("bf16", "grok-1", None, None), "yes"),
+    ("vllm", contents(CT, "mixtral", ASYM, ASYM), "yes"),
+    ("vllm", contents(CT, "qwen3-moe"), "not tried"),
+    ("vllm", contents("gptq", "llama", Scheme(3, 128), INT8), "no: 2 and 3 bits"),
+    ("vllm", contents(CT, "mixtral", experts_1_up=INT8), "no: experts of one layer"),
+    ("vllm", contents(CT, "mixtral", experts_1_up=None), "no: experts of one layer"),
+    ("vllm", contents(CT, "mixtral", attention_k=G128), "no: q, k and v"),
+    ("vllm", contents(CT, "mixtral", Scheme(4, 256)), "no: groups other"),
+    ("vllm", contents("gguf", "mixtral"), "no: formats other"),
+    ("sglang", contents(CT, "grok-1"), "no: quantized experts with GELU"),
+    ("sglang", contents(CT, "grok-1", None), "no: a quantized Grok-1"),
+    ("sglang", contents("bf16", "grok-1", None, None), "no: a tied head"),
+    ("sglang", contents("bf16", "grok-1", None, None, head=True), "not tried"),
+    ("sglang", contents(CT, "mixtral"), "yes"),
+    ("llama.cpp", contents("gguf", "grok-1"), "yes"),
+    ("gptqmodel", contents("gptq", "mixtral"), "no: Mixtral"),
+    ("gptqmodel", contents("gptq", "llama"), "yes"),
+    ("transformers", contents(CT, "grok-1"), "no: Grok-1"),
+    ("transformers", contents(CT, "mixtral"), "yes"),
+    ("transformers", contents(CT, "mixtral", ASYM), "no: zero points"),
+    ("transformers", contents(CT, "mixtral", experts_1_up=INT8), "no: experts with several"),
+    ("transformers", contents("gptq", "mixtral"), "wrong results: experts in gptq"),
+    ("transformers", contents(BNB, "mixtral", LLM_INT8, LLM_INT8), "wrong results: experts in llm"),
+    ("transformers", contents(BNB, "mixtral", NF4, NF4), "no: experts in nf4"),
+    ("transformers", contents(CT, "gpt-oss"), "wrong results: gpt-oss"),
+    ("transformers-grokquant", contents(BNB, "mixtral", LLM_INT8), "yes"),
+    ("lm-eval", contents("gptq", "llama", None, G128), "no: "),
+    ("lm-eval", contents(CT, "mixtral"), "yes"),
+    ("exllamav2", contents("gptq", "llama", G128, G128), "yes"),
+    ("exllamav2", contents("gptq", "llama"), "no: bits other than 4"),
+]
+
+
+@pytest.mark.parametrize(("consumer", "asked", "answer"), TRIED)
+def test_the_table_says_what_was_tried(consumer, asked, answer):
+    assert verdicts(asked)[consumer].startswith(answer)
+
+
+def test_the_option_has_every_consumer():
+    assert list(_ENGINES) == [consumer.name for consumer in CONSUMERS]
+
+
+def test_what_goes_wrong_silently_is_said_first():
+    lines = where_it_runs(contents("gptq", "mixtral"))
+    assert lines[0].startswith("WRONG RESULTS WITHOUT AN ERROR in transformers alone: experts in")
+    assert any(line.startswith("runs in: vLLM (0.27") for line in lines)
+    assert not any("llama.cpp" in line for line in lines)  # reads other formats
+
+
+def test_plan_for_an_engine_names_the_rule_to_change(tiny_recipe):
+    rules = [
+        {"match": "layers.1.experts.1.*", "method": "rtn", "bits": 8, "group": 32},
+        {"match": "*", "method": "rtn", "bits": 4, "group": 32},
+    ]
+    plan = build_plan(tiny_recipe(*rules))
+    found = r"experts of one layer .*\(layers\.1\.experts\.1\.gate, of quantize\[0\]\): give"
+    with pytest.raises(GateError, match=found):
+        check_engine(plan, "vllm")
+    check_engine(plan, "transformers-grokquant")
+    # Groups as long as a row become one scale per row, but those of down, which is longer, do not.
+    plan = build_plan(tiny_recipe({"match": "*", "method": "rtn", "bits": 4, "group": 128}))
+    with pytest.raises(GateError, match=r"layers\.0\.experts\.0\.down, of quantize\[0\]"):
+        check_engine(plan, "vllm")
+    with pytest.raises(GateError, match=r"llama.cpp does not take formats .* set output\.format"):
+        check_engine(plan, "llama.cpp")
+
+
+def test_the_model_card_says_it_too(tiny_recipe):
+    card = model_card(
+        build_plan(tiny_recipe({"match": "*", "method": "rtn", "bits": 4, "group": 32})), []
+    )
+    assert "\n* runs in: vLLM (0.27" in card and "```sh\nvllm serve out\n```" in card
+    assert "\n* not in: SGLang (quantized experts with GELU)" in card
+
+
+@pytest.mark.parametrize("rules", ["asymmetric", "mixed", "partly", "attention", "int4"])
+def test_inspect_agrees_with_what_transformers_alone_was_seen_to_do(output_of, rules):  # noqa: F811
+    """tests/test_from_pretrained.py shows that it cannot read the first four of Mixtral."""
+    found = describe(output_of("mixtral", rules))["runs_in"]
+    assert found["transformers"].startswith("yes" if RULES[rules] is INT4 else "no: ")

@@ -1,0 +1,120 @@
+"""vLLM itself runs outputs: `make test-engines`; what it gave its modules is recorded.
+
+`make test` checks our configs against the recorded file, which holds names and grids as the engine
+sees them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reader_envs import only_with_engines, run_reader
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import grokquant
+from grokquant.job import pipeline
+from grokquant.recipe import Recipe, parse_recipe
+from grokquant.toy import TOY_PATH
+
+RECORDED = Path(__file__).parent / "recorded" / "vllm.json"
+RTN = {"match": "*", "method": "rtn", "group": 32}
+EXPERTS = RTN | {"match": "*.experts.*", "bits": 4}
+MLP = RTN | {"match": "*.mlp.*", "bits": 4}
+INT8 = RTN | {"bits": 8}
+KEEP = {"match": "*", "method": "unquantized"}
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# name -> (model, format, rules)
+CASES: dict[str, tuple[str, str, list[dict]]] = {
+    "toy bf16": ("toy", "bf16", [KEEP]),
+    "toy int4 int8": ("toy", "compressed-tensors", [EXPERTS, INT8]),
+    "toy gptq int4 int8": ("toy", "gptq", [EXPERTS, INT8]),
+    "mixtral int4 int8": ("mixtral", "compressed-tensors", [EXPERTS, INT8]),
+    "mixtral gptq int4 int8": ("mixtral", "gptq", [EXPERTS, INT8]),
+    "mixtral layers": (
+        "mixtral",
+        "gptq",
+        [INT8 | {"match": "layers.1.*"}, RTN | {"bits": 4}],
+    ),
+    "llama int4 int8": ("llama", "compressed-tensors", [MLP, INT8]),
+    "llama gptq mlp": ("llama", "gptq", [MLP, KEEP]),
+}
+
+
+def recipe_of(case: str, directory: Path) -> Recipe:
+    """The recipe of a case; its model is made where it is not the toy."""
+    model, form, rules = CASES[case]
+    path = model if model == "toy" else str(directory / "in")
+    if model != "toy":
+        torch.manual_seed(0)
+        experts = {"num_local_experts": 4} if model == "mixtral" else {}
+        config = AutoConfig.for_model(model, **SIZES | experts)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+        shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "in" / "tokenizer.model")
+    return parse_recipe(
+        {
+            "model": {"path": path},
+            "quantize": rules,
+            "output": {"path": str(directory / "out"), "format": form},
+        }
+    )
+
+
+def logprobs(output: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Ours of every token after the first, float32 [rows, time - 1, vocabulary]."""
+    model, _ = grokquant.load(output, dtype=dtype)
+    with torch.no_grad():
+        return model(tokens).logits[:, :-1].float().log_softmax(-1)
+
+
+def divergence(ours: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(ours || other) of each token."""
+    return (ours.exp() * (ours - other)).sum(-1)
+
+
+class TestVllm:
+    pytestmark = only_with_engines
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_it_computes_what_we_do(self, case, tmp_path):
+        """Medians: a mean is ruled by the few tokens whose experts differ."""
+        output = pipeline.quantize(recipe_of(case, tmp_path))
+        tokens = torch.randint(3, 2000, (3, 110), generator=torch.Generator().manual_seed(0))
+        np.save(tmp_path / "tokens.npy", tokens.numpy())
+        dtype = "float32" if case == "toy bf16" else "bfloat16"
+        found = tmp_path / "found.safetensors"
+        run_reader("vllm", "run_vllm.py", output, dtype, tmp_path / "tokens.npy", found)
+        with safe_open(found, "pt") as file:
+            theirs, notes = file.get_tensor("logprobs"), file.metadata()
+        ours = logprobs(output, tokens, torch.float32)
+        if dtype == "float32":
+            assert divergence(ours, theirs).mean() < 1e-7
+        else:
+            floor = divergence(ours, logprobs(output, tokens, torch.bfloat16)).median()
+            assert divergence(ours, theirs).median() < 2 * floor
+        record(case, notes)
+
+
+def record(case: str, notes: dict[str, str]) -> None:
+    known = json.loads(RECORDED.read_text()) if RECORDED.is_file() else {}
+    known[case] = {
+        "engine": notes["engine"],
+        "without a kernel": notes["replaced"],
+        "grids": json.loads(notes["grids"]),
+    }
+    RECORDED.parent.mkdir(exist_ok=True)
+    RECORDED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
