@@ -15,8 +15,11 @@ from grokquant.escaping import one_line
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
+    from grokquant.evaluation.report import Report
     from grokquant.recipe import Recipe
 
 _EXIT_CODES = """
@@ -257,6 +260,7 @@ def convert(
     metavar="SIZE",
     help="Maximum size of the cache.",
 )
+@_overwrite
 @_device
 @_json
 def evaluate(
@@ -271,6 +275,7 @@ def evaluate(
     quick: bool,
     cache: str | None,
     cache_size: str,
+    overwrite: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -280,23 +285,34 @@ def evaluate(
     report.html and report.json. Both models are streamed; neither has to fit in memory. Text,
     samples and length default to the eval section of OUTPUT's recipe. A suite defines its own
     texts, lm-eval tasks and thresholds; the exit code is 1 if the result misses a threshold. OUTPUT
-    may also come from another tool, in any supported format.
+    may also come from another tool, in any supported format, if --output names a directory for the
+    reports. An evaluation that is there already is not repeated, and one of something else refused.
     """
     from pathlib import Path
 
+    from grokquant.checkpoint import open_checkpoint
     from grokquant.devices import device_of
+    from grokquant.evaluation.finished import finished_evaluation, identity_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
-    from grokquant.job.shards import check_writable
-    from grokquant.reporting.publish import publish
-    from grokquant.reporting.rows import notes, terminal_table, verdict
-    from grokquant.reporting.suite_tables import suite_tables
+    from grokquant.reporting.html.page import HTML_NAME
+    from grokquant.reporting.publish import place_of_reports
     from grokquant.reporting.terminal import LayerProgress
 
-    reports = Path(directory or Path(output) / "evaluation")
-    check_writable(reports)
+    models = open_checkpoint(output), open_checkpoint(reference)
+    place = Path(directory) if directory else place_of_reports(Path(output), Path(reference))
+    kept = _can_be_written(place, named=directory is not None)
     chosen = suite_for(output, suite, text, samples, length)
+    identity = identity_of(*models, chosen, forced=not quick)
     with LayerProgress() as progress:
+        states = cache_at(cache, cache_size, progress.note)
+        if not overwrite and (found := finished_evaluation(place, identity)):
+            progress.note(f"{place}: already evaluated, with the same models, texts and versions")
+            _show_report(found, as_json)
+            if not as_json:
+                _say(f"report: {place / HTML_NAME}")
+            check_gates(found)
+            return
         report = run_suite(
             output,
             reference,
@@ -305,17 +321,61 @@ def evaluate(
             progress.layer_done,
             device_of(device),
             forced=not quick,
-            cache=cache_at(cache, cache_size, progress.note),
+            cache=states,
             any_reference=any_reference,
         ).report
-    _, page = publish(report, Path(output), reports)
+    report = report.model_copy(update={"made_from": identity})
+    _show_report(report, as_json)
+    if kept:
+        _keep_report(report, Path(output), place, directory is not None, as_json)
+    check_gates(report)
+
+
+def _can_be_written(place: "Path", named: bool) -> bool:
+    """Whether reports can be written to `place`. Raises InputError if not and the user `named` it:
+    a result that can only be read is evaluated all the same."""
+    from grokquant.job.shards import check_writable
+
+    try:
+        check_writable(place)
+    except InputError as error:
+        if named:
+            raise
+        _say(f"{error}, so no report is kept; --output keeps one", err=True)
+        return False
+    return True
+
+
+def _keep_report(
+    report: "Report", output: "Path", place: "Path", named: bool, as_json: bool
+) -> None:
+    """Writes the reports and fills the card; what fails is a note, but for a `named` place."""
+    from grokquant.reporting.publish import publish
+
+    def note(line: str) -> None:
+        _say(line, err=True)
+
+    try:
+        _, page = publish(report, output, place, note)
+    except InputError as error:
+        if named:
+            raise
+        note(f"{error}; no report is kept")
+        return
+    if not as_json:
+        _say(f"report: {page}")
+
+
+def _show_report(report: "Report", as_json: bool) -> None:
+    from grokquant.reporting.rows import notes, terminal_table, verdict
+    from grokquant.reporting.suite_tables import suite_tables
+
     if as_json:
         _print_json(report.to_json())
-    else:
-        _say(*notes(report))
-        _print_tables(terminal_table(report), *suite_tables(report))
-        _say(verdict(report), f"report: {page}")
-    check_gates(report)
+        return
+    _say(*notes(report))
+    _print_tables(terminal_table(report), *suite_tables(report))
+    _say(verdict(report))
 
 
 @main.command()
