@@ -101,6 +101,21 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it at import
 
 
+class _Path(click.ParamType):
+    """A path as typed: shells leave `~` and variables as they are after `=` and in quotes."""
+
+    name = "path"
+
+    def convert(self, value: str, *_: object) -> str:
+        from grokquant.files.typed_paths import expanded
+
+        try:
+            return expanded(value)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+_PATH = _Path()
 _overrides = click.option(
     "--set",
     "overrides",
@@ -123,7 +138,7 @@ _overwrite = click.option(
 
 
 @main.command()
-@click.argument("recipe")
+@click.argument("recipe", type=_PATH)
 @_overrides
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `grokquant plan` does.")
 @_overwrite
@@ -164,7 +179,7 @@ def quantize(
 
 
 @main.command()
-@click.argument("recipe")
+@click.argument("recipe", type=_PATH)
 @_overrides
 @_json
 def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
@@ -180,11 +195,11 @@ def plan(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("result")
+@click.argument("result", type=_PATH)
 @click.option(
     "--format", "output_format", required=True, type=click.Choice(_FORMATS), help="Target format."
 )
-@click.option("--output", metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
+@click.option("--output", type=_PATH, metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
 @_overwrite
 @click.option(
     "--tokenizer",
@@ -225,9 +240,13 @@ def convert(
 
 
 @main.command(name="eval")
-@click.argument("output")
+@click.argument("output", type=_PATH)
 @click.option(
-    "--reference", required=True, metavar="PATH", help="Checkpoint that OUTPUT was made from."
+    "--reference",
+    type=_PATH,
+    required=True,
+    metavar="PATH",
+    help="Checkpoint that OUTPUT was made from.",
 )
 @click.option(
     "--text", metavar="TEXT", help="python-docs, a txt, jsonl or parquet file, or a dataset name."
@@ -236,11 +255,15 @@ def convert(
 @click.option("--windows", "samples", type=click.IntRange(1), hidden=True)  # former name
 @click.option("--length", type=click.IntRange(8), help="Tokens per sequence.")
 @click.option(
-    "--suite", metavar="NAME", help="Suite to run: smoke, fidelity, tasks, grok-1 or a YAML file."
+    "--suite",
+    type=_PATH,
+    metavar="NAME",
+    help="Suite to run: smoke, fidelity, tasks, grok-1 or a YAML file.",
 )
 @click.option(
     "--output",
     "directory",
+    type=_PATH,
     metavar="DIR",
     help="Directory for the reports  [default: OUTPUT/evaluation]",
 )
@@ -251,7 +274,10 @@ def convert(
 )
 @click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
 @click.option(
-    "--cache", metavar="DIR", help="Cache the reference's results in DIR for later evaluations."
+    "--cache",
+    type=_PATH,
+    metavar="DIR",
+    help="Cache the reference's results in DIR for later evaluations.",
 )
 @click.option(
     "--cache-size",
@@ -379,10 +405,14 @@ def _show_report(report: "Report", as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", type=_PATH, nargs=-1, required=True)
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of tables.")
 @click.option(
-    "--output", "directory", metavar="DIR", help="Also write compare.html and compare.json to DIR."
+    "--output",
+    "directory",
+    type=_PATH,
+    metavar="DIR",
+    help="Also write compare.html and compare.json to DIR.",
 )
 @_json
 def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_json: bool) -> None:
@@ -411,7 +441,7 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
 
 
 @main.command()
-@click.argument("path")
+@click.argument("path", type=_PATH)
 @_json
 def inspect(path: str, as_json: bool) -> None:
     """Show the contents of a checkpoint.
@@ -429,7 +459,7 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("output")
+@click.argument("output", type=_PATH)
 @click.option("--digest", metavar="HEX", help="Digest that `quantize` printed when it made OUTPUT.")
 @_json
 def verify(output: str, digest: str | None, as_json: bool) -> None:
@@ -470,7 +500,7 @@ def verify(output: str, digest: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path")
+@click.argument("path", type=_PATH)
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option(
     "--tokens",

@@ -16,6 +16,7 @@ from torch import Tensor
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.files import atomic
+from grokquant.files.unfinished import work_path
 from grokquant.job.plan import Plan
 from grokquant.recipe import Recipe
 
@@ -161,7 +162,7 @@ def refuse_changed_source(plan: Plan, stamps: dict[Path, str]) -> None:
         if not path.is_file() or stamp(path) != known:
             raise InputError(
                 f"{path}: has changed during the run, so the result may be a mixture; remove "
-                f"{plan.recipe.output.path}.partial and quantize again"
+                f"{work_path(Path(plan.recipe.output.path))} and quantize again"
             )
 
 

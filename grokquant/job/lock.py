@@ -9,10 +9,10 @@ from pathlib import Path
 
 from grokquant.errors import InputError
 from grokquant.files import atomic
+from grokquant.files.unfinished import RUN, work_path
 from grokquant.job.fingerprint import difference
-from grokquant.job.plan import work_path
 from grokquant.job.shards import REPORT_NAME
-from grokquant.job.workdir import LOCK, RUN, WorkDirectory
+from grokquant.job.workdir import LOCK, WorkDirectory
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from grokquant.devices import CPU
 from grokquant.errors import GateError, InputError, Stopped
+from grokquant.files.unfinished import work_path
 from grokquant.formats import Format
 from grokquant.job import metadata
 from grokquant.job.fingerprint import (
@@ -35,7 +36,7 @@ from grokquant.job.fingerprint import (
 from grokquant.job.finished import already_made, besides, made_from
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.lock import check_output, work_directory
-from grokquant.job.plan import Plan, build_plan, check_disk, work_path
+from grokquant.job.plan import Plan, build_plan, check_disk
 from grokquant.job.seal import seal
 from grokquant.job.shards import REPORT_NAME, ShardWriter
 from grokquant.job.signals import StopRequest, stopping

@@ -22,6 +22,7 @@ from grokquant.errors import InputError
 from grokquant.families.naming import with_own_head
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
 from grokquant.files.atomic import nearest_directory
+from grokquant.files.unfinished import work_path
 from grokquant.formats import FORMATS, Format
 from grokquant.humanize import size
 from grokquant.job.units import planned_units
@@ -262,12 +263,6 @@ def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
         prefix = ".".join(name.split(".")[:depth]) + "."
         by_layer[owners.get(prefix)].append(name)
     return by_layer
-
-
-def work_path(output: Path) -> Path:
-    """The directory in which a run works until `output` is complete."""
-    output = output.resolve()  # "." has no name; a link leads to the disk that is meant
-    return output.with_name(output.name + ".partial")
 
 
 def check_disk(plan: Plan) -> None:
