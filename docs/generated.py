@@ -102,7 +102,7 @@ class _Reference:
             return ", ".join(map(_value, values))
         if field.get("type") == "array" and "items" in field:
             return f"list of {self._kind(field['items'])}"
-        if inner := field.get("additionalProperties"):
+        if isinstance(inner := field.get("additionalProperties"), dict):
             return f"mapping of names to {self._kind(inner)}"
         kind = field.get("type", "anything")
         return _TYPES.get(kind, kind) + _bounds(field)

@@ -16,8 +16,11 @@ from grokquant.memory import memory_for
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.table import Table
 
+    from grokquant.evaluation.report import Report
     from grokquant.recipe import Recipe
 
 _EXIT_CODES = """
@@ -116,6 +119,21 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it at import
 
 
+class _Path(click.ParamType):
+    """A path as typed: shells leave `~` and variables as they are after `=` and in quotes."""
+
+    name = "path"
+
+    def convert(self, value: str, *_: object) -> str:
+        from grokquant.files.typed_paths import expanded
+
+        try:
+            return expanded(value)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+_PATH = _Path()
 _overrides = click.option(
     "--set",
     "overrides",
@@ -149,10 +167,13 @@ _overwrite = click.option(
 
 
 @main.command()
-@click.argument("recipe")
+@click.argument("recipe", type=_PATH)
 @_overrides
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `grokquant plan` does.")
 @_overwrite
+@click.option(
+    "--repair", is_flag=True, help="Only make the files again that verify rejects in the result."
+)
 @_device
 @_json
 def quantize(
@@ -160,6 +181,7 @@ def quantize(
     overrides: tuple[str, ...],
     dry_run: bool,
     overwrite: bool,
+    repair: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -181,8 +203,13 @@ def quantize(
     if dry_run:
         _show_plan(loaded, as_json)
         return
+    if overwrite and repair:
+        raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
     with RunProgress() as progress:
-        output = pipeline.quantize(loaded, progress, place, overwrite)
+        if repair:
+            output = pipeline.repair(loaded, progress, place)
+        else:
+            output = pipeline.quantize(loaded, progress, place, overwrite)
     if as_json:
         _print_json(progress.as_dict(output))
     else:
@@ -190,7 +217,7 @@ def quantize(
 
 
 @main.command()
-@click.argument("recipe")
+@click.argument("recipe", type=_PATH)
 @_overrides
 @click.option(
     "--for",
@@ -212,11 +239,11 @@ def plan(recipe: str, overrides: tuple[str, ...], engine: str | None, as_json: b
 
 
 @main.command()
-@click.argument("result")
+@click.argument("result", type=_PATH)
 @click.option(
     "--format", "output_format", required=True, type=click.Choice(_FORMATS), help="Target format."
 )
-@click.option("--output", metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
+@click.option("--output", type=_PATH, metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
 @_overwrite
 @click.option(
     "--tokenizer",
@@ -257,9 +284,13 @@ def convert(
 
 
 @main.command(name="eval")
-@click.argument("output")
+@click.argument("output", type=_PATH)
 @click.option(
-    "--reference", required=True, metavar="PATH", help="Checkpoint that OUTPUT was made from."
+    "--reference",
+    type=_PATH,
+    required=True,
+    metavar="PATH",
+    help="Checkpoint that OUTPUT was made from.",
 )
 @click.option(
     "--text", metavar="TEXT", help="python-docs, a txt, jsonl or parquet file, or a dataset name."
@@ -268,11 +299,15 @@ def convert(
 @click.option("--windows", "samples", type=click.IntRange(1), hidden=True)  # former name
 @click.option("--length", type=click.IntRange(8), help="Tokens per sequence.")
 @click.option(
-    "--suite", metavar="NAME", help="Suite to run: smoke, fidelity, tasks, grok-1 or a YAML file."
+    "--suite",
+    type=_PATH,
+    metavar="NAME",
+    help="Suite to run: smoke, fidelity, tasks, grok-1 or a YAML file.",
 )
 @click.option(
     "--output",
     "directory",
+    type=_PATH,
     metavar="DIR",
     help="Directory for the reports  [default: OUTPUT/evaluation]",
 )
@@ -283,7 +318,10 @@ def convert(
 )
 @click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
 @click.option(
-    "--cache", metavar="DIR", help="Cache the reference's results in DIR for later evaluations."
+    "--cache",
+    type=_PATH,
+    metavar="DIR",
+    help="Cache the reference's results in DIR for later evaluations.",
 )
 @click.option(
     "--cache-size",
@@ -292,6 +330,7 @@ def convert(
     metavar="SIZE",
     help="Maximum size of the cache.",
 )
+@_overwrite
 @_device
 @_json
 def evaluate(
@@ -306,6 +345,7 @@ def evaluate(
     quick: bool,
     cache: str | None,
     cache_size: str,
+    overwrite: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -315,23 +355,34 @@ def evaluate(
     report.html and report.json. Both models are streamed; neither has to fit in memory. Text,
     samples and length default to the eval section of OUTPUT's recipe. A suite defines its own
     texts, lm-eval tasks and thresholds; the exit code is 1 if the result misses a threshold. OUTPUT
-    may also come from another tool, in any supported format.
+    may also come from another tool, in any supported format, if --output names a directory for the
+    reports. An evaluation that is there already is not repeated, and one of something else refused.
     """
     from pathlib import Path
 
+    from grokquant.checkpoint import open_checkpoint
     from grokquant.devices import device_of
+    from grokquant.evaluation.finished import finished_evaluation, identity_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
-    from grokquant.job.shards import check_writable
-    from grokquant.reporting.publish import publish
-    from grokquant.reporting.rows import notes, terminal_table, verdict
-    from grokquant.reporting.suite_tables import suite_tables
+    from grokquant.reporting.html.page import HTML_NAME
+    from grokquant.reporting.publish import place_of_reports
     from grokquant.reporting.terminal import LayerProgress
 
-    reports = Path(directory or Path(output) / "evaluation")
-    check_writable(reports)
+    models = open_checkpoint(output), open_checkpoint(reference)
+    place = Path(directory) if directory else place_of_reports(Path(output), Path(reference))
+    kept = _can_be_written(place, named=directory is not None)
     chosen = suite_for(output, suite, text, samples, length)
+    identity = identity_of(*models, chosen, forced=not quick)
     with LayerProgress() as progress:
+        states = cache_at(cache, cache_size, progress.note)
+        if not overwrite and (found := finished_evaluation(place, identity)):
+            progress.note(f"{place}: already evaluated, with the same models, texts and versions")
+            _show_report(found, as_json)
+            if not as_json:
+                _say(f"report: {place / HTML_NAME}")
+            check_gates(found)
+            return
         report = run_suite(
             output,
             reference,
@@ -340,24 +391,72 @@ def evaluate(
             progress.layer_done,
             device_of(device),
             forced=not quick,
-            cache=cache_at(cache, cache_size, progress.note),
+            cache=states,
             any_reference=any_reference,
         ).report
-    _, page = publish(report, Path(output), reports)
-    if as_json:
-        _print_json(report.to_json())
-    else:
-        _say(*notes(report))
-        _print_tables(terminal_table(report), *suite_tables(report))
-        _say(verdict(report), f"report: {page}")
+    report = report.model_copy(update={"made_from": identity})
+    _show_report(report, as_json)
+    if kept:
+        _keep_report(report, Path(output), place, directory is not None, as_json)
     check_gates(report)
 
 
+def _can_be_written(place: "Path", named: bool) -> bool:
+    """Whether reports can be written to `place`. Raises InputError if not and the user `named` it:
+    a result that can only be read is evaluated all the same."""
+    from grokquant.job.shards import check_writable
+
+    try:
+        check_writable(place)
+    except InputError as error:
+        if named:
+            raise
+        _say(f"{error}, so no report is kept; --output keeps one", err=True)
+        return False
+    return True
+
+
+def _keep_report(
+    report: "Report", output: "Path", place: "Path", named: bool, as_json: bool
+) -> None:
+    """Writes the reports and fills the card; what fails is a note, but for a `named` place."""
+    from grokquant.reporting.publish import publish
+
+    def note(line: str) -> None:
+        _say(line, err=True)
+
+    try:
+        _, page = publish(report, output, place, note)
+    except InputError as error:
+        if named:
+            raise
+        note(f"{error}; no report is kept")
+        return
+    if not as_json:
+        _say(f"report: {page}")
+
+
+def _show_report(report: "Report", as_json: bool) -> None:
+    from grokquant.reporting.rows import notes, terminal_table, verdict
+    from grokquant.reporting.suite_tables import suite_tables
+
+    if as_json:
+        _print_json(report.to_json())
+        return
+    _say(*notes(report))
+    _print_tables(terminal_table(report), *suite_tables(report))
+    _say(verdict(report))
+
+
 @main.command()
-@click.argument("runs", nargs=-1, required=True)
+@click.argument("runs", type=_PATH, nargs=-1, required=True)
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print Markdown instead of tables.")
 @click.option(
-    "--output", "directory", metavar="DIR", help="Also write compare.html and compare.json to DIR."
+    "--output",
+    "directory",
+    type=_PATH,
+    metavar="DIR",
+    help="Also write compare.html and compare.json to DIR.",
 )
 @_json
 def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_json: bool) -> None:
@@ -386,7 +485,7 @@ def compare(runs: tuple[str, ...], as_markdown: bool, directory: str | None, as_
 
 
 @main.command()
-@click.argument("path")
+@click.argument("path", type=_PATH)
 @_json
 def inspect(path: str, as_json: bool) -> None:
     """Show the contents of a checkpoint.
@@ -404,7 +503,7 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("output")
+@click.argument("output", type=_PATH)
 @click.option("--digest", metavar="HEX", help="Digest that `quantize` printed when it made OUTPUT.")
 @_json
 def verify(output: str, digest: str | None, as_json: bool) -> None:
@@ -445,7 +544,7 @@ def verify(output: str, digest: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path")
+@click.argument("path", type=_PATH)
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option(
     "--tokens",

@@ -255,7 +255,7 @@ def test_eval_tells_of_each_layer_on_stderr(evaluated):
 
 
 def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
-    text = done("eval", output, "--reference", tiny_release)
+    text = done("eval", output, "--reference", tiny_release, "--overwrite")
     for part in ("Mean PPL(Q)", "Mean KLD", "Same top p", "4 windows of 64"):
         assert part in text
     page = output / "evaluation" / "report.html"
@@ -267,10 +267,13 @@ def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
 def test_eval_keeps_the_reference_for_the_next_time(output, tiny_release, place, evaluated):
     options = ("--samples", 3, "--length", 32, "--output", place / "cached")
     options += ("--cache", place / "cache")
-    first, again = (json_of("eval", output, "--reference", tiny_release, *options) for _ in "12")
+    command = ("eval", output, "--reference", tiny_release, *options, "--overwrite")
+    first, again = (json_of(*command) for _ in "12")
     assert first == again
     assert len(list((place / "cache").rglob("layer-*.safetensors"))) == 2
-    quick = json_of("eval", output, "--reference", tiny_release, *options[:4], "--quick")
+    quick = json_of(
+        "eval", output, "--reference", tiny_release, *options[:4], "--quick", "--overwrite"
+    )
     assert quick["layers"][0]["forced"] is None and first["layers"][0]["forced"]
     small = run("eval", output, "--reference", tiny_release, *options, "--cache-size", "much")
     assert small.exit_code == 2 and "--cache-size: expected a size with a unit" in small.stderr
@@ -303,7 +306,7 @@ def test_compare_prints_tables_markdown_or_json(output, tiny_release, place):
     done("eval", tiny_release, "--reference", tiny_release, *options, "--text",
          json.loads((place / "recipe.yaml").read_text())["eval"]["text"],
          "--output", place / "itself")  # fmt: skip
-    done("eval", output, "--reference", tiny_release, *options)
+    done("eval", output, "--reference", tiny_release, *options, "--overwrite")
     runs = (output, place / "itself")
     found = json_of("compare", *runs)
     assert [run["rank"] for run in found["runs"]] == [1, 2]
@@ -405,7 +408,7 @@ def test_hostile_names_cannot_break_the_line_or_color_the_terminal(tmp_path):
         ("job.plan", "build_plan", ["plan", "{recipe}"]),
         ("job.pipeline", "quantize", ["quantize", "{recipe}"]),
         ("runtime.generate", "generate_text", ["generate", "toy", "--prompt", "x"]),
-        ("evaluation.run", "run_suite", ["eval", "toy", "--reference", "toy"]),
+        ("evaluation.run", "run_suite", ["eval", "toy", "--reference", "toy", "--output", "x"]),
     ],
 )
 def test_interrupted_commands_exit_130(module, function, arguments, recipe, monkeypatch):
@@ -480,6 +483,113 @@ def test_what_is_shown_of_files_does_not_act_on_the_terminal():
     assert lines("a\x1b]0;x\x07\tb\n") == "a\\x1b]0;x\\x07\tb\n"
     assert one_line("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
     assert len(one_line(_bounded("\x1b" * 20_000_000))) < 10_000
+
+
+# --- where eval writes
+
+
+@pytest.fixture
+def evaluating(output, tiny_release, monkeypatch):
+    """eval of a finished result, with each call of `run_suite` counted."""
+    from grokquant.evaluation import run as module
+
+    runs: list[int] = []
+    run_suite = module.run_suite
+
+    def counted(*arguments, **options):
+        runs.append(1)
+        return run_suite(*arguments, **options)
+
+    monkeypatch.setattr(module, "run_suite", counted)
+
+    def evaluate(*options: object) -> tuple[Result, int]:
+        runs.clear()
+        scored = ("--samples", 2, "--length", 32)
+        result = run("eval", output, "--reference", tiny_release, *scored, *options)
+        return result, len(runs)
+
+    return evaluate
+
+
+def test_an_evaluation_is_not_repeated_nor_replaced_unasked(evaluating, tmp_path):
+    place = tmp_path / "reports"
+    first, runs = evaluating("--output", place)
+    assert (first.exit_code, runs) == (0, 1), first.stderr
+    stamps = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
+    again, runs = evaluating("--output", place)
+    assert (again.exit_code, runs) == (0, 0)
+    assert again.stdout == first.stdout
+    assert again.stderr == (
+        f"{place}: already evaluated, with the same models, texts and versions\n"
+    )
+    other, runs = evaluating("--output", place, "--samples", 1)
+    assert (other.exit_code, runs) == (2, 0)
+    assert other.stderr == (
+        f"grokquant: {place}: holds an evaluation of something else: "
+        "suite.texts[0].samples was 2, now 1; choose another --output, or --overwrite replaces it "
+        "once the new one is complete\n"
+    )
+    assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == stamps
+    replaced, runs = evaluating("--output", place, "--samples", 1, "--overwrite")
+    assert (replaced.exit_code, runs) == (0, 1)
+    assert json.loads((place / "report.json").read_text())["protocol"]["windows"] == 1
+
+
+def test_a_report_that_cannot_be_read_is_not_replaced_unasked(evaluating, tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    refused, runs = evaluating("--output", tmp_path)
+    assert (refused.exit_code, runs) == (2, 0) and "it cannot be read" in refused.stderr
+    assert (tmp_path / "report.json").read_text() == "{}"
+
+
+def test_eval_writes_into_no_model_but_results(output, tiny_release, tmp_path):
+    source = shutil.copytree(tiny_release, tmp_path / "source")
+    before = sorted(path.name for path in source.iterdir())
+
+    def refused(*arguments: object) -> str:
+        result = run("eval", *arguments)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert sorted(path.name for path in source.iterdir()) == before
+        return result.stderr.removeprefix("grokquant: ").rstrip()
+
+    assert refused(source, "--reference", output) == (
+        f"{source}: is not a result of grokquant, but {output} is; the result comes first: "
+        f"grokquant eval {output} --reference {source}"
+    )
+    assert refused(source, "--reference", source) == (
+        f"--output: needed for the reports, since {source} is not a result of grokquant: nothing "
+        "is written into other models"
+    )
+    assert refused(output, "--reference", output) == (
+        f"--output: needed to compare {output} with itself; a result is compared with the model "
+        "that it was made from"
+    )
+
+
+def test_a_result_that_can_only_be_read_is_evaluated(evaluating, output, monkeypatch, tmp_path):
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    kept = shutil.copytree(output, tmp_path / "kept")
+    monkeypatch.setattr("grokquant.reporting.publish.fill_evaluation", read_only)
+    result, _ = evaluating("--output", tmp_path / "reports")
+    assert result.exit_code == 0 and "Mean KLD" in result.stdout
+    assert result.stderr.splitlines()[-1] == (
+        f"{output / 'README.md'}: the results cannot be added: Read-only file system"
+    )
+    monkeypatch.setattr("grokquant.reporting.html.page.write_text", read_only)
+    result, _ = evaluating("--overwrite")
+    assert result.exit_code == 0 and "Mean KLD" in result.stdout
+    assert result.stderr.splitlines()[-1] == (
+        f"{output / 'evaluation'}: cannot be written: Read-only file system; no report is kept"
+    )
+    monkeypatch.setattr("grokquant.job.shards.os.access", lambda *_: False)
+    result, _ = evaluating("--overwrite")
+    assert result.exit_code == 0 and "Mean KLD" in result.stdout
+    assert result.stderr.splitlines()[0] == (
+        f"{output / 'evaluation'}: cannot be written, so no report is kept; --output keeps one"
+    )
+    assert (output / "README.md").read_bytes() == (kept / "README.md").read_bytes()
 
 
 # --- onto a finished result

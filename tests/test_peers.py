@@ -111,9 +111,8 @@ def test_a_peer_is_evaluated_and_compared_with_ours(reference, peer, text_file, 
     assert report["quantized"]["schemes"] == {"int4 g32 sym": len(matrices(reference))}
     assert 1e-6 < report["kld"]["mean"]["value"] < 0.1
     assert all(layer["forced"]["damage"] for layer in report["layers"])
-    run("eval", peer, *text)
     run("eval", tmp_path / "ours", *text)
-    found = json.loads(run("compare", peer, tmp_path / "ours", "--json"))
+    found = json.loads(run("compare", tmp_path / "theirs", tmp_path / "ours", "--json"))
     assert [run["name"] for run in found["runs"]] == ["ours", peer.name]
     assert found["runs"][1]["kld"] == report["kld"]["mean"]
     assert [run["rank"] for run in found["runs"]] == [1, 2]

@@ -53,6 +53,7 @@ def written(tmp_path, text_file):
 
 def evaluated(int4, reference, suite, *options: str, expect: int) -> str:
     args = ["eval", str(int4), "--reference", str(reference), "--suite", str(suite), *options]
+    args += [] if "--output" in options else ["--overwrite"]
     run = CliRunner().invoke(main, args)
     assert run.exit_code == expect, run.output
     return run.stderr if expect else run.stdout

@@ -529,14 +529,17 @@ class Report(TextFigures, ReportHeader):
     """The tasks of a suite, if any."""
     suite: SuiteResult | None = None
     """The outcome of a suite; None if none was run."""
+    made_from: dict[str, Any] | None = None
+    """What determines these figures, so that they need not be computed again: checksums of models
+    and texts, the suite, versions. `grokquant eval` fills it in."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, in the order of the fields.
 
-        Keys that only a suite or another reference fills are left out where they are empty.
+        Keys that only a suite, a command or another reference fills are left out where empty.
         """
         content = self.model_dump(mode="json", by_alias=True)
-        extra = ("reference_note", "further_texts", "tasks", "suite")
+        extra = ("reference_note", "further_texts", "tasks", "suite", "made_from")
         return {key: value for key, value in content.items() if value or key not in extra}
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.files import atomic
+from grokquant.files.unfinished import work_path
 from grokquant.job.plan import Plan
 from grokquant.recipe import Recipe
 
@@ -38,17 +40,24 @@ def identity_of(plan: Plan) -> dict:
 
     The calibration rows belong to it as well, but take longer to make; see `rows_digest`.
     """
-    source = plan.checkpoint.source
+    return {
+        "recipe": settings_of(plan.recipe),
+        **contents_of(plan.checkpoint),
+        "first file": plan.files[0].name,  # of GGUF files the name says which model it is
+        "version": {package: version(package) for package in _PACKAGES},
+    }
+
+
+def contents_of(checkpoint: Checkpoint) -> dict:
+    """What a checkpoint holds: config, weights and tokenizer. JSON values only."""
+    source = checkpoint.source
     total = sum(path.stat().st_size for path in source.weight_files)
     stride = None if total <= _HASHED_WHOLE else _STRIDE
     return {
-        "recipe": settings_of(plan.recipe),
         "config": without_paths(source.config),
         "source": {path.name: content(path, stride) for path in source.weight_files},
-        "small tensors": None if stride is None else _digest_of_small_tensors(plan),
-        "first file": plan.files[0].name,  # of GGUF files the name says which model it is
+        "small tensors": None if stride is None else _digest_of_small_tensors(checkpoint),
         "tokenizer": {path.name: atomic.sha256(path) for path in source.tokenizer_files},
-        "version": {package: version(package) for package in _PACKAGES},
     }
 
 
@@ -120,10 +129,10 @@ def _samples(size: int, stride: int) -> Iterator[tuple[int, int]]:
     yield max(size - _SAMPLE, 0), _SAMPLE
 
 
-def _digest_of_small_tensors(plan: Plan) -> str:
+def _digest_of_small_tensors(checkpoint: Checkpoint) -> str:
     """SHA-256 of routers, norms and the like: small tensors that are not quantized."""
-    matrices = {matrix.tensor for matrix in plan.checkpoint.matrices()}
-    tensors = plan.checkpoint.source.tensors
+    matrices = {matrix.tensor for matrix in checkpoint.matrices()}
+    tensors = checkpoint.source.tensors
     digest = hashlib.sha256()
     for name in sorted(tensors.keys() - matrices):
         if tensors[name].stored_bytes <= _SMALL_TENSOR:
@@ -153,7 +162,7 @@ def refuse_changed_source(plan: Plan, stamps: dict[Path, str]) -> None:
         if not path.is_file() or stamp(path) != known:
             raise InputError(
                 f"{path}: has changed during the run, so the result may be a mixture; remove "
-                f"{plan.recipe.output.path}.partial and quantize again"
+                f"{work_path(Path(plan.recipe.output.path))} and quantize again"
             )
 
 

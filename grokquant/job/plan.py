@@ -23,6 +23,7 @@ from grokquant.errors import GateError, InputError
 from grokquant.families.naming import HEAD, with_own_head
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
 from grokquant.files.atomic import nearest_directory
+from grokquant.files.unfinished import work_path
 from grokquant.formats import FORMATS, Format
 from grokquant.humanize import size
 from grokquant.job.units import planned_units
@@ -278,12 +279,6 @@ def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
         prefix = ".".join(name.split(".")[:depth]) + "."
         by_layer[owners.get(prefix)].append(name)
     return by_layer
-
-
-def work_path(output: Path) -> Path:
-    """The directory in which a run works until `output` is complete."""
-    output = output.resolve()  # "." has no name; a link leads to the disk that is meant
-    return output.with_name(output.name + ".partial")
 
 
 def check_engine(plan: Plan, name: str) -> None:

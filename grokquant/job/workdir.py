@@ -25,12 +25,12 @@ from torch import Tensor
 from grokquant.containers.container import PlannedFile
 from grokquant.errors import InputError
 from grokquant.files import atomic
+from grokquant.files.unfinished import JOURNAL, RUN
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
 from grokquant.job.shards import SUMS_NAME, write_tensors
 from grokquant.types import UnitReport
 
-RUN = "run.json"
 LOCK = "lock"
 HIDDEN = "hidden"
 REPLACED = "replaced"  # an earlier output while the new one takes its name
@@ -54,7 +54,7 @@ class WorkDirectory:
         self.path = path
         self.output = output
         self.files = path / "files"
-        self.journal = path / "journal"
+        self.journal = path / JOURNAL
         self.sums: dict[str, str] = {}
         self.reports: dict[str, UnitReport] = {}
         self.damaged: list[str] = []

@@ -28,6 +28,7 @@ from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
 from grokquant.files.published import is_repository, published_path
+from grokquant.files.typed_paths import expanded
 from grokquant.grids import GRIDS
 from grokquant.methods import METHODS
 
@@ -58,8 +59,16 @@ else:  # values that pydantic lists in errors and in the schema
 
 
 def check_text(text: str) -> str:
-    """Returns `text` if it is a valid name of a text: `python-docs`, a .txt, .jsonl or .parquet
-    file, or `hub/name[:config[:split]]` of the datasets library. Raises ValueError otherwise."""
+    """Returns `text`, its `~` and variables replaced, if it is a valid name of a text.
+
+    That is `python-docs`, a .txt, .jsonl or .parquet file, or `hub/name[:config[:split]]` of the
+    datasets library. Raises ValueError otherwise.
+    """
+    as_typed = text
+    text = expanded(text)
+    if text != as_typed and not is_file(text) and not Path(text).is_absolute():
+        # The value of a variable must not be asked for at the hub.
+        raise ValueError(f"expected a file or an absolute path after expansion of {as_typed!r}")
     if text == "python-docs" or is_file(text) or "/" in text.partition(":")[0]:
         return text
     raise ValueError(
@@ -83,7 +92,7 @@ def _check_path(path: object) -> object:
         path = os.fspath(path)
     if isinstance(path, str) and (not path.strip() or re.search("[\0\ud800-\udfff]", path)):
         raise ValueError(f"expected a path, not {path!r}")
-    return path
+    return expanded(path) if isinstance(path, str) else path
 
 
 def parse_size(size: str) -> int:

@@ -1,6 +1,8 @@
 """Writes a report where people and programs look for it."""
 
+from collections.abc import Callable
 from pathlib import Path
+from warnings import warn
 
 from grokquant.errors import InputError
 from grokquant.evaluation.report import Report
@@ -12,21 +14,56 @@ from grokquant.reporting.rows import markdown_table
 from grokquant.reporting.suite_tables import tasks_markdown
 
 
-def publish(report: Report, output: Path, directory: Path | None = None) -> tuple[Path, Path]:
+def place_of_reports(output: Path, reference: Path) -> Path:
+    """`output`/evaluation, where the reports of a result belong.
+
+    Raises InputError where `output` is not a result of grokquant, but perhaps the model that the
+    arguments should have named second: then another directory must be named.
+    """
+    if _is_result(output):
+        if not reference.is_dir() or not output.samefile(reference):
+            return output / "evaluation"
+        raise InputError(
+            f"needed to compare {output} with itself; a result is compared with the model that it "
+            "was made from",
+            "directory",
+        )
+    if _is_result(reference):
+        raise InputError(
+            f"{output}: is not a result of grokquant, but {reference} is; the result comes first: "
+            f"grokquant eval {reference} --reference {output}"
+        )
+    raise InputError(
+        f"needed for the reports, since {output} is not a result of grokquant: nothing is written "
+        "into other models",
+        "directory",
+    )
+
+
+def publish(
+    report: Report,
+    output: Path,
+    directory: Path | None = None,
+    note: Callable[[str], None] = warn,
+) -> tuple[Path, Path]:
     """Writes report.json and report.html and, if `output` is one of ours, fills its model card.
 
     `directory` defaults to `output`/evaluation, where both are sealed. Returns both paths. Raises
-    InputError where something cannot be written.
+    InputError where they cannot be written; `note` is called with a line about a card that cannot.
     """
     usual = output / "evaluation"
     paths = write_report(report, directory or usual)
-    if (output / REPORT_NAME).is_file():
+    if _is_result(output):
         tables = [markdown_table(report), *tasks_markdown(report)]
         try:
-            fill_evaluation(output, "\n".join(tables))
             if paths[0].parent == usual:
                 seal_evaluation(*paths)
+            fill_evaluation(output, "\n".join(tables))
         except (OSError, UnicodeError) as error:
-            card = output / CARD_NAME
-            raise InputError(f"{card}: the results cannot be added: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            note(f"{output / CARD_NAME}: the results cannot be added: {why}")
     return paths
+
+
+def _is_result(directory: Path) -> bool:
+    return (directory / REPORT_NAME).is_file()

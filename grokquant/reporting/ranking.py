@@ -17,6 +17,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation.bootstrap import Resampler
 from grokquant.evaluation.report import JSON_NAME, Estimate, Report, read_report
 from grokquant.files.published import published_path
+from grokquant.files.unfinished import check_directory
 from grokquant.reporting.rows import name_of
 from grokquant.version import __version__
 
@@ -183,9 +184,12 @@ def _significantly_better(other: EvaluatedModel, model: EvaluatedModel, loss: Lo
 
 def _report_path(path: Path) -> Path:
     """The report.json that a path stands for."""
+    if path.suffix == ".json" and not path.is_dir():
+        return path
     candidates = (path / "evaluation" / JSON_NAME, path / JSON_NAME)
     found = next((candidate for candidate in candidates if candidate.is_file()), path)
-    if found.is_dir():
+    if not found.is_file():
+        check_directory(path)
         raise InputError(f"{path}: has no evaluation/{JSON_NAME}; `grokquant eval` writes it")
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grokquant.errors import InputError
 from grokquant.files.links import refuse_links_out
+from grokquant.files.unfinished import check_directory
 from grokquant.sources import gguf_directory, release, safetensors_directory
 from grokquant.sources.kind import SourceKind
 from grokquant.types import Source
@@ -28,12 +29,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     a link in it leads elsewhere.
     """
     try:
-        if not path.exists():
-            raise InputError(f"{path}: no such directory")
-        if not path.is_dir():
-            raise InputError(f"{path}: is a file, expected the directory of a checkpoint")
-        if not any(path.iterdir()):
-            raise InputError(f"{path}: the directory is empty")
+        check_directory(path)
         refuse_links_out(path)
         for kind in SOURCE_KINDS:
             if kind.recognizes(path):

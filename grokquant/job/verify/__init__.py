@@ -18,6 +18,7 @@ from grokquant.errors import GateError, InputError
 from grokquant.files.atomic import sha256
 from grokquant.files.json_objects import read_json_object
 from grokquant.files.links import refuse_links_out
+from grokquant.files.unfinished import check_directory
 from grokquant.job import metadata
 from grokquant.job.plan import Plan
 from grokquant.job.seal import digest_of
@@ -63,6 +64,7 @@ def faults(directory: str | Path) -> Iterator[Fault]:
     """
     path = Path(directory)
     if not (path / REPORT_NAME).is_file():
+        check_directory(path)
         raise InputError(f"{path}: has no {REPORT_NAME}, so it is not a finished output")
     refuse_links_out(path)
     sums, found = read_sums(path)

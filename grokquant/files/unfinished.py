@@ -1,0 +1,36 @@
+"""Work directories of unfinished runs, as those see them who look for a result."""
+
+from pathlib import Path
+
+from grokquant.errors import InputError
+
+# In a work directory: what the run is, and the records of its committed files.
+RUN = "run.json"
+JOURNAL = "journal"
+
+
+def work_path(output: Path) -> Path:
+    """The directory in which a run works until `output` is complete."""
+    output = output.resolve()  # "." has no name; a link leads to the disk that is meant
+    return output.with_name(output.name + ".partial")
+
+
+def check_directory(path: Path) -> None:
+    """Raises InputError unless `path` is a directory with something in it.
+
+    Where it is, or will be, the result of an unfinished run, the error says how to finish it.
+    """
+    is_filled = path.is_dir() and any(path.iterdir())
+    begun = [path] if is_filled else [path, work_path(path)]
+    for work in begun:
+        if (work / RUN).is_file() and (work / JOURNAL).is_dir():
+            raise InputError(
+                f"{path}: the run is unfinished, {work} is its work directory; the command that "
+                "began it also resumes it"
+            )
+    if not path.exists():
+        raise InputError(f"{path}: no such directory")
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file, expected the directory of a checkpoint")
+    if not is_filled:
+        raise InputError(f"{path}: the directory is empty")
