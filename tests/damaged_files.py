@@ -290,6 +290,8 @@ SAFETENSORS: dict[str, Case] = {
     "a path for a name": (
         header(lambda content: content.update({"../../x": BEYOND}), DATA + b"\0"), "../../x",
     ),
+    "a field too many": (entry(x=1), f"'{NORM}' must have"),
+    "no values": (entry(shape=[0], data_offsets=[0, 0]), f"'{NORM}' has shape [0]"),
     "another shape": (entry(shape=[4, 8]), f"{NORM} has shape [4, 8]"),
 }  # fmt: skip
 
@@ -434,9 +436,15 @@ CONFIGS: dict[str, Case] = {
     "architectures a text": (json_with(architectures="LlamaForCausalLM"), "architectures"),
     "architecture unknown": (json_with(architectures=["../../x"]), "architecture '../../x'"),
     "two architectures": (json_with(architectures=["LlamaForCausalLM"] * 2), "architectures"),
+    "hidden size negative": (json_with(hidden_size=-32), "hidden_size"),
+    "hidden size 0": (json_with(hidden_size=0), "hidden_size"),
+    "hidden size true": (json_with(hidden_size=True), "hidden_size"),
     "hidden size a fraction": (json_with(hidden_size=32.5), "hidden_size"),
     "hidden size a text": (json_with(hidden_size="32"), "hidden_size"),
     "layers 2^62": (json_with(num_hidden_layers=1 << 62), ""),
+    "heads 0": (json_with(num_attention_heads=0), "num_attention_heads"),
+    "epsilon a text": (json_with(rms_norm_eps="1e-5"), "rms_norm_eps"),
+    "activation unknown": (json_with(hidden_act="os.system"), "hidden_act"),
     "quantization a list": (json_with(quantization_config=[1]), "quantization_config"),
     "quantized by nobody": (
         json_with(quantization_config={"quant_method": "\x1b[2J"}),
