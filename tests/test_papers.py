@@ -396,10 +396,13 @@ def test_no_published_file_tells_where_it_was_made(mixtral, text_file, tmp_path,
     rule = grid | {"method": "gptq"}
     sections = {"calibration": settings, "eval": settings, "max_fallbacks": 1}
     output = pipeline.quantize(recipe_of(source, home / "out", rule, form, **sections))
-    report = grokquant.evaluate(output, source, text=text, samples=2, length=32)
+    section = {"data": text, "protocol": "hf", "windows": 2, "length": 32, "bos": False}
+    (home / "suite.yaml").write_text(json.dumps({"texts": [section]}))
+    report = grokquant.evaluate(output, source, suite=str(home / "suite.yaml"))
     publish(report, output)
     assert holding(output) == []
     assert (report.quantized.path, report.reference.path) == ("out", "source")
+    assert (report.suite.name, report.protocol.text) == ("suite.yaml", "text.txt")
     recipe = load_recipe(output / "recipe.yaml")
     assert (recipe.model.path, recipe.output.path) == ("source", "out")
     assert recipe.calibration.text == recipe.eval.text == "text.txt"
