@@ -24,6 +24,7 @@ from grokquant.files.published import is_repository, published_path
 from grokquant.job import pipeline
 from grokquant.job.convert import conversion_recipe
 from grokquant.job.plan import build_plan
+from grokquant.job.verify import verify
 from grokquant.recipe import Recipe, load_recipe, parse_recipe
 from grokquant.reporting.publish import publish
 from grokquant.sources.origin import front_matter, origin_of
@@ -128,6 +129,7 @@ def test_the_card_has_what_the_hub_asks_for(cached, tmp_path):
 def test_a_conversion_has_the_base_model_of_its_source(cached, tmp_path):
     first = pipeline.quantize(recipe_of(cached, tmp_path / "q8", Q8, "compressed-tensors"))
     output = pipeline.quantize(conversion_recipe(first, "gguf", tmp_path / "converted"))
+    verify(output)
     found = card_of(output)
     assert (found.data.base_model, found.data.license_link) == ("acme/Mixer-v0.1-Chat", "LICENSE")
     assert found.data.library_name == "gguf" and "with its stored integers" in found.text
@@ -293,6 +295,7 @@ def test_names_of_files(tmp_path, name, file):
 
 def test_gguf_metadata(cached, tmp_path):
     output = pipeline.quantize(recipe_of(cached, tmp_path / "out", Q8, "gguf"))
+    verify(output)  # makes the header again, from what lies in the result
     (file,) = output.glob("*.gguf")
     assert file.name == "Mixer-v0.1-Chat-2x86K-Q8_0.gguf"
     found = {name: field.contents() for name, field in GGUFReader(file).fields.items()}
@@ -396,10 +399,13 @@ def test_no_published_file_tells_where_it_was_made(mixtral, text_file, tmp_path,
     rule = grid | {"method": "gptq"}
     sections = {"calibration": settings, "eval": settings, "max_fallbacks": 1}
     output = pipeline.quantize(recipe_of(source, home / "out", rule, form, **sections))
-    report = grokquant.evaluate(output, source, text=text, samples=2, length=32)
+    section = {"data": text, "protocol": "hf", "windows": 2, "length": 32, "bos": False}
+    (home / "suite.yaml").write_text(json.dumps({"texts": [section]}))
+    report = grokquant.evaluate(output, source, suite=str(home / "suite.yaml"))
     publish(report, output)
     assert holding(output) == []
     assert (report.quantized.path, report.reference.path) == ("out", "source")
+    assert (report.suite.name, report.protocol.text) == ("suite.yaml", "text.txt")
     recipe = load_recipe(output / "recipe.yaml")
     assert (recipe.model.path, recipe.output.path) == ("source", "out")
     assert recipe.calibration.text == recipe.eval.text == "text.txt"

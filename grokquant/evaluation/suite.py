@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from grokquant.errors import GateError, InputError
 from grokquant.evaluation.report import Gate, Report, SuiteResult, TextFigures
+from grokquant.files.published import published_path
 from grokquant.recipe import EvalSection, RowLength, Rows, Section, TextName, load_sections
 
 SHIPPED = Path(__file__).parent / "suites"
@@ -112,7 +113,7 @@ def judged(report: Report, name: str, thresholds: Thresholds) -> SuiteResult:
             value, where = max(values) if upper else min(values)
             met = value <= limit if upper else value >= limit
             gates.append(Gate(threshold=threshold, where=where, value=value, limit=limit, met=met))
-    return SuiteResult(name=name, gates=tuple(gates))
+    return SuiteResult(name=published_path(name), gates=tuple(gates))
 
 
 def check_gates(report: Report) -> None:
