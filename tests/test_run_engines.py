@@ -13,10 +13,13 @@ import pytest
 import torch
 from reader_envs import only_with_engines, run_reader
 from safetensors import safe_open
+from test_engines import gptq_grid, vllm_scheme
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
 from grokquant.job import pipeline
+from grokquant.job.metadata import output_config
+from grokquant.job.plan import build_plan
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.toy import TOY_PATH
 
@@ -118,3 +121,30 @@ def record(case: str, notes: dict[str, str]) -> None:
     }
     RECORDED.parent.mkdir(exist_ok=True)
     RECORDED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+# Modules that are not linear layers, which no grid is looked up for.
+NOT_LINEAR = ("embed_tokens", "attn")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_config_gives_each_module_of_vllm_the_grid_that_it_found(case, tmp_path):
+    """By vLLM's rules as test_engines.py has them; if this fails, ask vLLM: `make test-engines`."""
+    recorded = json.loads(RECORDED.read_text())[case]["grids"]
+    config = output_config(build_plan(recipe_of(case, tmp_path))).get("quantization_config")
+    looked_up = {name: g for name, g in recorded.items() if name.split(".")[-1] not in NOT_LINEAR}
+    assert any(name.endswith("qkv_proj") for name in looked_up)
+    for name, grid in looked_up.items():
+        assert grid_in(config, name.removesuffix(".routed_experts")) == grid, name
+
+
+def grid_in(config: dict | None, module: str) -> list[int] | None:
+    """Bits and group that the config gives a module of vLLM."""
+    if config is None:
+        return None
+    if config["quant_method"] == "gptq":
+        found = gptq_grid(config, module)
+        return found and [found["bits"], found["group_size"]]
+    # vLLM asks for experts by the names of the first one.
+    found = vllm_scheme(config, f"{module}.0.w1" if module.endswith(".experts") else module)
+    return found and [found["num_bits"], found["group_size"] or -1]
