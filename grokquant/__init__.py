@@ -47,13 +47,16 @@ def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
 
 
 def quantize(
-    recipe: "Recipe | str | Path | Mapping", device: str = "auto", overwrite: bool = False
+    recipe: "Recipe | str | Path | Mapping",
+    device: str = "auto",
+    overwrite: bool = False,
+    repair: bool = False,
 ) -> "Path":
     """Quantizes as described by a recipe (file, mapping or object); returns the output directory.
 
     The same call resumes an interrupted run, and returns at once if its result is finished. A
     result of something else raises InputError, unless `overwrite`: then it is replaced once the new
-    one is complete.
+    one is complete. `repair` only makes the files of a finished result again that `verify` rejects.
 
     In the main thread Ctrl-C and SIGTERM let the current file finish, then raise
     `errors.Stopped`, a KeyboardInterrupt; a second one does so at once. Afterwards signals have the
@@ -64,7 +67,11 @@ def quantize(
     from grokquant.job import pipeline
 
     progress = pipeline.Silence()
-    output = pipeline.quantize(_as_recipe(recipe), progress, device_of(device), overwrite)
+    place = device_of(device)
+    if repair:
+        output = pipeline.repair(_as_recipe(recipe), progress, place)
+    else:
+        output = pipeline.quantize(_as_recipe(recipe), progress, place, overwrite)
     if progress.asked_to_stop:  # when nothing was left to stop
         raise Stopped(f"{output}: is finished; a signal came while it was published")
     return output

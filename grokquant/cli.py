@@ -142,6 +142,9 @@ _overwrite = click.option(
 @_overrides
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `grokquant plan` does.")
 @_overwrite
+@click.option(
+    "--repair", is_flag=True, help="Only make the files again that verify rejects in the result."
+)
 @_device
 @_json
 def quantize(
@@ -149,6 +152,7 @@ def quantize(
     overrides: tuple[str, ...],
     dry_run: bool,
     overwrite: bool,
+    repair: bool,
     device: str,
     as_json: bool,
 ) -> None:
@@ -170,8 +174,13 @@ def quantize(
     if dry_run:
         _show_plan(loaded, as_json)
         return
+    if overwrite and repair:
+        raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
     with RunProgress() as progress:
-        output = pipeline.quantize(loaded, progress, place, overwrite)
+        if repair:
+            output = pipeline.repair(loaded, progress, place)
+        else:
+            output = pipeline.quantize(loaded, progress, place, overwrite)
     if as_json:
         _print_json(progress.as_dict(output))
     else:

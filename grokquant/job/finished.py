@@ -32,15 +32,35 @@ def already_made(output: Path, plan: Plan, identity: dict, rows: MakeRows) -> bo
     """
     if not (output / REPORT_NAME).is_file():
         return False
-    also = f" and deletes {', '.join(names)} in it" if (names := besides(output)) else ""
-    ways_out = f"choose another output.path, or overwrite=True replaces that result{also}"
-    if differs := _what_differs(output, plan, identity, rows):
-        raise InputError(
-            f"{output}: holds a finished result of something else: {differs}; {ways_out}"
-        )
+    try:
+        report = read_json_object(output / REPORT_NAME)
+    except InputError as error:
+        raise _something_else(output, f"its report cannot be read ({error})") from None
+    refuse_other_result(output, report, plan, identity, rows)
     if fault := _wrong_size(output, plan):
-        raise InputError(f"{output}: holds this result already, but {fault}; {ways_out}")
+        raise InputError(
+            f"{output}: holds this result already, but {fault}; repair=True makes what is damaged "
+            f"again, or {_ways_out(output)}"
+        )
     return True
+
+
+def refuse_other_result(
+    output: Path, report: dict, plan: Plan, identity: dict, rows: MakeRows
+) -> None:
+    """Raises InputError if the result with this `report` is of something else."""
+    if differs := _what_differs(report, plan, identity, rows):
+        raise _something_else(output, differs)
+
+
+def _something_else(output: Path, differs: str) -> InputError:
+    text = f"holds a finished result of something else: {differs}; {_ways_out(output)}"
+    return InputError(f"{output}: {text}")
+
+
+def _ways_out(output: Path) -> str:
+    also = f" and deletes {', '.join(names)} in it" if (names := besides(output)) else ""
+    return f"choose another output.path, or overwrite=True replaces that result{also}"
 
 
 def besides(output: Path) -> list[str]:
@@ -51,11 +71,7 @@ def besides(output: Path) -> list[str]:
     return sorted(f"{path.name}/" if path.is_dir() else path.name for path in others)
 
 
-def _what_differs(output: Path, plan: Plan, identity: dict, rows: MakeRows) -> str | None:
-    try:
-        report = read_json_object(output / REPORT_NAME)
-    except InputError as error:
-        return f"what it was made from cannot be read ({error})"
+def _what_differs(report: dict, plan: Plan, identity: dict, rows: MakeRows) -> str | None:
     before = report.get(MADE_FROM)
     if not isinstance(before, dict):
         return f"{REPORT_NAME} does not say what it was made from, as those of older versions"

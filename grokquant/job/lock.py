@@ -129,13 +129,18 @@ def _precedes_run(path: Path) -> bool:
 
 def check_output(output: Path, source: Path) -> None:
     """Raises InputError unless `output` is free or holds a result, which is not the `source`."""
-    if source.resolve().is_relative_to(output.resolve()):
-        raise InputError(f"{output}: holds the model itself; choose another output")
+    check_place(output, source)
     if not output.exists():
         return
-    if output.resolve().is_mount():
-        raise InputError(f"{output}: is a mount point; choose a directory inside it")
-    if not output.is_dir():
-        raise InputError(f"{output}: is a file, but the output must be a directory")
     if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
         raise InputError(f"{output}: is not empty and was not made by grokquant; choose another")
+
+
+def check_place(output: Path, source: Path) -> None:
+    """Raises InputError where no result may be, whatever is there now."""
+    if source.resolve().is_relative_to(output.resolve()):
+        raise InputError(f"{output}: holds the model itself; choose another output")
+    if output.exists() and output.resolve().is_mount():
+        raise InputError(f"{output}: is a mount point; choose a directory inside it")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file, but the output must be a directory")

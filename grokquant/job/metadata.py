@@ -12,6 +12,7 @@ from grokquant.job.card import model_card, scheme_counts, unusual
 from grokquant.job.finished import MADE_FROM
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME
+from grokquant.recipe import Recipe
 from grokquant.text import tokenizer
 from grokquant.types import UnitReport
 from grokquant.version import MARK, OWN
@@ -22,6 +23,14 @@ ORIGIN = "origin"  # the key of what is known of the source beside its weights
 SCHEMA = "grokquant.quantization/2"  # of the report
 _DTYPES = ("bfloat16", "float16", "float32")
 _NOT_COPIED = ("dtype", "quantization_config")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a result says of how it was made: its recipe, and the identity of its run."""
+
+    recipe: Recipe
+    made_from: dict
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -33,17 +33,18 @@ from grokquant.job.fingerprint import (
     rows_digest,
     stamps_of,
 )
-from grokquant.job.finished import already_made, besides, made_from
+from grokquant.job.finished import MADE_FROM, already_made, besides, made_from, refuse_other_result
 from grokquant.job.layer import LayerQuantizer
-from grokquant.job.lock import check_output, work_directory
+from grokquant.job.lock import check_output, check_place, work_directory
 from grokquant.job.plan import Plan, build_plan, check_disk
+from grokquant.job.repair import Damage, adopt, damage_of, take_over
 from grokquant.job.seal import seal
 from grokquant.job.shards import REPORT_NAME, ShardWriter
 from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
 from grokquant.job.verify import verify_against_plan
 from grokquant.job.workdir import States, WorkDirectory
-from grokquant.recipe import Recipe
+from grokquant.recipe import Recipe, load_recipe
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -55,6 +56,7 @@ class Progress(Protocol):
 
     def planned(self, plan: Plan) -> None: ...
     def found(self, plan: Plan) -> None: ...
+    def repaired(self, plan: Plan, names: list[str]) -> None: ...
     def note(self, line: str) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
     def calibrating(self, rows: int, length: int) -> None: ...
@@ -77,6 +79,7 @@ class Silence:
 
     def planned(self, plan: Plan) -> None: ...
     def found(self, plan: Plan) -> None: ...
+    def repaired(self, plan: Plan, names: list[str]) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
     def calibrating(self, rows: int, length: int) -> None: ...
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
@@ -123,14 +126,63 @@ def quantize(
             progress.found(plan)
             return output
         _announce(output, progress)
+        provenance = metadata.Provenance(recipe, made_from(plan, identity))
         try:
-            _fill(plan, work, rows, identity, progress, stop, device)
+            _fill(plan, work, rows, provenance, progress, stop, device)
             refuse_changed_source(plan, stamps)
             stop.busy = lambda: True  # nothing is left to stop
             work.publish(overwrite)
         except Stopped:
             raise Stopped(_where_it_stands(plan, work)) from None
     return output
+
+
+def repair(recipe: Recipe, progress: Progress | None = None, device: torch.device = CPU) -> Path:
+    """Makes the files of a finished result again that `verify` rejects; returns the directory.
+
+    `recipe` must be the one that made it, but for paths and what changes no weight. All other files
+    stay as they are, and the result stays until the new files are whole; the same call continues
+    an interrupted repair. Raises InputError if there is no result or one of something else, and
+    GateError if the files could not be made as they were, or other faults remain.
+    """
+    progress = progress or Silence()
+    plan = build_plan(recipe)
+    output = Path(recipe.output.path)
+    check_place(output, plan.checkpoint.source.path)
+    damage = damage_of(output)
+    if not damage.faults:
+        progress.repaired(plan, [])
+        return output
+    make_rows = lru_cache(partial(_calibration_rows, plan))
+    stamps = stamps_of(plan)
+    identity = identity_of(plan)
+    if damage.report:
+        refuse_other_result(output, damage.report, plan, identity, make_rows)
+    progress.planned(plan)
+    rows = make_rows()
+    identity |= {CALIBRATION: rows_digest(rows)}
+    provenance = _provenance_of(
+        output, damage, metadata.Provenance(recipe, made_from(plan, identity))
+    )
+    with stopping(progress.stopping) as stop, work_directory(output, identity) as work:
+        adopt(work, plan, output, damage)
+        try:
+            _fill(plan, work, rows, provenance, progress, stop, device)
+            refuse_changed_source(plan, stamps)
+            stop.busy = lambda: True
+            names = take_over(work, output, damage)
+        except Stopped:
+            raise Stopped(_where_it_stands(plan, work)) from None
+    progress.repaired(plan, names)
+    return output
+
+
+def _provenance_of(output: Path, damage: Damage, now: metadata.Provenance) -> metadata.Provenance:
+    """What the result says of how it was made, where that is intact: paths may differ now."""
+    path = output / metadata.RECIPE_NAME
+    is_intact = path.is_file() and path.name not in damage.rejected
+    recipe = load_recipe(path) if is_intact else now.recipe
+    return metadata.Provenance(recipe, damage.report.get(MADE_FROM, now.made_from))
 
 
 def _announce(output: Path, progress: Progress) -> None:
@@ -143,7 +195,7 @@ def _fill(
     plan: Plan,
     work: WorkDirectory,
     rows: Tensor | None,
-    identity: dict,
+    provenance: metadata.Provenance,
     progress: Progress,
     stop: StopRequest,
     device: torch.device,
@@ -159,17 +211,18 @@ def _fill(
     with ShardWriter(work.files, plan, work.commit) as writer:
         run = Run(plan, work, writer, progress, stop, device, dict(work.reports))
         stop.busy = lambda: bool(writer.incomplete)
-        if _first_open_layer(plan, work) is not None:
+        if _open_layers(plan, work):
             _quantize_blocks(run, rows)
         writer.drain()
         if run.busy:
             progress.worked(run.busy | {"writing": writer.seconds})
     reports = [work.reports[name] for name in plan.units]
     shape = () if rows is None else tuple(rows.shape)
-    record = metadata.Record(reports, work.tokens_per_expert, shape, made_from(plan, identity))
-    metadata.write(work.files, plan, record)
+    record = metadata.Record(reports, work.tokens_per_expert, shape, provenance.made_from)
+    stated = replace(plan, recipe=provenance.recipe)
+    metadata.write(work.files, stated, record)
     verify_against_plan(work.files, plan)
-    seal(work.files, metadata.quantization_report(plan, record), work.sums)
+    seal(work.files, metadata.quantization_report(stated, record), work.sums)
 
 
 @dataclass
@@ -277,13 +330,15 @@ class Run:
 def _quantize_blocks(run: Run, rows: Tensor | None) -> None:
     run.check_fallbacks()
     run.write_kept(run.plan.kept_outside_layers, {})
+    run.writer.drain()
+    open_layers = _open_layers(run.plan, run.work)
     if rows is None:
         _without_data(run)
-    else:
-        _with_calibration(run, rows)
+    elif open_layers:
+        _with_calibration(run, rows, min(open_layers), max(open_layers))
 
 
-def _with_calibration(run: Run, rows: Tensor) -> None:
+def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -> None:
     run.progress.calibrating(*rows.shape)
     plan = run.plan
     work = run.work
@@ -293,10 +348,9 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
     states = States(hidden, hidden if plan.needs_reference else None)
     model.free_embedding()
     first = 0
-    if saved := work.load_states(_first_open_layer(plan, work) or 0):
+    if saved := work.load_states(first_open):
         first, states = saved
-    del work.tokens_per_expert[first:]
-    for index in range(first, layers):
+    for index in range(first, last_open + 1):
         layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed)
         kept = plan.kept_in_layer(index)
         if not layer.revises:  # first, so that the file they share with experts is soon complete
@@ -306,7 +360,7 @@ def _with_calibration(run: Run, rows: Tensor) -> None:
             raise InputError(f"layer {index}: its outputs on the calibration text are not finite")
         if layer.revises:
             run.write_kept(kept, layer.revised)
-        work.tokens_per_expert.append(layer.tokens_per_expert)
+        work.tokens_per_expert[index : index + 1] = [layer.tokens_per_expert]
         run.layer_done(index, layer.tokens_per_expert)
         run.writer.drain()
         work.save_states(index + 1, states if index + 1 < layers else None)
@@ -331,13 +385,13 @@ def _calibration_rows(plan: Plan) -> Tensor | None:
     return calibration_rows(plan.recipe.calibration, tokenizer, plan.checkpoint)
 
 
-def _first_open_layer(plan: Plan, work: WorkDirectory) -> int | None:
-    """The first unfinished layer, None if all are done. Tensors outside the layers count as 0."""
+def _open_layers(plan: Plan, work: WorkDirectory) -> set[int]:
+    """The unfinished layers. Tensors outside the layers count as 0."""
     layers = plan.checkpoint.config.num_hidden_layers
-    left = [file.layer or 0 for file in plan.files if not work.committed(file)]
-    if plan.needs_calibration and len(work.tokens_per_expert) < layers:
-        left.append(len(work.tokens_per_expert))
-    return min(left, default=None)
+    left = {file.layer or 0 for file in plan.files if not work.committed(file)}
+    if plan.needs_calibration:
+        left |= set(range(len(work.tokens_per_expert), layers))
+    return left
 
 
 def _where_it_stands(plan: Plan, work: WorkDirectory) -> str:

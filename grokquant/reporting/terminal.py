@@ -210,10 +210,14 @@ class RunProgress(_LayerBar):
     def found(self, plan: Plan) -> None:
         self._reset(plan, was_there=True)
 
-    def _reset(self, plan: Plan, was_there: bool) -> None:
+    def repaired(self, plan: Plan, names: list[str]) -> None:
+        self._reset(plan, was_there=not names, mended=names)
+
+    def _reset(self, plan: Plan, was_there: bool, mended: list[str] | None = None) -> None:
         self.plan = plan
         self.place = Path(plan.recipe.output.path).absolute()  # ".", too, becomes another directory
         self.was_there = was_there
+        self.mended = mended
         self.fallbacks = 0
         self.busy: dict[str, float] = {}
 
@@ -244,11 +248,12 @@ class RunProgress(_LayerBar):
 
     def as_dict(self, output: Path) -> dict:
         """The result for programs. `busy_seconds` overlap; `finished_before` says that nothing was
-        computed."""
+        computed, `repaired` names the files that a repair made again."""
         return {
             "output": str(output),
             "digest": digest_of(self.place),
             "finished_before": self.was_there,
+            "repaired": self.mended,
             "output_bytes": self.plan.output_bytes,
             "bits_per_weight": self.plan.bits_per_weight,
             "seconds": time.monotonic() - self.start,
@@ -260,6 +265,8 @@ class RunProgress(_LayerBar):
     def summary(self, output: Path) -> list[str]:
         """The lines that end a run."""
         plan = self.plan
+        if self.mended is not None:
+            return [_repaired(output, self.mended)]
         if self.was_there:
             return [
                 f"{output}: already finished, from the same recipe, source and versions; all "
@@ -284,6 +291,12 @@ class RunProgress(_LayerBar):
 def _findings_of(output: Path) -> list[str]:
     """What the report of a finished run says of unusual losses."""
     return read_json_object(output / REPORT_NAME)["findings"]
+
+
+def _repaired(output: Path, names: list[str]) -> str:
+    if not names:
+        return f"{output}: verify finds no fault, nothing was computed"
+    return f"{output}: repaired {', '.join(names)}; all other files are as they were"
 
 
 class LayerProgress(_LayerBar):
