@@ -365,6 +365,7 @@ def evaluate(
     from grokquant.evaluation.finished import finished_evaluation, identity_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
+    from grokquant.job.verify.papers import evaluation_faults
     from grokquant.reporting.html.page import HTML_NAME
     from grokquant.reporting.publish import place_of_reports
     from grokquant.reporting.terminal import LayerProgress
@@ -377,6 +378,8 @@ def evaluate(
     with LayerProgress() as progress:
         states = cache_at(cache, cache_size, progress.note)
         if not overwrite and (found := finished_evaluation(place, identity)):
+            if directory is None and (fault := next(evaluation_faults(Path(output)), None)):
+                raise InputError(f"{fault}; overwrite=True evaluates again")
             progress.note(f"{place}: already evaluated, with the same models, texts and versions")
             _show_report(found, as_json)
             if not as_json:

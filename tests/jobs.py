@@ -161,7 +161,10 @@ class Job:
         return {name: stamp(place / name) for name in records}
 
     def stamps(self) -> dict[str, tuple[int, int]]:
-        return {path.name: stamp(path) for path in self.out.glob("model-*")}
+        return self.stamps_in(self.out)
+
+    def stamps_in(self, directory: Path) -> dict[str, tuple[int, int]]:
+        return {path.name: stamp(path) for path in directory.glob("model-*")}
 
 
 def stamp(path: Path) -> tuple[int, int]:

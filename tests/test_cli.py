@@ -535,6 +535,17 @@ def test_an_evaluation_is_not_repeated_nor_replaced_unasked(evaluating, tmp_path
     assert json.loads((place / "report.json").read_text())["protocol"]["windows"] == 1
 
 
+def test_an_evaluation_that_was_changed_is_not_shown(evaluating, output):
+    assert evaluating("--overwrite")[0].exit_code == 0
+    report = output / "evaluation" / "report.json"
+    report.write_text(report.read_text() + " ")
+    refused, runs = evaluating()
+    assert (refused.exit_code, runs) == (2, 0)
+    assert "does not match its checksum" in refused.stderr
+    assert refused.stderr.endswith("; --overwrite evaluates again\n")
+    assert evaluating("--overwrite")[0].exit_code == 0
+
+
 def test_a_report_that_cannot_be_read_is_not_replaced_unasked(evaluating, tmp_path):
     (tmp_path / "report.json").write_text("{}")
     refused, runs = evaluating("--output", tmp_path)
@@ -583,6 +594,7 @@ def test_a_result_that_can_only_be_read_is_evaluated(evaluating, output, monkeyp
     assert result.stderr.splitlines()[-1] == (
         f"{output / 'evaluation'}: cannot be written: Read-only file system; no report is kept"
     )
+    assert "ok" in done("verify", output)
     monkeypatch.setattr("grokquant.job.shards.os.access", lambda *_: False)
     result, _ = evaluating("--overwrite")
     assert result.exit_code == 0 and "Mean KLD" in result.stdout
@@ -619,6 +631,23 @@ def test_something_else_onto_a_result_is_refused_with_both_ways_out(
         r"replaces that result( and deletes .* in it)?\n",
         refused.stderr,
     )
+
+
+def test_a_damaged_result_is_repaired(finished, recipe, output, place):
+    there = settings(f"output.path={place / 'copy'}")
+    shutil.copytree(output, place / "copy")
+    shard = next((place / "copy").glob("model-00002*"))
+    shard.write_bytes(b"x")
+    refused = run("quantize", recipe, *there)
+    assert refused.exit_code == 2
+    assert f"{shard.name} has 1 bytes, not" in refused.stderr and "; --repair" in refused.stderr
+    both = run("quantize", recipe, *there, "--repair", "--overwrite")
+    assert both.exit_code == 2 and both.stderr.startswith("grokquant: --overwrite: ")
+    assert done("quantize", recipe, *there, "--repair") == (
+        f"{place / 'copy'}: repaired {shard.name}; all other files are as they were\n"
+    )
+    assert "ok" in done("verify", place / "copy")
+    assert json_of("quantize", recipe, *there, "--repair")["repaired"] == []
 
 
 def test_convert_onto_a_result(finished, output, place):

@@ -83,6 +83,28 @@ def test_an_earlier_result_survives_until_it_is_replaced_whole(jobs, kind, tmp_p
             job.finish()
 
 
+@pytest.mark.parametrize("flag", ["--overwrite", "--repair"])
+def test_replacing_and_repairing_killed_at_random_moments(jobs, flag, tmp_path):
+    """Whenever they are killed, the files that were intact are there, and a repetition ends it."""
+    job, draw = jobs("gptq"), random.Random(flag)
+    assert job.run() == 0
+    intact = dict(job.whole)
+    if flag == "--repair":
+        for name in draw.sample(sorted(job.stamps()), 3):
+            (job.out / name).write_bytes(draw.randbytes(100))
+            del intact[name]
+    kept = shutil.copytree(job.out, tmp_path / "kept")
+    for _ in range(30):
+        job.clear()
+        shutil.copytree(kept, job.out)
+        for _ in range(3):
+            job.run(flags=(flag,), seconds=draw.uniform(0, 1.0))
+            found = [tree(p) for p in (job.out, job.partial / "replaced") if p.exists()]
+            assert any(intact.items() <= files.items() for files in found)
+        assert job.run(flags=(flag,)) == 0, job.stderr
+        job.check_whole()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_every_step(jobs, kind):
     """SIGINT lets the file in progress be finished; what is committed is never made again."""

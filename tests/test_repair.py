@@ -11,6 +11,7 @@ from jobs import stamp, tree
 
 from grokquant.errors import GateError, InputError
 from grokquant.job import pipeline
+from grokquant.job.seal import seal_evaluation
 from grokquant.job.verify import FaultsFound, verify
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -122,15 +123,16 @@ def test_nothing_is_repaired_where_nothing_is_damaged(damaged, tiny_recipe):
     assert {path.name: stamp(path) for path in output.iterdir()} == before
 
 
-def test_files_of_the_user_and_the_evaluation_stay(damaged, tiny_recipe):
+def test_the_evaluation_stays(damaged, tiny_recipe):
     def change(output: Path) -> None:
         (output / "evaluation").mkdir()
-        (output / "evaluation" / "notes").write_text("mine")
+        (output / "evaluation" / "report.json").write_text("{}")
+        seal_evaluation(output / "evaluation" / "report.json")
         flip(output / SHARD)
 
     output = damaged(change)
     pipeline.repair(tiny_recipe())
-    assert (output / "evaluation" / "notes").read_text() == "mine"
+    assert (output / "evaluation" / "report.json").read_text() == "{}"
 
 
 def test_what_no_file_mends_is_named(damaged, tiny_recipe, whole):

@@ -69,6 +69,23 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(jobs):
     job.finish(flags=replace)
 
 
+def test_a_repair_that_is_killed_goes_on(jobs):
+    job, repair = jobs("gptq"), ("--repair",)
+    assert job.run() == 0
+    first, second = (f"model-{number:05d}-of-00012.safetensors" for number in (4, 9))
+    flip_bit(job.out / first)
+    (job.out / second).unlink()
+    damaged = tree(job.out)
+    assert job.run(flags=repair, step=f"open out.partial/files/{second}.tmp #1") == KILLED
+    assert tree(job.out) == damaged  # until all is whole
+    made = job.stamps_in(job.partial / "files")[first]
+    assert job.run(flags=repair, step=f"replace out/{second} #1") == KILLED
+    assert not (job.out / second).exists()
+    assert job.run(flags=repair) == 0, job.stderr
+    assert job.stamps()[first] == made
+    job.check_whole()
+
+
 # --- damage between a kill and the next run
 
 

@@ -4,6 +4,7 @@ Every number taken from the report carries its JSON pointer and its full precisi
 `data-path` and `data-value`.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from grokquant.errors import InputError
@@ -98,6 +99,8 @@ def write_page(
         write_text(html_path, html)
         write_json(json_path, content)
     except OSError as error:
+        with suppress(OSError):  # nothing is left of what could not be begun
+            directory.rmdir()
         raise InputError(f"{directory}: cannot be written: {error.strerror or error}") from error
     return json_path, html_path
 
