@@ -136,15 +136,28 @@ class GrokAttention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         q = q.unflatten(1, (k.shape[1], -1))  # (batch, kv_heads, heads per kv head, time, head_dim)
+        # One kv head after the other: the logits of all for a long text take gigabytes.
+        size = k.shape[1] if time == 1 else 1
+        parts = zip(q.split(size, 1), k.split(size, 1), v.split(size, 1), strict=True)
+        heads = [self._attend(*part, position_embeddings, attention_mask) for part in parts]
+        attended = torch.cat(heads, 1).flatten(1, 2).transpose(1, 2).reshape(batch, time, -1)
+        return self.o_proj(attended)
+
+    def _attend(
+        self,
+        q: Tensor,  # (batch, kv_heads, heads per kv head, time, head_dim)
+        k: Tensor,  # (batch, kv_heads, keys, head_dim)
+        v: Tensor,
+        position_embeddings: tuple[Tensor, ...],
+        attention_mask: Tensor | None,
+    ) -> Tensor:
         logits = (q @ k.unsqueeze(2).transpose(-1, -2)).float() * self.config.attn_output_multiplier
         cap = self.config.attn_logit_softcapping
         logits = cap * torch.tanh(logits / cap)  # (batch, kv_heads, per kv, time, keys)
         logits = self.at_positions(logits, position_embeddings)
         if attention_mask is not None:
             logits = logits + attention_mask.unsqueeze(1)
-        attended = logits.softmax(-1).to(v.dtype) @ v.unsqueeze(2)
-        attended = attended.flatten(1, 2).transpose(1, 2).reshape(batch, time, -1)
-        return self.o_proj(attended)
+        return logits.softmax(-1).to(v.dtype) @ v.unsqueeze(2)
 
     def at_positions(self, logits: Tensor, position_embeddings: tuple[Tensor, ...]) -> Tensor:
         """Capped logits, changed by the positions of their queries in Grok-2 only."""
