@@ -246,6 +246,11 @@ def convert(
     is_flag=True,
     help="Also compare with a model that OUTPUT was not made from; the report says so.",
 )
+@click.option(
+    "--task-files",
+    is_flag=True,
+    help="Let the suite name files of tasks, which can run any code.",
+)
 @click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
 @click.option(
     "--cache", metavar="DIR", help="Cache the reference's results in DIR for later evaluations."
@@ -268,6 +273,7 @@ def evaluate(
     suite: str | None,
     directory: str | None,
     any_reference: bool,
+    task_files: bool,
     quick: bool,
     cache: str | None,
     cache_size: str,
@@ -278,7 +284,8 @@ def evaluate(
 
     Measures perplexity, KL divergence and routing of both models on the same tokens and writes
     report.html and report.json. Both models are streamed; neither has to fit in memory. Text,
-    samples and length default to the eval section of OUTPUT's recipe. A suite defines its own
+    samples and length default to the eval section of OUTPUT's recipe, but a file or
+    data set that it names is read only if --text names it. A suite defines its own
     texts, lm-eval tasks and thresholds; the exit code is 1 if the result misses a threshold. OUTPUT
     may also come from another tool, in any supported format.
     """
@@ -288,6 +295,7 @@ def evaluate(
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
     from grokquant.job.shards import check_writable
+    from grokquant.recipe.of_output import origin_of_text
     from grokquant.reporting.publish import publish
     from grokquant.reporting.rows import notes, terminal_table, verdict
     from grokquant.reporting.suite_tables import suite_tables
@@ -295,7 +303,7 @@ def evaluate(
 
     reports = Path(directory or Path(output) / "evaluation")
     check_writable(reports)
-    chosen = suite_for(output, suite, text, samples, length)
+    chosen = suite_for(output, suite, text, samples, length, task_files)
     with LayerProgress() as progress:
         report = run_suite(
             output,
@@ -313,6 +321,8 @@ def evaluate(
         _print_json(report.to_json())
     else:
         _say(*notes(report))
+        if suite is None:
+            _say(f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}")
         _print_tables(terminal_table(report), *suite_tables(report))
         _say(verdict(report), f"report: {page}")
     check_gates(report)
