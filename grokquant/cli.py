@@ -205,13 +205,12 @@ def convert(
     RESULT is a quantized checkpoint; its source is not needed. Codes and scales are copied bit for
     bit. If the format cannot hold them, the command fails and nothing is written.
     """
-    from pathlib import Path
 
     from grokquant.job import pipeline
     from grokquant.job.convert import conversion_recipe
     from grokquant.reporting.terminal import RunProgress
 
-    place = output or f"{Path(result).resolve()}-{output_format}"
+    place = output or f"{os.path.realpath(result)}-{output_format}"
     recipe = conversion_recipe(result, output_format, place, output_tokenizer)
     with RunProgress() as progress:
         written = pipeline.quantize(recipe, progress, overwrite=overwrite)
