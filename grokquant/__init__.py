@@ -90,15 +90,18 @@ def evaluate(
     cache_size: str = "20GB",
     data: str | None = None,
     any_reference: bool = False,
+    task_files: bool = False,
 ) -> "Report":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`.
+    `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
+    but a file or data set of its own must be given as `text`.
     A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
     which thresholds are met. `quick` skips the per-layer isolation measurements. `cache` is a
     directory of at most `cache_size` that caches the reference's results for later evaluations.
     `data` is the former name of `text`. A reference that `quantized` was not made from is refused,
-    or with `any_reference` named in the report. Raises InputError.
+    or with `any_reference` named in the report. A suite may name files of tasks, which can run
+    any code, only with `task_files`. Raises InputError.
     """
     from warnings import warn
 
@@ -108,7 +111,14 @@ def evaluate(
     return run_suite(
         quantized,
         reference,
-        suite_for(quantized, suite, data if text is None else text, samples, length),
+        suite_for(
+            quantized,
+            suite,
+            data if text is None else text,
+            samples,
+            length,
+            task_files,
+        ),
         suite or "",
         device=device_of(device),
         forced=not quick,

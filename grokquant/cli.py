@@ -267,13 +267,12 @@ def convert(
     RESULT is a quantized checkpoint; its source is not needed. Codes and scales are copied bit for
     bit. If the format cannot hold them, the command fails and nothing is written.
     """
-    from pathlib import Path
 
     from grokquant.job import pipeline
     from grokquant.job.convert import conversion_recipe
     from grokquant.reporting.terminal import RunProgress
 
-    place = output or f"{Path(result).resolve()}-{output_format}"
+    place = output or f"{os.path.realpath(result)}-{output_format}"
     recipe = conversion_recipe(result, output_format, place, output_tokenizer)
     with RunProgress() as progress:
         written = pipeline.quantize(recipe, progress, overwrite=overwrite)
@@ -316,6 +315,11 @@ def convert(
     is_flag=True,
     help="Also compare with a model that OUTPUT was not made from; the report says so.",
 )
+@click.option(
+    "--task-files",
+    is_flag=True,
+    help="Let the suite name files of tasks, which can run any code.",
+)
 @click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
 @click.option(
     "--cache",
@@ -342,6 +346,7 @@ def evaluate(
     suite: str | None,
     directory: str | None,
     any_reference: bool,
+    task_files: bool,
     quick: bool,
     cache: str | None,
     cache_size: str,
@@ -353,7 +358,8 @@ def evaluate(
 
     Measures perplexity, KL divergence and routing of both models on the same tokens and writes
     report.html and report.json. Both models are streamed; neither has to fit in memory. Text,
-    samples and length default to the eval section of OUTPUT's recipe. A suite defines its own
+    samples and length default to the eval section of OUTPUT's recipe, but a file or
+    data set that it names is read only if --text names it. A suite defines its own
     texts, lm-eval tasks and thresholds; the exit code is 1 if the result misses a threshold. OUTPUT
     may also come from another tool, in any supported format, if --output names a directory for the
     reports. An evaluation that is there already is not repeated, and one of something else refused.
@@ -366,6 +372,7 @@ def evaluate(
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
     from grokquant.job.verify.papers import evaluation_faults
+    from grokquant.recipe.of_output import origin_of_text
     from grokquant.reporting.html.page import HTML_NAME
     from grokquant.reporting.publish import place_of_reports
     from grokquant.reporting.terminal import LayerProgress
@@ -373,7 +380,10 @@ def evaluate(
     models = open_checkpoint(output), open_checkpoint(reference)
     place = Path(directory) if directory else place_of_reports(Path(output), Path(reference))
     kept = _can_be_written(place, named=directory is not None)
-    chosen = suite_for(output, suite, text, samples, length)
+    chosen = suite_for(output, suite, text, samples, length, task_files)
+    about_text = ""
+    if suite is None:
+        about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"
     identity = identity_of(*models, chosen, forced=not quick)
     with LayerProgress() as progress:
         states = cache_at(cache, cache_size, progress.note)
@@ -381,7 +391,7 @@ def evaluate(
             if directory is None and (fault := next(evaluation_faults(Path(output)), None)):
                 raise InputError(f"{fault}; overwrite=True evaluates again")
             progress.note(f"{place}: already evaluated, with the same models, texts and versions")
-            _show_report(found, as_json)
+            _show_report(found, about_text, as_json)
             if not as_json:
                 _say(f"report: {place / HTML_NAME}")
             check_gates(found)
@@ -398,7 +408,7 @@ def evaluate(
             any_reference=any_reference,
         ).report
     report = report.model_copy(update={"made_from": identity})
-    _show_report(report, as_json)
+    _show_report(report, about_text, as_json)
     if kept:
         _keep_report(report, Path(output), place, directory is not None, as_json)
     check_gates(report)
@@ -439,7 +449,7 @@ def _keep_report(
         _say(f"report: {page}")
 
 
-def _show_report(report: "Report", as_json: bool) -> None:
+def _show_report(report: "Report", about_text: str, as_json: bool) -> None:
     from grokquant.reporting.rows import notes, terminal_table, verdict
     from grokquant.reporting.suite_tables import suite_tables
 
@@ -447,6 +457,8 @@ def _show_report(report: "Report", as_json: bool) -> None:
         _print_json(report.to_json())
         return
     _say(*notes(report))
+    if about_text:
+        _say(about_text)
     _print_tables(terminal_table(report), *suite_tables(report))
     _say(verdict(report))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from grokquant.files.atomic import sha256
 from grokquant.grids import Scheme
 from grokquant.methods import METHODS
-from grokquant.recipe import Recipe, parse_recipe
+from grokquant.recipe import Recipe, load_recipe, parse_recipe
 from grokquant.streaming.blocks import BlockwiseModel, Expert
 from grokquant.toy import TOY_PATH
 from grokquant.types import Matrix, Unit
@@ -51,6 +51,11 @@ def run_stored_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> Tenso
         return model.stored_expert(index, number)
 
     return model.run_layer(index, hidden, model.combine_experts(index, stored))
+
+
+def own_text(output: Path) -> str:
+    """The text that the recipe in a result names for its evaluation."""
+    return load_recipe(output / "recipe.yaml").eval.text
 
 
 def seal(output: Path) -> None:

@@ -802,3 +802,21 @@ def test_names_that_no_disk_takes(place, command):
 def test_output_name_that_no_disk_takes(place):
     message = place.quantizing_fails(f"output.path={place.root / ('x' * 300)}")
     assert "File name too long" in message
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_places_where_no_output_can_be(place, command):
+    (place.root / "loop").symlink_to("loop")
+    for path, complaint in (("/", "is the root"), ("loop", "loop of links"), ("loop/x", "loop of")):
+        output = path if path == "/" else place.root / path
+        message = place.fails(command, place.recipe, "--set", f"output.path={output}")
+        assert message.startswith(f"{output}: ") and complaint in message
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "eval", "generate", "convert", "compare"])
+def test_a_loop_of_links_as_model(place, command):
+    (place.root / "loop").symlink_to("loop")
+    options = {"eval": ["--reference", "toy"], "generate": ["--prompt", "x"]}.get(command, [])
+    options += ["--format", "gguf"] if command == "convert" else []
+    message = place.fails(command, place.root / "loop", *options)
+    assert "loop" in message

@@ -309,6 +309,8 @@ def as_state(**keys: object) -> Tensor:
     [
         (STATE, torch.tensor([123], dtype=torch.uint8), "bitsandbytes__nf4: Expecting property"),
         (STATE, as_state(nested_blocksize=256), "nested absmax is not supported"),
+        (STATE, as_state(padding="x" * 10_000), "larger than 10000 bytes, not the JSON of a mat"),
+        (STATE, as_state(nested=[[[[]]]] * 2, shape=[-1, 64]), "shape.0 Input should be greater"),
         (STATE, as_state(blocksize=48), "its blocks hold 32, 64"),
         (STATE, as_state(shape=[128, 32]), "blocks of 64 weights do not divide rows of 32"),
         (STATE, as_state(shape=[64, 128]), "q_proj.weight is torch.uint8"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import ATTENTION, EXPERTS
+from conftest import ATTENTION, EXPERTS, own_text
 
 import grokquant
 from grokquant.cli import _bounded, main
@@ -255,7 +255,9 @@ def test_eval_tells_of_each_layer_on_stderr(evaluated):
 
 
 def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
-    text = done("eval", output, "--reference", tiny_release, "--overwrite")
+    named = ("--text", own_text(output), "--overwrite")
+    text = done("eval", output, "--reference", tiny_release, *named)
+    assert f"text: {own_text(output)}, as given" in text.splitlines()
     for part in ("Mean PPL(Q)", "Mean KLD", "Same top p", "4 windows of 64"):
         assert part in text
     page = output / "evaluation" / "report.html"
@@ -265,15 +267,12 @@ def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
 
 
 def test_eval_keeps_the_reference_for_the_next_time(output, tiny_release, place, evaluated):
-    options = ("--samples", 3, "--length", 32, "--output", place / "cached")
-    options += ("--cache", place / "cache")
-    command = ("eval", output, "--reference", tiny_release, *options, "--overwrite")
-    first, again = (json_of(*command) for _ in "12")
+    options = ("--samples", 3, "--length", 32, "--text", own_text(output), "--overwrite")
+    options += ("--output", place / "cached", "--cache", place / "cache")
+    first, again = (json_of("eval", output, "--reference", tiny_release, *options) for _ in "12")
     assert first == again
     assert len(list((place / "cache").rglob("layer-*.safetensors"))) == 2
-    quick = json_of(
-        "eval", output, "--reference", tiny_release, *options[:4], "--quick", "--overwrite"
-    )
+    quick = json_of("eval", output, "--reference", tiny_release, *options[:7], "--quick")
     assert quick["layers"][0]["forced"] is None and first["layers"][0]["forced"]
     small = run("eval", output, "--reference", tiny_release, *options, "--cache-size", "much")
     assert small.exit_code == 2 and "--cache-size: expected a size with a unit" in small.stderr
@@ -302,11 +301,10 @@ def test_errors_about_a_parameter_name_its_option(output, tiny_release, options,
 
 
 def test_compare_prints_tables_markdown_or_json(output, tiny_release, place):
-    options = ("--samples", 3, "--length", 32)
-    done("eval", tiny_release, "--reference", tiny_release, *options, "--text",
-         json.loads((place / "recipe.yaml").read_text())["eval"]["text"],
-         "--output", place / "itself")  # fmt: skip
-    done("eval", output, "--reference", tiny_release, *options, "--overwrite")
+    options = ("--samples", 3, "--length", 32, "--text", own_text(output), "--overwrite")
+    itself = (*options, "--output", place / "itself")
+    done("eval", tiny_release, "--reference", tiny_release, *itself)
+    done("eval", output, "--reference", tiny_release, *options)
     runs = (output, place / "itself")
     found = json_of("compare", *runs)
     assert [run["rank"] for run in found["runs"]] == [1, 2]

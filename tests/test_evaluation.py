@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS, run_stored_layer
+from conftest import ATTENTION, EXPERTS, own_text, run_stored_layer
 from make_release import write_random_release
 from numpy.typing import NDArray
 from torch import Tensor
@@ -71,7 +71,7 @@ def outputs(tmp_path_factory, tiny_release, settings) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def report(outputs, tiny_release) -> Report:
-    return grokquant.evaluate(outputs["int4"], tiny_release)
+    return grokquant.evaluate(outputs["int4"], tiny_release, text=own_text(outputs["int4"]))
 
 
 @pytest.fixture
@@ -293,9 +293,10 @@ def test_layers_are_those_of_whole_models(report, pair):
 @pytest.mark.parametrize("at_once", [1, 50, 199])
 def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatch, at_once):
     monkeypatch.setattr(measure, "_LOGITS_AT_ONCE", at_once * 2048)
-    pieces = grokquant.evaluate(outputs["int4"], tiny_release, samples=2)
+    text = own_text(outputs["int4"])
+    pieces = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=2)
     monkeypatch.undo()
-    whole = grokquant.evaluate(outputs["int4"], tiny_release, samples=2)
+    whole = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=2)
     assert pieces.protocol == whole.protocol
     assert pieces.kld.mean.value == pytest.approx(whole.kld.mean.value, rel=1e-6)
     assert pieces.perplexity.ratio.value == pytest.approx(whole.perplexity.ratio.value, rel=1e-6)
@@ -333,7 +334,7 @@ def test_layers_are_told_as_they_are_done(outputs, tiny_release, settings):
 
 
 def test_a_lossless_copy_costs_nothing(outputs, tiny_release):
-    report = grokquant.evaluate(outputs["copy"], tiny_release)
+    report = grokquant.evaluate(outputs["copy"], tiny_release, text=own_text(outputs["copy"]))
     assert report.kld.maximum <= 1e-9 and report.kld.mean.value <= 1e-9
     assert report.perplexity.ratio.value == pytest.approx(1, abs=1e-9)
     assert report.same_top_p.value == 1
@@ -371,7 +372,8 @@ def test_the_noise_floor_is_measured(outputs, tiny_release, monkeypatch):
         return logits + 0.01 * torch.randn(logits.shape)
 
     monkeypatch.setattr(BlockwiseModel, "logits", shaky)
-    report = grokquant.evaluate(outputs["copy"], tiny_release, samples=4, length=32)
+    text = own_text(outputs["copy"])
+    report = grokquant.evaluate(outputs["copy"], tiny_release, text, samples=4, length=32)
     assert 1e-5 < report.noise_floor.mean_kld < 1e-3
 
 
@@ -401,7 +403,8 @@ def test_settings_that_make_no_sense_are_refused(outputs, given, words):
 
 
 def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, text_file):
-    report = grokquant.evaluate(outputs["int4"], tiny_release, samples=3, length=40)
+    text = own_text(outputs["int4"])
+    report = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=3, length=40)
     assert (report.protocol.windows, report.protocol.length) == (3, 40)
     assert report.protocol.tokens_scored == 3 * 39
     assert report.protocol.text == relpath(text_file)
@@ -410,7 +413,8 @@ def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, te
 
 
 def test_windows_are_no_longer_than_the_model_has_positions(outputs, tiny_release):
-    report = grokquant.evaluate(outputs["int4"], tiny_release, samples=1, length=100_000)
+    text = own_text(outputs["int4"])
+    report = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=1, length=100_000)
     assert (report.protocol.windows, report.protocol.length) == (1, 512)
     assert report.protocol.asked_length == 100_000
     (line,) = notes(report)
@@ -551,7 +555,7 @@ def test_publish_writes_the_report_and_fills_the_card(report, output):
 def test_publishing_again_replaces_the_table(report, output, tiny_release):
     publish(report, output)
     first = (output / "README.md").read_text()
-    fewer = grokquant.evaluate(output, tiny_release, samples=2)
+    fewer = grokquant.evaluate(output, tiny_release, samples=2, text=own_text(output))
     publish(fewer, output)
     second = (output / "README.md").read_text()
     assert markdown_table(report).strip() not in second

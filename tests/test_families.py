@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_stored_layer
+from conftest import own_text, run_stored_layer
 from safetensors.torch import load_file, save_file
 from shipped_tokenizers import json_with_config, write_json
 from transformers import (
@@ -143,7 +143,7 @@ def test_quantize_evaluate_load_and_generate(saved, family, text_file, tmp_path)
     output = pipeline.quantize(recipe)
     schemes = {name: ref.scheme for name, ref in open_checkpoint(output).units()}
     assert all(schemes.values()) and len(schemes) == len(dict(open_checkpoint(path).units()))
-    report = grokquant.evaluate(output, path)
+    report = grokquant.evaluate(output, path, text=own_text(output))
     assert 0 < report.kld.mean.value < 0.02
     sparse = [layer for layer in report.layers if layer.router_top1 is not None]
     assert bool(sparse) == (open_checkpoint(path).num_experts > 0)

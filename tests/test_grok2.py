@@ -9,6 +9,7 @@ import grok_forms
 import numpy as np
 import pytest
 import torch
+from conftest import own_text
 from grok_reference import gelu, rms_norm, rope, softmax
 from safetensors.torch import load_file, save_file
 from test_families import relative, streamed
@@ -183,7 +184,7 @@ def test_quantize_evaluate_load_and_generate(tiny, text_file, tmp_path, method, 
     output = pipeline.quantize(parse_recipe(recipe))
     units = dict(open_checkpoint(output).units())
     assert len(units) == 2 * (4 + 3 + 4 * 3) and all(ref.scheme for ref in units.values())
-    assert 0 < grokquant.evaluate(output, tiny).kld.mean.value < 0.05
+    assert 0 < grokquant.evaluate(output, tiny, text=own_text(output)).kld.mean.value < 0.05
     config = json.loads((output / "config.json").read_text())
     assert {key: config[key] for key in CONFIG} == CONFIG
     model, _ = grokquant.load(output)

@@ -8,6 +8,7 @@ from pathlib import Path
 import grok_forms
 import pytest
 import torch
+from conftest import own_text
 from safetensors.torch import load_file, save_file
 
 import grokquant
@@ -108,10 +109,12 @@ def test_results_are_those_of_the_release(forms, tiny_release, text_file, tmp_pa
     assert config["architectures"] == ["Grok1ForCausalLM"] and config["model_type"] == "grok-1"
     assert config["num_local_experts"] == 4 and "num_experts" not in config
     names_no_positions = form == "keyfan"  # Grok-1's are 8192, the tiny one's 512
-    report = grokquant.evaluate(output, tiny_release, any_reference=names_no_positions)
+    report = grokquant.evaluate(
+        output, tiny_release, any_reference=names_no_positions, text=own_text(output)
+    )
     assert ("max_position_embeddings" in str(report.reference_note)) == names_no_positions
     assert report.kld.mean.value > 0
-    assert grokquant.evaluate(output, forms(form)).kld == report.kld
+    assert grokquant.evaluate(output, forms(form), text=own_text(output)).kld == report.kld
     model, _ = grokquant.load(output)
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3).shape == (1, 6)
 

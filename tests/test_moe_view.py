@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import own_text
 from torch import Tensor, nn
 
 import grokquant
@@ -41,7 +42,7 @@ def output(tmp_path_factory, tiny_release, text_file) -> Path:
 
 @pytest.fixture(scope="module")
 def report(output, tiny_release) -> Report:
-    return grokquant.evaluate(output, tiny_release)
+    return grokquant.evaluate(output, tiny_release, text=own_text(output))
 
 
 class Whole:
@@ -195,7 +196,7 @@ def test_load_shift_is_what_would_have_to_move(report):
 def test_parts_of_tokens_give_the_same(report, output, tiny_release, monkeypatch, at_once):
     """Rows and experts run in pieces, so what is seen inside comes in pieces."""
     monkeypatch.setattr(blocks, "TOKENS_AT_ONCE", at_once)
-    found = grokquant.evaluate(output, tiny_release)
+    found = grokquant.evaluate(output, tiny_release, text=own_text(output))
     for one, other in zip(found.layers, report.layers, strict=True):
         assert one.forced.damage == close(other.forced.damage)
         assert one.forced.attention_error == close(other.forced.attention_error)
@@ -205,7 +206,7 @@ def test_parts_of_tokens_give_the_same(report, output, tiny_release, monkeypatch
 def test_some_windows_are_enough(report, output, tiny_release, monkeypatch):
     """Layers alone are measured on the first windows; all else is as with all of them."""
     monkeypatch.setattr(measure, "_FORCED", 120)
-    found = grokquant.evaluate(output, tiny_release)
+    found = grokquant.evaluate(output, tiny_release, text=own_text(output))
     assert [layer.forced.tokens for layer in found.layers] == [100, 100]
     assert found.kld.mean.value == close(report.kld.mean.value)
     for one, other in zip(found.layers, report.layers, strict=True):
@@ -214,7 +215,7 @@ def test_some_windows_are_enough(report, output, tiny_release, monkeypatch):
 
 
 def test_layers_need_not_be_measured_alone(report, output, tiny_release):
-    found = grokquant.evaluate(output, tiny_release, quick=True)
+    found = grokquant.evaluate(output, tiny_release, quick=True, text=own_text(output))
     assert [layer.forced for layer in found.layers] == [None, None]
     assert found.routing.changed.tokens == report.routing.changed.tokens
     assert found.kld.mean.value == close(report.kld.mean.value)

@@ -193,8 +193,9 @@ def test_mistakes_name_line_column_and_key(
         (b"# nothing\n", "model: required, but missing"),
         (b"model: \xff\n", "not UTF-8 text (byte 7)"),
         (b"model: \x07\n", "special characters are not allowed"),
-        (b"a" * 1_000_001, "larger than 1000000 bytes, the limit for such a file"),
+        (b"a" * 250_001, "larger than 250000 bytes, the limit for such a file"),
         (b"a: " + b"[" * 1000, "nested too deeply"),
+        (b"{" * 200_000, "nested too deeply"),
         (None, "cannot be read: No such file or directory"),
     ],
 )
@@ -205,6 +206,25 @@ def test_files_that_are_no_recipes(tmp_path: Path, raw: bytes | None, expected: 
     with pytest.raises(InputError) as caught:
         load_recipe(path)
     assert str(caught.value) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b'model: {path: "\\UFFFFFFFF"}', "not valid YAML: "),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "1:4: anchors and aliases are not supp"),
+        (b"model: {path: 0x" + b"f" * 9000 + b"}", "1:15: not a usable number: 0xffff"),
+    ],
+)
+def test_yaml_that_would_take_all_memory_or_end_in_a_traceback(
+    tmp_path: Path, raw: bytes, expected: str
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(raw)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path)
+    found = str(caught.value).removeprefix(f"{path}:").strip()
+    assert found.startswith(expected) and len(found) < 200 and "\n" not in found
 
 
 def test_directory_is_no_recipe(tmp_path: Path) -> None:

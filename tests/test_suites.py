@@ -17,8 +17,10 @@ from grokquant.evaluation import likelihoods, run
 from grokquant.evaluation import suite as suites
 from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.report import Report, read_report
+from grokquant.evaluation.run import suite_for
 from grokquant.evaluation.suite import Suite, TextSection, check_gates, load_suite
 from grokquant.evaluation.windows import read_text
+from grokquant.recipe.of_output import origin_of_text
 from grokquant.reporting.html.page import render_html
 from grokquant.text.documents import load_documents, token_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -274,3 +276,35 @@ def test_the_page_shows_texts_tasks_and_thresholds(report):
 def test_json_is_the_report_alone(int4, tiny_release, written):
     shown = evaluated(int4, tiny_release, written("max_ppl_ratio: 99.0"), "--json", expect=0)
     assert json.loads(shown)["suite"]["gates"][0]["met"] is True
+
+
+# What may run code or name a private file
+
+
+@pytest.mark.parametrize("name", ["mine.yaml", "/somewhere/mine.yml", "MINE.YAML"])
+def test_a_task_s_file_is_used_only_if_that_is_allowed(tmp_path, name):
+    path = tmp_path / "suite.yaml"
+    path.write_text(f"tasks:\n  - {{name: {name}}}\n")
+    with pytest.raises(InputError, match=f"task_files: needed for {name}: lm-eval runs the code"):
+        suite_for("unused", str(path))
+    assert suite_for("unused", str(path), task_files=True).tasks[0].name == name
+
+
+@pytest.mark.parametrize("text", ["private.txt", "../../private.txt", "somebody/private:x:y"])
+def test_a_recipe_in_a_result_names_no_private_text(tmp_path, text):
+    (tmp_path / "private.txt").write_text("secret")
+    recipe = {
+        "model": {"path": "toy"},
+        "quantize": [{"match": "*", "method": "rtn", "bits": 8}],
+        "output": {"path": "out"},
+        "eval": {"text": text, "samples": 3},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with pytest.raises(InputError, match=f"text: {tmp_path}/recipe.yaml names {text}, which is"):
+        suite_for(tmp_path)
+    assert suite_for(tmp_path, text="own.txt").texts[0].samples == 3
+    recipe["eval"]["text"] = "Salesforce/wikitext:wikitext-2-raw-v1:test"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert suite_for(tmp_path).texts[0].text == recipe["eval"]["text"]
+    assert origin_of_text(tmp_path, None) == f"named by {tmp_path}/recipe.yaml"
+    assert origin_of_text("elsewhere", None) == "the default"

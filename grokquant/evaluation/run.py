@@ -16,11 +16,11 @@ from grokquant.evaluation.measure import LayerDone, compare_texts
 from grokquant.evaluation.models import check_comparable, described, unit_rows
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.same_model import check_same_model
-from grokquant.evaluation.suite import Suite, judged, load_suite, suite_of
+from grokquant.evaluation.suite import Suite, judged, load_suite, refuse_task_files, suite_of
 from grokquant.evaluation.task_requests import opened_tasks
 from grokquant.evaluation.windows import read_text
 from grokquant.recipe import parse_size
-from grokquant.recipe.of_output import check_text_is_here, settings_of
+from grokquant.recipe.of_output import check_text_is_known, settings_of
 from grokquant.version import __version__
 
 
@@ -38,22 +38,28 @@ def suite_for(
     text: str | None = None,
     samples: int | None = None,
     length: int | None = None,
+    task_files: bool = False,
 ) -> Suite:
     """The suite called `suite`; without one, the text in the recipe of `output`, changed by what is
     given.
 
-    Raises InputError where a suite is given together with its parts, or one of them cannot be used.
+    Raises InputError where a suite is given together with its parts, or one of them cannot be used;
+    where the recipe names a text that is not a known one; and where the suite names the file of a
+    task, which can run any code, unless `task_files`.
     """
     if suite is None:
         settings = settings_of(output, text, samples, length)
         if text is None:
-            check_text_is_here(output, settings)
+            check_text_is_known(output, settings)
         return suite_of(settings)
     given = {"text": text, "samples": samples, "length": length}
     for key, value in given.items():
         if value is not None:
             raise InputError(f"cannot be combined with suite {suite}, which has its own texts", key)
-    return load_suite(suite)
+    loaded = load_suite(suite)
+    if not task_files:
+        refuse_task_files(loaded)
+    return loaded
 
 
 def cache_at(

@@ -44,7 +44,8 @@ class TextSection(Section):
 
 
 class TaskSection(Section):
-    """A task or group of lm-eval by name, or the YAML file of a task (which can run Python code).
+    """A task or group of lm-eval by name, or the YAML file of a task: it can run any code, so
+    `--task-files` must allow it.
 
     `items` limits it to the first items; `fewshot` replaces the task's own number of examples.
     """
@@ -95,6 +96,16 @@ def load_suite(name: str | Path) -> Suite:
         known = ", ".join(sorted(shipped))
         raise InputError(f"no suite {name!r}, expected a file or one of {known}", "suite")
     return load_sections(path, Suite)
+
+
+def refuse_task_files(suite: Suite) -> None:
+    """Raises InputError where a task is not one of lm-eval or of this package, but a file."""
+    for task in suite.tasks:
+        if Path(task.name).suffix.lower() in (".yaml", ".yml"):
+            raise InputError(
+                f"needed for {task.name}: lm-eval runs the code that the file of a task names",
+                "task_files",
+            )
 
 
 def suite_of(settings: EvalSection) -> Suite:

@@ -33,6 +33,17 @@ def refuse_link_out(path: Path, directory: Path) -> None:
     )
 
 
+def refuse_no_place(path: Path) -> None:
+    """Raises InputError where a new directory can never be at `path`: the root, or a loop of
+    links."""
+    try:
+        name = path.resolve().name
+    except RuntimeError:  # where Python 3.13 lets creating the directory fail
+        raise InputError(f"{path}: is a loop of links; choose another directory") from None
+    if not name:
+        raise InputError(f"{path}: is the root of all files; choose a new directory")
+
+
 def _places(directory: Path) -> Iterator[Path]:
     root = Path(os.path.realpath(directory))
     yield root

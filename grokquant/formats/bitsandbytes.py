@@ -19,10 +19,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
@@ -37,6 +37,7 @@ NAME = "bitsandbytes"
 _INT8 = GRIDS["llm_int8"].scheme
 _STATE = "quant_state.bitsandbytes__"
 _SCALE_DTYPE = "float32"
+_MAX_STATE_BYTES = 10_000  # of a few hundred
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -206,12 +207,15 @@ def _unpacked_ref(
     return TensorRef(tensor, shape, torch.float32, stored, load, scheme)
 
 
+Size = Annotated[int, Field(ge=1, le=2**31)]
+
+
 class _State(BaseModel):
     """What reading takes from the JSON of a 4-bit matrix."""
 
     quant_type: Literal["nf4", "fp4"]
-    blocksize: int
-    shape: tuple[int, int]
+    blocksize: Annotated[int, Field(ge=1, le=2**20)]
+    shape: tuple[Size, Size]
 
 
 def _state(shape: tuple[int, int], scheme: Scheme) -> bytes:
@@ -221,14 +225,18 @@ def _state(shape: tuple[int, int], scheme: Scheme) -> bytes:
 
 
 def _read_state(source: Source, name: str) -> _State:
-    content = bytes(source.tensors[name].read().flatten().to(torch.uint8).tolist())
+    where = f"{source.path}: {name}"
+    ref = source.tensors[name]
+    if ref.stored_bytes > _MAX_STATE_BYTES:
+        raise InputError(f"{where}: larger than {_MAX_STATE_BYTES} bytes, not the JSON of a matrix")
+    content = bytes(ref.read().flatten().to(torch.uint8).tolist())
     try:
         found = json.loads(content)
         if "nested_blocksize" in found:
-            raise InputError(f"{source.path}: {name}: nested absmax is not supported")
+            raise InputError(f"{where}: nested absmax is not supported")
         return _State.model_validate(found)
     except (ValueError, TypeError, ValidationError, RecursionError) as error:
-        raise InputError(f"{source.path}: {name}: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{where}: {' '.join(str(error).split())[:200]}") from None
 
 
 def _stem(tensor: str) -> str:

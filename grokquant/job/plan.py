@@ -23,6 +23,7 @@ from grokquant.errors import GateError, InputError
 from grokquant.families.naming import HEAD, with_own_head
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
 from grokquant.files.atomic import nearest_directory
+from grokquant.files.links import refuse_no_place
 from grokquant.files.unfinished import work_path
 from grokquant.formats import FORMATS, Format
 from grokquant.humanize import size
@@ -179,6 +180,7 @@ def build_plan(recipe: Recipe) -> Plan:
     Raises InputError naming the rule or unit if a rule matches nothing or a grid does not fit a
     matrix. `check_disk` checks the free space.
     """
+    refuse_no_place(Path(recipe.output.path))
     return plan_of(recipe, open_checkpoint(recipe.model.path, recipe.model.config))
 
 

@@ -7,6 +7,7 @@ keys and duplicate keys are refused, so that every value stands in the file exac
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -17,6 +18,9 @@ Loc = tuple[str | int, ...]  # the path to a value: ("quantize", 1, "bits")
 Mark = tuple[int, int]  # line and column, both from 1
 
 _TAG = "tag:yaml.org,2002:"
+_MOST_DIGITS = 100
+_MAX_DEPTH = 64
+_STEP = {"{": 1, "[": 1, "}": -1, "]": -1}
 _BOOLS = {"true": True, "false": False}
 
 
@@ -49,6 +53,9 @@ class Document:
 def read_yaml(text: str) -> Document:
     """Parses one YAML document. Raises YamlProblem."""
     reader = _Reader()
+    steps = (_STEP[bracket] for bracket in re.findall(r"[][{}]", text))
+    if max(accumulate(steps), default=0) > _MAX_DEPTH:  # before the parser goes that deep
+        raise YamlProblem("nested too deeply")
     try:
         root = YAML().compose(text)
         value = None if root is None else reader.value(root, ())
@@ -108,6 +115,8 @@ def _scalar(node: Node, mark: Mark) -> Any:
 def _integer(text: str) -> int:
     """1_000, 0x10, 0o17 or 0b1; with a leading 0 alone, digits stay decimal in YAML 1.2."""
     digits = text.replace("_", "")
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError("no key takes such a number")
     return int(digits, 0 if re.match(r"[-+]?0[box]", digits) else 10)
 
 

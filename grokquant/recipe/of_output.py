@@ -7,6 +7,10 @@ from pydantic import ValidationError
 from grokquant.errors import InputError
 from grokquant.recipe import EvalSection, is_file, load_recipe
 
+# Texts that the recipe in a result may name: that of Python itself, and a data set of the hub. Any
+# other name could be that of a private file.
+_KNOWN_TEXTS = ("python-docs", "Salesforce/wikitext")
+
 
 def settings_of(
     output: str | Path,
@@ -18,7 +22,7 @@ def settings_of(
 
     Raises InputError where that recipe or a given value cannot be used.
     """
-    recipe = Path(output) / "recipe.yaml"
+    recipe = _recipe_of(output)
     settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
     given = {"text": text, "samples": samples, "length": length}
     changes = {key: value for key, value in given.items() if value is not None}
@@ -30,11 +34,23 @@ def settings_of(
         raise InputError(problem["msg"].removeprefix("Value error, "), key) from None
 
 
-def check_text_is_here(output: str | Path, settings: EvalSection) -> None:
-    """Raises InputError if the recipe of `output` names a text file that is not here: published
-    recipes have no absolute paths."""
-    if is_file(settings.text) and not Path(settings.text).exists():
-        recipe = Path(output) / "recipe.yaml"
-        raise InputError(
-            f"{recipe} names {settings.text}, which is not here; give its path", "text"
-        )
+def check_text_is_known(output: str | Path, settings: EvalSection) -> None:
+    """Raises InputError if the recipe of `output` names a file or data set of its own: it may come
+    from anybody, and published recipes have no paths."""
+    if settings.text.partition(":")[0] in _KNOWN_TEXTS:
+        return
+    missing = is_file(settings.text) and not Path(settings.text).exists()
+    what = "is not here; give its path" if missing else "is read only if you name it yourself"
+    raise InputError(f"{_recipe_of(output)} names {settings.text}, which {what}", "text")
+
+
+def origin_of_text(output: str | Path, text: str | None) -> str:
+    """Where the text of an evaluation comes from, if `text` is what was given."""
+    if text is not None:
+        return "as given"
+    recipe = _recipe_of(output)
+    return f"named by {recipe}" if recipe.is_file() else "the default"
+
+
+def _recipe_of(output: str | Path) -> Path:
+    return Path(output) / "recipe.yaml"

@@ -18,7 +18,7 @@ from grokquant.recipe.located_yaml import Document, Loc, Mark, YamlProblem, read
 from grokquant.recipe.schema import FORMER_KEYS, Recipe, Section
 
 # Recipes are short; a larger file was named by mistake, such as one with weights.
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 250_000
 
 S = TypeVar("S", bound=Section)
 
