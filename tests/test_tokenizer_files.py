@@ -13,6 +13,7 @@ from grokquant.errors import InputError
 from grokquant.families import tokenizer_files
 from grokquant.families.tokenizer import read_tokenizer, tokens_of
 from grokquant.families.tokenizer_patterns import check_pattern
+from grokquant.runtime.generate import _ids
 from grokquant.types import Source
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
@@ -231,3 +232,14 @@ def test_what_ends_the_library_s_process_is_one_line(directory, capfd):
     edit(directory, model=model | {"continuing_subword_prefix": "x"})
     assert "tokenizer.json: cannot be read as a tokenizer: " in refusal(directory)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% for", "{{ a.b.c }}"],
+)
+def test_a_chat_template_runs_in_a_sandbox_and_fails_in_one_line(directory, template):
+    tokenizer = read_tokenizer(source_at(directory))
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="^m: its chat template fails: .*$"):
+        _ids("m", tokenizer, "Hello", chat=True)

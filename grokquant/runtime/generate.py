@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from grokquant.errors import InputError
+from grokquant.families.family import one_line
 from grokquant.runtime.load import load
 
 
@@ -91,9 +92,12 @@ def _ids(path: str, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool)
     if tokenizer.chat_template is None:
         raise InputError(f"{path} has no chat template", "chat")
     message = {"role": "user", "content": prompt}
-    found: Any = tokenizer.apply_chat_template(
-        [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    try:
+        found: Any = tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except Exception as error:  # of any class: a template is a program, run in a sandbox
+        raise InputError(f"{path}: its chat template fails: {one_line(error)}") from None
     return found["input_ids"]
 
 
