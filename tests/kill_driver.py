@@ -177,21 +177,11 @@ def _background() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells do for what ends with &
 
 
-def _no_more_memory() -> None:
-    """As after `ulimit -v`: the process keeps what it has, too little for another thread."""
-    import resource
-
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize() + (1 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
-
-
 CHANGES = {
     "lying lock": _lying_lock,
     "endless disk": _endless_disk,
     "other torch": _other_torch,
     "background": _background,
-    "no more memory": _no_more_memory,
 }
 
 

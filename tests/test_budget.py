@@ -11,6 +11,7 @@ from grokquant.job import pipeline
 from grokquant.job.budget import budget_of
 from grokquant.job.budget.memory import peak_step, resident_bytes
 from grokquant.job.plan import build_plan
+from grokquant.toy import TOY_PATH
 
 RTN = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
 
@@ -43,6 +44,7 @@ def test_the_probe_leaves_nothing_behind(tiny_recipe, tmp_path):
 
 def test_a_smaller_hessian_lowers_the_peak_of_grok_1(tmp_path, tiny_recipe, monkeypatch):
     write_hollow_grok_1(tmp_path / "grok-1", layers=1)
+    shutil.copy(TOY_PATH / "tokenizer.model", tmp_path / "grok-1")
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**12))
     model, few = {"path": str(tmp_path / "grok-1")}, {"samples": 4, "length": 1024}

@@ -502,7 +502,7 @@ def evaluating(output, tiny_release, monkeypatch):
 
     def evaluate(*options: object) -> tuple[Result, int]:
         runs.clear()
-        scored = ("--samples", 2, "--length", 32)
+        scored = ("--samples", 2, "--length", 32, "--text", own_text(output))
         result = run("eval", output, "--reference", tiny_release, *scored, *options)
         return result, len(runs)
 

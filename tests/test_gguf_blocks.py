@@ -160,7 +160,7 @@ def copied_to_gguf(tiny_recipe, directory, scale: float):
     config = json.loads((directory / "config.json").read_text())
     shutil.rmtree(directory)
     write_release(directory, config, leaves.items())
-    output = {"path": str(directory.with_name("out")), "format": "gguf"}
+    output = {"path": str(directory.with_name("out")), "format": "gguf", "tokenizer": "none"}
     return tiny_recipe(COPY, model={"path": str(directory)}, output=output)
 
 
