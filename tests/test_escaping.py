@@ -154,7 +154,7 @@ def test_generated_text_does_not_act_on_a_terminal(monkeypatch):
 
 # A name of a directory, so without half characters and slashes, of at most 255 bytes.
 AWKWARD = (
-    "m\x1b[2J\x07\x9b1m\u202eb\u2028[red]:smile:<img src=x>&lt;\"'|`c``*d*[e](f)$g$\ngrokquant: ok"
+    "m\x1b[2J\x07\x9b1m\u202eb\u2028[red]:smile:<img src=x>&lt;\"'|`c``*d*[e](f)$\ngrokquant: ok"
 )
 
 

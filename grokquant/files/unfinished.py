@@ -1,5 +1,6 @@
 """Work directories of unfinished runs, as those see them who look for a result."""
 
+import os
 from pathlib import Path
 
 from grokquant.errors import InputError
@@ -11,7 +12,8 @@ JOURNAL = "journal"
 
 def work_path(output: Path) -> Path:
     """The directory in which a run works until `output` is complete."""
-    output = output.resolve()  # "." has no name; a link leads to the disk that is meant
+    # "." has no name; a link leads to the disk that is meant; a loop of links leads nowhere.
+    output = Path(os.path.realpath(output))
     return output.with_name(output.name + ".partial")
 
 
