@@ -54,7 +54,7 @@ def check(quantized: QTensor, name: str) -> None:
     for field in fields(QTensor):
         found, wanted = (getattr(q, field.name) for q in (again, quantized))
         if isinstance(wanted, torch.Tensor):
-            assert found.dtype == wanted.dtype and torch.equal(found, wanted), field.name
+            torch.testing.assert_close(found, wanted, **same, msg=field.name)
         else:
             assert found == wanted
     bits = sum(part.nbytes for part in packed.values()) * 8
