@@ -180,9 +180,12 @@ def test_another_name_of_the_same_text_and_reference_is_no_matter(tmp_path, runs
 
 def test_a_directory_that_was_not_evaluated_is_told_how(tmp_path):
     (tmp_path / "new").mkdir()
+    with pytest.raises(InputError, match="new: the directory is empty"):
+        rank_models([tmp_path / "new"])
+    (tmp_path / "new" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"new: has no evaluation/report.json; `grokquant eval"):
         rank_models([tmp_path / "new"])
-    with pytest.raises(InputError, match="nowhere: cannot be read: No such file"):
+    with pytest.raises(InputError, match="nowhere: no such directory"):
         rank_models([tmp_path / "nowhere"])
 
 

@@ -111,7 +111,11 @@ def test_a_run_names_the_matrix_and_goes_on(fail, tiny_recipe, monkeypatch):
         ("job.verify.verify", "verify out", ""),
         ("job.plan.build_plan", "plan recipes/toy-int8.yaml", ""),
         ("runtime.generate.generate_text", "generate toy --prompt x", "; set --max-memory"),
-        ("evaluation.run.run_suite", "eval toy --reference toy", "; lower --samples or --length"),
+        (
+            "evaluation.run.run_suite",
+            "eval toy --reference toy --output reports",
+            "; lower --samples or --length",
+        ),
     ],
 )
 def test_every_command_ends_with_one_line(function, command, hint, monkeypatch):

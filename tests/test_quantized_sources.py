@@ -123,10 +123,10 @@ def check_whole_way(path: Path, text_file: Path, output: Path) -> None:
         "model": {"path": str(path)},
         "quantize": [rule],
         "output": {"path": str(output)},
-        "eval": {"text": relpath(text_file), "samples": 1, "length": 32},
+        "eval": {"samples": 1, "length": 32},
     }
     pipeline.quantize(parse_recipe(recipe))
-    assert 0 < grokquant.evaluate(output, path).kld.mean.value < 0.02
+    assert 0 < grokquant.evaluate(output, path, text=relpath(text_file)).kld.mean.value < 0.02
     assert load(output)[0](torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 

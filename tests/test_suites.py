@@ -233,7 +233,7 @@ def test_what_is_missed_is_named_and_the_report_is_there(int4, tiny_release, wri
     said = evaluated(int4, tiny_release, suite, "--json", "--output", str(place), expect=1)
     line = said.splitlines()[-1]
     report = read_report(place)
-    assert line.startswith(f"grokquant: suite {suite}: mean_kld on ")
+    assert line.startswith(f"grokquant: suite {Path(suite).name}: mean_kld on ")
     assert f" is {report.kld.mean.value:.6g} (limit 1e-09)" in line
     assert f"; ppl_ratio on {report.protocol.text}" in line and "same_top_p" not in line
     assert [gate.met for gate in report.suite.gates] == [False, False, True]
