@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grokquant import containers, formats
-from grokquant.errors import InputError
+from grokquant.errors import InputError, said_by
 from grokquant.families import family_of
-from grokquant.families.family import Family, one_line
+from grokquant.families.family import Family
 from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.sources import open_source
 from grokquant.toy import TOY, TOY_PATH
@@ -188,7 +188,7 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     except Exception as error:  # of any class: what a model makes of values that fit one by one
         path = checkpoint.source.path
         raise InputError(
-            f"{path}: transformers makes no model of config.json: {one_line(error)}"
+            f"{path}: transformers makes no model of config.json: {said_by(error)}"
         ) from None
 
 

@@ -267,7 +267,6 @@ def convert(
     RESULT is a quantized checkpoint; its source is not needed. Codes and scales are copied bit for
     bit. If the format cannot hold them, the command fails and nothing is written.
     """
-
     from grokquant.job import pipeline
     from grokquant.job.convert import conversion_recipe
     from grokquant.reporting.terminal import RunProgress

@@ -14,6 +14,7 @@ import torch
 from reader_envs import only_with_engines, run_reader
 from safetensors import safe_open
 from test_engines import gptq_grid, vllm_scheme
+from test_llama_cpp import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
@@ -29,18 +30,6 @@ EXPERTS = RTN | {"match": "*.experts.*", "bits": 4}
 MLP = RTN | {"match": "*.mlp.*", "bits": 4}
 INT8 = RTN | {"bits": 8}
 KEEP = {"match": "*", "method": "unquantized"}
-SIZES = {
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 # name -> (model, format, rules)
 CASES: dict[str, tuple[str, str, list[dict]]] = {
     "toy bf16": ("toy", "bf16", [KEEP]),

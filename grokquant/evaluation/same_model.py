@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.job.shards import REPORT_NAME
+from grokquant.job.shards import is_result
 from grokquant.job.source_model import (
     ModelFingerprint,
     fingerprint_of,
@@ -72,7 +72,7 @@ def _told_by_what_was_kept(quantized: Checkpoint, theirs: ModelFingerprint) -> O
     found = list(differences(own, theirs))
     if not found:
         return None
-    ours = (quantized.source.path / REPORT_NAME).is_file()
+    ours = is_result(quantized.source.path)
     explained = len(found) == 1 and _differ_in_part(own, theirs)
     return OtherModel(_joined(found), certain=ours or not explained)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from grokquant.errors import InputError
+from grokquant.errors import InputError, said_by
 from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
 from grokquant.types import Matrix
 
@@ -91,7 +91,7 @@ class Family:
         try:
             config = self.config_class(**deepcopy(given))  # it changes what it is given
         except Exception as error:  # of any class: transformers checks values, too
-            raise InputError(f"{path}: {one_line(error)}") from None
+            raise InputError(f"{path}: {said_by(error)}") from None
         check_sizes(path, config)
         return config
 
@@ -204,11 +204,6 @@ class Family:
 
 def _matrix(place: str, tensor: str, layer: int, part: str, expert: int | None = None) -> Matrix:
     return Matrix(f"{place}.{part}", tensor, layer, part, _READS.get(part, part), expert)
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, on one line of bounded length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__  # some are pages long
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

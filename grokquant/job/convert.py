@@ -5,7 +5,7 @@ from pathlib import Path
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.formats import FORMATS
-from grokquant.job.shards import REPORT_NAME
+from grokquant.job.shards import is_result
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.recipe.of_output import settings_of
 
@@ -39,4 +39,4 @@ def conversion_recipe(
 
 def _eval_settings(result: Path) -> dict:
     """The eval section of the recipe that made `result`."""
-    return settings_of(result).model_dump() if (result / REPORT_NAME).is_file() else {}
+    return settings_of(result).model_dump() if is_result(result) else {}

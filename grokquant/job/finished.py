@@ -9,7 +9,7 @@ from grokquant.errors import InputError
 from grokquant.files.json_objects import read_json_object
 from grokquant.job.fingerprint import CALIBRATION, difference, rows_digest, text_digest
 from grokquant.job.plan import Plan
-from grokquant.job.shards import CARD_NAME, REPORT_NAME, SUMS_NAME
+from grokquant.job.shards import CARD_NAME, REPORT_NAME, SUMS_NAME, is_result
 
 # Keys of the report: the identity of the run that made it, and in it the calibration text's file.
 MADE_FROM = "made_from"
@@ -30,7 +30,7 @@ def already_made(output: Path, plan: Plan, identity: dict, rows: MakeRows) -> bo
     False where there is no result. `rows` is called only if nothing cheaper decides. Raises
     InputError, with the ways out, for a result of something else and for one that lacks a file.
     """
-    if not (output / REPORT_NAME).is_file():
+    if not is_result(output):
         return False
     try:
         report = read_json_object(output / REPORT_NAME)

@@ -11,7 +11,7 @@ from grokquant.errors import InputError
 from grokquant.files import atomic
 from grokquant.files.unfinished import RUN, work_path
 from grokquant.job.fingerprint import difference
-from grokquant.job.shards import REPORT_NAME
+from grokquant.job.shards import is_result
 from grokquant.job.workdir import LOCK, WorkDirectory
 
 
@@ -132,7 +132,7 @@ def check_output(output: Path, source: Path) -> None:
     check_place(output, source)
     if not output.exists():
         return
-    if any(output.iterdir()) and not (output / REPORT_NAME).is_file():
+    if any(output.iterdir()) and not is_result(output):
         raise InputError(f"{output}: is not empty and was not made by grokquant; choose another")
 
 

@@ -40,7 +40,7 @@ from grokquant.job.lock import check_output, check_place, work_directory
 from grokquant.job.plan import Plan, build_plan, check_disk
 from grokquant.job.repair import Damage, adopt, damage_of, take_over
 from grokquant.job.seal import seal
-from grokquant.job.shards import REPORT_NAME, ShardWriter
+from grokquant.job.shards import ShardWriter, is_result
 from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
 from grokquant.job.verify import verify_against_plan
@@ -193,7 +193,7 @@ def _provenance_of(output: Path, damage: Damage, now: metadata.Provenance) -> me
 
 def _announce(output: Path, progress: Progress) -> None:
     """Says what will go with the result that this run replaces."""
-    if (output / REPORT_NAME).is_file() and (names := besides(output)):
+    if is_result(output) and (names := besides(output)):
         progress.note(f"{output}: {', '.join(names)} in it will be deleted with the old result")
 
 

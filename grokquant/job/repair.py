@@ -21,7 +21,7 @@ from grokquant.files.json_objects import read_json_object
 from grokquant.files.unfinished import check_directory
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
-from grokquant.job.shards import CARD_NAME, REPORT_NAME, SUMS_NAME
+from grokquant.job.shards import CARD_NAME, REPORT_NAME, SUMS_NAME, is_result
 from grokquant.job.verify import Fault, FaultsFound, faults
 from grokquant.job.verify.listing import read_sums, sums_text
 from grokquant.job.workdir import WorkDirectory
@@ -50,7 +50,7 @@ def damage_of(output: Path) -> Damage:
 
     Raises InputError if `output` is not a result, or if nothing in it tells what it was.
     """
-    has_report = (output / REPORT_NAME).is_file()
+    has_report = is_result(output)
     if not has_report and not (output / SUMS_NAME).is_file():
         check_directory(output)
         raise InputError(f"{output}: is not a result of grokquant, so it cannot be repaired")

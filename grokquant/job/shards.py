@@ -156,6 +156,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
     return stored.checksum()
 
 
+def is_result(directory: Path) -> bool:
+    """Whether `directory` is a finished result of grokquant, by the report in it."""
+    return (directory / REPORT_NAME).is_file()
+
+
 def check_writable(directory: Path) -> None:
     """Raises InputError if `directory` can neither be written to nor created."""
     existing = nearest_directory(directory)

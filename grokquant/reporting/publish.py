@@ -8,7 +8,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation.report import Report
 from grokquant.job.card import fill_evaluation
 from grokquant.job.seal import seal_evaluation
-from grokquant.job.shards import CARD_NAME, REPORT_NAME
+from grokquant.job.shards import CARD_NAME, is_result
 from grokquant.reporting.html.page import write_report
 from grokquant.reporting.rows import markdown_table
 from grokquant.reporting.suite_tables import tasks_markdown
@@ -20,7 +20,7 @@ def place_of_reports(output: Path, reference: Path) -> Path:
     Raises InputError where `output` is not a result of grokquant, but perhaps the model that the
     arguments should have named second: then another directory must be named.
     """
-    if _is_result(output):
+    if is_result(output):
         if not reference.is_dir() or not output.samefile(reference):
             return output / "evaluation"
         raise InputError(
@@ -28,7 +28,7 @@ def place_of_reports(output: Path, reference: Path) -> Path:
             "was made from",
             "directory",
         )
-    if _is_result(reference):
+    if is_result(reference):
         raise InputError(
             f"{output}: is not a result of grokquant, but {reference} is; the result comes first: "
             f"grokquant eval {reference} --reference {output}"
@@ -53,7 +53,7 @@ def publish(
     """
     usual = output / "evaluation"
     paths = write_report(report, directory or usual)
-    if _is_result(output):
+    if is_result(output):
         tables = [markdown_table(report), *tasks_markdown(report)]
         try:
             if paths[0].parent == usual:
@@ -63,7 +63,3 @@ def publish(
             why = getattr(error, "strerror", None) or error
             note(f"{output / CARD_NAME}: the results cannot be added: {why}")
     return paths
-
-
-def _is_result(directory: Path) -> bool:
-    return (directory / REPORT_NAME).is_file()

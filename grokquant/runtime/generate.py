@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from grokquant.errors import InputError
-from grokquant.families.family import one_line
+from grokquant.errors import InputError, said_by
 from grokquant.runtime.load import load
 
 
@@ -97,7 +96,7 @@ def _ids(path: str, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool)
             [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except Exception as error:  # of any class: a template is a program, run in a sandbox
-        raise InputError(f"{path}: its chat template fails: {one_line(error)}") from None
+        raise InputError(f"{path}: its chat template fails: {said_by(error)}") from None
     return found["input_ids"]
 
 

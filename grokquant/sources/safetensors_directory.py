@@ -14,7 +14,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grokquant.errors import InputError
+from grokquant.errors import InputError, said_by
 from grokquant.files.impostors import impostor
 from grokquant.files.json_objects import read_json_object
 from grokquant.files.regular import open_regular
@@ -223,14 +223,10 @@ def _load(path: Path, name: str, index: tuple[slice, ...] | None = None) -> Tens
         with safe_open(path, framework="pt") as file:
             tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: tensor {name!r} cannot be read: {_line(error)}") from None
+        raise InputError(f"{path}: tensor {name!r} cannot be read: {said_by(error, 200)}") from None
     if not all_finite(tensor):
         raise InputError(f"{path}: tensor {name!r} holds non-finite values")
     return tensor
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 KIND = SourceKind(

@@ -22,7 +22,7 @@ from grokquant.files.unfinished import check_directory
 from grokquant.job import metadata
 from grokquant.job.plan import Plan
 from grokquant.job.seal import digest_of
-from grokquant.job.shards import REPORT_NAME, SUMS_NAME
+from grokquant.job.shards import REPORT_NAME, SUMS_NAME, is_result
 from grokquant.job.verify import agreement, papers
 from grokquant.job.verify.fault import Fault, FaultsFound
 from grokquant.job.verify.listing import listing_faults, read_sums
@@ -63,7 +63,7 @@ def faults(directory: str | Path) -> Iterator[Fault]:
     Raises InputError where `directory` is not a result, or one of an earlier version.
     """
     path = Path(directory)
-    if not (path / REPORT_NAME).is_file():
+    if not is_result(path):
         check_directory(path)
         raise InputError(f"{path}: has no {REPORT_NAME}, so it is not a finished output")
     refuse_links_out(path)
@@ -89,8 +89,8 @@ def _digest_faults(path: Path, digest: str | None) -> Iterator[Fault]:
         text = f"expected the 64 hexadecimal digits of a digest, not {digest[:80]!r}"
         raise InputError(text, "digest")
     sums = path / SUMS_NAME
-    if sums.is_file() and digest_of(path) != digest.lower():
-        yield Fault(f"{sums}: has the digest {digest_of(path)}, not {digest.lower()}")
+    if sums.is_file() and (found := digest_of(path)) != digest.lower():
+        yield Fault(f"{sums}: has the digest {found}, not {digest.lower()}")
 
 
 def _plan_of(
