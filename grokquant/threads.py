@@ -5,9 +5,11 @@ with it the last bits, depend on their number. Here the work is split instead, i
 sizes depend on the work alone; inside a piece every library computes on the piece's one thread.
 """
 
+import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -18,44 +20,29 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 
-class Workers:
-    """As many threads as torch has where this is made; none but that one inside a piece, which is
-    not split again, and for another device, whose results no thread of the CPU changes."""
+def in_pieces(work: Callable[[P], T], pieces: Iterable[P], device: torch.device = CPU) -> list[T]:
+    """Results of `work` for all pieces, in order, from as many threads as torch has here.
 
-    def __init__(self, device: torch.device = CPU) -> None:
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
-        self._pool: ThreadPoolExecutor | None = None
+    Those are none but the caller's inside a piece, which is not split again, and for another
+    device, whose results no thread of the CPU changes.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    if threads == 1:
+        return in_order(work, pieces)
+    grad = torch.is_grad_enabled()  # threads do not share this mode
 
-    def __enter__(self) -> "Workers":
-        if self.count > 1:
-            # Threads begin with torch's defaults, not with the modes of the thread that makes them.
-            modes = (torch.is_grad_enabled(),)
-            self._pool = ThreadPoolExecutor(self.count, "piece", _compute_alone, modes)
-        return self
+    def compute(piece: P) -> T:
+        with torch.set_grad_enabled(grad):
+            return work(piece)
 
-    def map(self, work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
-        """Results of `work` for all pieces, in order."""
-        if self._pool is None:
-            return [work(piece) for piece in pieces]
-        return list(self._pool.map(work, pieces))
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._pool is None:
-            return
-        self._pool.shutdown(cancel_futures=True)
-        # A thread that sets its number also sets that of threads made later.
-        torch.set_num_threads(self.count)
-
-
-def in_pieces(work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
-    """Results of `work` for all pieces, in order, computed by `Workers` of their own."""
-    with Workers() as workers:
-        return workers.map(work, pieces)
+    pool = _pool(threads)
+    futures = [pool.submit(compute, piece) for piece in pieces]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
 
 
 def in_order(work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
@@ -74,6 +61,22 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
-def _compute_alone(grad: bool) -> None:
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that compute alone, started now: Python waits without end for one that finds no
+    memory when it starts, and later there may be none."""
+    pool = ThreadPoolExecutor(threads, "piece", _compute_alone)
+    everyone = Barrier(threads)
+    wait([pool.submit(everyone.wait) for _ in range(threads)])
+    # A thread that sets its number also sets that of threads made later.
+    torch.set_num_threads(threads)
+    return pool
+
+
+def _compute_alone() -> None:
+    torch.get_num_threads()  # the first call in a thread would undo the next line
     torch.set_num_threads(1)
-    torch.set_grad_enabled(grad)
+
+
+# The threads of a process are not in its fork.
+os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,5 +1,6 @@
 """Calibration gives the same bytes on any number of threads: no library splits a sum."""
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grokquant.job import pipeline
 from grokquant.recipe import Recipe
-from grokquant.threads import Workers, alone, in_pieces, slices
+from grokquant.threads import alone, in_pieces, slices
 from grokquant.toy import TOY_PATH
 
 # Operations that compute each of their results from one element of each operand, with one rounding,
@@ -113,9 +114,8 @@ def test_threads_share_no_operation_whose_result_depends_on_their_number(recipe)
 
 def test_results_come_in_order_of_the_pieces():
     torch.set_num_threads(3)
-    with Workers() as workers:
-        assert workers.map(lambda part: part.stop, slices(2, 11, 4)) == [6, 10, 11]
-        assert workers.map(lambda piece: piece, []) == []
+    assert in_pieces(lambda part: part.stop, slices(2, 11, 4)) == [6, 10, 11]
+    assert in_pieces(lambda piece: piece, []) == []
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -152,6 +152,28 @@ def test_an_error_ends_the_work_and_restores_the_number():
 
 def test_another_device_has_no_threads():
     torch.set_num_threads(3)
-    with Workers(torch.device("meta")) as workers:
-        main = threading.get_ident()
-        assert workers.map(lambda _: threading.get_ident(), range(3)) == [main] * 3
+    here = threading.get_ident()
+    device = torch.device("meta")
+    assert in_pieces(lambda _: threading.get_ident(), range(3), device) == [here] * 3
+
+
+def test_threads_are_made_once():
+    """A new thread that finds no memory would be waited for without end."""
+    torch.set_num_threads(2)
+
+    def names(_: object) -> str:
+        return threading.current_thread().name
+
+    first = set(in_pieces(names, range(20)))
+    before = threading.active_count()
+    assert set(in_pieces(names, range(20))) | first <= {"piece_0", "piece_1"}
+    assert threading.active_count() == before
+
+
+def test_a_fork_makes_its_own_threads():
+    torch.set_num_threads(2)
+    in_pieces(id, range(2))
+    child = os.fork()
+    if not child:
+        os._exit(in_pieces(lambda piece: piece, range(3)) != [0, 1, 2])
+    assert os.waitpid(child, 0)[1] == 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grokquant.calibration import gram_kernels
-from grokquant.threads import Workers, in_pieces, slices
+from grokquant.threads import in_pieces, slices
 
 # Tokens multiplied at once: bounds the float32 or packed copy of the inputs.
 _TOKENS = 2048
@@ -53,11 +53,10 @@ def accumulate(parts: Iterable[Tensor], features: int, block: int | None = None)
         if not len(part):
             continue
         tokens += len(part)
-        with Workers() as workers:
-            for X in part.split(_TOKENS):
-                columns = X.split([len(H) for H in blocks], dim=1)
-                for H, X_block in zip(blocks, columns, strict=True):
-                    _add_products(X_block, H, workers)
+        for X in part.split(_TOKENS):
+            columns = X.split([len(H) for H in blocks], dim=1)
+            for H, X_block in zip(blocks, columns, strict=True):
+                _add_products(X_block, H)
     blocks = blocks or _zeros(features, block, torch.device("cpu"))
     for H in blocks:
         _mirror(H)
@@ -82,12 +81,12 @@ def _zeros(features: int, block: int | None, device: torch.device) -> list[Tenso
     return [torch.zeros(size, size, device=device) for size in sizes]
 
 
-def _add_products(X: Tensor, H: Tensor, workers: Workers) -> None:
+def _add_products(X: Tensor, H: Tensor) -> None:
     """Adds X^T X to the upper triangle of H; the lower one is invalid until it is mirrored."""
     if X.device.type != "cpu":
         return _add_on_gpu(X, H)
     if X.dtype == torch.bfloat16 and gram_kernels.available():
-        return _add_bfloat16_products(X, H, workers)
+        return _add_bfloat16_products(X, H)
     X = X.float()
 
     def add(corner: tuple[slice, slice]) -> None:
@@ -95,7 +94,7 @@ def _add_products(X: Tensor, H: Tensor, workers: Workers) -> None:
         H[corner].addmm_(X[:, rows].T, X[:, columns])
 
     panels = slices(0, len(H), _PANEL)
-    workers.map(
+    in_pieces(
         add,
         [(rows, columns) for columns in panels for rows in panels if rows.start <= columns.start],
     )
@@ -115,7 +114,7 @@ def _add_on_gpu(X: Tensor, H: Tensor) -> None:
             panel.addmm_(left, right)
 
 
-def _add_bfloat16_products(X: Tensor, H: Tensor, workers: Workers) -> None:
+def _add_bfloat16_products(X: Tensor, H: Tensor) -> None:
     panels = -(-len(H) // gram_kernels.WIDTH)
     pairs = -(-len(X) // 2)
     packed = np.empty((panels, pairs, gram_kernels.WIDTH), np.uint32)
@@ -125,7 +124,7 @@ def _add_bfloat16_products(X: Tensor, H: Tensor, workers: Workers) -> None:
         lambda first: gram_kernels.pack(inputs, packed, first, _SHARES),
         lambda first: gram_kernels.add_products(packed, result, first, _SHARES),
     ):
-        workers.map(work, range(_SHARES))
+        in_pieces(work, range(_SHARES))
 
 
 def _mirror(H: Tensor) -> None:

@@ -14,7 +14,7 @@ A row of `above` needs no other row of it, so that threads share them in pieces.
 import torch
 from torch import Tensor
 
-from grokquant.threads import Workers, slices
+from grokquant.threads import in_pieces, slices
 
 # Columns eliminated at once: wide enough for fast matrix products, narrow for the rest.
 _PANEL = 512
@@ -64,11 +64,10 @@ def factorize_(H: Tensor, shift: float) -> Tensor | None:
 
 def _cholesky_(H: Tensor) -> bool:
     """Writes R of H = R R^T over H's upper triangle. False if H is not positive definite."""
-    with Workers(H.device) as workers:
-        return all(_eliminate_(H, *panel, workers) for panel in reversed(_panels(H)))
+    return all(_eliminate_(H, *panel) for panel in reversed(_panels(H)))
 
 
-def _eliminate_(H: Tensor, start: int, stop: int, workers: Workers) -> bool:
+def _eliminate_(H: Tensor, start: int, stop: int) -> bool:
     """Writes the columns of R from `start` to before `stop`; those to their right are there."""
     columns = slice(start, stop)
     right = H[columns, stop:]  # the finished part of these rows of R (panel, n - stop)
@@ -77,9 +76,9 @@ def _eliminate_(H: Tensor, start: int, stop: int, workers: Workers) -> bool:
     def left_over(rows: slice) -> Tensor:  # (rows, panel)
         return torch.addmm(H[rows, columns], H[rows, stop:], right.T, alpha=-1)
 
-    corner = torch.cat(workers.map(left_over, slices(start, stop, size)))
+    corner = torch.cat(in_pieces(left_over, slices(start, stop, size), H.device))
     # Reversed in both directions, the usual lower factor becomes an upper one.
-    ((L, failed),) = workers.map(torch.linalg.cholesky_ex, [corner.flip(0, 1)])
+    ((L, failed),) = in_pieces(torch.linalg.cholesky_ex, [corner.flip(0, 1)], H.device)
     if failed:
         return False
     R = L.flip(0, 1)
@@ -89,7 +88,7 @@ def _eliminate_(H: Tensor, start: int, stop: int, workers: Workers) -> bool:
         above = left_over(rows)
         H[rows, columns] = torch.linalg.solve_triangular(R.T, above, upper=False, left=False)
 
-    workers.map(solve, slices(0, start, size))
+    in_pieces(solve, slices(0, start, size), H.device)
     return True
 
 
