@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grokquant import containers, formats
-from grokquant.errors import InputError, said_by
+from grokquant.errors import InputError
 from grokquant.families import family_of
 from grokquant.families.family import Family
 from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
+from grokquant.memory import refused
 from grokquant.sources import open_source
 from grokquant.toy import TOY, TOY_PATH
 from grokquant.types import Matrix, Source, TensorRef
@@ -183,13 +184,9 @@ def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    try:
+    # Values may fit one by one, and yet make no model.
+    with refused(f"{checkpoint.source.path}: transformers makes no model of config.json"):
         return checkpoint.family.empty_model(checkpoint.config)
-    except Exception as error:  # of any class: what a model makes of values that fit one by one
-        path = checkpoint.source.path
-        raise InputError(
-            f"{path}: transformers makes no model of config.json: {said_by(error)}"
-        ) from None
 
 
 def _experts_parameters(family: Family, layer: nn.Module) -> list[nn.Parameter]:

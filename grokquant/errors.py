@@ -25,7 +25,7 @@ class OutOfMemory(InputError):
     """Memory ran out (exit 2). The text names the step."""
 
 
-def said_by(error: Exception, most: int = 300) -> str:
+def said_by(error: BaseException, most: int = 300) -> str:
     """What the exception of a library says, on one line of at most `most` characters: some are
     pages long."""
     return " ".join(str(error).split())[:most] or type(error).__name__

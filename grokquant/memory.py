@@ -1,11 +1,11 @@
-"""Memory that runs out, whichever library says so and however."""
+"""What libraries raise: memory that runs out, whichever says so and however, and refusals."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from traceback import clear_frames
 
-from grokquant.errors import GrokquantError, OutOfMemory
+from grokquant.errors import GrokquantError, InputError, OutOfMemory, said_by
 
 # In lower case, what those say that raise neither MemoryError nor an OSError with ENOMEM.
 _SIGNS = (
@@ -33,9 +33,30 @@ def memory_for(step: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, GrokquantError) or not is_exhausted(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         clear_frames(error.__traceback__)  # whose variables hold the memory
-        raise OutOfMemory(f"{step}: out of memory ({reason[:_LONGEST_REASON]})") from None
+        reason = said_by(error, _LONGEST_REASON)
+        raise OutOfMemory(f"{step}: out of memory ({reason})") from None
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Raises InputError, `what` and the reason, where a library refuses what it is given.
+
+    Libraries do so with exceptions of any class. Our own errors and memory that runs out pass
+    through, and so do signals.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, GrokquantError) or not _is_refusal(error):
+            raise
+        raise InputError(f"{what}: {said_by(error)}") from None
+
+
+def _is_refusal(error: BaseException) -> bool:
+    if isinstance(error, Exception):
+        return not is_exhausted(error)
+    return type(error).__name__ == "PanicException"  # of a library in Rust
 
 
 def is_exhausted(error: Exception) -> bool:

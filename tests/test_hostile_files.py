@@ -36,6 +36,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "model.safetensors.index.json": lambda path: open_indexed(path.parent),
     "model.safetensors": lambda path: open_source(path.parent),
     "quantize_config.json": lambda path: open_source(path.parent),
+    "tokenizer.json": lambda path: open_source(path.parent),
+    "generation_config.json": lambda path: open_source(path.parent),
     "recipe.yaml": load_recipe,
     "x.gguf": read_tensors,
     "tensor00000_000": read_headers,
@@ -77,6 +79,13 @@ def test_sparse_files_are_refused_before_they_are_read(directory, name):
     os.truncate(path, 5 << 30)
     message = refusal(name, directory)
     assert name in HEADS or "larger than" in message
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "LICENSE"])
+def test_a_link_that_leads_nowhere_is_no_missing_file(directory, name):
+    (directory / name).symlink_to("gone")
+    with pytest.raises(InputError, match=f"{name}: cannot be read: No such file"):
+        open_source(directory)
 
 
 def make(path: Path, kind: str) -> object:

@@ -231,7 +231,7 @@ def test_datasets_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("Couldn't reach 'hub/name' on the Hub\nmore words")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    expected = "hub/name:small: cannot be loaded: Couldn't reach 'hub/name' on the Hub"
+    expected = "hub/name:small: cannot be loaded: Couldn't reach 'hub/name' on the Hub more words"
     assert message("hub/name:small") == expected
 
 

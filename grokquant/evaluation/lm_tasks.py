@@ -32,6 +32,7 @@ from grokquant.evaluation import task_data
 from grokquant.evaluation.items import Metric, Scores
 from grokquant.evaluation.likelihoods import Likelihood, Pair
 from grokquant.evaluation.suite import TaskSection
+from grokquant.memory import refused
 
 SHIPPED = Path(__file__).parent / "tasks"
 LM_EVAL_VERSION: str = lm_eval.__version__
@@ -192,12 +193,8 @@ def _load(wanted: TaskSection, directory: Path) -> Any:
         near = get_close_matches(wanted.name, _manager(stock=True).all_tasks, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(f"tasks: {wanted.name}: lm-eval has no task of this name{hint}")
-    try:
-        with _quiet():
-            loaded = _manager(by_name).load([spec])
-    except Exception as error:  # of many libraries: names, files, the network, data sets
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"tasks: {wanted.name}: cannot be loaded: {reason}") from None
+    with refused(f"tasks: {wanted.name}: cannot be loaded"), _quiet():
+        loaded = _manager(by_name).load([spec])
     for task in loaded["tasks"].values():
         if wanted.fewshot is not None:
             task.set_config(key="num_fewshot", value=wanted.fewshot)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from grokquant.errors import InputError, said_by
 from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
+from grokquant.memory import refused
 from grokquant.types import Matrix
 
 # (config, layer) -> names of its quantizable matrices, part -> end of the tensor's name
@@ -88,10 +88,8 @@ class Family:
         fields = self.fields(path, content)
         known = model_keys(self.config_class)
         given = {key: value for key, value in fields.items() if key in known}
-        try:
+        with refused(str(path)):  # transformers checks values, too
             config = self.config_class(**deepcopy(given))  # it changes what it is given
-        except Exception as error:  # of any class: transformers checks values, too
-            raise InputError(f"{path}: {said_by(error)}") from None
         check_sizes(path, config)
         return config
 

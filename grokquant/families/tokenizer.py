@@ -4,8 +4,6 @@ A tokenizer.model that has no tokenizer.json beside it is SentencePiece's own af
 would convert it, which needs more packages and may change a token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from grokquant.errors import InputError
 from grokquant.families.grok_tokenizer import Grok1Tokenizer
 from grokquant.families.tokenizer_files import check_tokenizer_files
+from grokquant.memory import refused
 from grokquant.types import Source
 
 SENTENCEPIECE = "tokenizer.model"
@@ -43,7 +42,7 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     if path is None:
         raise no_tokenizer(source)
     check_tokenizer_files(source.tokenizer_files)
-    with _refused(path, "cannot be read as a tokenizer"):
+    with refused(f"{path}: cannot be read as a tokenizer"):
         tokenizer = _sentencepiece(files) if path.name == SENTENCEPIECE else _auto(path.parent)
         len(tokenizer)  # and is one that works
     tokenizer.deprecation_warnings[_LONG_TEXT] = True
@@ -53,21 +52,8 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of a text, without special ones. Raises InputError where the tokenizer fails."""
     where = Path(getattr(tokenizer, "name_or_path", "tokenizer"))
-    with _refused(where, "the tokenizer fails"):
+    with refused(f"{where}: the tokenizer fails"):
         return tokenizer(text, add_special_tokens=False).input_ids
-
-
-@contextmanager
-def _refused(path: Path, what: str) -> Iterator[None]:
-    """Turns any error of the libraries, which are bare exceptions, into an InputError."""
-    try:
-        yield
-    except BaseException as error:
-        # A panic in Rust is no Exception.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise InputError(f"{path}: {what}: {first}") from None
 
 
 def _auto(directory: Path) -> PreTrainedTokenizerBase:

@@ -50,11 +50,21 @@ def _refusal(path: Path, kind: int) -> InputError:
 def read_regular(path: Path, most: int) -> bytes:
     """All bytes of a regular file. Raises InputError where there are more than `most`."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        raw = b"" if size > most else file.read(most + 1)
-    if size > most or len(raw) > most:
-        raise InputError(f"{path}: larger than {most} bytes, the limit for such a file")
+        _check_size(path, os.fstat(file.fileno()).st_size, most)
+        raw = file.read(most + 1)
+    _check_size(path, len(raw), most)
     return raw
+
+
+def check_regular(path: Path, most: int) -> None:
+    """Raises InputError for what is no regular file, or has more than `most` bytes."""
+    with open_regular(path) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, most)
+
+
+def _check_size(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise InputError(f"{path}: larger than {most} bytes, the limit for such a file")
 
 
 def read_head(path: Path, most: int) -> bytes:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from grokquant.errors import InputError, said_by
+from grokquant.errors import InputError
+from grokquant.memory import refused
 from grokquant.runtime.load import load
 
 
@@ -91,12 +92,10 @@ def _ids(path: str, tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool)
     if tokenizer.chat_template is None:
         raise InputError(f"{path} has no chat template", "chat")
     message = {"role": "user", "content": prompt}
-    try:
+    with refused(f"{path}: its chat template fails"):  # a program, run in a sandbox
         found: Any = tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-    except Exception as error:  # of any class: a template is a program, run in a sandbox
-        raise InputError(f"{path}: its chat template fails: {said_by(error)}") from None
     return found["input_ids"]
 
 

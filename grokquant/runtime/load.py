@@ -12,6 +12,7 @@ from grokquant.devices import device_of
 from grokquant.errors import InputError
 from grokquant.families.family import set_parameter
 from grokquant.files.json_objects import read_json_object
+from grokquant.memory import refused
 from grokquant.recipe.schema import parse_size
 from grokquant.runtime.packed import PackedMatrix, pack_model
 from grokquant.sources.release import NAME as RELEASE
@@ -80,10 +81,9 @@ def _generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> Genera
     path = checkpoint.source.beside.get("generation_config.json")
     if path is None:
         return GenerationConfig.from_model_config(model.config)
-    try:
-        return GenerationConfig.from_dict(read_json_object(path))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {error}".splitlines()[0]) from None
+    content = read_json_object(path)
+    with refused(str(path)):
+        return GenerationConfig.from_dict(content)
 
 
 @torch.no_grad()

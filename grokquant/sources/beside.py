@@ -1,6 +1,10 @@
 """What lies beside the weights of a model and belongs to it: an output gets a copy as it is."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from grokquant.files.regular import check_regular
 
 _NAMES = (
     "generation_config.json",
@@ -14,9 +18,27 @@ _PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "additional_chat_tem
 _TEXTS = {"", ".txt", ".md", ".rst", ".html", ".pdf", ".json", ".jinja"}
 
 
+# Far more than any of them has, a tokenizer of 300,000 words with its 40 MB included.
+_MOST_BYTES = 64_000_000
+
+
+def present(files: Iterable[Path]) -> tuple[Path, ...]:
+    """Those of `files` that are there.
+
+    Raises InputError for one that is no regular file, leads nowhere or is far too large.
+    """
+    found = tuple(file for file in files if os.path.lexists(file))
+    for file in found:
+        check_regular(file, _MOST_BYTES)
+    return found
+
+
 def files_beside(path: Path) -> dict[str, Path]:
-    """The files that an output takes over as they are, by their names relative to `path`."""
+    """The files that an output takes over as they are, by their names relative to `path`.
+
+    Raises InputError as `present` does.
+    """
     named = [path / name for name in _NAMES]
     found = [file for pattern in _PATTERNS for file in sorted(path.glob(pattern))]
-    files = [file for file in (*named, *found) if file.is_file() and file.suffix in _TEXTS]
-    return {file.relative_to(path).as_posix(): file for file in files}
+    texts = [file for file in found if file.suffix in _TEXTS and not file.is_dir()]
+    return {file.relative_to(path).as_posix(): file for file in present([*named, *texts])}

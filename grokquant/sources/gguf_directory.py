@@ -16,7 +16,7 @@ from grokquant.errors import InputError
 from grokquant.files.gguf_header import DENSE, TYPES, GgufTensor, read_tensors
 from grokquant.files.json_objects import read_json_object
 from grokquant.grids import GRIDS
-from grokquant.sources.beside import files_beside
+from grokquant.sources.beside import files_beside, present
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.left_aside import left_aside
@@ -42,14 +42,13 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
             if tensor.name in refs:
                 raise InputError(f"{file}: {tensor.name} is also in another file")
             refs[tensor.name] = _ref(file, tensor)
-    tokenizer = (path / name for name in TOKENIZER_FILES)
     beside = files_beside(path)
     return Source(
         path=path,
         kind=NAME,
         config=config,
         tensors=refs,
-        tokenizer_files=tuple(file for file in tokenizer if file.is_file()),
+        tokenizer_files=present(path / name for name in TOKENIZER_FILES),
         weight_files=tuple(files),
         origin=origin_of(path, config, beside),
         beside=beside,

@@ -7,6 +7,7 @@ Matrices are stored [in, out] with scales [groups, out], the experts of a layer 
 Here each expert is one [out, in] matrix under its Hugging Face name.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.files.links import refuse_link_out
 from grokquant.grids import Scheme
-from grokquant.sources.beside import files_beside
+from grokquant.sources.beside import files_beside, present
 from grokquant.sources.finite import all_finite
 from grokquant.sources.grok_config import CONFIG_OF_DIMENSION, complete_config, read_config
 from grokquant.sources.holes import contradiction, find_hole
@@ -128,7 +129,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         kind=NAME,
         config=config,
         tensors={ref.name: ref for leaf in stored for ref in _refs(leaf)},
-        tokenizer_files=tuple(file for file in tokenizer if file),
+        tokenizer_files=present(file for file in tokenizer if file),
         weight_files=tuple(leaf.path for leaf in stored),
         origin=_origin(path, given, beside, published),
         beside=beside,
@@ -150,7 +151,7 @@ def _checkpoint_directory(path: Path) -> Path:
 
 
 def _first_file(places: list[Path], name: str) -> Path | None:
-    found = next((place / name for place in places if (place / name).is_file()), None)
+    found = next((place / name for place in places if os.path.lexists(place / name)), None)
     if found:
         refuse_link_out(found, found.parent)
     return found

@@ -20,7 +20,7 @@ from grokquant.files.json_objects import read_json_object
 from grokquant.files.regular import open_regular
 from grokquant.files.safetensors_entries import Entry, parse_entries
 from grokquant.sources import presharded
-from grokquant.sources.beside import files_beside
+from grokquant.sources.beside import files_beside, present
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.left_aside import left_aside, unlisted
@@ -70,14 +70,13 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     refs = [ref for refs in opened.values() for ref in refs]
     if presharded.is_presharded(path):
         refs = _joined(path, config, opened)
-    files = (path / name for name in TOKENIZER_FILES)
     beside = files_beside(path)
     return Source(
         path=path,
         kind=NAME,
         config=config,
         tensors={ref.name: ref for ref in refs},
-        tokenizer_files=tuple(file for file in files if file.is_file()),
+        tokenizer_files=present(path / name for name in TOKENIZER_FILES),
         weight_files=tuple(path / file for file in by_file),
         origin=origin_of(path, config, beside),
         beside=beside,

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grokquant.errors import InputError
+from grokquant.errors import InputError, said_by
 from grokquant.families.tokenizer import tokens_of
 from grokquant.files.json_objects import check_extent
 from grokquant.files.regular import open_regular, read_regular
+from grokquant.memory import refused
 from grokquant.recipe import CalibrationSection, check_text
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def _read_parquet(path: str) -> Iterator[str]:
                     _check_unpacked(path, unpacked, most)
                     yield text
         except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
-            raise InputError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
+            raise InputError(f"{path}: cannot be read as parquet: {said_by(error)}") from None
 
 
 def _column_bytes(file: Any) -> int:
@@ -235,10 +236,8 @@ def _read_dataset(data: str) -> Iterator[str]:
     except ImportError:
         raise InputError(f"{data}: {_INSTALL}") from None
     name, config, split = [*data.split(":", maxsplit=2), "", ""][:3]  # the last two are optional
-    try:
+    with refused(f"{data}: cannot be loaded"):
         rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # of a dozen unrelated classes: network, cache, name, file format
-        raise InputError(f"{data}: cannot be loaded: {_first_line(error)}") from None
     _check_columns(rows.column_names, data)
     for number, text in enumerate(rows["text"], start=1):
         yield _checked(text, f"{data}: row {number}")
@@ -272,7 +271,3 @@ def _checked(text: object, where: str) -> str:
 def _check_columns(columns: Sequence[str], where: str) -> None:
     if "text" not in columns:
         raise InputError(f'{where}: no column "text", only {", ".join(columns)}')
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
