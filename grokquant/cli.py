@@ -374,9 +374,11 @@ def evaluate(
     from grokquant.recipe.of_output import origin_of_text
     from grokquant.reporting.html.page import HTML_NAME
     from grokquant.reporting.publish import place_of_reports
-    from grokquant.reporting.terminal import LayerProgress
+    from grokquant.reporting.terminal import LayerProgress, print_notices
 
     models = open_checkpoint(output), open_checkpoint(reference)
+    for model in models:
+        print_notices(model.source.notes)
     place = Path(directory) if directory else place_of_reports(Path(output), Path(reference))
     kept = _can_be_written(place, named=directory is not None)
     chosen = suite_for(output, suite, text, samples, length, task_files)
