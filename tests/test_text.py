@@ -1,17 +1,22 @@
 """Texts by name, and the rows of tokens cut from them."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jinja2
 import pytest
 import torch
 
 from grokquant.errors import InputError
 from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection
-from grokquant.text import documents, python_docs
+from grokquant.text import document, python_docs, records
+from grokquant.text.document import Chat, TokenIds
 from grokquant.text.documents import (
     READERS,
     calibration_rows,
@@ -26,14 +31,20 @@ class Characters:
 
     def __init__(self) -> None:
         self.seen = 0
+        self.texts: list[str] = []
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
         self.seen += 1
+        self.texts.append(text)
         return SimpleNamespace(input_ids=[1] * add_special_tokens + [ord(char) for char in text])
 
 
 def text_of(rows: torch.Tensor) -> list[str]:
     return ["".join(map(chr, row)) for row in rows.tolist()]
+
+
+FIELDS = "text, messages, conversations, input_ids, content"
+SHOULD_BE = "should be a text, a conversation or token numbers"
 
 
 def message(data: object) -> str:
@@ -132,12 +143,15 @@ def test_jsonl_is_a_document_per_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (b"{text: 1}", "not a JSON object"),
-        (b"[" * 100_000, "not a JSON object"),
-        (b'"text"', 'expected a JSON object with the field "text"'),
-        (b'{"txt": "a"}', 'expected a JSON object with the field "text"'),
-        (b'{"text": 1}', '"text" should be a string, not int'),
-        (b'{"text": null}', '"text" should be a string, not NoneType'),
+        (b"{text: 1}", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"12", "expected a JSON object or a string"),
+        (b'{"txt": "a"}', f"no field {FIELDS}, only txt; name it by the key field"),
+        (b'{"text": 1}', f'"text" {SHOULD_BE}, not int'),
+        (b'{"text": [1, 2.5]}', f'"text" {SHOULD_BE}, not list'),
+        (b'{"text": [{"role": "user"}, 1]}', f'"text" {SHOULD_BE}, not list'),
+        (b'{"messages": [{"content": "x"}]}', '"messages": a message without role'),
+        (b'{"messages": [{"role": "\\ud800"}]}', '"messages" holds half of a surrogate pair'),
         (b'{"text": "\\ud800"}', '"text" holds half of a surrogate pair'),
         (b'{"text": "\xff"}', "not UTF-8 text (byte 10)"),
     ],
@@ -148,6 +162,136 @@ def test_jsonl_errors_name_the_line(tmp_path: Path, line: bytes, expected: str) 
     assert message(path) == f"{path}:2: {expected}"
 
 
+def test_json_is_a_document_per_element(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('\n [{"text": "one"}, "two", {"content": ""}, {"content": "three", "id": 1}]')
+    assert load_documents(str(path), "calibration") == ["one", "two", "three"]
+    path.write_text('["one", 2]')
+    assert message(path) == f"{path}: element 2: expected a JSON object or a string"
+    path.write_text('{"text": "a line"}\n{"text": "another"}\n')
+    assert load_documents(str(path), "calibration") == ["a line", "another"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_compressed_texts_are_unpacked(tmp_path: Path, suffix: str) -> None:
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(pack(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert load_documents(str(path), "calibration") == ["one", "two"]
+    path.write_bytes(path.read_bytes()[:-12])
+    assert message(path).startswith(f"{path}: cannot be unpacked: ")
+    path.write_bytes(b'{"text": "plain"}')
+    assert message(path).startswith(f"{path}: cannot be unpacked: ")
+
+
+def test_a_compressed_text_without_end_is_not_unpacked_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_MAX_TEXT_BYTES", 10_000)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 100_000))
+    assert message(path) == f"{path}: larger than 10000 bytes, the limit for a text"
+
+
+def test_a_file_of_another_kind_is_no_name_of_the_hub(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"(")
+    assert message(path).startswith(f"{path}: not a kind of text that can be read (.txt, .json,")
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% for t in tools or [] %}[{{ t.name }}]{% endfor %}"
+)
+SPOKEN = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "oh"}]
+
+
+class Chatty(Characters):
+    """Renders conversations as transformers does."""
+
+    def __init__(self, template: str | None = TEMPLATE) -> None:
+        super().__init__()
+        self.chat_template = template
+
+    def __len__(self) -> int:
+        return 200
+
+    def apply_chat_template(self, messages: list, tools: list | None, tokenize: bool) -> str:
+        assert not tokenize
+        return jinja2.Template(self.chat_template).render(messages=messages, tools=tools)
+
+
+def test_conversations_are_rendered_by_the_chat_template(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    told = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "oh"}]
+    lines = [
+        {"messages": SPOKEN, "tools": [{"name": "look"}]},
+        {"conversations": told, "id": 7},
+        {"messages": []},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    called, spoken = load_documents(str(path), "calibration")
+    assert called == Chat(tuple(SPOKEN), ({"name": "look"},)) and spoken == Chat(tuple(SPOKEN))
+    rows = token_rows([spoken, called], Chatty(), samples=9, length=23, seed=None)
+    assert text_of(rows) == ["<user>hi<assistant>oh<u", "ser>hi<assistant>oh[loo"]
+    with pytest.raises(InputError, match="conversations, but the model has no chat template"):
+        token_rows([spoken], Chatty(None), samples=9, length=4, seed=None)
+    with pytest.raises(InputError, match="the model's chat template fails: "):
+        token_rows([spoken], Chatty("{% for"), samples=9, length=4, seed=None)
+    assert text_digest([spoken]) != text_digest([called])
+
+
+def test_token_numbers_are_taken_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input_ids": [1, 2, 3, 4]}\n{"input_ids": [5, 6, 7, 8]}\n{"input_ids": []}\n')
+    documents = load_documents(str(path), "calibration")
+    assert documents == [TokenIds((1, 2, 3, 4)), TokenIds((5, 6, 7, 8))]
+    rows = token_rows(documents, Chatty(), samples=9, length=4, seed=3)
+    assert rows.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    with pytest.raises(InputError, match="token numbers should be from 0 to 199"):
+        token_rows([TokenIds((1, 200))], Chatty(), samples=9, length=2, seed=None)
+
+
+def test_a_field_is_chosen_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "body": "two"}\n')
+    assert load_documents(str(path), "calibration", "body") == ["two"]
+    with pytest.raises(InputError, match=":1: no field title, only text, body$"):
+        load_documents(str(path), "calibration", "title")
+    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=32))
+    settings = CalibrationSection(text=str(path), field="body", samples=1, length=8)
+    with pytest.raises(InputError, match="the text has 3 tokens"):
+        calibration_rows(settings, Characters(), checkpoint)
+
+
+def test_of_a_large_text_excerpts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "_EXCERPTS_ABOVE", 100_000)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"text": f"ö{number:07}"}) + "\n" for number in range(50_000))
+    )
+    plain = tmp_path / "a.txt"
+    plain.write_text("".join(f"ö{number:07}" for number in range(50_000)))
+    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+
+    def draw(path: Path, seed: int) -> list[str]:
+        settings = CalibrationSection(text=str(path), samples=4, length=18, seed=seed)
+        tokenizer = Characters()
+        rows = text_of(calibration_rows(settings, tokenizer, checkpoint))
+        assert sum(map(len, tokenizer.texts)) < 40_000
+        return rows
+
+    for path in (lines, plain):
+        assert draw(path, 0) == draw(path, 0) != draw(path, 1)
+        assert all(row in plain.read_text() for row in draw(path, 2))
+    lines.write_bytes(b"{" * 200_000)
+    with pytest.raises(InputError, match="the text has 0 tokens"):
+        draw(lines, 0)
+    plain.write_bytes(b"\xff" * 200_000)
+    with pytest.raises(InputError, match=r"a\.txt: byte \d+: not UTF-8 text"):
+        draw(plain, 0)
+
+
 def test_parquet_is_a_document_per_row(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -155,9 +299,10 @@ def test_parquet_is_a_document_per_row(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"id": [1, 2, 3], "text": ["one", "", "two"]}), path)
     assert load_documents(str(path), "calibration") == ["one", "two"]
     parquet.write_table(pa.table({"text": ["one", None]}), path)
-    assert message(path) == f'{path}: row 2: "text" should be a string, not NoneType'
+    assert load_documents(str(path), "calibration") == ["one"]
     parquet.write_table(pa.table({"id": [1], "body": ["x"]}), path)
-    assert message(path) == f'{path}: no column "text", only id, body'
+    assert message(path) == f"{path}: no field {FIELDS}, only id, body; name it by the key field"
+    assert load_documents(str(path), "calibration", "body") == ["x"]
     path.write_bytes(path.read_bytes()[:-20])
     assert message(path).startswith(f"{path}: cannot be read as parquet: ")
     path.unlink()
@@ -176,12 +321,12 @@ def test_parquet_that_unpacks_to_far_more_is_refused(
     assert path.stat().st_size < 100_000
     made = 0
 
-    def counted(text: object, where: str) -> str:
+    def counted(text: str, where: str) -> str:
         nonlocal made
-        made += len(str(text))
-        return str(text)
+        made += len(text)
+        return text
 
-    monkeypatch.setattr(documents, "_checked", counted)
+    monkeypatch.setattr(document, "_text", counted)
     assert message(path) == f"{path}: unpacks to more than 100 times its size"
     # Plain values are refused by the file's own figures, repeated ones when they are too many.
     assert made <= 100_100_000 if repeated else made == 0
@@ -190,13 +335,13 @@ def test_parquet_that_unpacks_to_far_more_is_refused(
 def test_a_line_without_end_is_not_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(documents, "_MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(records, "_MAX_DOCUMENT_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n{"text": "' + b"x" * 5000)
     assert message(path) == f"{path}:2: longer than 1000 bytes, not a document"
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * 1001)
-    assert message(path) == f"{path}: larger than 1000 bytes, the limit for such a file"
+    assert message(path).startswith(f"{path}: larger than 1000 bytes, the limit for one document;")
 
 
 def test_a_line_of_many_values_is_refused_before_it_is_parsed(
@@ -204,8 +349,8 @@ def test_a_line_of_many_values_is_refused_before_it_is_parsed(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "x", "y": [' + b"[]," * 100_000 + b"[]]}")
-    monkeypatch.setattr(documents.json, "loads", None)
-    assert message(path) == f"{path}:1: not a JSON object"
+    monkeypatch.setattr(records.json, "loads", None)
+    assert message(path) == f"{path}:1: not valid JSON"
 
 
 def test_datasets_by_name_config_and_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +367,8 @@ def test_datasets_by_name_config_and_split(tmp_path: Path, monkeypatch: pytest.M
     assert message(f"{folder}::nowhere").startswith(f"{folder}::nowhere: cannot be loaded: ")
     (folder / "train.jsonl").write_text('{"body": "x"}\n')
     (folder / "test.jsonl").unlink()
-    assert message(folder) == f'{folder}: no column "text", only body'
+    assert message(folder) == f"{folder}: no field {FIELDS}, only body; name it by the key field"
+    assert load_documents(str(folder), "calibration", "body") == ["x"]
 
 
 def test_datasets_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,5 +392,5 @@ def test_the_eval_extra_is_named_where_it_is_missing(
 
 
 def test_names_that_are_no_text() -> None:
-    assert message("notes.md").startswith("text: expected python-docs, a .txt, .jsonl or .parquet")
+    assert message("notes.md").startswith("text: expected python-docs, a .txt, .json, .jsonl or")
     assert message("").endswith("not ''")

@@ -26,7 +26,7 @@ def identity_of(quantized: Checkpoint, reference: Checkpoint, suite: Suite, forc
     """
     settings = suite.model_dump(mode="json", exclude_none=True)
     for row, text in zip(settings["texts"], suite.texts, strict=True):
-        digest = text_digest(load_documents(text.text, "heldout"))
+        digest = text_digest(load_documents(text.text, "heldout", text.field))
         row["text"] = f"{Path(text.text).name} {digest[:_DIGITS]}"
     for row, task in zip(settings["tasks"], suite.tasks, strict=True):
         row["name"] = _name_of_task(Path(task.name))

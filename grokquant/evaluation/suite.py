@@ -10,7 +10,15 @@ from pydantic_core import PydanticCustomError
 from grokquant.errors import GateError, InputError
 from grokquant.evaluation.report import Gate, Report, SuiteResult, TextFigures
 from grokquant.files.published import published_path
-from grokquant.recipe import EvalSection, RowLength, Rows, Section, TextName, load_sections
+from grokquant.recipe import (
+    EvalSection,
+    RowLength,
+    Rows,
+    Section,
+    TextField,
+    TextName,
+    load_sections,
+)
 
 SHIPPED = Path(__file__).parent / "suites"
 
@@ -29,6 +37,7 @@ class TextSection(Section):
     """
 
     text: TextName = "python-docs"
+    field: TextField = None
     protocol: Literal["hf", "llama.cpp"] = "hf"
     samples: Annotated[Rows, Field(validation_alias=AliasChoices("samples", "windows"))] = 64
     length: RowLength | None = None
@@ -110,7 +119,12 @@ def refuse_task_files(suite: Suite) -> None:
 
 def suite_of(settings: EvalSection) -> Suite:
     """The text of a recipe's eval section as a suite, without tasks or thresholds."""
-    text = TextSection(text=settings.text, samples=settings.samples, length=settings.length)
+    text = TextSection(
+        text=settings.text,
+        field=settings.field,
+        samples=settings.samples,
+        length=settings.length,
+    )
     return Suite(texts=(text,))
 
 

@@ -11,6 +11,7 @@ from grokquant.evaluation.measure import Windows
 from grokquant.evaluation.report import Protocol
 from grokquant.evaluation.suite import TextSection
 from grokquant.files.published import published_path
+from grokquant.text.document import Document
 from grokquant.text.documents import load_documents, rows_of, text_digest
 from grokquant.text.tokenizer import load_tokenizer
 
@@ -34,7 +35,7 @@ def read_text(section: TextSection, base: Checkpoint, key: str) -> TextWindows:
 
     Raises InputError that begins with `key`, the section, where the text has no whole window.
     """
-    documents = load_documents(section.text, "heldout")
+    documents = load_documents(section.text, "heldout", section.field)
     tokenizer = load_tokenizer(base)
     length = min(section.row_length, base.config.max_position_embeddings)
     try:
@@ -56,7 +57,7 @@ def _with_bos(rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase, key: str) 
     return rows
 
 
-def _protocol(section: TextSection, documents: list[str], windows: Windows) -> Protocol:
+def _protocol(section: TextSection, documents: list[Document], windows: Windows) -> Protocol:
     count, length = windows.rows.shape
     held_out = section.text == "python-docs"
     return Protocol(

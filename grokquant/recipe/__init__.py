@@ -13,11 +13,13 @@ from grokquant.recipe.schema import (
     Rows,
     Rule,
     Section,
+    TextField,
     TextName,
     check_text,
     is_file,
     is_repository_text,
     parse_size,
+    text_suffix,
 )
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Rows",
     "Rule",
     "Section",
+    "TextField",
     "TextName",
     "check_text",
     "is_file",
@@ -40,4 +43,5 @@ __all__ = [
     "load_sections",
     "parse_recipe",
     "parse_size",
+    "text_suffix",
 ]

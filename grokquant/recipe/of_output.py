@@ -25,7 +25,9 @@ def settings_of(
     recipe = _recipe_of(output)
     settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
     given = {"text": text, "samples": samples, "length": length}
-    changes = {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, object] = {k: value for k, value in given.items() if value is not None}
+    if text is not None:
+        changes["field"] = None  # the recipe's is that of its own text
     try:
         return EvalSection(**(settings.model_dump() | changes))
     except ValidationError as error:

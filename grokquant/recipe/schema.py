@@ -32,7 +32,9 @@ from grokquant.files.typed_paths import expanded
 from grokquant.grids import GRIDS
 from grokquant.methods import METHODS
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
+# Of compressed texts; parquet files are compressed inside.
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
 
 _SIZE_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
@@ -61,8 +63,8 @@ else:  # values that pydantic lists in errors and in the schema
 def check_text(text: str) -> str:
     """Returns `text`, its `~` and variables replaced, if it is a valid name of a text.
 
-    That is `python-docs`, a .txt, .jsonl or .parquet file, or `hub/name[:config[:split]]` of the
-    datasets library. Raises ValueError otherwise.
+    That is `python-docs`, a .txt, .json, .jsonl or .parquet file, or `hub/name[:config[:split]]` of
+    the datasets library. Raises ValueError otherwise.
     """
     as_typed = text
     text = expanded(text)
@@ -72,14 +74,21 @@ def check_text(text: str) -> str:
     if text == "python-docs" or is_file(text) or "/" in text.partition(":")[0]:
         return text
     raise ValueError(
-        "expected python-docs, a .txt, .jsonl or .parquet file, or a datasets name such as "
+        "expected python-docs, a .txt, .json, .jsonl or .parquet file, or a datasets name such as "
         f"hub/name:config:split, not {text!r}"
     )
 
 
 def is_file(text: str) -> bool:
     """Whether the name of a text is that of a file."""
-    return Path(text).suffix.lower() in TEXT_SUFFIXES
+    return text_suffix(text) in TEXT_SUFFIXES
+
+
+def text_suffix(text: str) -> str:
+    """The suffix that says what a text is, in lower case and without that of its compression."""
+    path = Path(text)
+    packed = path.suffix.lower() in PACKED_SUFFIXES
+    return Path(path.stem if packed else path).suffix.lower()
 
 
 def is_repository_text(text: str) -> bool:
@@ -115,6 +124,7 @@ TextName = Annotated[
     BeforeValidator(lambda text: check_text(text) if isinstance(text, str) else text),
     Field(validation_alias=AliasChoices("text", "data")),
 ]
+TextField = Annotated[str, Field(min_length=1, max_length=200)] | None
 ByteSize = Annotated[
     int,
     BeforeValidator(lambda size: parse_size(size) if isinstance(size, str) else size),
@@ -154,8 +164,13 @@ class CalibrationSection(Section):
     """The calibration text; only methods that need calibration data use it."""
 
     text: TextName = "python-docs"
-    """`python-docs` (the documentation inside every Python installation), a .txt, .jsonl or
-    .parquet file, or a name for the datasets library such as `hub/name:config:split`."""
+    """`python-docs` (the documentation inside every Python installation), a .txt, .json, .jsonl or
+    .parquet file (also .gz, .bz2, .xz), or a name for the datasets library such as
+    `hub/name:config:split`."""
+    field: TextField = None
+    """The field of a record that holds a text, a conversation, which the model's chat template
+    renders, or token numbers. Unset: the first of `text`, `messages`, `conversations`, `input_ids`
+    and `content`."""
     samples: Rows = 128
     """Number of calibration sequences; fewer if the text is too short."""
     length: RowLength = 2048
@@ -321,6 +336,8 @@ class EvalSection(Section):
 
     text: TextName = "python-docs"
     """Like `calibration.text`; `python-docs` has a part that calibration does not use."""
+    field: TextField = None
+    """Like `calibration.field`."""
     samples: Rows = 64
     """Number of sequences, from the start of the text; fewer if the text is too short."""
     length: RowLength = 2048
