@@ -292,6 +292,41 @@ def test_of_a_large_text_excerpts_are_read(tmp_path: Path, monkeypatch: pytest.M
         draw(plain, 0)
 
 
+def test_several_texts_give_their_shares(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 800)
+    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+
+    def draw(samples: int, **shares: float) -> str:
+        texts = {str(tmp_path / f"{name}.txt"): share for name, share in shares.items()}
+        settings = CalibrationSection(text=texts, samples=samples, length=8)
+        return "".join(
+            row[0] for row in text_of(calibration_rows(settings, Characters(), checkpoint))
+        )
+
+    assert draw(10, a=0.3, b=0.7) == "aaabbbbbbb"
+    assert draw(3, a=1, b=1) == "aab"
+    assert draw(7, b=1) == "bbbbbbb"
+    with pytest.raises(InputError, match=r"^calibration\.text: .*b\.txt: the text has 1 tokens"):
+        (tmp_path / "b.txt").write_text("x")
+        draw(4, a=1, b=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ({}, "expected at least one text"),
+        ({"a.txt": 0}, "greater than 0"),
+        ({"a.csv": 1}, "expected python-docs, a .txt"),
+        ({"a.txt": "half"}, "valid number"),
+        (["a.txt"], "valid"),
+    ],
+)
+def test_shares_that_are_none(text: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        CalibrationSection(text=text)
+
+
 def test_parquet_is_a_document_per_row(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -1,6 +1,7 @@
 """The model card of an output, README.md: front matter by the rules of the Hugging Face hub."""
 
 import io
+import json
 import re
 import shlex
 from collections import Counter
@@ -13,7 +14,6 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from grokquant.engines import WRONG, verdicts, where_it_runs
 from grokquant.escaping import markdown_code, markdown_text, one_line, python_string
 from grokquant.files.atomic import write_text
-from grokquant.files.published import published_path
 from grokquant.formats import Format
 from grokquant.humanize import size
 from grokquant.job.card_parts import EVALUATION, NOT_EVALUATED, with_table
@@ -97,10 +97,9 @@ def _in_transformers(plan: Plan) -> bool:
 
 
 def _datasets(plan: Plan) -> list[str]:
-    """The calibration text, if it is a dataset of the hub."""
-    text = plan.recipe.calibration.text
-    used = plan.needs_calibration and is_repository_text(text)
-    return [text.partition(":")[0]] if used else []
+    """The calibration texts that are datasets of the hub."""
+    texts = plan.recipe.calibration.shares if plan.needs_calibration else ()
+    return [text.partition(":")[0] for text in texts if is_repository_text(text)]
 
 
 def _tags(plan: Plan) -> list[str]:
@@ -173,11 +172,12 @@ def unusual(plan: Plan, reports: list[UnitReport]) -> list[str]:
 
 def _commands(plan: Plan) -> str:
     """The command that makes the same files from the recipe beside them."""
-    recipe = plan.recipe
+    recipe = plan.recipe.published()
     values = {"model.path": recipe.model.path, "output.path": recipe.output.path}
-    if plan.needs_calibration and is_file(recipe.calibration.text):
-        values["calibration.text"] = recipe.calibration.text
-    settings = (f"{key}={one_line(published_path(value))}" for key, value in values.items())
+    if plan.needs_calibration and any(map(is_file, recipe.calibration.shares)):
+        text = recipe.calibration.text
+        values["calibration.text"] = text if isinstance(text, str) else json.dumps(text)
+    settings = (f"{key}={one_line(value)}" for key, value in values.items())
     options = "".join(f" \\\n  --set {shlex.quote(setting)}" for setting in settings)
     return (
         "`recipe.yaml` reproduces these files; paths are those of your machine:\n\n"

@@ -79,10 +79,11 @@ def rows_digest(rows: Tensor | None) -> str | None:
 
 
 def text_digest(plan: Plan) -> str | None:
-    """SHA-256 of the calibration text if the run needs it and it is a file. With an equal file all
-    rows are equal, so that they need not be made to know it."""
-    text = Path(plan.recipe.calibration.text)
-    return atomic.sha256(text) if plan.needs_calibration and text.is_file() else None
+    """SHA-256 of the calibration text if the run needs it and it is a single file. With an equal
+    file all rows are equal, so that they need not be made to know it."""
+    text = plan.recipe.calibration.text
+    known = plan.needs_calibration and isinstance(text, str) and Path(text).is_file()
+    return atomic.sha256(Path(str(text))) if known else None
 
 
 def difference(before: dict, now: dict) -> str | None:

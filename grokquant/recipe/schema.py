@@ -6,9 +6,11 @@ No key names a device, rank or work directory: a recipe means the same on every 
 import io
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
 from fnmatch import fnmatchcase
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 
@@ -96,6 +98,12 @@ def is_repository_text(text: str) -> bool:
     return not is_file(text) and is_repository(text.partition(":")[0])
 
 
+def _check_shares(texts: Mapping) -> dict:
+    if not texts:
+        raise ValueError("expected at least one text")
+    return {check_text(name) if isinstance(name, str) else name: texts[name] for name in texts}
+
+
 def _check_path(path: object) -> object:
     if isinstance(path, os.PathLike):
         path = os.fspath(path)
@@ -121,6 +129,13 @@ def _format_size(size: int) -> str | int:
 PathText = Annotated[str, BeforeValidator(_check_path)]
 TextName = Annotated[
     str,
+    BeforeValidator(lambda text: check_text(text) if isinstance(text, str) else text),
+    Field(validation_alias=AliasChoices("text", "data")),
+]
+# Texts and the share of the sequences that each of them gives.
+TextShares = Annotated[
+    str | dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False, strict=False)]],
+    BeforeValidator(lambda text: _check_shares(text) if isinstance(text, Mapping) else text),
     BeforeValidator(lambda text: check_text(text) if isinstance(text, str) else text),
     Field(validation_alias=AliasChoices("text", "data")),
 ]
@@ -163,10 +178,11 @@ class ModelSection(Section):
 class CalibrationSection(Section):
     """The calibration text; only methods that need calibration data use it."""
 
-    text: TextName = "python-docs"
+    text: TextShares = "python-docs"
     """`python-docs` (the documentation inside every Python installation), a .txt, .json, .jsonl or
     .parquet file (also .gz, .bz2, .xz), or a name for the datasets library such as
-    `hub/name:config:split`."""
+    `hub/name:config:split`. Several texts are given with their shares:
+    `{python-docs: 0.3, chats.jsonl: 0.7}`."""
     field: TextField = None
     """The field of a record that holds a text, a conversation, which the model's chat template
     renders, or token numbers. Unset: the first of `text`, `messages`, `conversations`, `input_ids`
@@ -177,6 +193,21 @@ class CalibrationSection(Section):
     """Tokens per sequence."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Random seed for choosing the sequences; the same seed chooses the same ones."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The texts, and the part of the sequences that each of them gives; the sum is 1."""
+        if isinstance(self.text, str):
+            return {self.text: 1.0}
+        total = sum(self.text.values())
+        return {name: share / total for name, share in self.text.items()}
+
+    @property
+    def samples_of(self) -> dict[str, int]:
+        """The number of sequences from each text: whole numbers whose sum is `samples`."""
+        ends = [0, *(round(self.samples * end) for end in accumulate(self.shares.values()))]
+        parts = zip(self.shares, pairwise(ends), strict=True)
+        return {name: stop - start for name, (start, stop) in parts}
 
 
 class _Rule(Section):
@@ -385,8 +416,18 @@ class Recipe(Section):
 
 def _published(section: Section, keys: set[str]) -> Section:
     values = {key: getattr(section, key) for key in keys}
-    changed = {key: published_path(value) for key, value in values.items() if value is not None}
+    changed = {key: _published_text(value) for key, value in values.items() if value is not None}
     return section.model_copy(update=changed)
+
+
+def _published_text(text: str | dict[str, float]) -> str | dict[str, float]:
+    if isinstance(text, str):
+        return published_path(text)
+    shares: dict[str, float] = {}
+    for name, share in text.items():
+        shown = published_path(name)
+        shares[shown] = shares.get(shown, 0) + share
+    return shares
 
 
 def _fixed_keys(grid: object) -> tuple[str, ...]:

@@ -113,24 +113,28 @@ def token_rows(
 def calibration_rows(
     settings: CalibrationSection, tokenizer: PreTrainedTokenizerBase, checkpoint: "Checkpoint"
 ) -> Tensor:
-    """The calibration tokens of a recipe, int64 [samples, length]. Raises InputError.
+    """The calibration tokens of a recipe, int64 [samples, length], text by text. Raises InputError.
 
     `length` is limited to the positions of the model.
     """
     length = min(settings.length, checkpoint.config.max_position_embeddings)
-    documents = _calibration_documents(settings, length)
-    try:
-        return token_rows(documents, tokenizer, settings.samples, length, settings.seed)
-    except InputError as error:
-        raise InputError(f"calibration.text: {settings.text}: {error}") from None
+    parts = []
+    for text, samples in settings.samples_of.items():
+        documents = _calibration_documents(settings, text, samples * length)
+        try:
+            parts.append(token_rows(documents, tokenizer, samples, length, settings.seed))
+        except InputError as error:
+            raise InputError(f"calibration.text: {text}: {error}") from None
+    return torch.cat(parts)
 
 
-def _calibration_documents(settings: CalibrationSection, length: int) -> Iterable[Document]:
-    """All documents of the calibration text; of a large file excerpts, drawn by the seed."""
-    if not is_large(settings.text):
-        return load_documents(settings.text, "calibration", settings.field)
-    wanted = settings.samples * length * _BYTES_PER_TOKEN
-    return excerpts(settings.text, settings.field, wanted, settings.seed)
+def _calibration_documents(
+    settings: CalibrationSection, text: str, tokens: int
+) -> Iterable[Document]:
+    """All documents of a calibration text; of a large file excerpts, drawn by the seed."""
+    if not is_large(text):
+        return load_documents(text, "calibration", settings.field)
+    return excerpts(text, settings.field, tokens * _BYTES_PER_TOKEN, settings.seed)
 
 
 def text_digest(documents: Sequence[Document]) -> str:
