@@ -264,6 +264,7 @@ CONSUMERS = (
         "0.4.13",
         (*_TRANSFORMERS_ALONE, _formats("compressed-tensors", "bf16")),
     ),
+    Consumer("lm-eval-grokquant", "python -m grokquant.lm_eval", "0.4.13", ()),
     Consumer(
         "gptqmodel",
         "GPTQModel",

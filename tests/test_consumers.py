@@ -64,6 +64,7 @@ TRIED = [
     ("transformers-grokquant", contents(BNB, "mixtral", LLM_INT8), "yes"),
     ("lm-eval", contents("gptq", "llama", None, G128), "no: "),
     ("lm-eval", contents(CT, "mixtral"), "yes"),
+    ("lm-eval-grokquant", contents("gptq", "grok-1"), "yes"),
     ("exllamav2", contents("gptq", "llama", G128, G128), "yes"),
     ("exllamav2", contents("gptq", "llama"), "no: bits other than 4"),
 ]
