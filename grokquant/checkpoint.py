@@ -99,6 +99,8 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
 def _left_out(path: Path, family: Family, config: dict) -> Iterator[str]:
     """A line that names the keys of a config.json that an output's does not have, if any."""
     names = family.left_out(config)
+    if family.remote_code and config.get("auto_map") == family.remote_code.auto_map:
+        names.remove("auto_map")  # of an output of ours: not read, but no news either
     if names:
         shown = ", ".join(name[:80] for name in names[:_NAMED])
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -157,6 +157,7 @@ _ENGINES = (
     "transformers-grokquant",
     "transformers",
     "lm-eval",
+    "lm-eval-grokquant",
     "gptqmodel",
     "exllamav2",
 )

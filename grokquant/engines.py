@@ -30,6 +30,7 @@ class Contents:
     family: str
     matrices: tuple[Stored, ...]
     own_head: bool = False
+    remote_code: bool = False
 
     @property
     def quantized(self) -> list[Stored]:
@@ -64,7 +65,8 @@ class Limit:
 class Consumer:
     """A program: its name for options, its title, the version tried, and its limits.
 
-    `families` are those tried; other families may work.
+    `families` are those tried; other families may work. `by_code`: for Grok-1 it needs the file of
+    `output.remote_code`.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Consumer:
     version: str
     limits: tuple[Limit, ...]
     families: tuple[str, ...] = ()
+    by_code: bool = False
 
     def limit(self, contents: Contents) -> Limit | None:
         """The first limit that `contents` meets, None if the program takes them."""
@@ -79,6 +82,11 @@ class Consumer:
 
     def tried(self, contents: Contents) -> bool:
         return not self.families or contents.family in self.families
+
+    def titled(self, contents: Contents) -> str:
+        """The title, and what else `contents` need there."""
+        trust = " with trust_remote_code" if self.by_code and contents.remote_code else ""
+        return self.title + trust
 
 
 def _formats(*formats: str) -> Limit:
@@ -165,6 +173,11 @@ def _grok_quantized(contents: Contents) -> list[Stored]:
     return contents.quantized if contents.family == "grok-1" else []
 
 
+def _grok_without_code(contents: Contents) -> list[Stored]:
+    missing = contents.family == "grok-1" and not contents.remote_code
+    return list(contents.matrices) if missing else []
+
+
 def _grok_without_head(contents: Contents) -> list[Stored]:
     missing = contents.family == "grok-1" and not contents.own_head
     return list(contents.matrices) if missing else []
@@ -190,7 +203,12 @@ def _gpt_oss(contents: Contents) -> list[Stored]:
 
 _IMPORT = "import grokquant first"
 _TRANSFORMERS_ALONE = (
-    _model("grok-1", "Grok-1"),
+    Limit(
+        "Grok-1 without its code",
+        _grok_without_code,
+        "set output.remote_code to true",
+        about="model",
+    ),
     _NO_GROK_2,
     Limit("gpt-oss, whose experts stay random", _gpt_oss, _IMPORT, wrong=True),
     Limit(
@@ -257,13 +275,16 @@ CONSUMERS = (
         "transformers alone",
         "5.24 with compressed-tensors 0.20",
         _TRANSFORMERS_ALONE,
+        by_code=True,
     ),
     Consumer(
         "lm-eval",
         "lm_eval on the command line",
         "0.4.13",
         (*_TRANSFORMERS_ALONE, _formats("compressed-tensors", "bf16")),
+        by_code=True,
     ),
+    Consumer("lm-eval-grokquant", "python -m grokquant.lm_eval", "0.4.13", ()),
     Consumer(
         "gptqmodel",
         "GPTQModel",
@@ -313,7 +334,7 @@ def where_it_runs(contents: Contents) -> list[str]:
     wrong = [f"{c.title}: {limit.reason}" for c, limit in limits if limit and limit.wrong]
     lines = [f"{WRONG} in {line}" for line in wrong]
     taken = [consumer for consumer, limit in limits if limit is None]
-    lines.append("runs in: " + "; ".join(c.title for c in taken if c.tried(contents)))
+    lines.append("runs in: " + "; ".join(c.titled(contents) for c in taken if c.tried(contents)))
     if untried := [c.title for c in taken if not c.tried(contents)]:
         lines.append(f"not tried with {contents.family}: {'; '.join(untried)}")
     refused = [(c, limit) for c, limit in limits if limit and not limit.wrong]

@@ -29,7 +29,7 @@ ROOMS = [
     {"evaluation"},
     {"reporting"},
     {"__init__"},
-    {"cli"},
+    {"cli", "lm_eval"},
     {"__main__"},
 ]
 

@@ -17,7 +17,13 @@ NF4, LLM_INT8 = GRIDS["nf4"].scheme, GRIDS["llm_int8"].scheme
 
 
 def contents(
-    form: str, family: str, experts=G128, attention=INT8, head=False, **others
+    form: str,
+    family: str,
+    experts=G128,
+    attention=INT8,
+    head=False,
+    remote_code=False,
+    **others,
 ) -> Contents:
     """A model of one layer; `others` are grids of matrices by their names, `_` for dots."""
     places = [(f"attention.{part}", None) for part in "qkvo"]
@@ -28,7 +34,7 @@ def contents(
         scheme = others.get(name.replace(".", "_"), attention if expert is None else experts)
         reads = "attention.q" if part in ("attention.k", "attention.v") else part
         stored.append(Stored(Matrix(name, name, 0, part, reads, expert), (256, 256), scheme))
-    return Contents(form, family, tuple(stored), head)
+    return Contents(form, family, tuple(stored), head, remote_code)
 
 
 CT, BNB = "compressed-tensors", "bitsandbytes"
@@ -54,6 +60,9 @@ TRIED = [
     ("gptqmodel", contents("gptq", "mixtral"), "no: Mixtral"),
     ("gptqmodel", contents("gptq", "llama"), "yes"),
     ("transformers", contents(CT, "grok-1"), "no: Grok-1"),
+    ("transformers", contents(CT, "grok-1", remote_code=True), "yes"),
+    ("transformers", contents("bf16", "grok-1", None, None, remote_code=True), "yes"),
+    ("lm-eval", contents(CT, "grok-1", remote_code=True), "yes"),
     ("transformers", contents(CT, "mixtral"), "yes"),
     ("transformers", contents(CT, "mixtral", ASYM), "no: zero points"),
     ("transformers", contents(CT, "mixtral", experts_1_up=INT8), "no: experts with several"),
@@ -64,6 +73,7 @@ TRIED = [
     ("transformers-grokquant", contents(BNB, "mixtral", LLM_INT8), "yes"),
     ("lm-eval", contents("gptq", "llama", None, G128), "no: "),
     ("lm-eval", contents(CT, "mixtral"), "yes"),
+    ("lm-eval-grokquant", contents("gptq", "grok-1"), "yes"),
     ("exllamav2", contents("gptq", "llama", G128, G128), "yes"),
     ("exllamav2", contents("gptq", "llama"), "no: bits other than 4"),
 ]

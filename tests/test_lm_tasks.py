@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import socket
 import subprocess
 import sys
@@ -272,8 +273,8 @@ def test_texts_and_tasks_share_one_pass(tiny_release, opened):
 
 
 def test_shipped_tasks_are_those_that_have_data():
-    assert {path.stem for path in lm_tasks.SHIPPED.glob("*.yaml")} == task_data.MAKERS.keys()
-    for path in lm_tasks.SHIPPED.glob("*.yaml"):
+    assert {path.stem for path in task_data.SHIPPED.glob("*.yaml")} == task_data.MAKERS.keys()
+    for path in task_data.SHIPPED.glob("*.yaml"):
         assert f"task: {path.stem}\n" in path.read_text() and "!function" not in path.read_text()
 
 
@@ -294,6 +295,47 @@ def test_items_are_made_of_the_text():
 def test_items_are_the_same_each_time(tmp_path):
     first = task_data.write_items("python_docs_choice", tmp_path).read_text()
     assert task_data.write_items("python_docs_choice", tmp_path).read_text() == first
+
+
+@pytest.fixture
+def output(tmp_path):
+    rule = {"match": "*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
+    place = {"path": str(tmp_path / "out"), "format": "gptq"}
+    values = {"model": {"path": "toy"}, "quantize": [rule], "output": place}
+    return grokquant.quantize(values)
+
+
+def test_the_command_line_of_lm_eval_takes_outputs(output, opened, tmp_path, monkeypatch):
+    """A gptq Grok, which transformers alone cannot open; tasks that need no network."""
+    pytest.importorskip("accelerate")
+    names = [task.name for task in TASKS]
+    for name in names:
+        task_data.write_task(name, tmp_path)
+    arguments = ["run", "--model", "hf", "--tasks", ",".join(names[1:]), "--limit", "2"]
+    arguments += ["--model_args", f"pretrained={output},dtype=float32,max_length={LONGEST}"]
+    arguments += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    runpy.run_module("grokquant.lm_eval", run_name="__main__")
+    (found,) = tmp_path.glob("found*.json")
+    results = json.loads(found.read_text())["results"]
+
+    loaded = [(tasks, 2) for tasks, _ in opened.loaded[1:]]
+    own = replace(opened, loaded=loaded, pairs={}, prompts={})
+    own.record_requests()
+    scores = own.scores(streamed(output, own.pairs), {})
+    assert results.keys() == scores.keys() == set(names[1:])
+    for task, wanted in scores.items():
+        for key, value in wanted.values.items():
+            assert results[task][",".join(key)] == pytest.approx(value, rel=1e-3)
+
+
+def test_without_lm_eval_its_command_line_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("grokquant.lm_eval", run_name="__main__")
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # In a report

@@ -34,7 +34,6 @@ from grokquant.evaluation.likelihoods import Likelihood, Pair
 from grokquant.evaluation.suite import TaskSection
 from grokquant.memory import refused
 
-SHIPPED = Path(__file__).parent / "tasks"
 LM_EVAL_VERSION: str = lm_eval.__version__
 
 # Local files are read here; datasets would count each as a download on the hub.
@@ -209,7 +208,7 @@ def _manager(stock: bool) -> TaskManager:
 
 def _shipped(name: str, directory: Path) -> dict:
     """The config of a task of this package, with its data written to `directory`."""
-    config = YAML(typ="safe").load(SHIPPED / f"{name}.yaml")
+    config = YAML(typ="safe").load(task_data.SHIPPED / f"{name}.yaml")
     data = task_data.write_items(name, directory)
     files = {"test": str(data)}
     return config | {"dataset_kwargs": {"data_files": files, "cache_dir": str(directory)}}

@@ -2,8 +2,8 @@
 
     python -m grokquant.evaluation.task_data DIRECTORY
 
-writes it to files. lm-eval finds them if it is started in that directory, with `--include_path
-grokquant/evaluation/tasks`.
+writes the tasks and their data to files, for lm-eval's own command line with `--include_path
+DIRECTORY`.
 """
 
 import json
@@ -17,6 +17,7 @@ from grokquant.files.atomic import write_text
 from grokquant.text import python_docs
 
 Item = dict[str, object]
+SHIPPED = Path(__file__).parent / "tasks"
 
 _WORD = re.compile(r"\S+")
 _PASSAGE = 40  # words of context: a few sentences
@@ -90,6 +91,17 @@ def write_items(task: str, directory: Path) -> Path:
     return path
 
 
+def write_task(task: str, directory: Path) -> Path:
+    """Writes the data of a shipped task, and its YAML file, which says where they are."""
+    data = write_items(task, directory)
+    text = (SHIPPED / f"{task}.yaml").read_text(encoding="utf-8")
+    path = directory / f"{task}.yaml"
+    write_text(path, text.replace(data.name, json.dumps(str(data.resolve()))))
+    return path
+
+
 if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    place.mkdir(parents=True, exist_ok=True)
     for name in MAKERS:
-        print(write_items(name, Path(sys.argv[1])))
+        print(write_task(name, place))

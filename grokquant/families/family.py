@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
 from grokquant.memory import refused
+from grokquant.families.remote_code import RemoteCode
 from grokquant.types import Matrix
 
 # (config, layer) -> names of its quantizable matrices, part -> end of the tensor's name
@@ -56,8 +57,9 @@ class Family:
     fields of the config class and `other_fields`, which are understood here or read by other
     programs; with `only_own_fields` it has what `fields` returns. `architecture` is the model's
     name there, by default that of its class. `engine_fields` gives what engines also ask of an
-    output's config.json, though the model does not. `notice` is a line to show to every user of the
-    family.
+    output's config.json, though the model does not. `remote_code` is the file that lets
+    transformers alone open an output, None where it needs none or there is none. `notice` is a line
+    to show to every user of the family.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Family:
     other_fields: frozenset[str] = frozenset()
     architecture: str | None = None
     engine_fields: Callable[[PreTrainedConfig], dict] = lambda config: {}
+    remote_code: RemoteCode | None = None
     notice: str | None = None
     layer_prefix: str = "model.layers.{layer}."
 

@@ -2,9 +2,11 @@
 
 from transformers import PreTrainedConfig
 
+from grokquant.families import grok_model, grok_tokenizer
 from grokquant.families.family import Family, everywhere
 from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
 from grokquant.families.projections import ATTENTION
+from grokquant.families.remote_code import RemoteCode
 from grokquant.sources.grok_config import ALIASES as FIELD_ALIASES
 from grokquant.sources.grok_config import OFF, model_fields
 
@@ -60,6 +62,15 @@ _ASKED_BY_ENGINES = (
     "load_presharded_moe",
 )
 
+REMOTE_CODE = RemoteCode(
+    title="Grok-1",
+    file="modeling_grok1.py",
+    modules=(grok_tokenizer, grok_model),
+    config="Grok1Config",
+    model="Grok1ForCausalLM",
+    tokenizer="Grok1Tokenizer",
+)
+
 GROK_1 = Family(
     name="grok-1",
     config_class=Grok1Config,
@@ -73,4 +84,5 @@ GROK_1 = Family(
     only_own_fields=True,
     engine_fields=_engine_fields,
     other_fields=frozenset({*FIELD_ALIASES, *OFF, *_ASKED_BY_ENGINES}),
+    remote_code=REMOTE_CODE,
 )

@@ -12,9 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     Cache,
     DynamicCache,
     GenerationMixin,
@@ -31,9 +28,6 @@ from transformers.core_model_loading import (
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from grokquant.errors import InputError
-from grokquant.families.grok_tokenizer import Grok1Tokenizer
 
 
 class Grok1Config(PreTrainedConfig):
@@ -262,6 +256,7 @@ class GrokDecoderLayer(nn.Module):
 
 class Grok1PreTrainedModel(PreTrainedModel):
     config_class = Grok1Config
+    incomplete: type[Exception] = ValueError  # of checkpoints where tensors are missing
     base_model_prefix = "model"
     _no_split_modules = ["GrokDecoderLayer"]
     # The JAX code keeps router and norms in float32.
@@ -278,13 +273,14 @@ class Grok1PreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, but raises InputError where that would invent missing weights."""
+        """As in transformers, but raises `incomplete` where that would invent missing weights."""
         path = pretrained_model_name_or_path
         info_wanted = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
         model, info = loaded
         if missing := sorted(info["missing_keys"]):
-            raise InputError(f"{path}: {missing[0]} is missing; transformers would randomize it")
+            text = f"{path}: {missing[0]} is missing; transformers would randomize it"
+            raise cls.incomplete(text)
         return (model, info) if info_wanted else model
 
     @torch.no_grad()
@@ -392,11 +388,19 @@ def _experts_of_files() -> list[WeightConverter | WeightRenaming]:
     ]
 
 
+register_checkpoint_conversion_mapping(Grok1Config.model_type, _experts_of_files(), overwrite=True)
+
+# Files of `output.remote_code` end here.
+
+
 def _register() -> None:
     """Makes the Auto classes of transformers know Grok-1; no remote code is involved."""
-    register_checkpoint_conversion_mapping(
-        Grok1Config.model_type, _experts_of_files(), overwrite=True
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from grokquant.errors import InputError
+    from grokquant.families.grok_tokenizer import Grok1Tokenizer
+
+    Grok1PreTrainedModel.incomplete = InputError
     AutoConfig.register(Grok1Config.model_type, Grok1Config, exist_ok=True)
     AutoModelForCausalLM.register(Grok1Config, Grok1ForCausalLM, exist_ok=True)
     AutoTokenizer.register(Grok1Config, slow_tokenizer_class=Grok1Tokenizer, exist_ok=True)

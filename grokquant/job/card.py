@@ -205,6 +205,14 @@ def _loading(plan: Plan, name: str) -> list[str]:
         f"AutoTokenizer\n\nmodel = AutoModelForCausalLM.from_pretrained({place})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({place})\n```"
     )
+    if code := plan.remote_code:
+        ways.append(
+            f"With transformers alone, by the Python in `{code.file}`. It is grokquant's, and "
+            "`grokquant verify` compares it with what grokquant writes:\n\n```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({place}, trust_remote_code=True)\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({place}, trust_remote_code=True)\n```"
+        )
     if plan.format.name == "gguf":
         first = shlex.quote(one_line(f"{name}/{plan.files[0].name}"))
         split = " (it finds the other files itself)" if len(plan.files) > 1 else ""

@@ -19,6 +19,7 @@ from grokquant.files import atomic
 from grokquant.files.unfinished import work_path
 from grokquant.job.plan import Plan
 from grokquant.recipe import Recipe
+from grokquant.text.tokenizer import tokenizer_digest
 
 # The key of the identity that holds the digest of the calibration rows.
 CALIBRATION = "calibration text"
@@ -57,7 +58,7 @@ def contents_of(checkpoint: Checkpoint) -> dict:
         "config": without_paths(source.config),
         "source": {path.name: content(path, stride) for path in source.weight_files},
         "small tensors": None if stride is None else _digest_of_small_tensors(checkpoint),
-        "tokenizer": {path.name: atomic.sha256(path) for path in source.tokenizer_files},
+        "tokenizer": {path.name: tokenizer_digest(path) for path in source.tokenizer_files},
     }
 
 

@@ -52,7 +52,7 @@ def write_beside(directory: Path, plan: Plan) -> list[str]:
     for name, path in plan.checkpoint.source.beside.items():
         (directory / name).parent.mkdir(exist_ok=True)
         copy_file(path, directory, name)
-    return tokenizer.write_tokenizer(plan.checkpoint.source, directory)
+    return tokenizer.write_tokenizer(plan.checkpoint.source, directory, plan.remote_code)
 
 
 def write(directory: Path, plan: Plan, record: Record) -> None:
@@ -63,6 +63,8 @@ def write(directory: Path, plan: Plan, record: Record) -> None:
     others = container.sidecar_files(plan.output_layout) | plan.format.sidecar_files(config)
     for name, content in others.items():
         write_json(directory / name, content)
+    if plan.remote_code:
+        write_text(directory / plan.remote_code.file, plan.remote_code.text())
     write_text(directory / RECIPE_NAME, published_recipe(plan))
     write_text(directory / CARD_NAME, model_card(plan, record.units))
     if GENERATION_CONFIG not in plan.checkpoint.source.beside:
@@ -82,6 +84,8 @@ def output_config(plan: Plan) -> dict:
     if not is_repository(fields.get("_name_or_path")):
         fields.pop("_name_or_path", None)  # a place on the machine that saved it
     fields["torch_dtype"] = stated_dtype(plan)
+    if plan.remote_code:
+        fields[tokenizer.AUTO_MAP] = plan.remote_code.auto_map
     # transformers would look for other files than gguf's, and for other names of biased experts.
     loaded_by_us = plan.format.needs_own_loader or plan.checkpoint.family.biased
     if plan.units or loaded_by_us:

@@ -21,6 +21,7 @@ from grokquant.containers.container import (
 from grokquant.engines import BY_NAME, Contents, Stored
 from grokquant.errors import GateError, InputError
 from grokquant.families.naming import HEAD, with_own_head
+from grokquant.families.remote_code import RemoteCode
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
 from grokquant.files.atomic import nearest_directory
 from grokquant.files.links import refuse_no_place
@@ -54,6 +55,11 @@ class Plan:
     @property
     def format(self) -> Format:
         return FORMATS[self.recipe.output.format]
+
+    @property
+    def remote_code(self) -> RemoteCode | None:
+        """The Python file that the output carries, if any."""
+        return self.checkpoint.family.remote_code if self.recipe.output.remote_code else None
 
     @property
     def files(self) -> tuple[PlannedFile, ...]:
@@ -91,6 +97,7 @@ class Plan:
                 for unit in [self.units.get(matrix.name)]
             ),
             own_head=HEAD in tensors,
+            remote_code=self.remote_code is not None,
         )
 
     @cached_property
@@ -207,7 +214,21 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     plan = Plan(recipe, checkpoint, units, kept, parts, output_layout, notes)
     if plan.needs_calibration and not has_tokenizer(checkpoint.source):
         raise no_tokenizer(checkpoint.source)
+    if recipe.output.remote_code:
+        _check_remote_code(plan)
     return plan
+
+
+def _check_remote_code(plan: Plan) -> None:
+    """Raises InputError where a file of classes is not needed, or would not be enough."""
+    family = plan.checkpoint.family
+    if family.remote_code is None:
+        its_own = family.model_class.__module__.startswith("transformers.")
+        text = f"transformers has {family.name} itself" if its_own else f"not for {family.name}"
+        raise InputError(text, "output.remote_code")
+    if limit := BY_NAME["transformers"].limit(plan.contents):
+        text = f"transformers alone does not take {limit.reason}"
+        raise InputError(text, "output.remote_code")
 
 
 def _check_tokenizer(recipe: Recipe, source: Source, container: Container) -> tuple[str, ...]:

@@ -54,4 +54,11 @@ def _contents(checkpoint: Checkpoint) -> Contents | None:
         return None
     refs = [(matrix, source.tensors[matrix.tensor]) for matrix in checkpoint.matrices()]
     stored = tuple(Stored(matrix, ref.shape, ref.scheme) for matrix, ref in refs)
-    return Contents(format.name, checkpoint.family.name, stored, HEAD in source.tensors)
+    code = checkpoint.family.remote_code
+    return Contents(
+        format.name,
+        checkpoint.family.name,
+        stored,
+        own_head=HEAD in source.tensors,
+        remote_code=code is not None and (source.path / code.file).is_file(),
+    )

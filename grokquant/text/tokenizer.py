@@ -1,5 +1,7 @@
 """The tokenizer that belongs to a checkpoint, and its files in an output."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,14 +11,17 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
+from grokquant.families.remote_code import RemoteCode
 from grokquant.families.tokenizer import SENTENCEPIECE, VOCABULARIES, read_tokenizer
-from grokquant.files.atomic import copy_file, write_json
+from grokquant.files.atomic import copy_file, sha256, write_json
 from grokquant.files.json_objects import read_json_object
 from grokquant.types import Source
 
+CONFIG = "tokenizer_config.json"
+AUTO_MAP = "auto_map"  # the key of both configs that names classes in Python files
 # transformers finds a tokenizer's class by one of these.
-_NAMES_ITS_CLASS = ("tokenizer.json", "tokenizer_config.json")
-_NAMES_SPECIAL_TOKENS = {"tokenizer_config.json", "special_tokens_map.json"}
+_NAMES_ITS_CLASS = ("tokenizer.json", CONFIG)
+_NAMES_SPECIAL_TOKENS = {CONFIG, "special_tokens_map.json"}
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -33,20 +38,37 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def write_tokenizer(source: Source, directory: Path) -> list[str]:
+def write_tokenizer(source: Source, directory: Path, code: RemoteCode | None = None) -> list[str]:
     """Copies the tokenizer's files. Where transformers has no tokenizer for the type of model, a
-    SentencePiece model gets a tokenizer_config.json. Returns what its files disagree about."""
+    SentencePiece model gets a tokenizer_config.json. That names no code but `code`, the file of
+    classes that the output carries. Returns what the files disagree about."""
     files = {path.name: path for path in source.tokenizer_files}
     for name, path in files.items():
         copy_file(path, directory, name)
-    if not files.keys() & set(VOCABULARIES):
-        return []  # read by code of its own, or none
-    tokenizer = read_tokenizer(source)
-    unknown = source.config.get("model_type") not in TOKENIZER_MAPPING_NAMES
-    if SENTENCEPIECE in files and files.keys().isdisjoint(_NAMES_ITS_CLASS) and unknown:
-        config = {"tokenizer_class": type(tokenizer).__name__} | tokenizer.special_tokens_map
-        write_json(directory / "tokenizer_config.json", config)
-    return list(_disagreements(files, tokenizer))
+    found = read_json_object(files[CONFIG]) if CONFIG in files else {}
+    config = {key: value for key, value in found.items() if key != AUTO_MAP}
+    notes = []
+    if files.keys() & set(VOCABULARIES):
+        tokenizer = read_tokenizer(source)
+        unknown = source.config.get("model_type") not in TOKENIZER_MAPPING_NAMES
+        if SENTENCEPIECE in files and files.keys().isdisjoint(_NAMES_ITS_CLASS) and unknown:
+            config = {"tokenizer_class": type(tokenizer).__name__} | tokenizer.special_tokens_map
+        if code and type(tokenizer).__name__ == code.tokenizer:
+            config |= {AUTO_MAP: code.tokenizer_auto_map}
+        notes = list(_disagreements(files, tokenizer))
+    if config != found:
+        write_json(directory / CONFIG, config)
+    return notes
+
+
+def tokenizer_digest(path: Path) -> str:
+    """SHA-256 of a file of a tokenizer; an output's is that of its source, since `auto_map`, which
+    names code and is not carried over, does not count."""
+    if path.name != CONFIG:
+        return sha256(path)
+    content = read_json_object(path)
+    content.pop(AUTO_MAP, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _disagreements(files: dict[str, Path], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

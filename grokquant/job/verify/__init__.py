@@ -71,8 +71,9 @@ def faults(directory: str | Path) -> Iterator[Fault]:
     yield from found
     report, found = papers.read_report(path)
     yield from found
-    yield from listing_faults(path, sums)
     plan, found = _plan_of(path, sums, report)
+    code = plan.remote_code.file if plan and plan.remote_code else None
+    yield from listing_faults(path, sums, code)
     yield from _content_faults(path, sums, plan)
     yield from found
     if plan:

@@ -9,8 +9,8 @@ from typing import Any
 
 from grokquant.containers import container_of
 from grokquant.errors import InputError
-from grokquant.files.json_objects import read_json_object
-from grokquant.files.regular import open_regular
+from grokquant.files.json_objects import MAX_BYTES, read_json_object
+from grokquant.files.regular import open_regular, read_regular
 from grokquant.grids import Scheme
 from grokquant.job import metadata, source_model
 from grokquant.job.fingerprint import settings_of, without_paths
@@ -22,6 +22,8 @@ from grokquant.job.source_model import ModelFingerprint, kept_fingerprint_of
 from grokquant.job.unit import stored_bits
 from grokquant.job.verify.fault import Fault
 from grokquant.methods import METHODS
+from grokquant.text.tokenizer import AUTO_MAP, tokenizer_digest
+from grokquant.text.tokenizer import CONFIG as TOKENIZER_CONFIG
 from grokquant.types import Unit, UnitReport
 
 CONFIG_NAME = "config.json"
@@ -34,6 +36,7 @@ def all_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Fault]:
     yield from header_faults(directory, plan)
     yield from recipe_faults(directory, plan)
     yield from config_faults(directory, plan, report)
+    yield from code_faults(directory, plan)
     if report:
         yield from report_faults(directory, plan, report)
         yield from origin_faults(directory, plan, report)
@@ -102,6 +105,26 @@ def config_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
                 yield Fault(f"{path}: {key} is not what source and recipe make", name)
 
 
+def code_faults(directory: Path, plan: Plan) -> Iterator[Fault]:
+    """Code beside the weights, and names of code, that this version does not write."""
+    code = plan.remote_code
+    if code:
+        path = directory / code.file
+        if not path.is_file():
+            yield Fault(f"{path}: planned, but missing", code.file)
+        elif read_regular(path, MAX_BYTES) != code.text().encode():
+            text = "is not the code that this version of grokquant writes"
+            yield Fault(f"{path}: {text}", code.file)
+    path = directory / TOKENIZER_CONFIG
+    try:
+        named = read_json_object(path).get(AUTO_MAP) if path.is_file() else None
+    except InputError as error:
+        yield Fault(str(error), TOKENIZER_CONFIG)
+        return
+    if named not in (None, code and code.tokenizer_auto_map):
+        yield Fault(f"{path}: {AUTO_MAP} names code of somebody else", TOKENIZER_CONFIG)
+
+
 def _with_config_of_source(plan: Plan, report: Mapping) -> Plan:
     """The plan with the config that the report notes of the source, which has no quantization."""
     noted = report.get(MADE_FROM)
@@ -119,8 +142,8 @@ def origin_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
         noted = report[MADE_FROM]
         if noted["recipe"] != settings_of(plan.recipe):
             yield Fault(f"{path}: {MADE_FROM}.recipe is not recipe.yaml", REPORT_NAME)
-        for name, checksum in noted["tokenizer"].items():
-            if report[FILES].get(name) != checksum:
+        for name, digest in noted["tokenizer"].items():
+            if _is_other_tokenizer(directory, name, report[FILES], digest):
                 yield Fault(f"{directory / name}: is not the tokenizer of the source", name)
         known = ModelFingerprint.model_validate(report[source_model.KEY][0])
         own = kept_fingerprint_of(plan.checkpoint)
@@ -131,6 +154,14 @@ def origin_faults(directory: Path, plan: Plan, report: Mapping) -> Iterator[Faul
         yield Fault(str(error))
         return
     yield from _fingerprint_faults(directory, plan, known, own)
+
+
+def _is_other_tokenizer(directory: Path, name: str, files: Mapping, digest: str) -> bool:
+    """Whether a tokenizer's file is not that of the source with this digest; damage is named
+    elsewhere."""
+    if name != TOKENIZER_CONFIG or name not in files:
+        return files.get(name) != digest
+    return (directory / name).is_file() and tokenizer_digest(directory / name) != digest
 
 
 def _fingerprint_faults(

@@ -2,6 +2,7 @@
 
 SHA256SUMS      names every file but itself, the card and what `grokquant eval` adds
 README.md       the model card, which `grokquant eval` changes
+*.py            none, but the file of `output.remote_code` where the recipe asks for it
 evaluation/     the reports of `grokquant eval`
 """
 
@@ -49,8 +50,9 @@ def read_sums(directory: Path) -> tuple[dict[str, str], list[Fault]]:
     return sums, faults or _other_form(path, text, sums)
 
 
-def listing_faults(directory: Path, sums: dict[str, str]) -> Iterator[Fault]:
-    """Files that are missing from a result or are no part of it."""
+def listing_faults(directory: Path, sums: dict[str, str], code: str | None) -> Iterator[Fault]:
+    """Files that are missing from a result or are no part of it; `code` is the one file of Python
+    that it may hold."""
     present = set(_names(directory))
     for name in sorted({*sums, CARD_NAME}):
         if name not in present:
@@ -58,7 +60,7 @@ def listing_faults(directory: Path, sums: dict[str, str]) -> Iterator[Fault]:
         elif not (directory / name).is_file():
             yield Fault(f"{directory / name}: is not a file", name)
     for name in sorted(present):
-        kind = _forbidden(name)
+        kind = None if name == code else _forbidden(name)
         if kind:
             yield Fault(f"{directory / name}: is {kind}, which no result of grokquant holds")
         elif name not in sums and not _is_free(name):
