@@ -13,7 +13,6 @@ from grokquant.evaluation.report import Layer
 from grokquant.humanize import duration
 from grokquant.job.pipeline import Silence
 from grokquant.job.plan import Plan
-from grokquant.reporting.html.cell import cell
 from grokquant.reporting.terminal import error_words
 from grokquant.types import UnitReport
 
@@ -37,7 +36,7 @@ class _Bar:
         from IPython.display import HTML, display  # there in a notebook, and nowhere else
 
         bar = f'<progress max="{total}" value="{done}"></progress>'
-        page = HTML(cell(f"{bar}{html_text(f'{self.work}: {words}')}"))
+        page = HTML(f"<div>{bar} {html_text(f'{self.work}: {words}')}</div>")
         if self.output is None:
             self.output = display(page, display_id=True)
         else:

@@ -211,7 +211,6 @@ tr{background:none!important}
 .verdict,.gate{margin:4px 0;font-size:1em;max-width:none}
 .note{color:var(--soft);margin:4px 0}
 .facts{padding:4px 0}
-progress{width:200px;margin-right:10px;vertical-align:middle;accent-color:var(--s1)}
 """
 
 CELL_CSS = (
