@@ -5,7 +5,7 @@ imported by the first call that needs them. transformers still recognizes our ou
 `runtime/registry.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from grokquant.runtime.registry import register as _register
@@ -15,11 +15,27 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from grokquant.evaluation.report import Report
-    from grokquant.job.plan import Plan
     from grokquant.recipe import Recipe
+    from grokquant.reporting.shown import (
+        ModelSummary,
+        ShownPlan,
+        ShownQuantization,
+        ShownRanking,
+        ShownReport,
+    )
     from grokquant.runtime.load import load
 
-__all__ = ["__version__", "evaluate", "load", "plan", "quantize"]
+__all__ = [
+    "__version__",
+    "compare",
+    "evaluate",
+    "evaluation_report",
+    "inspect",
+    "load",
+    "plan",
+    "quantization_report",
+    "quantize",
+]
 
 _register()
 
@@ -39,11 +55,12 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def plan(recipe: "Recipe | str | Path | Mapping") -> "Plan":
+def plan(recipe: "Recipe | str | Path | Mapping") -> "ShownPlan":
     """What `quantize` would do, from file headers alone. Raises InputError."""
     from grokquant.job.plan import build_plan
+    from grokquant.reporting.shown import ShownPlan
 
-    return build_plan(_as_recipe(recipe))
+    return ShownPlan.of(build_plan(_as_recipe(recipe)))
 
 
 def quantize(
@@ -57,6 +74,7 @@ def quantize(
     The same call resumes an interrupted run, and returns at once if its result is finished. A
     result of something else raises InputError, unless `overwrite`: then it is replaced once the new
     one is complete. `repair` only makes the files of a finished result again that `verify` rejects.
+    A notebook shows a progress bar; elsewhere nothing is printed.
 
     In the main thread Ctrl-C and SIGTERM let the current file finish, then raise
     `errors.Stopped`, a KeyboardInterrupt; a second one does so at once. Afterwards signals have the
@@ -65,8 +83,9 @@ def quantize(
     from grokquant.devices import device_of
     from grokquant.errors import Stopped
     from grokquant.job import pipeline
+    from grokquant.reporting.notebook_progress import run_progress
 
-    progress = pipeline.Silence()
+    progress = run_progress()
     place = device_of(device)
     if repair:
         output = pipeline.repair(_as_recipe(recipe), progress, place)
@@ -91,7 +110,7 @@ def evaluate(
     data: str | None = None,
     any_reference: bool = False,
     task_files: bool = False,
-) -> "Report":
+) -> "ShownReport":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
     `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
@@ -107,8 +126,10 @@ def evaluate(
 
     from grokquant.devices import device_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
+    from grokquant.reporting.notebook_progress import evaluation_progress
+    from grokquant.reporting.shown import ShownReport
 
-    return run_suite(
+    evaluation = run_suite(
         quantized,
         reference,
         suite_for(
@@ -120,11 +141,42 @@ def evaluate(
             task_files,
         ),
         suite or "",
-        device=device_of(device),
+        evaluation_progress(),
+        device_of(device),
         forced=not quick,
         cache=cache_at(cache, cache_size, warn),
         any_reference=any_reference,
-    ).report
+    )
+    return ShownReport.of(evaluation.report)
+
+
+def inspect(path: "str | Path") -> "ModelSummary":
+    """What a checkpoint holds, from file headers alone: a dictionary. Raises InputError."""
+    from grokquant.reporting.shown import ModelSummary
+
+    return ModelSummary.of(path)
+
+
+def quantization_report(output: "str | Path") -> "ShownQuantization":
+    """The report of the run that made `output`, with a row per matrix. Raises InputError."""
+    from grokquant.reporting.shown import ShownQuantization
+
+    return ShownQuantization.at(output)
+
+
+def evaluation_report(output: "str | Path") -> "ShownReport":
+    """The report that `grokquant eval` left in `output`. Raises InputError."""
+    from grokquant.reporting.shown import evaluation_at
+
+    return evaluation_at(output)
+
+
+def compare(runs: "Sequence[str | Path | Report]") -> "ShownRanking":
+    """Ranks evaluated models by quality and size: reports, or results that `grokquant eval` has
+    evaluated, all with the same text and reference. Raises InputError."""
+    from grokquant.reporting.shown import ShownRanking
+
+    return ShownRanking.of(runs)
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":

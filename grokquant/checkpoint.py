@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -31,8 +31,8 @@ class Checkpoint:
     """A source whose tensors have the names and shapes that its family needs."""
 
     source: Source
-    family: Family
-    config: PreTrainedConfig
+    family: Family = field(repr=False)
+    config: PreTrainedConfig = field(repr=False)
 
     def units(self) -> Iterator[tuple[str, TensorRef]]:
         """(unit name, reference) of every matrix that may be quantized, in layer order."""

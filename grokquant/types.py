@@ -182,10 +182,10 @@ class Source:
 
     path: Path
     kind: str
-    config: dict
-    tensors: dict[str, TensorRef]
+    config: dict = field(repr=False)
+    tensors: dict[str, TensorRef] = field(repr=False)
     tokenizer_files: tuple[Path, ...] = ()
-    weight_files: tuple[Path, ...] = ()
+    weight_files: tuple[Path, ...] = field(default=(), repr=False)
     origin: Origin = field(default_factory=Origin)
     # Files that an output takes over as they are, by their names relative to `path`.
     beside: Mapping[str, Path] = field(default_factory=dict)

@@ -53,7 +53,9 @@ def test_importing_us_loads_nothing_heavy():
 
 
 def test_the_parts_of_the_package_are_what_they_were():
-    for name in ("evaluate", "load", "plan", "quantize"):
+    names = ("compare", "evaluate", "evaluation_report", "inspect", "load", "plan",
+             "quantization_report", "quantize")  # fmt: skip
+    for name in names:
         function = getattr(grokquant, name)
         assert inspect.isfunction(function) and function.__doc__
         assert name in dir(grokquant) and name in grokquant.__all__

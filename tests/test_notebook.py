@@ -1,77 +1,99 @@
-"""The notebook runs from either place where people start it, and is stored without output."""
+"""The notebooks run anywhere, show what they are about, and are stored without outputs."""
 
-import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
-import grokquant
-from grokquant.checkpoint import open_checkpoint
-
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "quantized-toy.ipynb"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.fixture
-def this_python(tmp_path, monkeypatch):
-    """Makes "python3" the interpreter that runs the tests, whatever kernels are installed."""
-    write_kernel_spec(str(tmp_path / "kernels" / "python3"))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """An empty directory, as far from the clone as from an earlier result."""
+    return tmp_path_factory.mktemp("notebooks")
 
 
-@pytest.fixture
-def clone(tmp_path):
-    """The files that a run needs, in a directory that has seen no run."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "clone" / "recipes")
-    (tmp_path / "clone" / "notebooks").mkdir()
-    return tmp_path / "clone"
+@pytest.fixture(scope="module")
+def executed(place, tmp_path_factory) -> dict[str, list[dict]]:
+    """The outputs of each notebook.
+
+    One kernel runs them all, since it takes most of the time to start one and read the text; each
+    begins without names of the one before it.
+    """
+    home = tmp_path_factory.mktemp("jupyter")
+    write_kernel_spec(str(home / "kernels" / "python3"))  # the interpreter that runs the tests
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", str(home))
+        patch.setenv("JUPYTER_RUNTIME_DIR", str(home / "runtime"))
+        patch.setenv("IPYTHONDIR", str(home / "ipython"))
+        manager = KernelManager(kernel_name="python3")
+        manager.start_kernel(cwd=str(place))
+        try:
+            return {path.stem: _outputs(path, manager) for path in NOTEBOOKS}
+        finally:
+            manager.shutdown_kernel(now=True)
 
 
-def executed(directory: Path) -> list[dict]:
-    """Runs the notebook in `directory` and returns all outputs."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    resources = {"metadata": {"path": str(directory)}}
-    NotebookClient(notebook, timeout=300, resources=resources).execute()
+def _outputs(path: Path, manager: KernelManager) -> list[dict]:
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+    NotebookClient(notebook, km=manager, timeout=300).execute()
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-def words(outputs: list[dict]) -> str:
-    """All text that a reader sees."""
-    printed = [output["text"] for output in outputs if output.get("name") == "stdout"]
-    return "\n".join(printed + [o["data"]["text/markdown"] for o in outputs if is_text(o)])
+def text_of(outputs: list[dict]) -> str:
+    """All that cells print or show."""
+    printed = [output.get("text", "") for output in outputs]
+    return "\n".join(printed + [output.get("data", {}).get("text/html", "") for output in outputs])
 
 
-def is_text(output: dict) -> bool:
-    return "text/markdown" in output.get("data", {})
+def test_each_runs_without_errors_and_warnings(executed, place):
+    assert list(executed) == [
+        "01_quantize_and_compare", "02_inspect_experts", "03_generate", "04_budget"
+    ]  # fmt: skip
+    for name, outputs in executed.items():
+        assert [o for o in outputs if o.get("name") == "stderr"] == [], name
+    assert [path.name for path in place.iterdir()] == ["runs"]
 
 
-def test_it_runs_without_an_earlier_result(this_python, clone):
-    outputs = executed(clone / "notebooks")
-    assert [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"] == []
-    assert sum("image/svg+xml" in output.get("data", {}) for output in outputs) == 3
-    text = words(outputs)
-    for part in ("112 matrices", "| Mean KLD |", "bits per weight: ", "4,080 tokens"):
-        assert text.count(part) == 1, part
-    assert text.count("Return the") >= 2  # both models go on from the same words
-    assert sorted(path.name for path in clone.iterdir()) == ["notebooks", "recipes"]
+@pytest.mark.parametrize(
+    ("name", "charts", "parts"),
+    [
+        (
+            "01_quantize_and_compare",
+            4,  # and two marks in the table of models
+            ["experts.down", "on this machine", "Output error", "Mean KLD", "Pareto front"],
+        ),
+        ("02_inspect_experts", 8, ["Bits of each expert", "4.125", "Share of the damage"]),
+        ("03_generate", 0, ["Return the", "int4, the same for", "█"]),
+        ("04_budget", 7, ["int4-first-int8", "KL divergence against size", " bits, "]),
+    ],
+)
+def test_each_shows_what_it_is_about(executed, name, charts, parts):
+    text = text_of(executed[name])
+    assert text.count("<svg") >= charts
+    assert [part for part in parts if part not in text] == []
 
 
-def test_it_takes_an_earlier_result_from_the_root(this_python, clone):
-    rule = {"match": "layers.*.experts.*", "method": "rtn", "bits": 8, "group": "channel"}
-    output = {"path": str(clone / "runs" / "toy-int4")}
-    grokquant.quantize({"model": {"path": "toy"}, "quantize": [rule], "output": output})
-    bits = open_checkpoint(output["path"]).bits_per_weight
-    assert f"{bits:.2f} bits per weight: " in words(executed(clone))
+def test_progress_is_one_bar_that_ends_full(executed):
+    bars = [
+        html
+        for output in executed["01_quantize_and_compare"]
+        if "<progress" in (html := output.get("data", {}).get("text/html", ""))
+    ]
+    assert ["4 layers in " in bar and 'max="4" value="4"' in bar for bar in bars] == [True] * 4
+    (again,) = [o for o in executed["03_generate"] if "<progress" in str(o)]
+    assert "was finished already" in again["data"]["text/html"]
 
 
-def test_it_is_stored_without_output():
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_is_stored_without_output(path):
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
         assert cell.metadata == {}, cell.id

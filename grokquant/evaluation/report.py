@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from grokquant.errors import InputError
+from grokquant.escaping import one_line
 from grokquant.files.json_objects import read_json_object
 
 SCHEMA: Literal["grokquant.evaluation/2"] = "grokquant.evaluation/2"
@@ -532,6 +533,12 @@ class Report(TextFigures, ReportHeader):
     made_from: dict[str, Any] | None = None
     """What determines these figures, so that they need not be computed again: checksums of models
     and texts, the suite, versions. `grokquant eval` fills it in."""
+
+    def __repr__(self) -> str:
+        models = one_line(f"{self.quantized.path} against {self.reference.path}")
+        return f"<Report {models}: mean KLD {self.kld.mean.value:.4g}>"
+
+    __str__ = __repr__
 
     def to_json(self) -> dict[str, Any]:
         """The content of `report.json`, in the order of the fields.

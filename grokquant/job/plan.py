@@ -20,6 +20,7 @@ from grokquant.containers.container import (
 )
 from grokquant.engines import BY_NAME, Contents, Stored
 from grokquant.errors import GateError, InputError
+from grokquant.escaping import one_line
 from grokquant.families.naming import HEAD, with_own_head
 from grokquant.families.remote_code import RemoteCode
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
@@ -35,7 +36,7 @@ from grokquant.recipe import Recipe
 from grokquant.types import Source, Unit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """A recipe applied to a checkpoint.
 
@@ -51,6 +52,10 @@ class Plan:
     parts: dict[str, PlannedTensor]
     output_layout: OutputLayout
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        places = one_line(f"{self.recipe.model.path} -> {self.recipe.output.path}")
+        return f"<Plan {places}: {len(self.units)} matrices, {self.bits_per_weight:.3f} bits>"
 
     @property
     def format(self) -> Format:

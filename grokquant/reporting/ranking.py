@@ -119,12 +119,12 @@ class Ranking:
         }
 
 
-def rank_models(paths: Sequence[str | Path]) -> Ranking:
-    """Reads the reports of all `paths` (results, their evaluation directories, or report.json).
+def rank_models(runs: Sequence[str | Path | Report]) -> Ranking:
+    """Ranks `runs`: reports, or where they are (results, evaluation directories, report.json).
 
     Raises InputError where there is no report, or where two cannot be compared.
     """
-    models = _named([(Path(path), read_report(_report_path(Path(path)))) for path in paths])
+    models = _named([_read(run) for run in runs])
     for model in models[1:]:
         _check_comparable(model, models[0])
     models.sort(key=lambda model: model.report.kld.mean.value)
@@ -180,6 +180,18 @@ def _dominates(other: EvaluatedModel, model: EvaluatedModel, loss: Loss) -> bool
 
 def _significantly_better(other: EvaluatedModel, model: EvaluatedModel, loss: Loss) -> bool:
     return other is not model and difference(model, other, loss).low > 0
+
+
+def _read(run: str | Path | Report) -> tuple[Path, Report]:
+    """The place of an evaluated model and its report."""
+    if isinstance(run, Report):
+        return Path(run.quantized.path), run
+    return Path(run), read_evaluation(run)
+
+
+def read_evaluation(path: str | Path) -> Report:
+    """The report of an evaluated result. Raises InputError where there is none."""
+    return read_report(_report_path(Path(path)))
 
 
 def _report_path(path: Path) -> Path:

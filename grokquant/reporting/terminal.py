@@ -127,12 +127,12 @@ def _plan_table(plan: Plan) -> Table:
     table.add_column("grid (method)")
     table.add_column("matrices", justify="right")
     table.add_column("weights", justify="right")
-    for (kind, grid), (count, weights) in _plan_rows(plan).items():
+    for (kind, grid), (count, weights) in plan_rows(plan).items():
         table.add_row(kind, grid, str(count), f"{weights:,}")
     return table
 
 
-def _plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
+def plan_rows(plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
     """(kind of matrix, grid) -> (matrices, weights)."""
     counts: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
@@ -245,7 +245,7 @@ class RunProgress(_LayerBar):
 
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:
         self.fallbacks += sum(report.fallback is not None for report in reports)
-        line = f"layer {index}: {_error_of(reports)}, {_bits_of(reports, self.plan):.3f} bits"
+        line = f"layer {index}: {error_words(reports)}, {_bits_of(reports, self.plan):.3f} bits"
         if tokens:
             line += f", fewest tokens for an expert: {min(tokens)}"
         self.advance(line)
@@ -318,7 +318,7 @@ class LayerProgress(_LayerBar):
         self.advance(line)
 
 
-def _error_of(reports: list[UnitReport]) -> str:
+def error_words(reports: list[UnitReport]) -> str:
     """The mean error of a layer's matrices: of their outputs, else of their weights."""
     output_errors = [r.output_error for r in reports if r.output_error is not None]
     if output_errors:

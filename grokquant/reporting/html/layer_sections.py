@@ -1,9 +1,13 @@
-"""The sections of the page that go through the model: routing, layers, experts."""
+"""The sections of the page that go through the model: routing, layers, experts.
 
+Each figure is a function of its own; it returns nothing where its figures were not measured.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from grokquant.evaluation.report import Report, Routing
+from grokquant.evaluation.report import Report, Routing, UnitRow
 from grokquant.humanize import percent
 from grokquant.reporting.html import report_charts
 from grokquant.reporting.html.markup import (
@@ -46,13 +50,11 @@ _COLUMNS = (
 
 def routing_section(report: Report) -> str:
     """Whether the routers choose the same experts; nothing for a dense model."""
-    agreements = [(x.router_set, x.layer) for x in report.layers if x.router_set is not None]
-    if not agreements:
+    agreement = router_agreement(report)
+    if not agreement:
         return ""
-    charts = [_agreement(report, *min(agreements))]
-    if report.routing:
-        charts += _routing_changes(report, report.routing)
-    charts.append(_load_shift(report))
+    changes = _routing_changes(report, report.routing) if report.routing else []
+    charts = [agreement, *changes, load_shift(report)]
     return section(
         "Routing",
         "A token that is routed to a different expert meets different weights, so errors can jump "
@@ -61,7 +63,11 @@ def routing_section(report: Report) -> str:
     )
 
 
-def _agreement(report: Report, least: float, layer: int) -> str:
+def router_agreement(report: Report) -> str:
+    agreements = [(x.router_set, x.layer) for x in report.layers if x.router_set is not None]
+    if not agreements:
+        return ""
+    least, layer = min(agreements)
     return figure(
         "Same experts chosen",
         "Share of tokens that a layer routes to exactly the same experts as the reference: on the "
@@ -72,7 +78,9 @@ def _agreement(report: Report, least: float, layer: int) -> str:
     )
 
 
-def _load_shift(report: Report) -> str:
+def load_shift(report: Report) -> str:
+    if all(layer.load_shift is None for layer in report.layers):
+        return ""
     shift, layer = max((x.load_shift or 0.0, x.layer) for x in report.layers)
     return figure(
         "Load shift",
@@ -113,17 +121,17 @@ def _routing_changes(report: Report, routing: Routing) -> list[str]:
 def layers_section(report: Report) -> str:
     if not report.layers:
         return ""
-    charts = [_accumulated_error(report)]
-    if any(layer.forced for layer in report.layers):
-        charts.append(_isolated_error(report))
     return section(
         "Layer by layer",
         "Which layers lose most, and how errors accumulate.",
-        grid(charts) + details("Numbers by layer", card(_layer_table(report))),
+        grid([accumulated_error(report), isolated_error(report)])
+        + details("Numbers by layer", card(_layer_table(report))),
     )
 
 
-def _accumulated_error(report: Report) -> str:
+def accumulated_error(report: Report) -> str:
+    if not report.layers:
+        return ""
     worst = max(report.layers, key=lambda layer: layer.relative_error)
     last = report.layers[-1]
     end = "" if worst is last else f", {percent(last.relative_error)} after the last"
@@ -136,8 +144,10 @@ def _accumulated_error(report: Report) -> str:
     )
 
 
-def _isolated_error(report: Report) -> str:
+def isolated_error(report: Report) -> str:
     isolated = [(layer.forced, layer.layer) for layer in report.layers if layer.forced]
+    if not isolated:
+        return ""
     error, layer = max((forced.block_error, layer) for forced, layer in isolated)
     experts = any(forced.experts_error is not None for forced, _ in isolated)
     outputs = "the block, its attention and its experts" if experts else "the block and attention"
@@ -182,26 +192,22 @@ def _cell(report: Report, i: int, column: _Column) -> str:
 
 
 def experts_section(report: Report) -> str:
-    charts = []
-    folded = []
-    if any(layer.forced and any(layer.forced.damage) for layer in report.layers):
-        charts.append(_damage(report))
-    if any(layer.routed for layer in report.layers):
-        charts.append(_load(report))
-        folded.append(_movement(report))
-    folded += _matrix_errors(report)
-    if not charts:
+    charts = [damage(report), load(report)]
+    folded = [movement(report), weight_error(report.units), output_error(report.units)]
+    if not any(charts):
         charts = folded
         folded = []
-    if not charts:
+    if not any(charts):
         return ""
     body = grid(charts)
-    if folded:
+    if any(folded):
         body += details("Tokens moved, and errors of each expert’s matrices", grid(folded))
     return section("Expert by expert", "One column per layer, one row per expert.", body)
 
 
-def _damage(report: Report) -> str:
+def damage(report: Report) -> str:
+    if not any(layer.forced and any(layer.forced.damage) for layer in report.layers):
+        return ""
     return figure(
         "Share of the damage",
         "Share of each expert in the squared output error of its layer’s experts, weighted by "
@@ -211,7 +217,9 @@ def _damage(report: Report) -> str:
     )
 
 
-def _load(report: Report) -> str:
+def load(report: Report) -> str:
+    if not any(layer.routed for layer in report.layers):
+        return ""
     return figure(
         "Load of each expert",
         "Share of a layer’s routed tokens that go to each expert of the quantized model. "
@@ -220,7 +228,9 @@ def _load(report: Report) -> str:
     )
 
 
-def _movement(report: Report) -> str:
+def movement(report: Report) -> str:
+    if not any(layer.routed for layer in report.layers):
+        return ""
     return figure(
         "Tokens gained and lost",
         "Tokens of each expert, quantized minus reference: blue is gained, orange is lost. "
@@ -229,15 +239,30 @@ def _movement(report: Report) -> str:
     )
 
 
-def _matrix_errors(report: Report) -> list[str]:
-    kinds = (
-        ("relative_error", "Weight error of each expert", "‖W − Q‖ / ‖W‖ of the weights"),
-        ("output_error", "Output error of each expert", "Relative error on the calibration inputs"),
+def weight_error(units: Sequence[UnitRow]) -> str:
+    return _expert_figure(
+        "Weight error of each expert",
+        "‖W − Q‖ / ‖W‖ of the weights, averaged over the expert’s matrices. Lower is better.",
+        report_charts.expert_error_map(units, "relative_error"),
     )
-    charts = []
-    for field, title, words in kinds:
-        drawing = report_charts.expert_error_map(report, field)
-        if drawing:
-            words += ", averaged over the expert’s matrices. Lower is better."
-            charts.append(figure(title, words, drawing))
-    return charts
+
+
+def output_error(units: Sequence[UnitRow]) -> str:
+    return _expert_figure(
+        "Output error of each expert",
+        "Relative error on the calibration inputs, averaged over the expert’s matrices. Lower is "
+        "better.",
+        report_charts.expert_error_map(units, "output_error"),
+    )
+
+
+def bits(units: Sequence[UnitRow]) -> str:
+    return _expert_figure(
+        "Bits of each expert",
+        "Stored bits per weight, averaged over the expert’s matrices.",
+        report_charts.expert_bits_map(units),
+    )
+
+
+def _expert_figure(title: str, words: str, drawing: str | None) -> str:
+    return figure(title, words, drawing) if drawing else ""

@@ -86,6 +86,26 @@ def write_ranking(ranking: Ranking, directory: Path) -> tuple[Path, Path]:
     return write_page(directory, (JSON_NAME, ranking.as_dict()), page)
 
 
+def side_by_side(ranking: Ranking) -> str:
+    """The verdict and the table of models."""
+    unit = ranking.report.bootstrap.unit
+    table = _table(ranking.as_dict(), _by_size(ranking), unit)
+    return f'<p class="verdict">{html_text(_verdict(ranking))}</p>{table}'
+
+
+def kld_against_size(ranking: Ranking) -> str:
+    return _kld_figure(ranking.as_dict(), _by_size(ranking))
+
+
+def perplexity_against_size(ranking: Ranking) -> str:
+    return _perplexity_figure(ranking.as_dict(), _by_size(ranking))
+
+
+def routing_by_layer(ranking: Ranking) -> str:
+    """The agreement of the routers; nothing for dense models."""
+    return _routing_section(ranking.as_dict(), _by_size(ranking))
+
+
 def _by_size(ranking: Ranking) -> list[_Model]:
     """The models, the smallest first."""
     places = sorted(enumerate(ranking.models), key=lambda pair: pair[1].bits_per_weight)

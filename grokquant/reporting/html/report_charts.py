@@ -1,9 +1,9 @@
 """Which numbers of a report go into which chart, and the sentences that need counting."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from grokquant.evaluation.report import Layer, Report, Routing
+from grokquant.evaluation.report import Layer, Report, Routing, UnitRow
 from grokquant.humanize import (
     MINUS,
     NBSP,
@@ -168,19 +168,34 @@ def shift_map(report: Report) -> str:
     return heat_map("Tokens gained or lost by layer and expert", columns, _signed, DIVERGING)
 
 
-def expert_error_map(report: Report, field: str) -> str | None:
+def expert_error_map(units: Sequence[UnitRow], field: str) -> str | None:
     """Mean `field` (an error of matrices) of each expert, or None where no experts have it."""
-    errors: dict[tuple[int, int], list[float]] = defaultdict(list)
-    for unit in report.units:
-        error = getattr(unit, field)
-        if unit.layer is not None and unit.expert is not None and error is not None:
-            errors[unit.layer, unit.expert].append(error)
-    experts = {expert for _, expert in errors}
+    columns = _by_expert(units, field)
+    if columns is None:
+        return None
+    return heat_map("Error by layer and expert", columns, _three_digits, ORANGES)
+
+
+def expert_bits_map(units: Sequence[UnitRow]) -> str | None:
+    """Mean bits per weight of each expert, or None where there are no experts."""
+    columns = _by_expert(units, "bits_per_weight")
+    if columns is None:
+        return None
+    return heat_map("Bits per weight by layer and expert", columns, _two_decimals, BLUES)
+
+
+def _by_expert(units: Sequence[UnitRow], field: str) -> list[list[Mark | None]] | None:
+    """Mean `field` of the matrices of each expert: a column per layer; None without experts."""
+    values: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for unit in units:
+        value = getattr(unit, field)
+        if unit.layer is not None and unit.expert is not None and value is not None:
+            values[unit.layer, unit.expert].append(value)
+    experts = {expert for _, expert in values}
     if len(experts) < 2:
         return None
-    layers = range(1 + max(layer for layer, _ in errors))
-    columns = [[_mean_mark(errors.get((i, e))) for e in range(1 + max(experts))] for i in layers]
-    return heat_map("Error by layer and expert", columns, _three_digits, ORANGES)
+    layers = range(1 + max(layer for layer, _ in values))
+    return [[_mean_mark(values.get((i, e))) for e in range(1 + max(experts))] for i in layers]
 
 
 def _mean_mark(values: list[float] | None) -> Mark | None:
@@ -249,6 +264,10 @@ def _tokens(count: float) -> str:
 
 def _three_digits(share: float) -> str:
     return percent(share, 3)
+
+
+def _two_decimals(bits: float) -> str:
+    return f"{bits:.2f}"
 
 
 def _one_decimal(share: float) -> str:

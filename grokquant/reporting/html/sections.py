@@ -88,28 +88,33 @@ def _token_errors(report: Report) -> str:
 
 
 def distribution_section(report: Report) -> str:
-    kld = report.kld
-    delta = report.delta_p
-    not_drawn = " Values at or below zero, from rounding, are not drawn." * (kld.minimum <= 0)
-    charts = [
-        figure(
-            "KL divergence by token",
-            f"The median is {rough(kld.median)} nats. One token in a hundred is above "
-            f"{rough(kld.q99_0)}, the worst is at {rough(kld.maximum)}. Further left is better."
-            f"{not_drawn}",
-            report_charts.kld_quantiles(report),
-        ),
-        figure(
-            "Change in the probability of the true token",
-            f"For 90 % of the tokens it is between {percent(delta.q5_0)} and "
-            f"{percent(delta.q95_0)}. A steep line at zero is better.",
-            report_charts.delta_p_quantiles(report),
-        ),
-    ]
     return section(
         "Token by token",
         "Averages hide the tail, and the tail is what breaks code and long reasoning.",
-        grid(charts) + details("All percentiles", card(_percentiles(report))),
+        grid([kld_by_token(report), delta_p_by_token(report)])
+        + details("All percentiles", card(_percentiles(report))),
+    )
+
+
+def kld_by_token(report: Report) -> str:
+    kld = report.kld
+    not_drawn = " Values at or below zero, from rounding, are not drawn." * (kld.minimum <= 0)
+    return figure(
+        "KL divergence by token",
+        f"The median is {rough(kld.median)} nats. One token in a hundred is above "
+        f"{rough(kld.q99_0)}, the worst is at {rough(kld.maximum)}. Further left is better."
+        f"{not_drawn}",
+        report_charts.kld_quantiles(report),
+    )
+
+
+def delta_p_by_token(report: Report) -> str:
+    delta = report.delta_p
+    return figure(
+        "Change in the probability of the true token",
+        f"For 90 % of the tokens it is between {percent(delta.q5_0)} and "
+        f"{percent(delta.q95_0)}. A steep line at zero is better.",
+        report_charts.delta_p_quantiles(report),
     )
 
 
@@ -128,7 +133,7 @@ def _percentiles(report: Report) -> str:
 def weights_section(report: Report) -> str:
     model = report.quantized
     reference = report.reference
-    charts = [figure("Size", _size_words(report), report_charts.sizes(report))]
+    charts = [size_figure(report)]
     if model.schemes:
         grids = (table_row(html_text(name), f"{n:,}") for name, n in model.schemes.items())
         charts.append(
@@ -146,6 +151,10 @@ def weights_section(report: Report) -> str:
         f"{name_of(reference)} at {reference.bits_per_weight:.2f}, counting all of their files.",
         grid(charts) + _fallbacks(report) + (folded if worst else ""),
     )
+
+
+def size_figure(report: Report) -> str:
+    return figure("Size", _size_words(report), report_charts.sizes(report))
 
 
 def _size_words(report: Report) -> str:

@@ -1,4 +1,4 @@
-"""The look of the pages: one stylesheet for light, dark, phone and paper."""
+"""The look of the pages, for light, dark, phone and paper, and of what notebooks show."""
 
 # Colours of both themes. Text has a contrast of at least 4.5 (WCAG AA) on cards, on the page and on
 # each shade of a heat map, with `strong` on the darker half; tests compute it. Series s1 to s6 stay
@@ -35,11 +35,15 @@ _SERIES = "".join(
 )
 
 _PAGE = """
-*{box-sizing:border-box}
 html{color-scheme:light dark;-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--page);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:40px 20px 56px}
+"""
+
+# What pages and the cells of notebooks are made of.
+_PARTS = """
+*{box-sizing:border-box}
 h1,h2,h3,p,figure,table,dl,dd,ul{margin:0;padding:0}
 h1{font-size:clamp(1.7rem,5vw,2.5rem);line-height:1.15;letter-spacing:-.02em;
 overflow-wrap:anywhere;text-wrap:balance}
@@ -122,6 +126,9 @@ padding:14px 18px;margin-top:14px}
 .warn li{overflow-wrap:anywhere}
 footer{margin-top:44px;padding-top:14px;border-top:1px solid var(--hair);color:var(--soft);
 font-size:.9rem;max-width:none}
+"""
+
+_MEDIA = """
 @media screen and (max-width:760px){
 main{padding:24px 16px 40px}
 .grid{grid-template-columns:minmax(0,1fr)}
@@ -181,5 +188,32 @@ summary{break-after:avoid;list-style:none;color:var(--soft)}
 CSS = (
     f":root{{{_LIGHT}}}"
     f"@media screen and (prefers-color-scheme:dark){{:root{{{_DARK}}}}}"
-    f"{_SERIES}{_PAGE}{_SHADES}"
+    f"{_SERIES}{_PAGE}{_PARTS}{_MEDIA}{_SHADES}"
+).replace("\n", "")
+
+# A cell shares its page with the notebook, whose theme is not that of the system: these are dark
+# Jupyter, dark VS Code, dark Colab.
+_DARK_NOTEBOOKS = (
+    '[data-jp-theme-light="false"] .grokquant,.vscode-dark .grokquant,[theme=dark] .grokquant'
+)
+# Notebooks set text smaller than pages, shade every second row and align all cells to the right.
+_CELL = """
+color:var(--ink);background:var(--card);max-width:880px;padding:8px 14px;border-radius:8px;
+font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+.card,figure{border:0;padding:0;margin:0}
+figure{max-width:560px}
+h2,h3{font-size:1.05em;font-weight:600;margin:0}
+h2+p{margin:2px 0 6px}
+section{margin-top:12px}
+table{table-layout:auto;width:auto;margin:4px 0;font-size:1em}
+th,td{font-size:1em}
+tr{background:none!important}
+.verdict,.gate{margin:4px 0;font-size:1em;max-width:none}
+.note{color:var(--soft);margin:4px 0}
+.facts{padding:4px 0}
+"""
+
+CELL_CSS = (
+    f".grokquant{{{_LIGHT}}}{_DARK_NOTEBOOKS}{{{_DARK}}}"
+    f".grokquant{{{_SERIES}{_PARTS}{_SHADES}{_CELL}}}"
 ).replace("\n", "")
