@@ -12,6 +12,7 @@ from make_release import framed_size
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config
+from grokquant.grids import Scheme
 from grokquant.sources.release import LAYER, TOP, leaf_names
 from grokquant.toy.release_writer import Chunked, write_leaf
 
@@ -138,6 +139,16 @@ def test_conditions_name_machine_and_versions():
     conditions = load("measure").conditions()
     assert conditions["machine"]["cores"] >= 1
     assert conditions["versions"]["torch"] == torch.__version__
+
+
+def test_descent_lowers_both_objectives(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)  # the program imports its neighbours
+    program = load("descent")
+    torch.manual_seed(0)
+    W = program.weights(64, 256, 0).float()
+    found = program.measure("down", W, program.correlated(2, 32), Scheme(4, 128), [1])
+    assert found["one_sided"]["one_sided"] < 1
+    assert found["two_sided_1"]["two_sided"] < found["one_sided"]["two_sided"]
 
 
 @pytest.mark.slow
