@@ -27,6 +27,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from grokquant.methods.block_headers import read_steps, whole_limits, with_levels
 from grokquant.methods.compiled import grid_numbers
 from grokquant.methods.descent_kernels import feed_back, find_moved, move_codes, move_levels
 from grokquant.methods.kernels import Grid
@@ -71,7 +72,7 @@ def descend(
     fitted once the codes of the group have moved. A sweep in which nothing moves is the last.
 
     Codes stay on the grid, and scales and offsets are numbers that the file can hold; scales keep
-    their signs. Zero points stay, and so do the scales of grids whose blocks share a header.
+    their signs. Zero points stay, and so do the float16 steps in the headers of blocks.
 
     Computes on the CPU; the bytes do not depend on the number of threads. A pass that moves many
     codes costs R K^2 multiplications, one that moves few a small part of that; blocks of more than
@@ -158,12 +159,16 @@ class _Matrix:
     """A rounded matrix whose codes, scales and offsets change in place, or some rows of it.
 
     `scales`, `zero_points` and `offsets` are float32 [rows, groups], zeros where a grid has none.
+    `scale_steps` and `offset_steps` [rows, groups] are those that the header of a block holds; both
+    are empty, [rows, 0], where groups hold their own scale.
     """
 
     codes: Tensor
     scales: Tensor
     zero_points: Tensor
     offsets: Tensor
+    scale_steps: Tensor
+    offset_steps: Tensor
     target: Tensor
     H: Tensor
     levels: "_Levels"
@@ -182,6 +187,7 @@ class _Matrix:
             scales,
             wide(quantized.zero_points),
             wide(quantized.offsets),
+            *_steps(quantized),
             target,
             H.contiguous(),
             _Levels.of(quantized),
@@ -195,6 +201,8 @@ class _Matrix:
             scales=self.scales[part],
             zero_points=self.zero_points[part],
             offsets=self.offsets[part],
+            scale_steps=self.scale_steps[part],
+            offset_steps=self.offset_steps[part],
             target=self.target[part],
         )
 
@@ -222,20 +230,35 @@ class _Matrix:
     def quantized(self, before: QTensor) -> QTensor:
         """The matrix in the dtypes of what it was before."""
         offsets = before.offsets
+        headers = before.headers
+        if headers is not None:
+            headers = with_levels(headers, before.scheme, self.scales, self.offsets)
         return replace(
             before,
             codes=self.codes,
             scales=self.scales.to(before.scales.dtype),
             offsets=None if offsets is None else self.offsets.to(offsets.dtype),
+            headers=headers,
         )
+
+
+def _steps(quantized: QTensor) -> tuple[Tensor, Tensor]:
+    """The steps of scales and offsets, float32 [rows, groups], or [rows, 0] without headers."""
+    if quantized.headers is None:
+        none = torch.empty(len(quantized.codes), 0)
+        return none, none
+    steps = read_steps(quantized.headers, quantized.scheme)
+    groups = quantized.scales.shape[1] // steps[0].shape[1]
+    d, *minima = (step.squeeze(-1).repeat_interleave(groups, 1) for step in steps)
+    return d, -minima[0] if minima else torch.zeros_like(d)
 
 
 @dataclass(frozen=True)
 class _Levels:
     """What a scheme is in numbers: how codes become values and which scales a file can hold.
 
-    `table` float32 [codes] is empty where codes are integers, worth `unit` scales. `refits` are
-    whether scales and whether offsets may change.
+    `table` float32 [codes] is empty where codes are integers, worth `unit` scales. Scales are
+    numbers that `stored` holds, or steps of a block's header times whole numbers within `whole`.
     """
 
     limits: tuple[float, float]
@@ -243,7 +266,8 @@ class _Levels:
     table: Tensor
     unit: float
     stored: Grid
-    refits: tuple[bool, bool]
+    whole: tuple[float, float]
+    has_offsets: bool
 
     @staticmethod
     def of(quantized: QTensor) -> "_Levels":
@@ -251,14 +275,15 @@ class _Levels:
         row = scheme.row
         in_float16 = row.ggml_type is not None  # llama.cpp's scales, float32 in a QTensor or not
         held = replace(scheme, scale_dtype="float16") if in_float16 else scheme
-        free = not row.has_header
+        whole = whole_limits(scheme) if row.has_header else (0, 0)
         return _Levels(
             (float(scheme.qmin), float(scheme.qmax)),
             _reach(row.table),
             torch.tensor(row.table, dtype=torch.float32),
             row.unit,
             grid_numbers(held),
-            (free, free and quantized.offsets is not None),
+            (float(whole[0]), float(whole[1])),
+            quantized.offsets is not None,
         )
 
 
@@ -352,19 +377,26 @@ class _Tile:
     def _refit(self, group: int, node: slice) -> None:
         """Moves the scales of a group, then its offsets; `node` are the columns to tell of it."""
         matrix = self.matrix
-        scales, offsets = matrix.levels.refits
-        if scales:
-            self._move_levels(matrix.scales, matrix.multiples(group), group, node, True)
-        if offsets:
-            ones = torch.ones(len(self.EH), self.group_size)
-            self._move_levels(matrix.offsets, ones, group, node, False)
+        multiples = matrix.multiples(group)
+        steps = matrix.scale_steps[:, group : group + 1]
+        self._move_levels(matrix.scales, steps, multiples, group, node, keeps_sign=True)
+        if matrix.levels.has_offsets:
+            ones = torch.ones_like(multiples)
+            steps = matrix.offset_steps[:, group : group + 1]
+            self._move_levels(matrix.offsets, steps, ones, group, node, keeps_sign=False)
 
     def _move_levels(
-        self, levels: Tensor, U: Tensor, group: int, node: slice, keeps_sign: bool
+        self,
+        levels: Tensor,
+        steps: Tensor,
+        U: Tensor,
+        group: int,
+        node: slice,
+        keeps_sign: bool,
     ) -> None:
         """Moves levels [rows, groups] of a group, each of which adds level * U to the values.
 
-        U is [rows, group_size].
+        U is [rows, group_size]; `steps` are those of the group's levels.
         """
         matrix = self.matrix
         blocks, size, _ = self.G.shape
@@ -378,6 +410,8 @@ class _Tile:
             slopes.numpy(),
             (self.G * UHU).numpy(),
             levels[:, group].contiguous().numpy(),
+            steps.flatten().numpy(),
+            matrix.levels.whole,
             matrix.levels.stored,
             keeps_sign,
         )

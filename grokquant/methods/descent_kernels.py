@@ -108,16 +108,22 @@ def move_levels(
     slopes: np.ndarray,
     curvatures: np.ndarray,
     levels: np.ndarray,
+    steps: np.ndarray,
+    limits: tuple[float, float],
     grid: Grid,
     keeps_sign: bool,
 ) -> np.ndarray:
     """The changes float32 [rows] of one level, a scale or an offset, of a group of columns.
 
-    `slopes` [rows] and `curvatures` [blocks, B, B] are the first and half of the second derivatives
-    of half the objective by `levels` [rows]. A level becomes the stored number nearest to its best
-    value if that lowers the objective. With `keeps_sign` it becomes neither 0 nor another sign.
+    `slopes` [rows] and `curvatures` [blocks, B, B] are the first and the second derivatives of half
+    the objective by `levels` [rows]. A level becomes the number nearest to its best value that the
+    file can hold, if that lowers the objective: a multiple of its `steps` [rows] within `limits`;
+    where `steps` is empty, what the scale dtype of `grid` holds. With `keeps_sign` it becomes
+    neither 0 nor another sign.
     """
     changes = np.zeros(len(levels), np.float32)
+    low = _f32(limits[0])
+    high = _f32(limits[1])
     blocks, size, _ = curvatures.shape
     for block in range(blocks):
         for r in range(size):
@@ -129,7 +135,11 @@ def move_levels(
             if not curvature > 0:
                 continue
             best = levels[row] - slope / curvature
-            new = stored_scale(best, grid) if abs(best) >= grid.least else _f32(0)
+            if len(steps):
+                step = steps[row]
+                new = min(max(np.rint(best / step), low), high) * step if step != 0 else _f32(0)
+            else:
+                new = stored_scale(best, grid) if abs(best) >= grid.least else _f32(0)
             if keeps_sign and not new * levels[row] > 0:
                 continue
             change = new - levels[row]
