@@ -72,7 +72,7 @@ bench: install
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 bench-real: install
-	for name in weight_only lossless streamed_eval gptq_expert; do \
+	for name in weight_only lossless streamed_eval gptq_expert descent; do \
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 clean:

@@ -18,8 +18,9 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM, GrokRouter
+from grokquant.families.grok_model import Grok1Config, Grok1ForCausalLM
 from grokquant.sources.release import LAYER, TOP, leaf_names
 from grokquant.text import python_docs
 from grokquant.toy.release_writer import Leaf, quantize_leaf, write_release
@@ -117,26 +118,28 @@ class Batches:
 class RouterBalance:
     """Collects router logits of a forward pass for the load-balancing loss (Switch, eq. 4)."""
 
-    def __init__(self, model: Grok1ForCausalLM) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.logits: list[Tensor] = []
         for module in model.modules():
-            if isinstance(module, GrokRouter):
+            if type(module).__name__.endswith("Router"):  # of Grok and of transformers' families
                 module.register_forward_hook(lambda _m, _i, out: self.logits.append(out[0]))
+                self.top_k = module.top_k
 
     def loss(self) -> Tensor:
         terms = []
         for logits in self.logits:
             probabilities = logits.softmax(-1)
-            chosen = probabilities.topk(CONFIG.num_experts_per_tok).indices.flatten()
-            load = torch.bincount(chosen, minlength=CONFIG.num_local_experts) / len(chosen)
-            terms.append(CONFIG.num_local_experts * (load * probabilities.mean(0)).sum())
+            experts = probabilities.shape[-1]
+            chosen = probabilities.topk(self.top_k).indices.flatten()
+            load = torch.bincount(chosen, minlength=experts) / len(chosen)
+            terms.append(experts * (load * probabilities.mean(0)).sum())
         self.logits.clear()
         return torch.stack(terms).mean()
 
 
-def new_model() -> Grok1ForCausalLM:
-    torch.manual_seed(0)
-    model = Grok1ForCausalLM(CONFIG)
+def new_model(config: Grok1Config = CONFIG, seed: int = 0) -> Grok1ForCausalLM:
+    torch.manual_seed(seed)
+    model = Grok1ForCausalLM(config)
     model.set_experts_implementation("eager")
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1 / 16)
     for name, parameter in model.named_parameters():
@@ -145,20 +148,20 @@ def new_model() -> Grok1ForCausalLM:
     return model
 
 
-def add_dropout(model: Grok1ForCausalLM) -> None:
+def add_dropout(model: PreTrainedModel) -> None:
     """Drops some of what each sub-block adds: the text is read several times over."""
     for name, module in model.named_modules():
         if name.endswith(("post_attn_norm", "post_moe_norm")):
             module.register_forward_hook(lambda m, _, out: F.dropout(out, DROPOUT, m.training))
 
 
-def loss_of(model: Grok1ForCausalLM, windows: Tensor) -> Tensor:
+def loss_of(model: PreTrainedModel, windows: Tensor) -> Tensor:
     logits = model(windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def heldout_loss(model: Grok1ForCausalLM, tokens: Tensor, balance: RouterBalance) -> float:
+def heldout_loss(model: PreTrainedModel, tokens: Tensor, balance: RouterBalance) -> float:
     count = min((len(tokens) - 1) // WINDOW, 64)
     windows = tokens[torch.arange(count)[:, None] * WINDOW + torch.arange(WINDOW + 1)]
     model.eval()
@@ -168,7 +171,7 @@ def heldout_loss(model: Grok1ForCausalLM, tokens: Tensor, balance: RouterBalance
     return torch.stack(losses).mean().item()
 
 
-def train(model: Grok1ForCausalLM, batches: Batches, heldout: Tensor, steps: int) -> None:
+def train(model: PreTrainedModel, batches: Batches, heldout: Tensor, steps: int) -> None:
     """AdamW with a short warm-up, then a cosine down to 2 % of the peak rate."""
     balance = RouterBalance(model)
     add_dropout(model)

@@ -2,17 +2,21 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import train_toy
 from make_release import framed_size
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config
+from grokquant.grids import Scheme
 from grokquant.sources.release import LAYER, TOP, leaf_names
+from grokquant.toy import TOY_PATH
 from grokquant.toy.release_writer import Chunked, write_leaf
 
 BENCH = Path(__file__).parents[1] / "eval" / "bench"
@@ -138,6 +142,58 @@ def test_conditions_name_machine_and_versions():
     conditions = load("measure").conditions()
     assert conditions["machine"]["cores"] >= 1
     assert conditions["versions"]["torch"] == torch.__version__
+
+
+def test_descent_lowers_both_objectives(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)  # the program imports its neighbours
+    program = load("descent")
+    torch.manual_seed(0)
+    W = program.weights(64, 256, 0).float()
+    found = program.measure("down", W, program.correlated(2, 32), Scheme(4, 128), [1])
+    assert found["one_sided"]["one_sided"] < 1
+    assert found["two_sided_1"]["two_sided"] < found["one_sided"]["two_sided"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "grok"])
+def test_a_small_moe_is_trained_and_read(family, tmp_path, monkeypatch):
+    program = load("train_moe")
+    monkeypatch.setattr(train_toy, "BATCH", 2)
+    tokens = torch.randint(64, (4000,), generator=torch.Generator().manual_seed(0))
+    states = []
+    for seed in (0, 0, 1):
+        model = program.new_model(family, 5, seed)
+        batches = train_toy.Batches(tokens, tokens, seed)
+        before = train_toy.loss_of(model, tokens[None, :257]).item()
+        train_toy.train(model, batches, tokens, 2)
+        assert train_toy.loss_of(model.eval(), tokens[None, :257]).item() < before
+        states.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    assert all(0 <= share <= 1 / 8 for share in program.least_shares(model, tokens[None, :256]))
+    model.bfloat16().save_pretrained(tmp_path)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", tmp_path / "tokenizer.model")
+    experts = [name for name, _ in open_checkpoint(tmp_path).units() if ".experts." in name]
+    assert len(experts) == 2 * 8 * 3
+
+
+def test_texts_of_a_package_are_in_one_part(tmp_path, monkeypatch):
+    program = load("train_moe")
+    monkeypatch.setattr(program.sysconfig, "get_path", lambda _: str(tmp_path))
+    for number in range(30):
+        package = tmp_path / f"p{number}"
+        (package / "tests").mkdir(parents=True)
+        (package / "a.py").write_text(f"p{number} code")
+        (package / "tests" / "b.py").write_text("a test")
+        about = tmp_path / f"p{number}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"p{number} about")
+    found = {
+        part: {text.split()[0] for text in program.package_files(part, "*.py", "METADATA")}
+        for part in ("train", "calibration", "heldout")
+    }
+    assert sum(map(len, found.values())) == len(set().union(*found.values())) == 30
+    assert len(list(program.package_files("train", "*.py"))) == len(found["train"]) > 15
+    text = "x" * 50
+    assert program.joined(iter([text, text, "y" * 50]), 60) == f"{text}\n\n\n\n{'y' * 6}\n"
 
 
 @pytest.mark.slow

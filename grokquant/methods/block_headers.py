@@ -10,6 +10,49 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grokquant.grids import Scheme
+
+# Bytes of a header at which its float16 steps start: d, and dmin where the grid has minima.
+_STEPS_AT = {
+    "q6_k": (16,),
+    "q5_k": (0, 2),
+    "q4_k": (0, 2),
+    "iq4_xs": (0,),
+    "q3_k": (12,),
+    "q2_k": (16, 18),
+}
+
+
+def read_steps(headers: Tensor, scheme: Scheme) -> tuple[Tensor, ...]:
+    """The float32 steps of blocks, [rows, blocks, 1] each: d, and dmin where there are minima."""
+    places = (slice(at, at + 2) for at in _STEPS_AT[scheme.grid])
+    return tuple(headers[..., at].contiguous().view(torch.float16).float() for at in places)
+
+
+def whole_limits(scheme: Scheme) -> tuple[int, int]:
+    """The least and the largest whole number of steps that a scale or minimum may be."""
+    bits = scheme.row.scale_bits
+    if not scheme.symmetric:
+        return 0, (1 << bits) - 1
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def in_steps(values: Tensor, step: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Values [rows, groups] as whole numbers of their block's steps, [rows, blocks, groups]."""
+    blocks = values.unflatten(1, (step.shape[1], -1))
+    return (blocks / torch.where(step == 0, 1.0, step)).round().clamp(*limits)
+
+
+def with_levels(headers: Tensor, scheme: Scheme, scales: Tensor, offsets: Tensor) -> Tensor:
+    """Headers of the same steps whose scales and offsets [rows, groups] are these multiples."""
+    limits = whole_limits(scheme)
+    steps = read_steps(headers, scheme)
+    if scheme.symmetric:
+        return SCALE_HEADERS[scheme.grid](steps[0], in_steps(scales, steps[0], limits))
+    d, dmin = steps
+    parts = (in_steps(scales, d, limits), in_steps(-offsets, dmin, limits))
+    return MINIMA_HEADERS[scheme.grid](d, dmin, *parts)
+
 
 def _header_with_six_bit_minima(d: Tensor, dmin: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
     """Q4_K and Q5_K: eight scales s and eight minima m of 6 bits in 12 bytes.

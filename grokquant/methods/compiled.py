@@ -52,7 +52,7 @@ def round_tile(
     weights = torch.ones(columns) if importance is None else importance.float().contiguous()
     outputs = (codes.view(np.uint32), scales, zeros, sums)
     tried = _candidates(scheme) if search else 1
-    round_rows(source, SHRINKS, tried, _grid(scheme), weights.numpy(), *outputs)
+    round_rows(source, SHRINKS, tried, grid_numbers(scheme), weights.numpy(), *outputs)
     zero_points = None if scheme.symmetric else torch.from_numpy(zeros.astype(np.int8))
     stored = torch.from_numpy(scales).to(SCALE_DTYPES[scheme.scale_dtype])
     return QTensor(torch.from_numpy(codes), stored, scheme, zero_points), sums
@@ -122,7 +122,8 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.view(torch.int16).numpy().view(np.uint16)
 
 
-def _grid(scheme: Scheme) -> Grid:
+def grid_numbers(scheme: Scheme) -> Grid:
+    """The numbers in which the kernels know a scheme."""
     dtype = SCALE_DTYPES[scheme.scale_dtype]
     dropped = _DROPPED_BITS[dtype]
     tiny = torch.finfo(dtype).tiny

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from grokquant.grids import Scheme
-from grokquant.methods.block_headers import MINIMA_HEADERS, SCALE_HEADERS
+from grokquant.methods.block_headers import MINIMA_HEADERS, SCALE_HEADERS, in_steps, whole_limits
 from grokquant.methods.fits import fit_range, fit_symmetric, fit_table, squared_error
 from grokquant.methods.scales import ScaleRule
 from grokquant.methods.spans import Spans
@@ -20,18 +20,22 @@ _STEP_STRETCHES = (-4, -2, 0, 2, 4)
 def find_block_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
     """Scales and offsets that are unsigned integers times two float16; offsets are subtracted."""
     scales, offsets = fit_range(groups, weights, scheme, rule, any_sign=False)
-    most = (1 << scheme.row.scale_bits) - 1
+    limits = whole_limits(scheme)
+    most = limits[1]
     d = _step(scales, scheme, most)
     dmin = _step(offsets, scheme, most)
 
     def spans(scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
         return (d * scales).flatten(1), -(dmin * minima).flatten(1)
 
-    whole: tuple[Tensor, ...] = (_whole(scales, d, 0, most), _whole(-offsets, dmin, 0, most))
+    whole: tuple[Tensor, ...] = (
+        in_steps(scales, d, limits),
+        in_steps(-offsets, dmin, limits),
+    )
     if rule == "mse":
         # Scales of 4 bits are coarse: the best one is often two away from the nearest.
         for _ in range(2 if scheme.row.scale_bits == 4 else 1):
-            whole = _refine(groups, weights, scheme, spans, whole, (0, most))
+            whole = _refine(groups, weights, scheme, spans, whole, limits)
     scales, offsets = spans(*whole)
     headers = MINIMA_HEADERS[scheme.grid](d, dmin, *whole)
     return Spans(scales, offsets=offsets, headers=headers)
@@ -41,16 +45,15 @@ def find_block_scales(groups: Tensor, weights: Tensor, scheme: Scheme, rule: Sca
     """Scales that are signed integers times a float16."""
     fit = fit_table if scheme.row.table else fit_symmetric
     scales = fit(groups, weights, scheme, rule)
-    most = (1 << (scheme.row.scale_bits - 1)) - 1
-    limits = (-most - 1, most)
-    d = _step(scales, scheme, most)
+    limits = whole_limits(scheme)
+    d = _step(scales, scheme, limits[1])
     if rule == "mse" and scheme.row.scale_bits < 8:  # 8 bits would gain half a percent
         d = _search_step(groups, weights, scheme, scales, d, limits)
 
     def spans(parts: Tensor) -> tuple[Tensor, Tensor]:
         return (d * parts).flatten(1), torch.zeros_like(scales)
 
-    whole: tuple[Tensor, ...] = (_whole(scales, d, *limits),)
+    whole: tuple[Tensor, ...] = (in_steps(scales, d, limits),)
     if rule == "mse":
         whole = _refine(groups, weights, scheme, spans, whole, limits)
     headers = SCALE_HEADERS[scheme.grid](d, *whole)
@@ -74,7 +77,7 @@ def _search_step(
     least = torch.full_like(d, torch.inf)
     near = [limit + stretch for limit, stretch in product(limits, _STEP_STRETCHES)]
     for step in (d, *((peak / reached).to(torch.float16).float() for reached in near)):
-        rounded = (step * _whole(scales, step, *limits)).flatten(1)
+        rounded = (step * in_steps(scales, step, limits)).flatten(1)
         errors = squared_error(groups, weights, rounded, zeros, scheme)
         error = errors.view_as(blocks).sum(-1, keepdim=True)
         best = torch.where(error < least, step, best)
@@ -92,12 +95,6 @@ def _step(values: Tensor, scheme: Scheme, most: int) -> Tensor:
     step = largest.to(torch.float16)
     following = (step.view(torch.int16) + 1).view(torch.float16)
     return torch.where(step.float() < largest, following, step).float()
-
-
-def _whole(values: Tensor, step: Tensor, least: int, most: int) -> Tensor:
-    """Values [rows, groups] as whole numbers of their block's steps, [rows, blocks, groups]."""
-    blocks = values.unflatten(1, (step.shape[1], -1))
-    return (blocks / torch.where(step == 0, 1.0, step)).round().clamp(least, most)
 
 
 def _refine(

@@ -20,7 +20,7 @@ _compiled = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="num
 
 
 @_compiled
-def _nearest(table: np.ndarray, value: float) -> int:
+def nearest(table: np.ndarray, value: float) -> int:
     """The index of the entry of `table` nearest to `value`, the first of equals."""
     best = 0
     for index in range(1, len(table)):
@@ -94,7 +94,7 @@ def round_columns(
                 code = min(max(code, low), high)
                 value = (code - zero) * scale + offset
                 if len(table):
-                    code = np.float32(_nearest(table, target / scale))
+                    code = np.float32(nearest(table, target / scale))
                     value = table[int(code)] * scale
                 miss = target - value
                 lost[lane] += pivot * miss * miss

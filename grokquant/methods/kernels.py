@@ -99,7 +99,7 @@ def _rounded(x, unit, even, odd):
 
 
 @_compiled
-def _stored(x, grid):
+def stored_scale(x, grid):
     """The scale as the file will hold it, 1 where that would be 0."""
     size = abs(x)
     value = _rounded(size, grid.unit, grid.even, grid.odd)
@@ -125,16 +125,18 @@ def _candidates(low, high, shrinks, grid, scales, zeros):
             if not grid.symmetric:
                 bottom = _f32(low[n] * shrink)
                 top = _f32(high[n] * shrink)
-                scale[n] = _stored(_f32(_f32(top - bottom) / _f32(grid.qmax - grid.qmin)), grid)
+                scale[n] = stored_scale(
+                    _f32(_f32(top - bottom) / _f32(grid.qmax - grid.qmin)), grid
+                )
                 offset = _f32(np.rint(_f32(grid.qmin - _f32(bottom / scale[n]))))
                 zero[n] = min(max(offset, grid.qmin), grid.qmax)
             elif index < len(shrinks):
                 absmax = max(high[n], -low[n])
-                scale[n] = _stored(_f32(_f32(absmax * shrink) / grid.qmax), grid)
+                scale[n] = stored_scale(_f32(_f32(absmax * shrink) / grid.qmax), grid)
                 zero[n] = 0
             else:  # a negative scale where the largest weight is positive
                 peak = -high[n] if high[n] >= -low[n] else -low[n]
-                scale[n] = _stored(_f32(_f32(peak / -grid.qmin) * shrink), grid)
+                scale[n] = stored_scale(_f32(_f32(peak / -grid.qmin) * shrink), grid)
                 zero[n] = 0
 
 

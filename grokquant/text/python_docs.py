@@ -32,11 +32,15 @@ def documents(part: Part) -> list[str]:
 
 def part_of(name: str) -> Part:
     """The part of the document called `name`."""
-    # Python's own hash differs from process to process.
-    share = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 100
+    share = digest(name) % 100
     if share < _CALIBRATION_FROM:
         return "train"
     return "calibration" if share < _HELDOUT_FROM else "heldout"
+
+
+def digest(name: str) -> int:
+    """A hash of 32 bits; Python's own differs from process to process."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 @cache
@@ -44,12 +48,12 @@ def _all_documents() -> tuple[tuple[str, str], ...]:
     seen: set[str] = set()
     found = []
     for name, text in sorted([*_topics(), *_modules()]):
-        if fresh := _unseen_paragraphs(text, seen):
+        if fresh := unseen_paragraphs(text, seen):
             found.append((name, fresh + "\n"))
     return tuple(found)
 
 
-def _unseen_paragraphs(text: str, seen: set[str]) -> str:
+def unseen_paragraphs(text: str, seen: set[str]) -> str:
     """`text` without the paragraphs in `seen`; adds its own to them."""
     fresh = []
     for paragraph in text.split("\n\n"):
