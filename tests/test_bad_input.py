@@ -19,6 +19,8 @@ from make_release import write_random_release
 from safetensors.torch import load_file, save_file
 
 from grokquant.cli import main
+from grokquant.errors import InputError
+from grokquant.recipe import load_recipe
 from grokquant.sources.pickles import read_array, read_headers
 from grokquant.toy.release_writer import write_leaf
 
@@ -551,10 +553,12 @@ def test_wrong_recipe(place, text, complaint):
 
 
 def test_recipe_is_a_directory(place):
-    assert (
-        place.fails("plan", place.source)
-        == f"{place.source}: cannot be read: it is a directory, not a file"
-    )
+    """It is taken for a model."""
+    recipes = place.root / "recipes"
+    recipes.mkdir()
+    assert place.fails("plan", recipes) == f"{recipes}: the directory is empty"
+    with pytest.raises(InputError, match="cannot be read: it is a directory, not a file"):
+        load_recipe(recipes)
 
 
 def test_group_that_does_not_divide(place):

@@ -21,7 +21,8 @@ def planned_units(recipe: Recipe, checkpoint: Checkpoint, output_format: Format)
         index = decided[matrix.name]
         if index is not None and METHODS[recipe.quantize[index].method].quantizes:
             ref = checkpoint.source.tensors[matrix.tensor]
-            units[matrix.name] = _unit(matrix, ref, recipe, index, output_format)
+            rule = recipe.quantize[index]
+            units[matrix.name] = unit_of(matrix, ref, rule, index, output_format)
     return units
 
 
@@ -45,12 +46,9 @@ def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
     return decided
 
 
-def _unit(
-    matrix: Matrix, ref: TensorRef, recipe: Recipe, index: int, output_format: Format
-) -> Unit:
-    """A matrix as rule number `index` stores it. Raises InputError where that cannot be."""
+def unit_of(matrix: Matrix, ref: TensorRef, rule: Rule, index: int, output_format: Format) -> Unit:
+    """A matrix as `rule`, number `index`, stores it. Raises InputError where that cannot be."""
     name = matrix.name
-    rule = recipe.quantize[index]
     rows, columns = ref.shape
     lossless = METHODS[rule.method].lossless
     scheme = _copied(name, ref, rule, output_format) if lossless else _chosen(rule, output_format)

@@ -1,6 +1,12 @@
 """What to make: the recipe of a run, read from YAML or Python values."""
 
-from grokquant.recipe.reading import load_recipe, load_sections, parse_recipe
+from grokquant.recipe.reading import (
+    load_recipe,
+    load_sections,
+    load_values,
+    parse_recipe,
+    with_overrides,
+)
 from grokquant.recipe.schema import (
     TEXT_SUFFIXES,
     CalibrationSection,
@@ -18,6 +24,7 @@ from grokquant.recipe.schema import (
     is_file,
     is_repository_text,
     parse_size,
+    to_yaml,
 )
 
 __all__ = [
@@ -38,6 +45,9 @@ __all__ = [
     "is_repository_text",
     "load_recipe",
     "load_sections",
+    "load_values",
     "parse_recipe",
     "parse_size",
+    "to_yaml",
+    "with_overrides",
 ]

@@ -5,7 +5,8 @@ import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -33,22 +34,45 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_sections(path: str | Path, schema: type[S], overrides: Sequence[str] = ()) -> S:
     """Reads a YAML file with the keys of `schema`; overrides and errors as in `load_recipe`."""
-    try:
-        document = read_yaml(_read_text(path))
-    except YamlProblem as problem:
-        raise _input_error(_at(str(path), problem.mark), problem.text) from None
-    values = {} if document.value is None else document.value
-    if not isinstance(values, dict):
-        raise _input_error(_at(str(path), document.mark(())), "expected a mapping of keys")
+    document = _read_document(path)
+    values = document.value
     overridden = tuple(_apply_override(values, override) for override in overrides)
     return _validated(values, schema, _Origin(str(path), document, overridden))
 
 
-def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
-    """A recipe from Python values. Raises InputError, `recipe: key: problem`."""
+def load_values(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a recipe file as they stand there. Raises InputError."""
+    return _read_document(path).value
+
+
+def _read_document(path: str | Path) -> Document:
+    """A YAML file whose value is a mapping, empty if the file is."""
+    try:
+        document = read_yaml(_read_text(path))
+    except YamlProblem as problem:
+        raise _input_error(_at(str(path), problem.mark), problem.text) from None
+    if document.value is None:
+        return replace(document, value={})
+    if not isinstance(document.value, dict):
+        raise _input_error(_at(str(path), document.mark(())), "expected a mapping of keys")
+    return document
+
+
+def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from Python values. Overrides are as in `load_recipe`. Raises InputError,
+    `recipe: key: problem`."""
     if not isinstance(mapping, Mapping):
         raise InputError(f"recipe: expected a mapping of keys, not {type(mapping).__name__}")
-    return _validated(dict(mapping), Recipe, _Origin("recipe"))
+    values = with_overrides(mapping, overrides)
+    return _validated(values, Recipe, _Origin("recipe"))
+
+
+def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `mapping` with each override, as in `load_recipe`, applied. Raises InputError."""
+    values = deepcopy(dict(mapping)) if overrides else dict(mapping)
+    for override in overrides:
+        _apply_override(values, override)
+    return values
 
 
 def _read_text(path: str | Path) -> str:

@@ -359,11 +359,16 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as YAML with all defaults; `load_recipe` reads the same recipe from it."""
-        yaml = YAML()
-        yaml.width = 1 << 30  # never fold a long path
-        text = io.StringIO()
-        yaml.dump(self.model_dump(exclude_none=True), text)
-        return text.getvalue()
+        return to_yaml(self.model_dump(exclude_none=True))
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Keys and values of a recipe as YAML."""
+    yaml = YAML()
+    yaml.width = 1 << 30  # never fold a long path
+    text = io.StringIO()
+    yaml.dump(values, text)
+    return text.getvalue()
 
 
 def _published(section: Section, keys: set[str]) -> Section:
