@@ -5,6 +5,7 @@ Commands import what they need when they run: help and usage errors answer witho
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -174,7 +175,8 @@ _overwrite = click.option(
 _model = click.argument("model", type=_PATH, metavar="MODEL|RECIPE")
 _bits = click.option(
     "--bits",
-    type=click.IntRange(2, 8),
+    type=click.Choice(("2", "3", "4", "5", "6", "8")),
+    callback=lambda _context, _option, value: value and int(value),
     help="Bits of the large matrices: 4 or 8, in gptq also 2 and 3, in gguf 2 to 6 and 8.",
 )
 _grid = click.option("--grid", metavar="GRID", help="Their grid instead, such as q4_k or nf4.")
@@ -242,14 +244,14 @@ def quantize(
     from grokquant.job.default_recipe import is_recipe
     from grokquant.reporting.terminal import RunProgress
 
-    loaded = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
+    loaded, shown = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
     place = device_of(device)
     if dry_run:
-        _show_plan(loaded, as_json)
+        _show_plan(loaded, as_json, shown=shown)
         return
     if overwrite and repair:
         raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
-    with RunProgress() as progress:
+    with RunProgress(shown) as progress:
         if repair:
             made = pipeline.repair(loaded, progress, place)
         else:
@@ -303,8 +305,8 @@ def plan(
     that needs it, the estimated time, and the programs that can load the result. Sizes come from
     file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
-    recipe = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
-    _show_plan(recipe, as_json, engine)
+    recipe, shown = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
+    _show_plan(recipe, as_json, engine, shown)
 
 
 @main.command()
@@ -350,11 +352,9 @@ def _recipe_of(
     output_format: str | None,
     output: str | None,
     overrides: tuple[str, ...],
-) -> "Recipe":
-    """The recipe in the file `model`, or the one made for the model of this name, which is shown.
-
-    Raises InputError.
-    """
+) -> "tuple[Recipe, list[str]]":
+    """The recipe in the file `model`, or the one made for the model of this name and the lines that
+    show it. Raises InputError."""
     from grokquant.job.default_recipe import is_recipe, values_for
     from grokquant.recipe import load_recipe, parse_recipe, to_yaml, with_overrides
 
@@ -363,12 +363,11 @@ def _recipe_of(
             if value is not None:
                 text = f"{model} is a recipe, whose rules decide it"
                 raise InputError(f"{text}: change them, as with --set quantize[0].bits=8", key)
-        return load_recipe(model, (*overrides, *_as_overrides(output_format, output)))
+        return load_recipe(model, (*overrides, *_as_overrides(output_format, output))), []
     values = values_for(model, shipped, bits, grid, output_format, output)
     values = with_overrides(values, overrides)
-    recipe = parse_recipe(values)
-    _say(f"recipe for {model}:", *to_yaml(values).splitlines(), err=True)
-    return recipe
+    lines = (f"  {line}" for line in to_yaml(values).splitlines())
+    return parse_recipe(values), [f"recipe for {model}:", *lines]
 
 
 def _as_overrides(output_format: str | None, output: str | None) -> list[str]:
@@ -769,13 +768,21 @@ def generate(
         click.echo(f"{made.hit_rate:.0%} of matrices in memory, {read} read per token", err=True)
 
 
-def _show_plan(recipe: "Recipe", as_json: bool, engine: str | None = None) -> None:
+def _show_plan(
+    recipe: "Recipe", as_json: bool, engine: str | None = None, shown: Sequence[str] = ()
+) -> None:
+    """Prints the plan, and before it, on stderr, the lines that show a recipe."""
+    from pathlib import Path
+
     from grokquant.job.budget import budget_of
     from grokquant.job.plan import build_plan, check_disk, check_engine
+    from grokquant.job.shards import check_writable
     from grokquant.reporting.terminal import plan_as_dict, print_budget, print_plan
 
     plan = build_plan(recipe)
+    check_writable(Path(recipe.output.path))
     budget = budget_of(plan)
+    _say(*shown, err=True)
     if as_json:
         _print_json(plan_as_dict(plan, budget))
     else:

@@ -305,3 +305,9 @@ def test_python_takes_a_model_as_well(mixtral, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert grokquant.plan(mixtral).recipe == grokquant.recipe_for(mixtral)
     assert grokquant.plan(str(mixtral)).recipe == grokquant.recipe_for(mixtral, bits=4)
+
+
+def test_what_is_not_quantized_cannot_be_converted(mixtral):
+    result = CliRunner().invoke(main, ["convert", str(mixtral), "--format", "gptq"])
+    assert result.exit_code == 2
+    assert f"; grokquant quantize {mixtral} --format gptq quantizes it" in result.stderr

@@ -10,6 +10,7 @@ Matrices that every token passes and that take little room get 8 bits, the other
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,8 @@ def goal_of(
     recipe: str | None, bits: int | None, grid: str | None, format: str | None
 ) -> tuple[str, Goal]:
     """What is aimed at, and a name for it. Raises InputError for what no format holds."""
+    grid = grid and grid.lower()
+    recipe = recipe and recipe.lower()
     if bits not in (None, *_BITS):
         raise InputError(f"expected {_either(_BITS)}, not {bits}", "bits")
     if bits is not None and grid is not None:
@@ -209,8 +212,10 @@ def _shipped(recipe: str, format: str | None) -> tuple[str, Goal]:
 def _of_grid(grid: str, format: str | None) -> Goal:
     row = GRIDS.get(grid)
     if row is None or grid == "integer":
-        named = (name for name in GRIDS if name != "integer")
-        raise InputError(f"no grid {grid!r}, expected one of {', '.join(named)}", "grid")
+        named = [name for name in GRIDS if name != "integer"]
+        near = get_close_matches(grid, named, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"no grid {grid!r}, expected one of {', '.join(named)}{meant}", "grid")
     own = "gguf" if row.ggml_type is not None else row.formats[0]
     if format not in (None, *row.formats):
         raise InputError(f"grid {grid} is held by {_either(row.formats)}, not {format}", "format")

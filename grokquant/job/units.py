@@ -5,7 +5,7 @@ from math import gcd
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import Format
+from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
 from grokquant.methods import METHODS
 from grokquant.methods.copy import can_copy
@@ -61,7 +61,8 @@ def unit_of(matrix: Matrix, ref: TensorRef, rule: Rule, index: int, output_forma
     if lossless and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
         raise InputError(f"{name}: copy to {scheme} is not lossless: the source has {ref.scheme}")
     if reason := output_format.refusal(scheme, (rows, columns)):
-        raise InputError(f"{name}: {output_format.name} cannot hold it: {reason}")
+        way_out = _way_out(rule, scheme, (rows, columns), output_format)
+        raise InputError(f"{name}: {output_format.name} cannot hold it: {reason}{way_out}")
     return Unit(
         **vars(matrix),
         shape=(rows, columns),
@@ -70,6 +71,21 @@ def unit_of(matrix: Matrix, ref: TensorRef, rule: Rule, index: int, output_forma
         settings=rule.settings,
         rule=index,
     )
+
+
+def _way_out(rule: Rule, scheme: Scheme, shape: tuple[int, int], refusing: Format) -> str:
+    """What to change where a format refuses a grid: the grid, or the format."""
+    ways = []
+    if refusing.name == "gguf" and not METHODS[rule.method].lossless:
+        ways.append("name another grid in the rule, such as grid: q4_k or iq4_nl")
+    holding = []
+    for other in FORMATS.values():
+        own = replace(scheme, scale_dtype=other.scale_dtype) if scheme.is_integer else scheme
+        if other.holds_quantized and other.refusal(own, shape) is None:
+            holding.append(other.name)
+    if holding and refusing.name not in holding:
+        ways.append(f"output.format: {' or '.join(holding)} can")
+    return f"; {'; '.join(ways)}" if ways else ""
 
 
 def _chosen(rule: Rule, output_format: Format) -> Scheme:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -201,13 +201,19 @@ class _LayerBar:
 
 
 class RunProgress(_LayerBar):
-    """Prints the plan, then a line per block."""
+    """Prints the lines `shown` and the plan, then a line per block."""
+
+    def __init__(self, shown: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.shown = shown
 
     def __enter__(self) -> "RunProgress":
         return self
 
     def planned(self, plan: Plan) -> None:
         self._reset(plan, was_there=False)
+        for line in self.shown:
+            self.console.print(line)
         print_plan(plan, self.console)
         self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
 

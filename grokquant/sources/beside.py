@@ -1,6 +1,10 @@
 """What lies beside the weights of a model and belongs to it: an output gets a copy as it is."""
 
 from pathlib import Path
+from typing import Any
+
+from grokquant.errors import InputError
+from grokquant.files.json_objects import read_json_object
 
 _NAMES = (
     "generation_config.json",
@@ -12,6 +16,18 @@ _NAMES = (
 _PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "additional_chat_templates/*.jinja")
 # A file called LICENSE.py is code.
 _TEXTS = {"", ".txt", ".md", ".rst", ".html", ".pdf", ".json", ".jinja"}
+
+
+def read_config(path: Path, config_path: Path | None) -> dict[str, Any]:
+    """The config.json in `path`, or the one that replaces it. Raises InputError."""
+    file = config_path or path / "config.json"
+    try:
+        return read_json_object(file)
+    except InputError as error:
+        if file.exists() or config_path:
+            raise
+        text = f"{error}; only it says what the weights are, so get it from where they came from"
+        raise InputError(text) from None
 
 
 def files_beside(path: Path) -> dict[str, Path]:
