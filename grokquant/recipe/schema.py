@@ -361,8 +361,9 @@ class Recipe(Section):
     quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
     experts: ExpertsSection = ExpertsSection()
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of matrices that may fall back to a simpler method; if more do, the run
-    fails."""
+    """Largest share of the matrices of a kind, such as `experts.down`, that may fall back to a
+    simpler method; if more do, the run fails and says what helps. Experts that no token reaches
+    although an average one gets 4 times `experts.min_tokens` are named, but not counted."""
     output: OutputSection
     eval: EvalSection = EvalSection()
 

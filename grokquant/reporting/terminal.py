@@ -26,6 +26,7 @@ from grokquant.evaluation.report import Layer
 from grokquant.files.json_objects import read_json_object
 from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
+from grokquant.job.fallbacks import dead_experts
 from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
 from grokquant.job.seal import digest_of
@@ -294,6 +295,7 @@ class RunProgress(_LayerBar):
             lines.append(f"overlapping work: {', '.join(shares)}")
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
+        lines += listed(_dead_in(self.place))
         lines += listed(_findings_of(self.place))
         return lines
 
@@ -301,6 +303,12 @@ class RunProgress(_LayerBar):
 def _findings_of(output: Path) -> list[str]:
     """What the report of a finished run says of unusual losses."""
     return read_json_object(output / REPORT_NAME)["findings"]
+
+
+def _dead_in(output: Path) -> list[str]:
+    """A line for each expert that no token of a finished run reached."""
+    names = dead_experts(read_json_object(output / REPORT_NAME)["units"])
+    return [f"{name}: no calibration token reached it, it was rounded to nearest" for name in names]
 
 
 def _repaired(output: Path, names: list[str]) -> str:
