@@ -23,6 +23,7 @@ from grokquant.evaluation.suite import SHIPPED
 from grokquant.families import FAMILIES
 from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
+from grokquant.job.default_recipe import GOALS
 from grokquant.methods import METHODS
 from grokquant.recipe import Recipe, Rule
 
@@ -204,6 +205,12 @@ def engines() -> str:
     return _table(["program (`--for`)", "tried", "families tried", "does not take"], rows)
 
 
+def shipped() -> str:
+    """The recipes that fit any model."""
+    rows = [[f"`{name}`", f"`{goal.format}`", goal.text] for name, goal in GOALS.items()]
+    return _table(["recipe", "format", "result"], rows)
+
+
 def families() -> str:
     """Architectures that can be read."""
     rows = [[f"`{name}`", f"`{family.name}`"] for name, family in FAMILIES.items()]
@@ -258,6 +265,7 @@ PARTS = {
     "methods": keys_by_method,
     "report": lambda: fields_of(Report, "report"),
     "grids": grids_by_format,
+    "shipped": shipped,
     "families": families,
     "engines": engines,
     "commands": commands,

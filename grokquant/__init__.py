@@ -35,6 +35,7 @@ __all__ = [
     "plan",
     "quantization_report",
     "quantize",
+    "recipe_for",
 ]
 
 _register()
@@ -55,6 +56,26 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def recipe_for(
+    model: "str | Path",
+    recipe: "str | Path | None" = None,
+    bits: int | None = None,
+    grid: str | None = None,
+    format: str | None = None,
+    output: "str | Path | None" = None,
+) -> "Recipe":
+    """The best known recipe for `model`, which `quantize` and `plan` take.
+
+    `model` is a directory, ORGANIZATION/NAME of a model in the local cache of the hub, or `toy`.
+    `bits` (2 to 6 or 8) or `grid` (such as `q4_k`) say what the large matrices become, or `recipe`
+    names a shipped recipe or a file with rules; without any of them, experts get 4 bits. `format`
+    and `output` are the keys of the recipe's `output`. Raises InputError.
+    """
+    from grokquant.job.default_recipe import recipe_for
+
+    return recipe_for(model, recipe, bits, grid, format, output)
+
+
 def plan(recipe: "Recipe | str | Path | Mapping") -> "ShownPlan":
     """What `quantize` would do, from file headers alone. Raises InputError."""
     from grokquant.job.plan import build_plan
@@ -71,6 +92,7 @@ def quantize(
 ) -> "Path":
     """Quantizes as described by a recipe (file, mapping or object); returns the output directory.
 
+    A model, such as its directory, stands for `recipe_for(model)`.
     The same call resumes an interrupted run, and returns at once if its result is finished. A
     result of something else raises InputError, unless `overwrite`: then it is replaced once the new
     one is complete. `repair` only makes the files of a finished result again that `verify` rejects.
@@ -180,8 +202,11 @@ def compare(runs: "Sequence[str | Path | Report]") -> "ShownRanking":
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":
+    from grokquant.job.default_recipe import is_recipe
     from grokquant.recipe import Recipe, load_recipe, parse_recipe
 
     if isinstance(recipe, Recipe):
         return recipe
-    return parse_recipe(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+    if isinstance(recipe, Mapping):
+        return parse_recipe(recipe)
+    return load_recipe(recipe) if is_recipe(recipe) else recipe_for(recipe)

@@ -17,6 +17,7 @@ from grokquant.families.family import Family
 from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
 from grokquant.memory import refused
 from grokquant.sources import open_source
+from grokquant.sources.located import located
 from grokquant.toy import TOY, TOY_PATH
 from grokquant.types import Matrix, Source, TensorRef
 
@@ -78,11 +79,11 @@ class Checkpoint:
 def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Checkpoint:
     """Opens a checkpoint of any supported kind and format; `toy` is the embedded toy.
 
-    Reads headers only. `config` replaces the checkpoint's own config.json. Raises InputError if
-    something is missing or has the wrong shape.
+    `path` is as in `located`. Reads headers only. `config` replaces the checkpoint's own
+    config.json. Raises InputError if something is missing or has the wrong shape.
     """
     is_toy = str(path) == TOY
-    directory = TOY_PATH if is_toy else Path(path)
+    directory = TOY_PATH if is_toy else located(path)
     config_path = Path(config) if config else None
     source = containers.opened(open_source(directory, config_path))
     if is_toy:

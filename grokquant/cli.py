@@ -5,6 +5,7 @@ Commands import what they need when they run: help and usage errors answer witho
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -74,15 +75,17 @@ class _Commands(click.Group):
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
         """The option, such as `--samples`, that sets parameter or recipe key `key`."""
-        name = key and key.replace(".", "_")
-        return next((o.opts[0] for o in self._options(ctx) if o.name == name), None)
+        if key is None:
+            return None
+        named = (key.replace(".", "_"), f"--{key}")
+        return next((o.opts[0] for o in self._options(ctx) if {o.name, o.opts[0]} & {*named}), None)
 
     def _with_options(self, ctx: click.Context, text: str) -> str:
         """`text` as the invoked command says it: `--overwrite` for `overwrite=True`."""
         for option in self._options(ctx):
             if option.is_flag:
                 text = text.replace(f"{option.name}=True", option.opts[0])
-            elif option.opts[0] == "--output":  # of convert, which has no recipe
+            elif option.opts[0] == "--output":
                 text = text.replace("another output.path", "another --output")
         return text
 
@@ -102,15 +105,18 @@ def _say(*lines: str, err: bool = False) -> None:
         click.echo(one_line(line), err=err)
 
 
-@click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings={"max_content_width": 100})
+_SETTINGS = {"max_content_width": 100, "help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=_Commands, epilog=_EXIT_CODES, context_settings=_SETTINGS)
 @click.version_option(__version__)
 def main() -> None:
     """Quantize Grok-1 and similar models without loading them whole, and measure the loss.
 
     \b
-    grokquant quantize recipes/toy-int4.yaml            quantize the embedded toy, in a minute
-    grokquant eval runs/toy-int4 --reference toy        measure perplexity, KL divergence, routing
-    grokquant generate runs/toy-int4 --prompt "The "    generate text with the result
+    grokquant quantize toy                         quantize the embedded toy, in a minute
+    grokquant eval toy-int4 --reference toy        measure perplexity, KL divergence, routing
+    grokquant generate toy-int4 --prompt "The "    generate text with the result
     """
     import signal
 
@@ -167,8 +173,38 @@ _overwrite = click.option(
 )
 
 
+_model = click.argument("model", type=_PATH, metavar="MODEL|RECIPE")
+_bits = click.option(
+    "--bits",
+    type=click.Choice(("2", "3", "4", "5", "6", "8")),
+    callback=lambda _context, _option, value: value and int(value),
+    help="Bits of the large matrices: 4 or 8, in gptq also 2 and 3, in gguf 2 to 6 and 8.",
+)
+_grid = click.option("--grid", metavar="GRID", help="Their grid instead, such as q4_k or nf4.")
+_format = click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(_FORMATS, case_sensitive=False),
+    help="Format of the result  [default: the one that holds the grid]",
+)
+_shipped = click.option(
+    "--recipe",
+    "shipped",
+    metavar="NAME",
+    help="A shipped recipe, see `grokquant recipes`, or a file whose rules are taken.",
+)
+_output = click.option(
+    "--output", type=_PATH, metavar="DIR", help="New directory  [default: MODEL-GRID, here]"
+)
+
+
 @main.command()
-@click.argument("recipe", type=_PATH)
+@_model
+@_bits
+@_grid
+@_format
+@_shipped
+@_output
 @_overrides
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `grokquant plan` does.")
 @_overwrite
@@ -178,7 +214,12 @@ _overwrite = click.option(
 @_device
 @_json
 def quantize(
-    recipe: str,
+    model: str,
+    bits: int | None,
+    grid: str | None,
+    output_format: str | None,
+    shipped: str | None,
+    output: str | None,
     overrides: tuple[str, ...],
     dry_run: bool,
     overwrite: bool,
@@ -186,70 +227,173 @@ def quantize(
     device: str,
     as_json: bool,
 ) -> None:
-    """Quantize as RECIPE describes; resume an interrupted run.
+    """Quantize a model, or resume an interrupted run.
 
-    Prints the plan, then one line per layer: its error, its bits per weight and the smallest number
-    of calibration tokens that any expert got. Ctrl-C stops after the current file; a second Ctrl-C
-    stops immediately. Finished files are not redone, nor is a finished result of the same recipe; a
-    result of anything else is refused. The result loads like the source, and its report has a row
-    for every matrix.
+    MODEL is a directory, ORGANIZATION/NAME of a downloaded model of the Hugging Face hub, or `toy`.
+    Without options its experts get 4 bits, or all its matrices if it has no experts; the result is
+    called after it. The command prints the recipe that this stands for. A file that ends in .yaml
+    is a recipe of your own.
+
+    Then it prints the plan, and one line per layer: its error, its bits per weight and the smallest
+    number of calibration tokens that any expert got. Ctrl-C stops after the current file; a second
+    Ctrl-C stops immediately. Finished files are not redone, nor is a finished result of the same
+    recipe; a result of anything else is refused. The result loads like the source, and its report
+    has a row for every matrix.
     """
     from grokquant.devices import device_of
     from grokquant.job import pipeline
-    from grokquant.recipe import load_recipe
+    from grokquant.job.default_recipe import is_recipe
     from grokquant.reporting.terminal import RunProgress
 
-    loaded = load_recipe(recipe, overrides)
+    loaded, shown = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
     place = device_of(device)
     if dry_run:
-        _show_plan(loaded, as_json)
+        _show_plan(loaded, as_json, shown=shown)
         return
     if overwrite and repair:
         raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
-    with RunProgress() as progress:
+    with RunProgress(shown) as progress:
         if repair:
-            output = pipeline.repair(loaded, progress, place)
+            made = pipeline.repair(loaded, progress, place)
         else:
-            output = pipeline.quantize(loaded, progress, place, overwrite)
+            made = pipeline.quantize(loaded, progress, place, overwrite)
     if as_json:
-        _print_json(progress.as_dict(output))
-    else:
-        _say(*progress.summary(output))
+        _print_json(progress.as_dict(made))
+        return
+    _say(*progress.summary(made))
+    if not is_recipe(model):
+        _say(f"recipe: {made / 'recipe.yaml'}; the same from it: {_command_of(made, model)}")
+
+
+def _command_of(made: "Path", model: str) -> str:
+    """The command that makes the result `made` of `model` once more, from its recipe."""
+    import shlex
+
+    path = shlex.quote(str(made / "recipe.yaml"))
+    source = shlex.quote(f"model.path={model}")
+    return f"grokquant quantize {path} --set {source} --output DIR"
 
 
 @main.command()
-@click.argument("recipe", type=_PATH)
+@_model
+@_bits
+@_grid
+@_format
+@_shipped
+@_output
 @_overrides
 @click.option(
     "--for",
     "engine",
-    type=click.Choice(_ENGINES),
+    type=click.Choice(_ENGINES, case_sensitive=False),
     help="Fail if this program cannot take the result, and name the rule to change.",
 )
 @_json
-def plan(recipe: str, overrides: tuple[str, ...], engine: str | None, as_json: bool) -> None:
-    """Show what quantize would do.
+def plan(
+    model: str,
+    bits: int | None,
+    grid: str | None,
+    output_format: str | None,
+    shipped: str | None,
+    output: str | None,
+    overrides: tuple[str, ...],
+    engine: str | None,
+    as_json: bool,
+) -> None:
+    """Show what quantize would do with the same arguments.
 
     Prints the grid of each kind of matrix, the exact size of the result, the peak memory, the step
     that needs it, the estimated time, and the programs that can load the result. Sizes come from
     file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
-    from grokquant.recipe import load_recipe
+    recipe, shown = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
+    _show_plan(recipe, as_json, engine, shown)
 
-    _show_plan(load_recipe(recipe, overrides), as_json, engine)
+
+@main.command()
+@click.argument("model", type=_PATH, required=False)
+@_bits
+@_grid
+@_format
+@_shipped
+@_output
+@_overrides
+def recipes(
+    model: str | None,
+    bits: int | None,
+    grid: str | None,
+    output_format: str | None,
+    shipped: str | None,
+    output: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """List the shipped recipes, or print one for a MODEL.
+
+    Each fits any model. With MODEL, prints the recipe that quantize uses with the same options, as
+    a file to change: grokquant recipes MODEL --bits 4 > mine.yaml
+    """
+    from grokquant.job.default_recipe import GOALS, values_for
+    from grokquant.recipe import parse_recipe, to_yaml, with_overrides
+
+    if model is None:
+        width = max(map(len, GOALS))
+        _say(*(f"{name:{width}}  {goal.text}" for name, goal in GOALS.items()))
+        return
+    values = values_for(model, shipped, bits, grid, output_format, output)
+    values = with_overrides(values, overrides)
+    parse_recipe(values)
+    click.echo(escaping.lines(to_yaml(values)), nl=False)
+
+
+def _recipe_of(
+    model: str,
+    shipped: str | None,
+    bits: int | None,
+    grid: str | None,
+    output_format: str | None,
+    output: str | None,
+    overrides: tuple[str, ...],
+) -> "tuple[Recipe, list[str]]":
+    """The recipe in the file `model`, or the one made for the model of this name and the lines that
+    show it. Raises InputError."""
+    from grokquant.job.default_recipe import is_recipe, values_for
+    from grokquant.recipe import load_recipe, parse_recipe, to_yaml, with_overrides
+
+    if is_recipe(model):
+        for key, value in (("bits", bits), ("grid", grid), ("recipe", shipped)):
+            if value is not None:
+                text = f"{model} is a recipe, whose rules decide it"
+                raise InputError(f"{text}: change them, as with --set quantize[0].bits=8", key)
+        return load_recipe(model, (*overrides, *_as_overrides(output_format, output))), []
+    values = values_for(model, shipped, bits, grid, output_format, output)
+    values = with_overrides(values, overrides)
+    lines = (f"  {line}" for line in to_yaml(values).splitlines())
+    return parse_recipe(values), [f"recipe for {model}:", *lines]
+
+
+def _as_overrides(output_format: str | None, output: str | None) -> list[str]:
+    """--format and --output as changes to a recipe file."""
+    import json
+
+    given = {"output.format": output_format, "output.path": output}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
 @main.command()
 @click.argument("result", type=_PATH)
 @click.option(
-    "--format", "output_format", required=True, type=click.Choice(_FORMATS), help="Target format."
+    "--format",
+    "output_format",
+    required=True,
+    type=click.Choice(_FORMATS, case_sensitive=False),
+    help="Target format.",
 )
 @click.option("--output", type=_PATH, metavar="DIR", help="New directory  [default: RESULT-FORMAT]")
 @_overwrite
 @click.option(
     "--tokenizer",
     "output_tokenizer",
-    type=click.Choice(("source", "none")),
+    type=click.Choice(("source", "none"), case_sensitive=False),
     default="source",
     show_default=True,
     help="Tokenizer in GGUF files: that of RESULT, or none.",
@@ -627,13 +771,21 @@ def generate(
         click.echo(f"{made.hit_rate:.0%} of matrices in memory, {read} read per token", err=True)
 
 
-def _show_plan(recipe: "Recipe", as_json: bool, engine: str | None = None) -> None:
+def _show_plan(
+    recipe: "Recipe", as_json: bool, engine: str | None = None, shown: Sequence[str] = ()
+) -> None:
+    """Prints the plan, and before it, on stderr, the lines that show a recipe."""
+    from pathlib import Path
+
     from grokquant.job.budget import budget_of
     from grokquant.job.plan import build_plan, check_disk, check_engine
+    from grokquant.job.shards import check_writable
     from grokquant.reporting.terminal import plan_as_dict, print_budget, print_plan
 
     plan = build_plan(recipe)
+    check_writable(Path(recipe.output.path))
     budget = budget_of(plan)
+    _say(*shown, err=True)
     if as_json:
         _print_json(plan_as_dict(plan, budget))
     else:

@@ -1,5 +1,7 @@
 """Where arithmetic happens: chosen on the command line, never in a recipe."""
 
+import re
+
 import torch
 
 from grokquant.errors import InputError
@@ -14,6 +16,8 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"(cpu|cuda(:\d{1,3})?)", name):
+        raise InputError(f"expected auto, cpu, cuda or cuda:N, not {name!r}", "device")
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch raises both

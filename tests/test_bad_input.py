@@ -19,6 +19,8 @@ from make_release import write_random_release
 from safetensors.torch import load_file, save_file
 
 from grokquant.cli import main
+from grokquant.errors import InputError
+from grokquant.recipe import load_recipe
 from grokquant.sources.pickles import read_array, read_headers
 from grokquant.toy.release_writer import write_leaf
 
@@ -505,7 +507,7 @@ def test_copy_from_a_source_without_integers(hf):
 RECIPES = {
     "quantize[0].group=48": "override quantize[0].group: ",
     "quantize[0].groups=32": "override quantize[0].groups: unknown key, did you mean",
-    "quantize[0].bits=5": "override quantize[0].bits: Input should be 2, 3, 4 or 8, not 5",
+    "quantize[0].bits=5": "override quantize[0].bits: expected 2, 3, 4 or 8, not 5",
     "quantize[0].method=awq": "override quantize[0].method: ",
     "quantize[5].bits=4": "override quantize[5].bits: quantize is a list",
     "quantize[0].match=layers.*.mlp.*": "recipe: quantize[0].match: 'layers.*.mlp.*' matches no",
@@ -551,10 +553,12 @@ def test_wrong_recipe(place, text, complaint):
 
 
 def test_recipe_is_a_directory(place):
-    assert (
-        place.fails("plan", place.source)
-        == f"{place.source}: cannot be read: it is a directory, not a file"
-    )
+    """It is taken for a model."""
+    recipes = place.root / "recipes"
+    recipes.mkdir()
+    assert place.fails("plan", recipes) == f"{recipes}: the directory is empty"
+    with pytest.raises(InputError, match="cannot be read: it is a directory, not a file"):
+        load_recipe(recipes)
 
 
 def test_group_that_does_not_divide(place):
@@ -790,8 +794,14 @@ def test_verify_of_damaged_papers(hf):
         (["--prompt", ""], "--prompt: is empty"),
         (["--prompt", "caf\udce9"], "--prompt: is not UTF-8 text"),
         (["--prompt", "x", "--tokens", 512], "--tokens: 512 after a prompt of 1 exceed the"),
-        (["--prompt", "x", "--device", "abacus"], "device abacus: "),
-        (["--prompt", "x", "--device", "meta"], "device meta: "),
+        (
+            ["--prompt", "x", "--device", "abacus"],
+            "--device: expected auto, cpu, cuda or cuda:N, not ",
+        ),
+        (
+            ["--prompt", "x", "--device", "meta"],
+            "--device: expected auto, cpu, cuda or cuda:N, not ",
+        ),
     ],
 )
 def test_generate(place, options, complaint):

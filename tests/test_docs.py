@@ -8,6 +8,7 @@ import pytest
 from grokquant.cli import main
 from grokquant.evaluation.report import Report
 from grokquant.formats import FORMATS
+from grokquant.job.default_recipe import GOALS
 from grokquant.recipe import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -76,3 +77,9 @@ def test_every_format_is_shown(generated):
 def test_a_mark_that_is_not_known_ends_the_build(generated):
     with pytest.raises(Exception, match="no part 'rooom'"):
         generated.fill("<!-- generated: rooom -->")
+
+
+def test_every_shipped_recipe_is_shown(generated):
+    text = page(generated, "recipes")
+    for name, goal in GOALS.items():
+        assert f"| `{name}` | `{goal.format}` | {goal.text} |" in text

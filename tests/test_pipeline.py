@@ -22,6 +22,7 @@ from grokquant.job.plan import build_plan
 from grokquant.job.shards import ShardWriter
 from grokquant.job.verify import verify
 from grokquant.job.workdir import States, WorkDirectory
+from grokquant.reporting.terminal import RunProgress
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -121,9 +122,7 @@ def test_starved_experts_fall_back_and_are_named(tiny_recipe):
 
 
 def test_more_fallbacks_than_allowed_end_the_run(tiny_recipe, tmp_path):
-    with pytest.raises(
-        GateError, match=r"fell back to rtn, max_fallbacks = 0.01 allows 0 \(layers"
-    ):
+    with pytest.raises(GateError, match=r"fell back to rtn, max_fallbacks = 0.01 allows 0: layers"):
         pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}))
     assert not (tmp_path / "out").exists()
     # What was committed before stays, for a run that allows more.
@@ -155,8 +154,14 @@ def test_a_dead_expert_is_rounded_not_zeroed(tiny_recipe, tiny_release, monkeypa
         return logits, *logits.softmax(-1).topk(self.top_k, dim=-1)
 
     monkeypatch.setattr(GrokRouter, "forward", never_expert_0)
-    output = pipeline.quantize(tiny_recipe(max_fallbacks=0.5))
+    progress = RunProgress()
+    output = pipeline.quantize(tiny_recipe(), progress)  # with the usual max_fallbacks
     report = report_of(output)
+    named = [line for line in progress.summary(output) if "no calibration token" in line]
+    assert [line.partition(":")[0] for line in named] == [
+        "layers.0.experts.0",
+        "layers.1.experts.0",
+    ]
     assert [tokens[0] for tokens in report["tokens_per_expert"]] == [0, 0]
     dead = [row for row in report["units"] if ".experts.0." in row["name"]]
     assert all(row["tokens"] == 0 and row["fallback"] for row in dead)
@@ -368,7 +373,7 @@ def test_what_a_result_was_made_from_holds_no_private_path(tiny_recipe, tiny_rel
 
 def test_a_finished_result_with_more_fallbacks_than_allowed_now(tiny_recipe):
     pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}, max_fallbacks=1.0))
-    with pytest.raises(InputError, match=r"24 of 32 matrices fell back to rtn, max_fallbacks is 0"):
+    with pytest.raises(InputError, match=r"8 of 8 matrices experts\.gate fell back .*allows 0"):
         pipeline.quantize(tiny_recipe(experts={"min_tokens": 10**6}))
 
 

@@ -27,7 +27,7 @@ quantize:{RULES}output:
 EXPERTS_KEYS = "blend_tokens, min_tokens"
 RULE_KEYS = "match, method, grid, bits, group, symmetric, scale_dtype, scale, act_order, damping"
 TEXT = "expected python-docs, a .txt, .json, .jsonl or .parquet file, or a datasets name such as"
-GROUPS = "Input should be 32, 64, 128, 256, 512, 1024, 2048, 4096, 'channel' or 'release'"
+GROUPS = "expected 32, 64, 128, 256, 512, 1024, 2048, 4096, channel or release"
 
 # What to replace in GOOD, by what, and the error's line, column and text.
 MISTAKES = [
@@ -60,55 +60,55 @@ MISTAKES = [
     (RULES, " {}\n", "3:11: quantize: expected a list"),
     (RULES, " []\n", "3:11: quantize: expected at least one entry"),
     # Values.
-    ("bits: 4", "bits: 5", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not 5"),
-    ("bits: 4", 'bits: "4"', '6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not "4"'),
-    ("bits: 4", "bits: true", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not true"),
-    ("bits: 4", "bits: [4]", "6:11: quantize[0].bits: Input should be 2, 3, 4 or 8, not a list"),
+    ("bits: 4", "bits: 5", "6:11: quantize[0].bits: expected 2, 3, 4 or 8, not 5"),
+    ("bits: 4", 'bits: "4"', '6:11: quantize[0].bits: expected 2, 3, 4 or 8, not "4"'),
+    ("bits: 4", "bits: true", "6:11: quantize[0].bits: expected 2, 3, 4 or 8, not true"),
+    ("bits: 4", "bits: [4]", "6:11: quantize[0].bits: expected 2, 3, 4 or 8, not a list"),
     ("bits: 4", "bits: 4\n    group: 96", f"7:12: quantize[0].group: {GROUPS}, not 96"),
     (
         "method: gptq",
         "method: gtpq",
-        "5:13: quantize[0].method: Input should be 'unquantized', ",
+        "5:13: quantize[0].method: expected unquantized, ",
     ),
     (
         "method: gptq",
         "method: no",
-        "5:13: quantize[0].method: Input should be 'unquantized', ",
+        "5:13: quantize[0].method: expected unquantized, ",
     ),
     ("bits: 4", "{bits: 4}", "7:3: could not find expected ':'"),
     (
         "bits: 4",
         "bits: 4\n    symmetric: yes",
-        '7:16: quantize[0].symmetric: Input should be a valid boolean, not "yes"',
+        '7:16: quantize[0].symmetric: should be a valid boolean, not "yes"',
     ),
     (
         "bits: 4",
         "bits: 4\n    damping: 0",
-        "7:14: quantize[0].damping: Input should be greater than 0, not 0",
+        "7:14: quantize[0].damping: should be greater than 0, not 0",
     ),
     (
         "bits: 4",
         "bits: 4\n    damping: .nan",
-        "7:14: quantize[0].damping: Input should be a finite number, not NaN",
+        "7:14: quantize[0].damping: should be a finite number, not NaN",
     ),
     (
         "output:",
         "max_fallbacks: 1.5\noutput:",
-        "9:16: max_fallbacks: Input should be less than or equal to 1, not 1.5",
+        "9:16: max_fallbacks: should be less than or equal to 1, not 1.5",
     ),
     (
         "output:",
         "calibration: {samples: 0}\noutput:",
-        "9:24: calibration.samples: Input should be greater than or equal to 1, not 0",
+        "9:24: calibration.samples: should be greater than or equal to 1, not 0",
     ),
     (
         "output:",
         "calibration:\n  length: 2k\noutput:",
-        '10:11: calibration.length: Input should be a valid integer, not "2k"',
+        '10:11: calibration.length: should be a valid integer, not "2k"',
     ),
     ("output:", "eval: {text: python-doc}\noutput:", f"9:14: eval.text: {TEXT}"),
     ("output:", "calibration: {text: a.csv}\noutput:", f"9:21: calibration.text: {TEXT}"),
-    ("path: toy", "path: 12", "2:9: model.path: Input should be a valid string, not 12"),
+    ("path: toy", "path: 12", "2:9: model.path: should be a valid string, not 12"),
     ("path: toy", "path: ''", "2:9: model.path: expected a path, not ''"),
     ("path: toy", 'path: "a\\0b"', "2:9: model.path: expected a path, not 'a\\x00b'"),
     (
@@ -119,9 +119,9 @@ MISTAKES = [
     (
         "path: out",
         "path: out\n  shard: 0MB",
-        '11:10: output.shard: Input should be greater than or equal to 1, not "0MB"',
+        '11:10: output.shard: should be greater than or equal to 1, not "0MB"',
     ),
-    ("path: out", "path: out\n  format: ggml", "11:11: output.format: Input should be 'compressed"),
+    ("path: out", "path: out\n  format: ggml", "11:11: output.format: expected compressed"),
     # Keys that do not go together.
     (
         "method: copy",
@@ -149,7 +149,7 @@ MISTAKES = [
         "grid: q4_k\n    group: 64",
         "7:12: quantize[0].group: fixed by grid q4_k (null unsets it)",
     ),
-    ("bits: 4", "grid: q3_x", "6:11: quantize[0].grid: Input should be 'integer', 'nf4', "),
+    ("bits: 4", "grid: q3_x", "6:11: quantize[0].grid: expected integer, nf4, "),
     (
         "bits: 4",
         "bits: 8\n    group: release",
@@ -189,8 +189,11 @@ def test_mistakes_name_line_column_and_key(
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        (b"", "model: required, but missing"),
-        (b"# nothing\n", "model: required, but missing"),
+        (b"", "model: required, but the file is empty; it needs model, quantize, output"),
+        (
+            b"# nothing\n",
+            "model: required, but the file is empty; it needs model, quantize, output",
+        ),
         (b"model: \xff\n", "not UTF-8 text (byte 7)"),
         (b"model: \x07\n", "special characters are not allowed"),
         (b"a" * 250_001, "larger than 250000 bytes, the limit for such a file"),
@@ -283,7 +286,7 @@ def test_null_unsets_a_key(good: Path) -> None:
         ("modle.path=x", "override modle: unknown key, did you mean model?"),
         ("experts.zzz=1", f"override experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
         ("experts={zzz: 1}", f"override experts.zzz: unknown key, expected one of {EXPERTS_KEYS}"),
-        ("quantize[0].bits=5", "override quantize[0].bits: Input should be 2, 3, 4 or 8, not 5"),
+        ("quantize[0].bits=5", "override quantize[0].bits: expected 2, 3, 4 or 8, not 5"),
         ("quantize.0.bits=", "override quantize[0].bits: required by method gptq: 2, 3, 4 or 8"),
         (
             "quantize[2].bits=4",
@@ -323,7 +326,7 @@ def test_python_values(tmp_path: Path) -> None:
         parse_recipe({"model": {"path": "toy"}, "output": {"pth": "x"}})
     with pytest.raises(InputError, match="^recipe: expected a mapping of keys, not list$"):
         parse_recipe([])  # type: ignore[arg-type]
-    with pytest.raises(InputError, match=r"^recipe: quantize\[0\].method: Input should be"):
+    with pytest.raises(InputError, match=r"^recipe: quantize\[0\].method: expected unquantized"):
         parse_recipe({"quantize": [{"match": "x", "method": ["rtn"]}]})
 
 

@@ -96,14 +96,14 @@ def test_suites_and_tasks_go_into_the_wheel():
         ("tasks:\n- {items: 3}\n", "2:3: tasks[0].name: required, but missing"),
         (
             "texts:\n- protocol: hg\n",
-            "2:13: texts[0].protocol: Input should be 'hf'",
+            "2:13: texts[0].protocol: expected hf or llama",
         ),
         ("texts: []\n", "1:8: texts: expected at least one entry"),
         (
             "thresholds: {max_accuracy_drop: 0.1}\n",
             "1:13: thresholds: max_accuracy_drop needs tasks",
         ),
-        ("max_length: 4\n", "1:13: max_length: Input should be greater than or equal to 8, not 4"),
+        ("max_length: 4\n", "1:13: max_length: should be greater than or equal to 8, not 4"),
         ("texts:\n  - windows: 1\n windows: 2\n", "3:2: "),
     ],
 )

@@ -25,6 +25,8 @@ from grokquant.text.documents import (
     token_rows,
 )
 
+ICONV = "convert it, as with iconv -f UTF-16 -t UTF-8 or -f LATIN1"
+
 
 class Characters:
     """A tokenizer of one token per character that counts the documents it has seen."""
@@ -125,7 +127,7 @@ def test_txt_is_one_document(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbfone\n\ntw\xc3\xb6\n")
     assert load_documents(str(path), "heldout") == ["one\n\ntwö\n"]
     path.write_bytes(b"ok \xff")
-    assert message(path) == f"{path}: not UTF-8 text (byte 3)"
+    assert message(path) == f"{path}: not UTF-8 text (byte 3); {ICONV}"
     path.write_text(" \n")
     assert message(path) == f"{path}: holds no text"
     assert (
@@ -153,7 +155,7 @@ def test_jsonl_is_a_document_per_line(tmp_path: Path) -> None:
         (b'{"messages": [{"content": "x"}]}', '"messages": a message without role'),
         (b'{"messages": [{"role": "\\ud800"}]}', '"messages" holds half of a surrogate pair'),
         (b'{"text": "\\ud800"}', '"text" holds half of a surrogate pair'),
-        (b'{"text": "\xff"}', "not UTF-8 text (byte 10)"),
+        (b'{"text": "\xff"}', f"not UTF-8 text (byte 10); {ICONV}"),
     ],
 )
 def test_jsonl_errors_name_the_line(tmp_path: Path, line: bytes, expected: str) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
-from grokquant.memory import refused
 from grokquant.families.remote_code import RemoteCode
+from grokquant.memory import refused
 from grokquant.types import Matrix
 
 # (config, layer) -> names of its quantizable matrices, part -> end of the tensor's name

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from grokquant.errors import InputError
+from grokquant.files.published import is_repository
 
 # In a work directory: what the run is, and the records of its committed files.
 RUN = "run.json"
@@ -31,8 +32,16 @@ def check_directory(path: Path) -> None:
                 "began it also resumes it"
             )
     if not path.exists():
-        raise InputError(f"{path}: no such directory")
+        raise InputError(f"{path}: no such directory{_on_the_hub(path)}")
     if not path.is_dir():
         raise InputError(f"{path}: is a file, expected the directory of a checkpoint")
     if not is_filled:
         raise InputError(f"{path}: the directory is empty")
+
+
+def _on_the_hub(path: Path) -> str:
+    """What to do if `path` is meant as a model of the Hugging Face hub."""
+    name = str(path)
+    if not is_repository(name):
+        return ""
+    return f"; if it is a model of the Hugging Face hub, download it with: hf download {name}"

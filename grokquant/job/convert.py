@@ -22,7 +22,10 @@ def conversion_recipe(
     units = dict(open_checkpoint(result).units())
     kept = [name for name, ref in units.items() if ref.scheme is None]
     if len(kept) == len(units):
-        raise InputError(f"{result}: has no quantized matrices to convert")
+        raise InputError(
+            f"{result}: has no quantized matrices to convert; "
+            f"grokquant quantize {result} --format {output_format} quantizes it"
+        )
     rules = [{"match": name, "method": "unquantized"} for name in kept]
     known = FORMATS.get(output_format)  # parsing the recipe rejects others
     dense = known is not None and not known.holds_quantized

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.files.json_objects import read_json_object
+from grokquant.job.fallbacks import Fallbacks, fallen_in
 from grokquant.job.fingerprint import CALIBRATION, difference, rows_digest, text_digest
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME, SUMS_NAME, is_result
@@ -80,16 +81,20 @@ def _what_differs(report: dict, plan: Plan, identity: dict, rows: MakeRows) -> s
     file = text_digest(plan)
     if file is None or before.get(TEXT_FILE) != file:
         changed = difference(before, {CALIBRATION: rows_digest(rows())})
-    return changed or _too_many_fallbacks(report.get("fallbacks"), plan)
+    return changed or _too_many_fallbacks(report, plan)
 
 
-def _too_many_fallbacks(fallen: object, plan: Plan) -> str | None:
+def _too_many_fallbacks(report: dict, plan: Plan) -> str | None:
     """`max_fallbacks` does not belong to the identity, since a run may be resumed with another."""
-    number = len(fallen) if isinstance(fallen, list) else 0
-    limit = plan.recipe.max_fallbacks
-    if number <= limit * len(plan.units):
-        return None
-    return f"{number} of {len(plan.units)} matrices fell back to rtn, max_fallbacks is {limit:g}"
+    match report.get("calibration_rows"):
+        case [int(rows), int(length)]:
+            fallbacks = Fallbacks(plan, rows, length)
+        case _:
+            fallbacks = Fallbacks(plan, 0, 0)
+    known = (row for row in report.get("units") or () if row.get("name") in plan.units)
+    for fallen in fallen_in(known):
+        fallbacks.add(fallen)
+    return fallbacks.excess()
 
 
 def _wrong_size(output: Path, plan: Plan) -> str | None:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from grokquant.devices import CPU
-from grokquant.errors import GateError, InputError, OutOfMemory, Stopped
+from grokquant.errors import InputError, OutOfMemory, Stopped
 from grokquant.files.unfinished import work_path
 from grokquant.formats import Format
 from grokquant.job import metadata
 from grokquant.job.budget.memory import peak_step
+from grokquant.job.fallbacks import Fallbacks, Fallen
 from grokquant.job.fingerprint import (
     CALIBRATION,
     identity_of,
@@ -215,7 +216,8 @@ def _fill(
     if work.sums or work.damaged:
         progress.continuing(len(work.sums), len(plan.files), work.damaged)
     with ShardWriter(work.files, plan, work.commit) as writer:
-        run = Run(plan, work, writer, progress, stop, device, dict(work.reports))
+        fallbacks = Fallbacks(plan, *((0, 0) if rows is None else rows.shape))
+        run = Run(plan, work, writer, progress, stop, device, fallbacks, dict(work.reports))
         stop.busy = lambda: bool(writer.incomplete)
         if _open_layers(plan, work):
             _quantize_blocks(run, rows)
@@ -245,6 +247,7 @@ class Run:
     progress: Progress
     stop: StopRequest
     device: torch.device
+    fallbacks: Fallbacks
     reports: dict[str, UnitReport]
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -255,7 +258,8 @@ class Run:
     def emit(self, parts: dict[str, Tensor], report: UnitReport) -> None:
         """Sends the packed parts of a unit to their file."""
         self.reports[report.name] = report
-        self.check_fallbacks()
+        self.count_fallback(report)
+        self.fallbacks.check()
         self.writer.write(parts, report)
         self.stop.check()
 
@@ -286,18 +290,9 @@ class Run:
             for first, rows in self.plan.checkpoint.source.tensors[name].row_blocks():
                 self.writer.write_rows(name, first, rows)
 
-    def check_fallbacks(self) -> None:
-        """Raises GateError as soon as more units fell back than the recipe allows."""
-        fallen = [report for report in self.reports.values() if report.fallback]
-        limit = self.plan.recipe.max_fallbacks
-        units = len(self.plan.units)
-        if len(fallen) > limit * units:
-            named = "; ".join(f"{report.name}: {report.fallback}" for report in fallen[:3])
-            raise GateError(
-                f"{len(fallen)} of {units} matrices fell back to rtn, "
-                f"max_fallbacks = {limit:g} allows {int(limit * units)} ({named}); "
-                "raise max_fallbacks to accept them"
-            )
+    def count_fallback(self, report: UnitReport) -> None:
+        if report.fallback:
+            self.fallbacks.add(Fallen(report.name, report.tokens, report.fallback))
 
     def read_ahead(self, units: list[Unit]) -> Generator[Tensor | QTensor, None, None]:
         """The stored matrix of each unit; the next one is read while one is rounded.
@@ -335,7 +330,9 @@ class Run:
 
 
 def _quantize_blocks(run: Run, rows: Tensor | None) -> None:
-    run.check_fallbacks()
+    for report in run.reports.values():
+        run.count_fallback(report)
+    run.fallbacks.check()
     run.write_kept(run.plan.kept_outside_layers, {})
     run.writer.drain()
     open_layers = _open_layers(run.plan, run.work)

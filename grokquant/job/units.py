@@ -5,7 +5,7 @@ from math import gcd
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.formats import Format
+from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
 from grokquant.methods import METHODS
 from grokquant.methods.copy import can_copy
@@ -21,7 +21,8 @@ def planned_units(recipe: Recipe, checkpoint: Checkpoint, output_format: Format)
         index = decided[matrix.name]
         if index is not None and METHODS[recipe.quantize[index].method].quantizes:
             ref = checkpoint.source.tensors[matrix.tensor]
-            units[matrix.name] = _unit(matrix, ref, recipe, index, output_format)
+            rule = recipe.quantize[index]
+            units[matrix.name] = unit_of(matrix, ref, rule, index, output_format)
     return units
 
 
@@ -45,12 +46,9 @@ def _rules_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, int | None]:
     return decided
 
 
-def _unit(
-    matrix: Matrix, ref: TensorRef, recipe: Recipe, index: int, output_format: Format
-) -> Unit:
-    """A matrix as rule number `index` stores it. Raises InputError where that cannot be."""
+def unit_of(matrix: Matrix, ref: TensorRef, rule: Rule, index: int, output_format: Format) -> Unit:
+    """A matrix as `rule`, number `index`, stores it. Raises InputError where that cannot be."""
     name = matrix.name
-    rule = recipe.quantize[index]
     rows, columns = ref.shape
     lossless = METHODS[rule.method].lossless
     scheme = _copied(name, ref, rule, output_format) if lossless else _chosen(rule, output_format)
@@ -63,7 +61,8 @@ def _unit(
     if lossless and not (ref.scheme and can_copy(ref.scheme, scheme, columns)):
         raise InputError(f"{name}: copy to {scheme} is not lossless: the source has {ref.scheme}")
     if reason := output_format.refusal(scheme, (rows, columns)):
-        raise InputError(f"{name}: {output_format.name} cannot hold it: {reason}")
+        way_out = _way_out(rule, scheme, (rows, columns), output_format)
+        raise InputError(f"{name}: {output_format.name} cannot hold it: {reason}{way_out}")
     return Unit(
         **vars(matrix),
         shape=(rows, columns),
@@ -72,6 +71,21 @@ def _unit(
         settings=rule.settings,
         rule=index,
     )
+
+
+def _way_out(rule: Rule, scheme: Scheme, shape: tuple[int, int], refusing: Format) -> str:
+    """What to change where a format refuses a grid: the grid, or the format."""
+    ways = []
+    if refusing.name == "gguf" and not METHODS[rule.method].lossless:
+        ways.append("name another grid in the rule, such as grid: q4_k or iq4_nl")
+    holding = []
+    for other in FORMATS.values():
+        own = replace(scheme, scale_dtype=other.scale_dtype) if scheme.is_integer else scheme
+        if other.holds_quantized and other.refusal(own, shape) is None:
+            holding.append(other.name)
+    if holding and refusing.name not in holding:
+        ways.append(f"output.format: {' or '.join(holding)} can")
+    return f"; {'; '.join(ways)}" if ways else ""
 
 
 def _chosen(rule: Rule, output_format: Format) -> Scheme:

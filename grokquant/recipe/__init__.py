@@ -1,6 +1,12 @@
 """What to make: the recipe of a run, read from YAML or Python values."""
 
-from grokquant.recipe.reading import load_recipe, load_sections, parse_recipe
+from grokquant.recipe.reading import (
+    load_recipe,
+    load_sections,
+    load_values,
+    parse_recipe,
+    with_overrides,
+)
 from grokquant.recipe.schema import (
     TEXT_SUFFIXES,
     CalibrationSection,
@@ -20,6 +26,7 @@ from grokquant.recipe.schema import (
     is_repository_text,
     parse_size,
     text_suffix,
+    to_yaml,
 )
 
 __all__ = [
@@ -41,7 +48,10 @@ __all__ = [
     "is_repository_text",
     "load_recipe",
     "load_sections",
+    "load_values",
     "parse_recipe",
     "parse_size",
     "text_suffix",
+    "to_yaml",
+    "with_overrides",
 ]

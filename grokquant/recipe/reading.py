@@ -4,8 +4,9 @@ key and what was expected there."""
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -33,22 +34,45 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_sections(path: str | Path, schema: type[S], overrides: Sequence[str] = ()) -> S:
     """Reads a YAML file with the keys of `schema`; overrides and errors as in `load_recipe`."""
-    try:
-        document = read_yaml(_read_text(path))
-    except YamlProblem as problem:
-        raise _input_error(_at(str(path), problem.mark), problem.text) from None
-    values = {} if document.value is None else document.value
-    if not isinstance(values, dict):
-        raise _input_error(_at(str(path), document.mark(())), "expected a mapping of keys")
+    document = _read_document(path)
+    values = document.value
     overridden = tuple(_apply_override(values, override) for override in overrides)
     return _validated(values, schema, _Origin(str(path), document, overridden))
 
 
-def parse_recipe(mapping: Mapping[str, Any]) -> Recipe:
-    """A recipe from Python values. Raises InputError, `recipe: key: problem`."""
+def load_values(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a recipe file as they stand there. Raises InputError."""
+    return _read_document(path).value
+
+
+def _read_document(path: str | Path) -> Document:
+    """A YAML file whose value is a mapping, empty if the file is."""
+    try:
+        document = read_yaml(_read_text(path))
+    except YamlProblem as problem:
+        raise _input_error(_at(str(path), problem.mark), problem.text) from None
+    if document.value is None:
+        return replace(document, value={})
+    if not isinstance(document.value, dict):
+        raise _input_error(_at(str(path), document.mark(())), "expected a mapping of keys")
+    return document
+
+
+def parse_recipe(mapping: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from Python values. Overrides are as in `load_recipe`. Raises InputError,
+    `recipe: key: problem`."""
     if not isinstance(mapping, Mapping):
         raise InputError(f"recipe: expected a mapping of keys, not {type(mapping).__name__}")
-    return _validated(dict(mapping), Recipe, _Origin("recipe"))
+    values = with_overrides(mapping, overrides)
+    return _validated(values, Recipe, _Origin("recipe"))
+
+
+def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `mapping` with each override, as in `load_recipe`, applied. Raises InputError."""
+    values = deepcopy(dict(mapping)) if overrides else dict(mapping)
+    for override in overrides:
+        _apply_override(values, override)
+    return values
 
 
 def _read_text(path: str | Path) -> str:
@@ -161,18 +185,37 @@ def _explanation(error: ErrorDetails, loc: Loc, schema: type[Section]) -> str:
         case "extra_forbidden":
             return _suggestion(loc, schema)
         case "missing":
-            return "required, but missing"
+            return _missing(error, schema)
         case "model_type":
             return "expected a mapping of keys"
         case "tuple_type":
-            return "expected a list"
+            return "expected a list, each entry of which begins with a dash"
         case "too_short":
             return "expected at least one entry"
         case "value_error":
             return str(error["ctx"]["error"])
         case "rule" | "invalid_key":
             return error["msg"]
-    return f"{error['msg']}, not {_quote(error['input'])}"
+        case "literal_error":
+            return _choice(error)
+    return f"{error['msg'].removeprefix('Input ')}, not {_quote(error['input'])}"
+
+
+def _missing(error: ErrorDetails, schema: type[Section]) -> str:
+    """What to do about a required key; an empty file lacks all of them."""
+    if error["input"] or len(error["loc"]) > 1:
+        return "required, but missing"
+    needed = [key for key, field in schema.model_fields.items() if field.is_required()]
+    return f"required, but the file is empty; it needs {', '.join(needed)}"
+
+
+def _choice(error: ErrorDetails) -> str:
+    """The values that a key may have, and the one that was perhaps meant."""
+    expected = error["ctx"]["expected"]
+    text = f"expected {expected.replace(chr(39), '')}, not {_quote(error['input'])}"
+    names = re.findall("'(.+?)'", expected)
+    near = difflib.get_close_matches(str(error["input"]), names, n=1)
+    return f"{text}; did you mean {near[0]}?" if near else text
 
 
 def _section_at(loc: Loc, schema: type[Section]) -> type[Section]:
@@ -188,9 +231,21 @@ def _section_at(loc: Loc, schema: type[Section]) -> type[Section]:
 def _suggestion(loc: Loc, schema: type[Section]) -> str:
     """Suggests a known key for the unknown key at `loc`."""
     known = list(_section_at(loc[:-1], schema).model_fields)
-    if near := difflib.get_close_matches(str(loc[-1]), known, n=1):
+    if near := difflib.get_close_matches(str(loc[-1]).lower(), known, n=1):
         return f"unknown key, did you mean {_dotted((*loc[:-1], near[0]))}?"
+    if elsewhere := list(_places_of(str(loc[-1]), schema)):
+        return f"unknown key here, did you mean {' or '.join(elsewhere)}?"
     return f"unknown key, expected one of {', '.join(known)}"
+
+
+def _places_of(key: str, schema: type[Section]) -> Iterator[str]:
+    """Where a recipe has a key of this name: quantize[0].bits, output.format."""
+    for name, field in schema.model_fields.items():
+        for section in (field.annotation, *get_args(field.annotation)):
+            if isinstance(section, type) and issubclass(section, Section):
+                place = name if section is field.annotation else f"{name}[0]"
+                if key in section.model_fields:
+                    yield f"{place}.{key}"
 
 
 def _quote(value: object) -> str:

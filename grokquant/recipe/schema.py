@@ -12,7 +12,7 @@ from dataclasses import Field as DataclassField
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 from pydantic import (
     AliasChoices,
@@ -26,6 +26,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
@@ -164,6 +165,24 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_case(cls, values: Any) -> Any:
+        """Choices may be written in capitals: GGUF is gguf."""
+        return _folded(cls.model_fields, values)
+
+
+def _folded(fields: Mapping[str, FieldInfo], values: Any) -> Any:
+    """`values` with the choices among them in small letters, where the schema has them so."""
+    if not isinstance(values, Mapping):
+        return values
+    found = dict(values)
+    for key, value in values.items():
+        choices = get_args(fields[key].annotation) if key in fields else ()
+        if isinstance(value, str) and value not in choices and value.lower() in choices:
+            found[key] = value.lower()
+    return found
+
 
 class ModelSection(Section):
     """The checkpoint to quantize."""
@@ -247,6 +266,7 @@ class _Rule(Section):
     @classmethod
     def _fill_in(cls, values: Any) -> Any:
         """Rejects keys that the method does not take and fills in defaults. null means unset."""
+        values = _folded(cls.model_fields, values)  # before the base does it: keys depend on them
         method = values.get("method") if isinstance(values, dict) else None
         method = FORMER_METHODS.get(method, method) if isinstance(method, str) else None
         if method not in _METHOD_KEYS:
@@ -356,11 +376,16 @@ class OutputSection(Section):
 
     @field_validator("format", mode="before")
     @classmethod
-    def _no_former_format(cls, value: object) -> object:
+    def _no_grid_or_former_format(cls, value: object) -> object:
         if value == "int-quantized":
             raise ValueError(
                 "int-quantized is no longer written, because engines do not read it; "
                 "compressed-tensors holds the same integers"
+            )
+        if isinstance(value, str) and (grid := _grid_in(value)):
+            formats = " or ".join(GRIDS[grid].formats)
+            raise ValueError(
+                f"{value[:40]} is no format: the rules say grid: {grid}, the format is {formats}"
             )
         return value
 
@@ -386,8 +411,9 @@ class Recipe(Section):
     quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
     experts: ExpertsSection = ExpertsSection()
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest share of matrices that may fall back to a simpler method; if more do, the run
-    fails."""
+    """Largest share of the matrices of a kind, such as `experts.down`, that may fall back to a
+    simpler method; if more do, the run fails and says what helps. Experts that no token reaches
+    although an average one gets 4 times `experts.min_tokens` are named, but not counted."""
     output: OutputSection
     eval: EvalSection = EvalSection()
 
@@ -410,11 +436,22 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as YAML with all defaults; `load_recipe` reads the same recipe from it."""
-        yaml = YAML()
-        yaml.width = 1 << 30  # never fold a long path
-        text = io.StringIO()
-        yaml.dump(self.model_dump(exclude_none=True), text)
-        return text.getvalue()
+        return to_yaml(self.model_dump(exclude_none=True))
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Keys and values of a recipe as YAML."""
+    yaml = YAML()
+    yaml.width = 1 << 30  # never fold a long path
+    text = io.StringIO()
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def _grid_in(name: str) -> str | None:
+    """The named grid that `name` is, perhaps with an ending of llama.cpp's file types."""
+    stem = re.sub("_[sml]$", "", name.lower())
+    return stem if stem in GRIDS and stem != "integer" else None
 
 
 def _published(section: Section, keys: set[str]) -> Section:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from grokquant.evaluation.report import Layer
 from grokquant.files.json_objects import read_json_object
 from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
+from grokquant.job.fallbacks import dead_experts
 from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
 from grokquant.job.seal import digest_of
@@ -201,13 +202,19 @@ class _LayerBar:
 
 
 class RunProgress(_LayerBar):
-    """Prints the plan, then a line per block."""
+    """Prints the lines `shown` and the plan, then a line per block."""
+
+    def __init__(self, shown: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.shown = shown
 
     def __enter__(self) -> "RunProgress":
         return self
 
     def planned(self, plan: Plan) -> None:
         self._reset(plan, was_there=False)
+        for line in self.shown:
+            self.console.print(line)
         print_plan(plan, self.console)
         self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
 
@@ -288,6 +295,7 @@ class RunProgress(_LayerBar):
             lines.append(f"overlapping work: {', '.join(shares)}")
         if self.fallbacks:
             lines.append(f"{self.fallbacks} matrices fell back to rtn; the report says why")
+        lines += listed(_dead_in(self.place))
         lines += listed(_findings_of(self.place))
         return lines
 
@@ -295,6 +303,12 @@ class RunProgress(_LayerBar):
 def _findings_of(output: Path) -> list[str]:
     """What the report of a finished run says of unusual losses."""
     return read_json_object(output / REPORT_NAME)["findings"]
+
+
+def _dead_in(output: Path) -> list[str]:
+    """A line for each expert that no token of a finished run reached."""
+    names = dead_experts(read_json_object(output / REPORT_NAME)["units"])
+    return [f"{name}: no calibration token reached it, it was rounded to nearest" for name in names]
 
 
 def _repaired(output: Path, names: list[str]) -> str:

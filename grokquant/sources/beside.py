@@ -3,7 +3,10 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from grokquant.errors import InputError
+from grokquant.files.json_objects import read_json_object
 from grokquant.files.regular import check_regular
 
 _NAMES = (
@@ -31,6 +34,18 @@ def present(files: Iterable[Path]) -> tuple[Path, ...]:
     for file in found:
         check_regular(file, _MOST_BYTES)
     return found
+
+
+def read_config(path: Path, config_path: Path | None) -> dict[str, Any]:
+    """The config.json in `path`, or the one that replaces it. Raises InputError."""
+    file = config_path or path / "config.json"
+    try:
+        return read_json_object(file)
+    except InputError as error:
+        if file.exists() or config_path:
+            raise
+        text = f"{error}; only it says what the weights are, so get it from where they came from"
+        raise InputError(text) from None
 
 
 def files_beside(path: Path) -> dict[str, Path]:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.files.gguf_header import DENSE, TYPES, GgufTensor, read_tensors
-from grokquant.files.json_objects import read_json_object
 from grokquant.grids import GRIDS
-from grokquant.sources.beside import files_beside, present
+from grokquant.sources.beside import files_beside, present, read_config
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.left_aside import left_aside
@@ -34,7 +33,7 @@ def recognizes(path: Path) -> bool:
 
 def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens the directory `path`; only headers are read. Raises InputError for damaged files."""
-    config = read_json_object(config_path or path / "config.json")
+    config = read_config(path, config_path)
     files = sorted(path.glob("*.gguf"))
     refs: dict[str, TensorRef] = {}
     for file in files:

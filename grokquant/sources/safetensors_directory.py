@@ -20,7 +20,7 @@ from grokquant.files.json_objects import read_json_object
 from grokquant.files.regular import open_regular
 from grokquant.files.safetensors_entries import Entry, parse_entries
 from grokquant.sources import presharded
-from grokquant.sources.beside import files_beside, present
+from grokquant.sources.beside import files_beside, present, read_config
 from grokquant.sources.finite import all_finite
 from grokquant.sources.kind import SourceKind
 from grokquant.sources.left_aside import left_aside, unlisted
@@ -85,7 +85,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
 
 
 def _read_config(path: Path, config_path: Path | None) -> dict:
-    config = read_json_object(config_path or path / "config.json")
+    config = read_config(path, config_path)
     for name, method in OLDER_CONFIGS.items():
         if config.get("quantization_config") is None and (path / name).is_file():
             config["quantization_config"] = {"quant_method": method} | read_json_object(path / name)

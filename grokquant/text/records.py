@@ -223,7 +223,8 @@ def _decoded(raw: bytes, where: str) -> str:
     try:
         return raw.decode("utf-8-sig")  # Windows programs begin a file with a byte order mark
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text (byte {error.start})") from None
+        way_out = "convert it, as with iconv -f UTF-16 -t UTF-8 or -f LATIN1"
+        raise InputError(f"{where}: not UTF-8 text (byte {error.start}); {way_out}") from None
 
 
 def _column_bytes(file: Any, columns: list[str]) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grokquant.calibration.hessian import accumulate
 from grokquant.calibration.site import Site
+from grokquant.errors import InputError
 from grokquant.files import atomic
 from grokquant.files.direct_io import PlacedFile
 from grokquant.job.layer import LayerQuantizer, is_starved
@@ -273,14 +274,18 @@ def _write_rate(plan: Plan) -> float:
     place = atomic.nearest_directory(Path(plan.recipe.output.path).absolute().parent)
     data = memoryview(os.urandom(_SAMPLE_BYTES))
     size = min(_WRITTEN_BYTES, plan.output_bytes) // len(data) + 1
-    with atomic.temporary(place / "grokquant-probe") as probe:
-        start = perf_counter()
-        stored = PlacedFile(probe)
-        for number in range(size):
-            stored.write(number * len(data), data)
-        stored.close()
-        atomic.sync(probe)
-        return size * len(data) / (perf_counter() - start)
+    try:
+        with atomic.temporary(place / "grokquant-probe") as probe:
+            start = perf_counter()
+            stored = PlacedFile(probe)
+            for number in range(size):
+                stored.write(number * len(data), data)
+            stored.close()
+            atomic.sync(probe)
+            return size * len(data) / (perf_counter() - start)
+    except OSError as error:
+        output = plan.recipe.output.path
+        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
 
 
 def _time(action: Callable[[], object]) -> float:

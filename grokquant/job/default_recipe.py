@@ -1,0 +1,353 @@
+"""The recipe of a model for which nobody has written one: the best rules for its matrices.
+
+    shipped recipe     int4     what is wanted: bits or a grid, and a format
+    + a model          Mixtral  its matrices, and how they are stored
+    = a recipe         layers.*.experts.*: gptq, int4 g128; layers.*.attention.*: rtn, int8 g128
+
+Matrices that every token passes and that take little room get 8 bits, the others what is asked for.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.errors import InputError
+from grokquant.families.tokenizer import has_tokenizer
+from grokquant.files.published import published_path
+from grokquant.files.typed_paths import expanded
+from grokquant.formats import FORMATS
+from grokquant.grids import GRIDS
+from grokquant.job.units import unit_of
+from grokquant.methods import METHODS
+from grokquant.recipe import Recipe, Rule, load_values, parse_recipe
+from grokquant.sources.located import WEIGHT_SUFFIXES, located
+from grokquant.toy import TOY_LENGTH, TOY_PATH
+from grokquant.types import Matrix
+
+# Groups of a matrix of integers, best first: engines have the fastest kernels for 128.
+_GROUPS = (128, 64, 32, "channel")
+# A Hessian of more input features than this takes gigabytes and minutes for each expert.
+_WIDE = 16384
+_HESSIAN_BLOCK = 4096
+_ROWS = 128
+# Longer rows cost time and show the same statistics.
+_ROW_LENGTH = 2048
+# The grid of each number of bits, where a format has no integers of its own.
+_GRIDS_OF_BITS = {
+    "gguf": {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"},
+    "bitsandbytes": {4: "nf4", 8: "llm_int8"},
+}
+_BITS = (2, 3, 4, 5, 6, 8)
+# Where the input features of a matrix are no multiple of 256, as those of llama.cpp's K types are.
+_BESIDE_K = ("iq4_nl", "q8_0")
+# Formats of which readers take only one grid for the whole model.
+_ONE_GRID = ("gptq", "bitsandbytes")
+_AS_IT_IS: dict[str, Any] = {"method": "unquantized"}
+_RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
+
+Values = dict[str, Any]
+# (what is aimed at, bits that all matrices have at the source or None, whether text can be read)
+# -> rules, best first
+Candidates = Callable[["Goal", int | None, bool], Iterator[Values]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a recipe for any model aims at. `bits` is None for a named grid."""
+
+    text: str
+    format: str = "compressed-tensors"
+    bits: int | None = None
+    grid: str = "integer"
+
+    @property
+    def width(self) -> int:
+        """Bits of a code."""
+        return self.bits or GRIDS[self.grid].bits
+
+
+GOALS = {
+    "int4": Goal("Experts in 4 bits by GPTQ, attention in 8: for vLLM and transformers", bits=4),
+    "int8": Goal("8 bits, unchanged where the model has them already, else rounded", bits=8),
+    "gptq": Goal("All matrices in 4 bits by GPTQ, in the gptq layout", "gptq", bits=4),
+    "q2_k": Goal(
+        "Experts in 2.6 bits by GPTQ, attention in 8.5: for llama.cpp", "gguf", None, "q2_k"
+    ),
+    "q3_k": Goal("The same in 3.4 bits", "gguf", None, "q3_k"),
+    "iq4_xs": Goal("The same in 4.25 bits", "gguf", None, "iq4_xs"),
+    "q4_k": Goal("The same in 4.5 bits", "gguf", None, "q4_k"),
+    "q5_k": Goal("The same in 5.5 bits", "gguf", None, "q5_k"),
+    "q6_k": Goal("The same in 6.6 bits", "gguf", None, "q6_k"),
+    "q8_0": Goal("All matrices in 8.5 bits: for llama.cpp", "gguf", None, "q8_0"),
+    "nf4": Goal(
+        "All matrices in nf4, rounded to nearest: for bitsandbytes", "bitsandbytes", None, "nf4"
+    ),
+    "bf16": Goal("Nothing quantized: one checkpoint of floats, as transformers reads it", "bf16"),
+}
+_DEFAULT = "int4"
+
+
+def is_recipe(path: str | Path) -> bool:
+    """Whether `path` is meant as the file of a recipe, not as a model."""
+    path = Path(path)
+    if path.suffix.lower() in _RECIPE_SUFFIXES:
+        return not path.is_dir()
+    return path.is_file() and path.suffix not in WEIGHT_SUFFIXES
+
+
+def recipe_for(
+    model: str | Path,
+    recipe: str | Path | None = None,
+    bits: int | None = None,
+    grid: str | None = None,
+    format: str | None = None,
+    output: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Recipe:
+    """The recipe for `model`: a directory, a model in the cache of the hub, or `toy`.
+
+    `recipe` is one of GOALS, or a file whose rules are taken; else `bits` or a `grid` say what the
+    large matrices become, and nothing means 4 bits. `format` and `output` are those of the recipe's
+    `output`; the default is a directory beside which the command runs, named after the model.
+    `overrides` change keys, as in `load_recipe`. Raises InputError.
+    """
+    values = values_for(model, recipe, bits, grid, format, output)
+    return parse_recipe(values, overrides)
+
+
+def values_for(
+    model: str | Path,
+    recipe: str | Path | None = None,
+    bits: int | None = None,
+    grid: str | None = None,
+    format: str | None = None,
+    output: str | Path | None = None,
+) -> Values:
+    """The keys that `recipe_for` sets, in the order of a recipe; all others have their defaults."""
+    model = expanded(str(model))
+    for key, value in (("bits", bits), ("grid", grid)):
+        if recipe is not None and value is not None:
+            raise InputError(f"cannot be combined with recipe {recipe}, which decides it", key)
+    if recipe is not None and is_recipe(recipe):
+        return _of_file(model, recipe, format, output)
+    name, goal = goal_of(None if recipe is None else str(recipe), bits, grid, format)
+    checkpoint = open_checkpoint(model)
+    rules = _rules(checkpoint, goal)
+    length = _row_length(checkpoint)
+    rows = {"calibration": {"samples": _ROWS, "length": length}}
+    is_calibrated = any(METHODS[rule["method"]].needs_site for rule in rules)
+    return {
+        "model": {"path": model},
+        **(rows if is_calibrated else {}),
+        "quantize": rules,
+        "output": {"path": str(output or _place(model, name)), "format": goal.format},
+        "eval": {"length": length},
+    }
+
+
+def _of_file(
+    model: str, recipe: str | Path, format: str | None, output: str | Path | None
+) -> Values:
+    """The recipe of a file, for another model and output."""
+    values = load_values(recipe)
+    section = values.get("output")
+    section = section if isinstance(section, dict) else {}
+    place = str(output or _place(model, Path(recipe).stem))
+    format_key = {"format": format} if format else {}
+    values["model"] = {"path": model}
+    values["output"] = section | {"path": place} | format_key
+    return values
+
+
+def goal_of(
+    recipe: str | None, bits: int | None, grid: str | None, format: str | None
+) -> tuple[str, Goal]:
+    """What is aimed at, and a name for it. Raises InputError for what no format holds."""
+    grid = grid and grid.lower()
+    recipe = recipe and recipe.lower()
+    if bits not in (None, *_BITS):
+        raise InputError(f"expected {_either(_BITS)}, not {bits}", "bits")
+    if bits is not None and grid is not None:
+        raise InputError(f"cannot be combined with grid {grid}, which has its own", "bits")
+    if recipe is not None:
+        return _shipped(recipe, format)
+    if grid is not None:
+        return grid, _of_grid(grid, format)
+    if format == "bf16":
+        if bits is not None:
+            raise InputError("not allowed with format bf16, which is not quantized", "bits")
+        return "bf16", GOALS["bf16"]
+    if format in _GRIDS_OF_BITS:
+        grids = _GRIDS_OF_BITS[format]
+        if bits not in (None, *grids):
+            raise InputError(f"format {format} has {_either(grids)}, not {bits}", "bits")
+        return grids[bits or 4], _of_grid(grids[bits or 4], format)
+    if bits in (5, 6):
+        raise InputError(f"only format gguf has {bits}, in q{bits}_k", "bits")
+    chosen = format or ("compressed-tensors" if bits in (None, 4, 8) else "gptq")
+    if chosen == "compressed-tensors" and bits in (2, 3):
+        raise InputError(f"only formats gptq and gguf have {bits}", "bits")
+    name = f"int{bits or 4}"
+    return (f"gptq-{name}" if chosen == "gptq" else name), Goal("", chosen, bits or 4)
+
+
+def _shipped(recipe: str, format: str | None) -> tuple[str, Goal]:
+    if recipe not in GOALS:
+        raise InputError(
+            f"no recipe {recipe!r}, expected a .yaml file or one of {', '.join(GOALS)}", "recipe"
+        )
+    goal = GOALS[recipe]
+    if format in (None, goal.format):
+        return recipe, goal
+    held = GRIDS[goal.grid].formats if goal.format != "bf16" else ("bf16",)
+    if format not in held:
+        raise InputError(f"recipe {recipe} cannot be written as {format}: use another", "format")
+    return f"{recipe}-{format}", replace(goal, format=format)
+
+
+def _of_grid(grid: str, format: str | None) -> Goal:
+    row = GRIDS.get(grid)
+    if row is None or grid == "integer":
+        named = [name for name in GRIDS if name != "integer"]
+        near = get_close_matches(grid, named, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"no grid {grid!r}, expected one of {', '.join(named)}{meant}", "grid")
+    own = "gguf" if row.ggml_type is not None else row.formats[0]
+    if format not in (None, *row.formats):
+        raise InputError(f"grid {grid} is held by {_either(row.formats)}, not {format}", "format")
+    return Goal("", format or own, None, grid)
+
+
+def _either(values: Any) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+# --- rules
+
+
+def _rules(checkpoint: Checkpoint, goal: Goal) -> list[Values]:
+    """A rule for each role of matrices, or one for all of them if they are alike."""
+    rules = [rule for role in _roles(checkpoint) for rule in _rules_of(checkpoint, goal, *role)]
+    bodies = [{key: value for key, value in rule.items() if key != "match"} for rule in rules]
+    if all(body == bodies[0] for body in bodies):
+        return [{"match": "layers.*"} | bodies[0]]
+    return rules
+
+
+def _roles(checkpoint: Checkpoint) -> Iterator[tuple[str, list[Matrix]]]:
+    """experts, mlp, shared, attention and their matrices; the large ones first."""
+    roles: dict[str, list[Matrix]] = {}
+    for matrix in checkpoint.matrices():
+        roles.setdefault(matrix.kind.partition(".")[0], []).append(matrix)
+    order = ("experts", "mlp")
+    yield from sorted(roles.items(), key=lambda role: role[0] not in order)
+
+
+def _rules_of(
+    checkpoint: Checkpoint, goal: Goal, role: str, matrices: list[Matrix]
+) -> Iterator[Values]:
+    """The rules of one role: one for all its parts, since engines fuse some of them.
+
+    Where there is none, and for llama.cpp, which fuses none, each part gets its best.
+    """
+    everything = checkpoint.num_experts == 0 or goal.format in _ONE_GRID
+    candidates: Candidates = _large if everything or role in ("experts", "mlp") else _small
+    whole = f"layers.*.{role}.*"
+    best = _best(checkpoint, goal, matrices, candidates)
+    if goal.format != "gguf" and best != _AS_IT_IS:
+        yield {"match": whole} | best
+        return
+    parts: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        match = f"layers.*.{matrix.kind.replace('experts.', 'experts.*.')}"
+        parts.setdefault(match, []).append(matrix)
+    found = {match: _best(checkpoint, goal, part, candidates) for match, part in parts.items()}
+    if all(rule == best for rule in found.values()):
+        yield {"match": whole} | best
+    else:
+        yield from ({"match": match} | rule for match, rule in found.items())
+
+
+def _best(
+    checkpoint: Checkpoint, goal: Goal, matrices: list[Matrix], candidates: Candidates
+) -> Values:
+    """The first candidate that all `matrices` can take."""
+    refs = [checkpoint.source.tensors[matrix.tensor] for matrix in matrices]
+    kinds = {(ref.shape, ref.scheme): matrix for matrix, ref in zip(matrices, refs, strict=True)}
+    stored = [ref.scheme.bits if ref.scheme else None for ref in refs]
+    widest = None if None in stored else max(bits for bits in stored if bits is not None)
+    columns = max(ref.shape[1] for ref in refs)
+    for rule in candidates(goal, widest, has_tokenizer(checkpoint.source)):
+        if rule["method"] == "gptq" and columns > _WIDE:
+            rule = rule | {"hessian_block": _HESSIAN_BLOCK}
+        if all(_takes(checkpoint, matrix, rule, goal.format) for matrix in kinds.values()):
+            return rule
+    return _AS_IT_IS
+
+
+def _large(goal: Goal, stored: int | None, can_calibrate: bool) -> Iterator[Values]:
+    """Rules for the matrices that hold most weights, best first; `stored` are their bits now."""
+    if goal.format == "bf16":
+        return
+    if stored is not None and stored <= goal.width:
+        yield from _copies()
+    calibrated = goal.width < 8 and can_calibrate and goal.format != "bitsandbytes"
+    method = "gptq" if calibrated else "rtn"
+    if goal.bits is not None:
+        yield from ({"method": method, "bits": goal.bits, "group": group} for group in _GROUPS)
+        return
+    yield {"method": method, "grid": goal.grid}
+    if goal.format == "gguf":
+        beside = (name for name in _BESIDE_K if GRIDS[name].bits >= goal.width)
+        yield from ({"method": method, "grid": name} for name in beside)
+    elif 32 in GRIDS[goal.grid].other_groups:
+        yield {"method": method, "grid": goal.grid, "group": 32}
+
+
+def _small(goal: Goal, stored: int | None, can_calibrate: bool) -> Iterator[Values]:
+    """Rules for matrices that are few weights and matter for every token: 8 bits, best first."""
+    if goal.format == "bf16":
+        return
+    if stored is not None and stored <= 8:
+        yield from _copies()
+    if goal.format == "gguf":
+        yield {"method": "rtn", "grid": "q8_0"}
+        return
+    yield from ({"method": "rtn", "bits": 8, "group": group} for group in _GROUPS)
+
+
+def _copies() -> Iterator[Values]:
+    """Lossless rules: in groups that engines load, else in the stored ones."""
+    yield {"method": "copy", "group": 128}
+    yield {"method": "copy"}
+
+
+def _takes(checkpoint: Checkpoint, matrix: Matrix, values: Values, format: str) -> bool:
+    """Whether a matrix can be stored by the rule, and its scales exactly if it is lossless."""
+    ref = checkpoint.source.tensors[matrix.tensor]
+    try:
+        unit = unit_of(matrix, ref, Rule(match="*", **values), 0, FORMATS[format])
+    except InputError:
+        return False
+    exact = ref.scheme is not None and unit.scheme.scale_dtype == ref.scheme.scale_dtype
+    return exact or not METHODS[unit.method].lossless
+
+
+# --- everything else
+
+
+def _row_length(checkpoint: Checkpoint) -> int:
+    if checkpoint.source.path == TOY_PATH:
+        return TOY_LENGTH
+    return min(_ROW_LENGTH, checkpoint.config.max_position_embeddings)
+
+
+def _place(model: str, name: str) -> str:
+    """The directory in which a command leaves its result: called as the model is."""
+    directory = os.path.abspath(located(model))
+    return f"{Path(published_path(directory)).name}-{name}"

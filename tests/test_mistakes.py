@@ -1,0 +1,111 @@
+"""Slips that people make: the line they get says where it is and what to do."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from grokquant.cli import main
+from grokquant.devices import device_of
+from grokquant.errors import InputError
+from grokquant.job.plan import build_plan
+from grokquant.recipe import load_recipe, parse_recipe
+from grokquant.text.documents import load_documents
+
+RULE = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 128}
+VALUES = {"model": {"path": "toy"}, "quantize": [RULE], "output": {"path": "out"}}
+SLIPS = {
+    'quantize[0].method=gpqt': 'quantize[0].method: expected unquantized, copy, rtn or gptq, not '
+    '"gpqt"; did you mean gptq?',
+    "quantize[0].grid=q4_km": "did you mean q4_k?",
+    "bits=8": "bits: unknown key here, did you mean quantize[0].bits?",
+    "path=x": "path: unknown key here, did you mean model.path or output.path?",
+    "samples=8": "samples: unknown key here, did you mean calibration.samples or eval.samples?",
+    "nothing=8": "nothing: unknown key, expected one of model, calibration,",
+    "output.format=Q4_K_M": "Q4_K_M is no format: the rules say grid: q4_k, the format is gguf",
+    "quantize={match: x}": "quantize: expected a list, each entry of which begins with a dash",
+    "quantize[0].bits=5": "quantize[0].bits: expected 2, 3, 4 or 8, not 5",
+    "calibration.samples=many": 'calibration.samples: should be a valid integer, not "many"',
+}  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(VALUES))
+    return path
+
+
+@pytest.mark.parametrize("change", SLIPS)
+def test_slips_in_a_recipe(file, change):
+    with pytest.raises(InputError) as error:
+        load_recipe(file, [change])
+    assert SLIPS[change] in str(error.value)
+
+
+def test_choices_may_be_written_in_capitals(file):
+    changes = ["quantize[0].method=GPTQ", "output.format=GGUF", "quantize[0].scale=MSE"]
+    changes += ["quantize[0].bits=null", "quantize[0].group=null", "quantize[0].grid=Q4_K"]
+    recipe = load_recipe(file, changes)
+    rule = recipe.quantize[0]
+    assert (rule.method, rule.grid, recipe.output.format) == ("gptq", "q4_k", "gguf")
+    with pytest.raises(InputError, match="did you mean .*match"):
+        load_recipe(file, ["quantize[0].MATCH=x"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "output_format", "way_out"),
+    [
+        (RULE, "gguf", "such as grid: q4_k or iq4_nl; output.format: compressed-tensors or gptq"),
+        ({**RULE, "bits": 3}, "compressed-tensors", "; output.format: gptq can"),
+        ({"match": "*", "method": "rtn", "grid": "q4_k"}, "gptq", "; output.format: gguf can"),
+        ({"match": "*", "method": "rtn", "grid": "nf4"}, "gguf", "output.format: bitsandbytes can"),
+    ],
+)
+def test_a_grid_that_the_format_cannot_hold(rule, output_format, way_out):
+    output = {"path": "out", "format": output_format}
+    with pytest.raises(InputError) as error:
+        build_plan(parse_recipe(VALUES | {"quantize": [rule], "output": output}))
+    assert way_out in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", "abacus", "CPU "])
+def test_devices_that_are_none(name):
+    with pytest.raises(InputError, match="device: expected auto, cpu, cuda or cuda:N, not"):
+        device_of(name)
+    assert device_of("cpu") == torch.device("cpu")
+
+
+def test_texts_in_other_encodings(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("hello", encoding="utf-16")
+    with pytest.raises(InputError, match=r"not UTF-8 text .* iconv -f UTF-16 -t UTF-8"):
+        load_documents(str(path), "calibration")
+
+
+def test_h_is_help_everywhere():
+    for command in ("", *main.commands):
+        short, long = (
+            CliRunner().invoke(main, [*([command] if command else []), option])
+            for option in ("-h", "--help")
+        )
+        assert short.exit_code == 0 and short.output == long.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["quantize", "toy", "--bits", "7"], "'7' is not one of '2', '3', '4', '5', '6', '8'"),
+        (["quantize", "toy", "--grid", "q4_k_m"], "--grid: no grid 'q4_k_m', expected one of nf4"),
+        (["quantize", "toy", "--device", "gpu"], "grokquant: --device: expected auto, cpu, cuda"),
+        (["plan", "toy", "--output", "/proc/x"], "grokquant: /proc/x: cannot be "),
+    ],
+)
+def test_slips_on_the_command_line(arguments, complaint, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert complaint in result.stderr
+    assert list(tmp_path.iterdir()) == []
