@@ -575,9 +575,9 @@ TEXTS = {
     "short": ("text.txt", b"three short words", "text.txt: the text has"),
     "empty": ("text.txt", b" \n ", "text.txt: holds no text"),
     "latin-1": ("text.txt", b"caf\xe9 " * 999, "text.txt: not UTF-8 text (byte 3)"),
-    "jsonl": ("text.jsonl", b'{"text": "a"}\n{"text": \n', "text.jsonl:2: not a JSON object"),
-    "field": ("text.jsonl", b'{"txt": "a"}\n', "text.jsonl:1: expected a JSON object with the"),
-    "number": ("text.jsonl", b'{"text": 3}\n', 'text.jsonl:1: "text" should be a string'),
+    "jsonl": ("text.jsonl", b'{"text": "a"}\n{"text": \n', "text.jsonl:2: not valid JSON"),
+    "field": ("text.jsonl", b'{"txt": "a"}\n', "text.jsonl:1: no field text, messages,"),
+    "number": ("text.jsonl", b'{"text": 3}\n', 'text.jsonl:1: "text" should be a text'),
     "parquet": ("text.parquet", b"PAR1PAR1", "text.parquet: cannot be read as parquet"),
     "directory": ("text.txt", None, "text.txt: cannot be read: it is a directory"),
 }
