@@ -76,4 +76,4 @@ bench-real: install
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 clean:
-	rm -rf .venv .readers runs build *.egg-info
+	rm -rf .venv .readers runs notebooks/runs build *.egg-info

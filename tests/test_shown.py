@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -9,12 +10,12 @@ from reports import AWKWARD, Page, content, report
 
 import grokquant
 from grokquant.errors import InputError
-from grokquant.evaluation.report import parse_report
+from grokquant.evaluation.report import Report, parse_report
 from grokquant.files.atomic import write_json
 from grokquant.job import pipeline
 from grokquant.reporting import notebook_progress, plots
 from grokquant.reporting.html.style import CELL_CSS
-from grokquant.reporting.shown import ShownRanking, ShownReport
+from grokquant.reporting.shown import ShownQuantization, ShownRanking, ShownReport
 
 EXPERTS = {"match": "layers.*.experts.*", "method": "gptq", "bits": 4, "group": 32}
 FIRST = {"match": "layers.0.experts.*", "method": "gptq", "bits": 8, "group": 32}
@@ -45,8 +46,8 @@ def evaluated(path: str = "int4", layers: int = 4, experts: int = 8) -> ShownRep
     return ShownReport.of(parse_report(tree, "test"))
 
 
-def shown(thing: object) -> list[object]:
-    """Everything that a cell can be given."""
+def with_plots(thing: ShownReport) -> list[object]:
+    """Everything that a cell can be given of a report."""
     return [thing, *(thing.plot(name) for name in plots.EVALUATION)]
 
 
@@ -120,9 +121,9 @@ def test_an_evaluation_shows_verdict_thresholds_and_errors():
     text = Page(found._repr_html_()).text
     for part in ("Mean KLD", "±", "95 % interval", "bits per weight", "int4 against"):
         assert part in text
-    assert (
-        found.to_json() == report().model_copy(update={"quantized": found.quantized}).to_json()
-    )  # showing it changes nothing in it
+    plain = parse_report(found.to_json(), "test")  # showing it changes nothing in it
+    assert type(plain) is Report and plain == found and found == plain
+    assert found != evaluated("other")
 
 
 @pytest.mark.parametrize("name", plots.EVALUATION)
@@ -140,9 +141,19 @@ def test_every_plot_of_a_ranking_is_drawn(name):
     assert Page(ranking._repr_html_()).text.count("Mean KLD, nats") >= 1
 
 
-def test_docstrings_name_every_plot():
-    for thing, names in ((ShownReport, plots.EVALUATION), (ShownRanking, plots.RANKING)):
-        assert [name for name in names if not re.search(rf"\b{name}\b", thing.plot.__doc__)] == []
+@pytest.mark.parametrize(
+    ("shown", "names", "call"),
+    [
+        (ShownReport, plots.EVALUATION, "evaluate(output, reference)"),
+        (ShownQuantization, plots.QUANTIZATION, "quantization_report(output)"),
+        (ShownRanking, plots.RANKING, "compare([report, other])"),
+    ],
+)
+def test_every_plot_is_documented(shown, names, call):
+    assert [name for name in names if not re.search(rf"\b{name}\b", shown.plot.__doc__)] == []
+    page = Path(__file__).parents[1] / "docs" / "quick-start.md"
+    row = next(line for line in page.read_text().splitlines() if line.startswith(f"| `{call}`"))
+    assert re.findall(r"`(\w+)`", row.split("|")[3]) == list(names)
 
 
 def test_a_plot_that_is_not_there_is_refused_by_name():
@@ -175,7 +186,7 @@ def test_names_are_text(output):
     changed = {"path": awkward, "source": awkward, "findings": (awkward,), "fallbacks": (awkward,)}
     summary = grokquant.inspect(path)
     summary.update(path=awkward, family=awkward, notes=[awkward], matrices={awkward: 3})
-    things = [*shown(found), quantized.model_copy(update=changed), summary]
+    things = [*with_plots(found), quantized.model_copy(update=changed), summary]
     for thing in things:
         html = thing._repr_html_()
         assert Tags(html).tags <= HARMLESS

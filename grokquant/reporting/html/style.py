@@ -196,12 +196,14 @@ CSS = (
 _DARK_NOTEBOOKS = (
     '[data-jp-theme-light="false"] .grokquant,.vscode-dark .grokquant,[theme=dark] .grokquant'
 )
-# Notebooks set text smaller than pages, shade every second row and align all cells to the right.
+# Notebooks set text smaller than pages, shade every second row and align cells to the right. The
+# class is said twice below, so that it counts for more than theirs.
 _CELL = """
-color:var(--ink);background:var(--card);max-width:880px;padding:8px 14px;border-radius:8px;
+color:var(--ink);background:var(--card);border-radius:8px;
+width:fit-content;max-width:880px;padding:8px 14px;
 font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 .card,figure{border:0;padding:0;margin:0}
-figure{max-width:560px}
+figure{width:560px;max-width:100%}
 h2,h3{font-size:1.05em;font-weight:600;margin:0}
 h2+p{margin:2px 0 6px}
 section{margin-top:12px}
@@ -210,10 +212,10 @@ th,td{font-size:1em}
 tr{background:none!important}
 .verdict,.gate{margin:4px 0;font-size:1em;max-width:none}
 .note{color:var(--soft);margin:4px 0}
-.facts{padding:4px 0}
+.facts{padding:4px 0}.facts dt,.facts dd{width:auto;float:none;margin:0;font-weight:400}
 """
 
 CELL_CSS = (
     f".grokquant{{{_LIGHT}}}{_DARK_NOTEBOOKS}{{{_DARK}}}"
-    f".grokquant{{{_SERIES}{_PARTS}{_SHADES}{_CELL}}}"
+    f".grokquant.grokquant{{{_SERIES}{_PARTS}{_SHADES}{_CELL}}}"
 ).replace("\n", "")
