@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,6 +235,15 @@ def test_what_ends_the_library_s_process_is_one_line(directory, capfd):
     edit(directory, model=model | {"continuing_subword_prefix": "x"})
     assert "tokenizer.json: cannot be read as a tokenizer: " in refusal(directory)
     assert capfd.readouterr().err == ""
+
+
+def test_a_process_with_little_memory_reads_tokenizers(directory):
+    most = 4 << 30  # less than a trial would limit itself to
+    subprocess.run(
+        [sys.executable, "-c", tokenizer_files._TRIAL, str(directory / "tokenizer.json")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)),
+        check=True,
+    )
 
 
 @pytest.mark.parametrize(

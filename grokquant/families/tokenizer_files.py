@@ -20,8 +20,10 @@ _VOCABULARIES = {"tokenizer.json", "vocab.json", "added_tokens.json"}
 # So it is first read and used in another one, which has a limit of memory and of processor time.
 _TRIAL = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-resource.setrlimit(resource.RLIMIT_CPU, (300, 300))
+for kind, most in ((resource.RLIMIT_AS, 8 << 30), (resource.RLIMIT_CPU, 300)):
+    present = resource.getrlimit(kind)[1]
+    limit = most if present == resource.RLIM_INFINITY else min(most, present)
+    resource.setrlimit(kind, (limit, limit))
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[1])
 tokenizer.decode(tokenizer.encode("Hello  w\\u00f6rld 123\\n\\nnext").ids)
