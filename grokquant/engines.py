@@ -31,6 +31,7 @@ class Contents:
     matrices: tuple[Stored, ...]
     own_head: bool = False
     remote_code: bool = False
+    names: str = "published"
 
     @property
     def quantized(self) -> list[Stored]:
@@ -173,6 +174,16 @@ def _grok_quantized(contents: Contents) -> list[Stored]:
     return contents.quantized if contents.family == "grok-1" else []
 
 
+def _mixtral_named(names: str) -> AtFault:
+    """All matrices of a Mixtral whose tensors have these names."""
+
+    def at_fault(contents: Contents) -> list[Stored]:
+        named = contents.family == "mixtral" and contents.names == names
+        return list(contents.matrices) if named else []
+
+    return at_fault
+
+
 def _grok_without_code(contents: Contents) -> list[Stored]:
     missing = contents.family == "grok-1" and not contents.remote_code
     return list(contents.matrices) if missing else []
@@ -201,6 +212,12 @@ def _gpt_oss(contents: Contents) -> list[Stored]:
     return contents.quantized if contents.family == "gpt-oss" else []
 
 
+_PUBLISHED_NAMES = Limit(
+    "the names that GPTQModel looks for",
+    _mixtral_named("gptqmodel"),
+    "set output.names to published",
+    about="model",
+)
 _IMPORT = "import grokquant first"
 _TRANSFORMERS_ALONE = (
     Limit(
@@ -243,6 +260,7 @@ CONSUMERS = (
         (
             _formats("compressed-tensors", "gptq", "bf16"),
             _NO_GROK_2,
+            _PUBLISHED_NAMES,
             _FOUR_OR_EIGHT,
             _MARLIN_GROUPS,
             _LAYER,
@@ -293,9 +311,14 @@ CONSUMERS = (
             _formats("gptq"),
             _model("grok-1", "Grok-1"),
             _NO_GROK_2,
-            _model("mixtral", "Mixtral, whose experts it looks for under other names"),
+            Limit(
+                "Mixtral under its published names",
+                _mixtral_named("published"),
+                "set output.names to gptqmodel",
+                about="model",
+            ),
         ),
-        ("llama", "qwen3-moe"),
+        ("llama", "mixtral", "qwen3-moe"),
     ),
     Consumer(
         "exllamav2",
@@ -305,6 +328,7 @@ CONSUMERS = (
             _formats("gptq"),
             _model("grok-1", "Grok-1"),
             _NO_GROK_2,
+            _PUBLISHED_NAMES,
             _grids("bits other than 4", "use bits: 4", lambda scheme: scheme.bits == 4),
             Limit("several grids", _of_outputs, _ONE_GRID),
         ),

@@ -23,6 +23,7 @@ def contents(
     attention=INT8,
     head=False,
     remote_code=False,
+    names="published",
     **others,
 ) -> Contents:
     """A model of one layer; `others` are grids of matrices by their names, `_` for dots."""
@@ -34,7 +35,7 @@ def contents(
         scheme = others.get(name.replace(".", "_"), attention if expert is None else experts)
         reads = "attention.q" if part in ("attention.k", "attention.v") else part
         stored.append(Stored(Matrix(name, name, 0, part, reads, expert), (256, 256), scheme))
-    return Contents(form, family, tuple(stored), head, remote_code)
+    return Contents(form, family, tuple(stored), head, remote_code, names)
 
 
 CT, BNB = "compressed-tensors", "bitsandbytes"
@@ -57,7 +58,10 @@ TRIED = [
     ("sglang", contents("bf16", "grok-1", None, None, head=True), "not tried"),
     ("sglang", contents(CT, "mixtral"), "yes"),
     ("llama.cpp", contents("gguf", "grok-1"), "yes"),
-    ("gptqmodel", contents("gptq", "mixtral"), "no: Mixtral"),
+    ("gptqmodel", contents("gptq", "mixtral"), "no: Mixtral under its published names"),
+    ("gptqmodel", contents("gptq", "mixtral", names="gptqmodel"), "yes"),
+    ("vllm", contents("gptq", "mixtral", names="gptqmodel"), "no: the names that GPTQModel"),
+    ("exllamav2", contents("gptq", "mixtral", G128, G128, names="gptqmodel"), "no: the names"),
     ("gptqmodel", contents("gptq", "llama"), "yes"),
     ("transformers", contents(CT, "grok-1"), "no: Grok-1"),
     ("transformers", contents(CT, "grok-1", remote_code=True), "yes"),
