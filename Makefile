@@ -37,8 +37,9 @@ READERS := .readers
 test-readers: install $(READERS)/llama-cpp/installed $(READERS)/gptqmodel/installed
 	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m readers
 
-# Has vLLM run what we write, on a CPU, and records what it expected in tests/recorded. Needs the CPU
-# build of torch 2.13.0 in reach of pip, 5 GB and half an hour.
+# Has vLLM run what we write, on a CPU, and records what it expected in tests/recorded. Needs 5 GB and
+# half an hour, and the CPU build of torch 2.13.0 in reach of pip, which PyPI does not have:
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-engines
 test-engines: install $(READERS)/vllm/installed
 	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m engines
 

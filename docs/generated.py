@@ -199,7 +199,7 @@ def engines() -> str:
             f"**{limit.reason}: wrong results without an error**" if limit.wrong else limit.reason
             for limit in consumer.limits
         ]
-        tried = ", ".join(consumer.families) or "all"
+        tried = (", ".join(consumer.families) or "all") if consumer.ran else "not tried"
         name = f"{consumer.title} (`{consumer.name}`)"
         rows.append([name, consumer.version, tried, "; ".join(limits) or "–"])
     return _table(["program (`--for`)", "tried", "families tried", "does not take"], rows)

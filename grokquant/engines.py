@@ -6,7 +6,7 @@ first. Nothing here is guessed: what nobody has tried is in no row, and `untried
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from grokquant.grids import Scheme
@@ -31,6 +31,7 @@ class Contents:
     matrices: tuple[Stored, ...]
     own_head: bool = False
     remote_code: bool = False
+    names: str = "published"
 
     @property
     def quantized(self) -> list[Stored]:
@@ -65,7 +66,8 @@ class Limit:
 class Consumer:
     """A program: its name for options, its title, the version tried, and its limits.
 
-    `families` are those tried; other families may work. `by_code`: for Grok-1 it needs the file of
+    `families` are those tried; other families may work. `ran` is False where nobody has run it here
+    and the limits are those of its code. `by_code`: for Grok-1 it needs the file of
     `output.remote_code`.
     """
 
@@ -74,6 +76,7 @@ class Consumer:
     version: str
     limits: tuple[Limit, ...]
     families: tuple[str, ...] = ()
+    ran: bool = True
     by_code: bool = False
 
     def limit(self, contents: Contents) -> Limit | None:
@@ -81,7 +84,7 @@ class Consumer:
         return next((limit for limit in self.limits if limit.at_fault(contents)), None)
 
     def tried(self, contents: Contents) -> bool:
-        return not self.families or contents.family in self.families
+        return self.ran and (not self.families or contents.family in self.families)
 
     def titled(self, contents: Contents) -> str:
         """The title, and what else `contents` need there."""
@@ -130,6 +133,17 @@ def _of_layer(contents: Contents) -> list[Stored]:
     return _differing(contents.experts, lambda s: s.matrix.layer)
 
 
+def _rows_beside_groups(contents: Contents) -> list[Stored]:
+    """Those of them that have the bits of the others: a group as long as a row is one scale a row,
+    as `channel` is, but not where rows are longer."""
+    grids: dict[int, set[Scheme | None]] = {}
+    for s in contents.experts:
+        grids.setdefault(s.matrix.layer, set()).add(s.scheme and replace(s.scheme, group_size=None))
+    whole = {s.matrix.layer for s in contents.experts if s.scheme and not s.scheme.group_size}
+    differing = (s for s in _of_layer(contents) if s.matrix.layer in whole)
+    return [s for s in differing if len(grids[s.matrix.layer]) == 1]
+
+
 def _of_model(contents: Contents) -> list[Stored]:
     return _differing(contents.experts, lambda s: None)
 
@@ -149,6 +163,11 @@ def _in_format(format: str, at_fault: AtFault) -> AtFault:
 
 _ONE_GRID = "give these matrices one grid"
 _LAYER = Limit("experts of one layer with several grids", _of_layer, _ONE_GRID)
+_WHOLE_ROWS = Limit(
+    "experts of one layer with several grids, one scale a row and groups",
+    _rows_beside_groups,
+    "use a smaller group, or channel for all",
+)
 _FUSED = Limit("q, k and v, or gate and up, of one layer with several grids", _of_fused, _ONE_GRID)
 _MODEL_EXPERTS = Limit("experts with several grids", _of_model, _ONE_GRID)
 _SYMMETRIC = _grids("zero points", "use symmetric: true", lambda scheme: scheme.symmetric)
@@ -171,6 +190,16 @@ def _grok_experts(contents: Contents) -> list[Stored]:
 
 def _grok_quantized(contents: Contents) -> list[Stored]:
     return contents.quantized if contents.family == "grok-1" else []
+
+
+def _mixtral_named(names: str) -> AtFault:
+    """All matrices of a Mixtral whose tensors have these names."""
+
+    def at_fault(contents: Contents) -> list[Stored]:
+        named = contents.family == "mixtral" and contents.names == names
+        return list(contents.matrices) if named else []
+
+    return at_fault
 
 
 def _grok_without_code(contents: Contents) -> list[Stored]:
@@ -201,6 +230,12 @@ def _gpt_oss(contents: Contents) -> list[Stored]:
     return contents.quantized if contents.family == "gpt-oss" else []
 
 
+_PUBLISHED_NAMES = Limit(
+    "the names that GPTQModel looks for",
+    _mixtral_named("gptqmodel"),
+    "set output.names to published",
+    about="model",
+)
 _IMPORT = "import grokquant first"
 _TRANSFORMERS_ALONE = (
     Limit(
@@ -243,8 +278,10 @@ CONSUMERS = (
         (
             _formats("compressed-tensors", "gptq", "bf16"),
             _NO_GROK_2,
+            _PUBLISHED_NAMES,
             _FOUR_OR_EIGHT,
             _MARLIN_GROUPS,
+            _WHOLE_ROWS,
             _LAYER,
             _FUSED,
             Limit(
@@ -258,7 +295,9 @@ CONSUMERS = (
     Consumer(
         "sglang",
         "SGLang",
-        "0.5.23, its loading code",
+        "0.5.23, read only",
+        # Its int4 experts assert SiLU, load_weights asks for lm_head.weight, and Grok's layers have
+        # no prefix by which a grid could find them. Fused experts take the grid of `Linear`.
         (
             _formats("compressed-tensors", "bf16"),
             Limit("quantized experts with GELU", _grok_experts, "leave them unquantized"),
@@ -267,7 +306,7 @@ CONSUMERS = (
             _MODEL_EXPERTS,
             _FUSED,
         ),
-        ("mixtral",),
+        ran=False,
     ),
     Consumer("transformers-grokquant", "transformers after import grokquant", "5.19 to 5.24", ()),
     Consumer(
@@ -293,22 +332,30 @@ CONSUMERS = (
             _formats("gptq"),
             _model("grok-1", "Grok-1"),
             _NO_GROK_2,
-            _model("mixtral", "Mixtral, whose experts it looks for under other names"),
+            Limit(
+                "Mixtral under its published names",
+                _mixtral_named("published"),
+                "set output.names to gptqmodel",
+                about="model",
+            ),
         ),
-        ("llama", "qwen3-moe"),
+        ("llama", "mixtral", "qwen3-moe"),
     ),
     Consumer(
         "exllamav2",
         "exllamav2",
         "0.3.2, read only",
+        # Its loader knows one grid of 4 bits, and experts as block_sparse_moe.experts.*.w1; it has
+        # no Grok.
         (
             _formats("gptq"),
             _model("grok-1", "Grok-1"),
             _NO_GROK_2,
+            _PUBLISHED_NAMES,
             _grids("bits other than 4", "use bits: 4", lambda scheme: scheme.bits == 4),
             Limit("several grids", _of_outputs, _ONE_GRID),
         ),
-        ("llama", "mixtral"),
+        ran=False,
     ),
 )
 BY_NAME = {consumer.name: consumer for consumer in CONSUMERS}

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from test_families import MODELS, SIZES, SPARSE, TOKENS, relative
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -371,3 +371,44 @@ def test_only_experts_with_tokens_are_read(grok_output):
     read = {name for name in model.matrix_cache.held if ".experts." in name}
     layers = model.config.num_hidden_layers
     assert len(read) == 3 * layers * model.config.num_experts_per_tok
+
+
+PROMPTS = ["The function returns the", "If the list is empty, the value of the object is"]
+
+
+@pytest.fixture(scope="module")
+def toy_models(tmp_path_factory) -> tuple:
+    """The toy in int4, packed and dequantized, in float32; its tokenizer, padding on the left."""
+    output = {"path": str(tmp_path_factory.mktemp("toy") / "out")}
+    recipe = parse_recipe({"model": {"path": "toy"}, "quantize": INT4, "output": output})
+    path = pipeline.quantize(recipe)
+    packed = from_pretrained(path, dtype=torch.float32)
+    with unrounded():
+        dense, _ = grokquant.load(path, dtype=torch.float32, packed=False)
+    return packed, dense, AutoTokenizer.from_pretrained(path, padding_side="left")
+
+
+def test_prompts_in_a_batch_go_on_as_they_do_alone(toy_models):
+    """The shorter one is padded on the left."""
+    packed, dense, tokenizer = toy_models
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    assert batch.attention_mask[0, 0] == 0 and batch.attention_mask[1].all()
+    how = {"max_new_tokens": 16, "do_sample": False}
+    together = packed.generate(**batch, **how)[:, batch.input_ids.shape[1] :]
+    for model in (packed, dense):
+        for row, prompt in zip(together, PROMPTS, strict=True):
+            tokens = tokenizer([prompt], return_tensors="pt")
+            alone = model.generate(**tokens, **how)
+            assert torch.equal(alone[0, tokens.input_ids.shape[1] :], row)
+
+
+def test_sampling_with_a_seed_makes_the_same_tokens_packed(toy_models):
+    *models, tokenizer = toy_models
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    made = {seed: [] for seed in range(3)}
+    for seed, rows in made.items():
+        for model in models:
+            torch.manual_seed(seed)
+            rows.append(model.generate(**batch, max_new_tokens=16, do_sample=True, top_k=0))
+    assert all(torch.equal(*rows) for rows in made.values())
+    assert not torch.equal(made[0][0], made[1][0])

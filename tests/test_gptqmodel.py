@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from reader_envs import only_with_readers, run_reader
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from test_gptqmodel_names import its_name
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
-from grokquant.files.atomic import write_json
 from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.toy import TOY_PATH
@@ -71,29 +71,13 @@ def quantized(family: str, rules: list[dict], directory: Path, text: Path) -> Pa
         "calibration": {"text": str(text), "samples": 16, "length": 64},
         "quantize": rules,
         "max_fallbacks": 1.0,
-        "output": {"path": str(directory / "out"), "format": "gptq"},
+        "output": {
+            "path": str(directory / "out"),
+            "format": "gptq",
+            "names": "gptqmodel" if family == "mixtral" else "published",
+        },
     }
     return pipeline.quantize(parse_recipe(values))
-
-
-def its_name(name: str) -> str:
-    """What transformers 5 calls a module of Mixtral. gptqmodel asks for that in quantized
-    checkpoints, engines for what Mixtral was published with."""
-    parts = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj", "block_sparse_moe": "mlp"}
-    return ".".join(parts.get(word, word) for word in name.split("."))
-
-
-def under_its_names(output: Path) -> Path:
-    """A copy of `output` whose tensors have these names."""
-    copy = output.with_name("renamed")
-    shutil.copytree(output, copy)
-    weight_map = {}
-    for file in copy.glob("*.safetensors"):
-        tensors = {its_name(name): tensor for name, tensor in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file.name)
-    write_json(copy / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    return copy
 
 
 def run(tmp_path: Path, output: Path, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -107,7 +91,7 @@ def run(tmp_path: Path, output: Path, tokens: torch.Tensor) -> dict[str, torch.T
 @pytest.mark.parametrize(("family", "rules"), CASES)
 def test_gptqmodel_multiplies_out_what_we_do(family, rules, tokens, text_file, tmp_path):
     output = quantized(family, rules, tmp_path, text_file)
-    found = run(tmp_path, under_its_names(output) if family == "mixtral" else output, tokens)
+    found = run(tmp_path, output, tokens)
     logits = found.pop("logits").float()
     refs = [ref for _, ref in open_checkpoint(output).units() if ref.scheme]
     packed = {its_name(ref.name.removesuffix(".weight")): ref for ref in refs}

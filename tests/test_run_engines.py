@@ -5,6 +5,7 @@ sees them.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from test_llama_cpp import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
+from grokquant.errors import GateError
 from grokquant.job import pipeline
 from grokquant.job.metadata import output_config
-from grokquant.job.plan import build_plan
+from grokquant.job.plan import build_plan, check_engine
 from grokquant.recipe import Recipe, parse_recipe
 from grokquant.toy import TOY_PATH
 
@@ -44,12 +46,42 @@ CASES: dict[str, tuple[str, str, list[dict]]] = {
     ),
     "llama int4 int8": ("llama", "compressed-tensors", [MLP, INT8]),
     "llama gptq mlp": ("llama", "gptq", [MLP, KEEP]),
+    "llama bf16": ("llama", "bf16", [KEEP]),
+    "mixtral bf16": ("mixtral", "bf16", [KEEP]),
+    "mixtral zero points": (
+        "mixtral",
+        "compressed-tensors",
+        [RTN | {"bits": 4, "symmetric": False}],
+    ),
+    "mixtral channel": (
+        "mixtral",
+        "compressed-tensors",
+        [RTN | {"bits": 8, "group": "channel"}],
+    ),
+}
+# What vLLM refuses, of which the table of consumers has a row each.
+REFUSED: dict[str, tuple[str, str, list[dict]]] = {
+    "llama 3 bits": ("llama", "gptq", [RTN | {"bits": 3}]),
+    "llama q unlike k": (
+        "llama",
+        "compressed-tensors",
+        [INT8 | {"match": "*.attention.q"}, RTN | {"bits": 4}],
+    ),
+    "mixtral experts of one layer": (
+        "mixtral",
+        "compressed-tensors",
+        [INT8 | {"match": "*.down"}, RTN | {"bits": 4}],
+    ),
+    "mixtral whole rows": ("mixtral", "compressed-tensors", [RTN | {"bits": 4, "group": 256}]),
+    "mixtral names of gptqmodel": ("mixtral", "gptq", [RTN | {"bits": 4}]),
+    "toy gguf": ("toy", "gguf", [{"match": "*", "method": "rtn", "grid": "q8_0"}]),
 }
 
 
 def recipe_of(case: str, directory: Path) -> Recipe:
     """The recipe of a case; its model is made where it is not the toy."""
-    model, form, rules = CASES[case]
+    model, form, rules = (CASES | REFUSED)[case]
+    names = "gptqmodel" if "gptqmodel" in case else "published"
     path = model if model == "toy" else str(directory / "in")
     if model != "toy":
         torch.manual_seed(0)
@@ -61,7 +93,7 @@ def recipe_of(case: str, directory: Path) -> Recipe:
         {
             "model": {"path": path},
             "quantize": rules,
-            "output": {"path": str(directory / "out"), "format": form},
+            "output": {"path": str(directory / "out"), "format": form, "names": names},
         }
     )
 
@@ -98,16 +130,22 @@ class TestVllm:
         else:
             floor = divergence(ours, logprobs(output, tokens, torch.bfloat16)).median()
             assert divergence(ours, theirs).median() < 2 * floor
-        record(case, notes)
+        known = {"engine": notes["engine"], "without a kernel": notes["replaced"]}
+        record(case, known | {"grids": json.loads(notes["grids"])})
+
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_what_it_refuses(self, case, tmp_path):
+        output = pipeline.quantize(recipe_of(case, tmp_path))
+        np.save(tmp_path / "tokens.npy", np.full((1, 8), 3))
+        with pytest.raises(AssertionError) as caught:
+            run_reader("vllm", "run_vllm.py", output, "bfloat16", tmp_path / "tokens.npy", "none")
+        errors = re.findall(r"(?:\w*Error|Value error)\b.*$", str(caught.value), re.MULTILINE)
+        record(case, {"refused": errors[-1][:120]})
 
 
-def record(case: str, notes: dict[str, str]) -> None:
+def record(case: str, found: dict) -> None:
     known = json.loads(RECORDED.read_text()) if RECORDED.is_file() else {}
-    known[case] = {
-        "engine": notes["engine"],
-        "without a kernel": notes["replaced"],
-        "grids": json.loads(notes["grids"]),
-    }
+    known[case] = found
     RECORDED.parent.mkdir(exist_ok=True)
     RECORDED.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
@@ -125,6 +163,18 @@ def test_our_config_gives_each_module_of_vllm_the_grid_that_it_found(case, tmp_p
     assert any(name.endswith("qkv_proj") for name in looked_up)
     for name, grid in looked_up.items():
         assert grid_in(config, name.removesuffix(".routed_experts")) == grid, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_table_of_consumers_says_that_vllm_takes_it(case, tmp_path):
+    check_engine(build_plan(recipe_of(case, tmp_path)), "vllm")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_the_table_of_consumers_says_what_vllm_refuses(case, tmp_path):
+    assert json.loads(RECORDED.read_text())[case]["refused"]
+    with pytest.raises(GateError, match="vLLM .* does not take"):
+        check_engine(build_plan(recipe_of(case, tmp_path)), "vllm")
 
 
 def grid_in(config: dict | None, module: str) -> list[int] | None:

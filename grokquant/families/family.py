@@ -44,8 +44,9 @@ class Family:
     suffixes of those that belong to linear modules in a layer with experts.
 
     Names: `aliases` maps regular expressions to the family's own names; they match other names in
-    files and those of transformers' modules. `fused` is the path of the experts' module in a layer.
-    Its 3-D parameters, which transformers fuses, hold for each expert
+    files and those of transformers' modules. `gptqmodel_names` maps the family's own names to those
+    that GPTQModel looks for, where they differ. `fused` is the path of the experts' module in a
+    layer. Its 3-D parameters, which transformers fuses, hold for each expert
 
         gate_up_proj   [2 * inner, hidden]   rows of gate, then rows of up; g u g u if `interleaved`
         down_proj      [hidden, inner]       both transposed if `transposed`
@@ -70,6 +71,7 @@ class Family:
     routed: Callable[[PreTrainedConfig, int], bool] = lambda config, layer: True
     unquantized: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    gptqmodel_names: Mapping[str, str] = field(default_factory=dict)
     fused: str = "mlp.experts"
     transposed: bool = False
     interleaved: bool = False
@@ -156,9 +158,11 @@ class Family:
 
     def tensor_name(self, name: str) -> str:
         """The family's own name for the tensor that a file or transformers calls `name`."""
-        for pattern, replacement in self.aliases.items():
-            name = re.sub(pattern, replacement, name)
-        return name
+        return _replaced(name, self.aliases)
+
+    def gptqmodel_name(self, name: str) -> str:
+        """The name that GPTQModel looks for, of the tensor that the family calls `name`."""
+        return _replaced(name, self.gptqmodel_names)
 
     def working_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The dtype of a parameter in a model that computes in `dtype`: some stay float32."""
@@ -201,6 +205,12 @@ class Family:
             if buffers:
                 model._init_weights(module)  # fills buffers from the config
         return model
+
+
+def _replaced(name: str, replacements: Mapping[str, str]) -> str:
+    for pattern, replacement in replacements.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _matrix(place: str, tensor: str, layer: int, part: str, expert: int | None = None) -> Matrix:

@@ -25,4 +25,11 @@ MIXTRAL = Family(
         rf"{_EXPERT}\.up_proj\.": r"\1.w3.",
         rf"{_EXPERT}\.down_proj\.": r"\1.w2.",
     },
+    # The names of transformers 5's modules, fused experts as separate ones.
+    gptqmodel_names={
+        rf"{_EXPERT}\.w1\.": r"\1.gate_proj.",
+        rf"{_EXPERT}\.w3\.": r"\1.up_proj.",
+        rf"{_EXPERT}\.w2\.": r"\1.down_proj.",
+        r"^(model\.layers\.\d+)\.block_sparse_moe\.": r"\1.mlp.",
+    },
 )

@@ -1,7 +1,7 @@
 """Decides everything before any work is done: the grid of each matrix, the size of each file."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -21,6 +21,7 @@ from grokquant.containers.container import (
 from grokquant.engines import BY_NAME, Contents, Stored
 from grokquant.errors import GateError, InputError
 from grokquant.escaping import one_line
+from grokquant.families.family import Family
 from grokquant.families.naming import HEAD, with_own_head
 from grokquant.families.remote_code import RemoteCode
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
@@ -103,6 +104,7 @@ class Plan:
             ),
             own_head=HEAD in tensors,
             remote_code=self.remote_code is not None,
+            names=self.recipe.output.names,
         )
 
     @cached_property
@@ -214,14 +216,30 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     laid_out = checkpoint.source
     if recipe.output.tokenizer == "none":
         laid_out = replace(laid_out, tokenizer_files=())
-    output_layout = container.lay_out(laid_out, groups, schemes, recipe.output.shard)
     parts = {part.name: part for _, group in groups for part in group}
+    names = _stored_names(recipe, checkpoint.family, parts)
+    stored = [(layer, [replace(p, name=names[p.name]) for p in group]) for layer, group in groups]
+    output_layout = container.lay_out(laid_out, stored, schemes, recipe.output.shard)
+    slots = {part: output_layout.slots[name] for part, name in names.items()}
+    output_layout = replace(output_layout, slots=slots)
     plan = Plan(recipe, checkpoint, units, kept, parts, output_layout, notes)
     if plan.needs_calibration and not has_tokenizer(checkpoint.source):
         raise no_tokenizer(checkpoint.source)
     if recipe.output.remote_code:
         _check_remote_code(plan)
     return plan
+
+
+def _stored_names(recipe: Recipe, family: Family, parts: Iterable[str]) -> dict[str, str]:
+    """The names of parts in the files. Raises InputError where `names` has no effect."""
+    if recipe.output.names == "published":
+        return {part: part for part in parts}
+    if recipe.output.format != "gptq":
+        raise InputError("gptqmodel is allowed with format gptq only", "output.names")
+    if not family.gptqmodel_names:
+        text = f"GPTQModel has no other names for {family.name} than the published ones"
+        raise InputError(text, "output.names")
+    return {part: family.gptqmodel_name(part) for part in parts}
 
 
 def _check_remote_code(plan: Plan) -> None:

@@ -370,6 +370,9 @@ class OutputSection(Section):
     one layer. A run commits its output file by file, so a killed run repeats at most one file."""
     lm_head: bool = False
     """Write a head that is tied to the embedding as a tensor of its own. SGLang asks for it."""
+    names: Literal["published", "gptqmodel"] = "published"
+    """The names of tensors. `published`: those of the model's own files, which engines read.
+    `gptqmodel`: those under which GPTQModel looks for a Mixtral in `gptq`, and engines do not."""
     remote_code: bool = False
     """Add a Python file with the model's classes, so that transformers opens the result without
     grokquant, by `trust_remote_code=True`. For Grok-1, in bf16 and compressed-tensors."""

@@ -7,6 +7,7 @@ from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.engines import Contents, Stored, verdicts, where_it_runs
 from grokquant.families.naming import HEAD
 from grokquant.formats import format_of
+from grokquant.sources import open_source
 from grokquant.version import MARK
 
 
@@ -61,4 +62,13 @@ def _contents(checkpoint: Checkpoint) -> Contents | None:
         stored,
         own_head=HEAD in source.tensors,
         remote_code=code is not None and (source.path / code.file).is_file(),
+        names=_names(checkpoint),
     )
+
+
+def _names(checkpoint: Checkpoint) -> str:
+    """`output.names` of an output, by the first tensor that has two names."""
+    family = checkpoint.family
+    others = ((name, family.gptqmodel_name(name)) for name in family.routers(checkpoint.config))
+    other = next((other for name, other in others if other != name), None)
+    return "gptqmodel" if other in open_source(checkpoint.source.path).tensors else "published"

@@ -37,8 +37,11 @@ def value_faults(stored: Source, path: Path, plan: Plan | None) -> Iterator[Faul
 
 def _constants(plan: Plan, names: Sequence[str]) -> dict[str, Tensor]:
     """The packed tensors among `names`, and of their units, that depend on no weight."""
-    units = {name: plan.unit_of_part[name] for name in names if name in plan.unit_of_part}
+    listed = set(names)
+    parts = (part for part in plan.unit_of_part if plan.slots[part].tensor in listed)
+    units = {plan.unit_of_part[part].name: plan.unit_of_part[part] for part in parts}
     constants: dict[str, Tensor] = {}
-    for unit in {unit.name: unit for unit in units.values()}.values():
-        constants |= plan.format.constants(unit.tensor, unit.shape, unit.scheme)
+    for unit in units.values():
+        values = plan.format.constants(unit.tensor, unit.shape, unit.scheme)
+        constants |= {plan.slots[part].tensor: value for part, value in values.items()}
     return constants
