@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grokquant.formats.gguf_blocks import pack_blocks, unpack_blocks
 from grokquant.grids import GRIDS, SCALE_DTYPES, Scheme
 from grokquant.methods import descent
 from grokquant.methods.descent import descend
@@ -141,6 +142,19 @@ def test_the_objective_falls_and_codes_and_scales_stay_on_the_grid(scheme, size)
         assert found.codes.amin() >= scheme.qmin and found.codes.amax() <= scheme.qmax
         assert found.scales.dtype == start.scales.dtype
         assert torch.equal(found.scales.sign(), start.scales.sign())
+
+
+@pytest.mark.parametrize(
+    "grid", [grid for grid in GRIDS.values() if grid.has_header], ids=lambda grid: grid.name
+)
+def test_headers_hold_the_scales_and_offsets_that_were_fitted(grid):
+    W, H = matrices(0)
+    start = find_levels(W, grid.scheme, "absmax").nearest(W)
+    found = descend(start, W, H, metric_of(4, 0), 3, 2)
+    assert not torch.equal(found.headers, start.headers)
+    blocks = pack_blocks(grid.name, found, grid.block_columns)
+    read = unpack_blocks(grid.name, blocks, grid.scheme)
+    assert torch.equal(read.dequantize(), found.dequantize())
 
 
 @pytest.mark.parametrize("size", [None, 2, 8])

@@ -1,6 +1,7 @@
 """Coordinate descent after GPTQ, on parts of an expert of Grok-1's shape: seconds and objectives.
 
-    python eval/bench/descent.py [--rows N] [--columns N] [--hidden N] [--sweeps N ..] [--bits N]
+    python eval/bench/descent.py [--case NAME] [--rows N] [--columns N] [--hidden N] [--bits N]
+                                 [--sweeps N ..]
 
 Gate and up, --rows of their 65536 rows, with a metric of blocks of 16 rows; down, --columns of its
 32768 columns, with a metric of all its rows. Inputs are correlated, as in `gptq_expert.py`, and so
@@ -48,14 +49,11 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 def objective(W: Tensor, quantized: QTensor, H: Tensor, metric: Tensor | None) -> float:
     """tr(G E H E^T)."""
-    total = 0.0
-    size = 1 if metric is None else metric.shape[1]
-    E = torch.cat([part.dequantize().float() - w.float() for part, w in parts(quantized, W)])
-    G = torch.ones(len(W), 1, 1) if metric is None else metric
-    for block, first in zip(G, range(0, len(W), size), strict=True):
-        errors = E[first : first + size]
-        total += (block @ errors @ H * errors).sum(dtype=torch.float64).item()
-    return total
+    E = torch.cat([part.dequantize().float() - w for part, w in parts(quantized, W)])
+    EH = E @ H
+    if metric is not None:
+        E = torch.bmm(metric, E.unflatten(0, metric.shape[:2])).flatten(0, 1)
+    return EH.mul_(E).sum(dtype=torch.float64).item()
 
 
 def parts(quantized: QTensor, W: Tensor) -> Iterator[tuple[QTensor, Tensor]]:
@@ -103,6 +101,9 @@ def correlated(blocks: int, size: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--case", choices=("gate_up", "down"), nargs="+", default=["gate_up", "down"]
+    )
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=6144)
@@ -114,7 +115,8 @@ def main() -> None:
         "gate_up": (options.rows, options.hidden, options.rows // BLOCK, BLOCK),
         "down": (options.hidden, options.columns, 1, options.hidden),
     }
-    for case, (rows, columns, blocks, size) in cases.items():
+    for case in options.case:
+        rows, columns, blocks, size = cases[case]
         W = weights(rows, columns, 0).float()
         scheme = Scheme(options.bits, 128)
         result = measure(case, W, correlated(blocks, size), scheme, options.sweeps)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from grokquant.grids import GRIDS, Scheme
-from grokquant.methods.block_headers import read_steps
 from grokquant.types import QTensor
 
 
@@ -113,7 +112,7 @@ def _unpack_q6_k(blocks: Tensor, scheme: Scheme) -> QTensor:
     unsigned = low.flatten(-3) | (high.flatten(-3) << 4)
     header = blocks[..., 192:].contiguous()
     scales = header[..., :16].contiguous().view(torch.int8).float()
-    return _with_scales(unsigned.view(torch.int8) - 32, scales, header, scheme)
+    return _with_scales(unsigned.view(torch.int8) - 32, _step(header, 16), scales, header, scheme)
 
 
 def _pack_q5_k(codes: Tensor, quantized: QTensor) -> tuple[Tensor, ...]:
@@ -164,7 +163,7 @@ def _unpack_iq4_xs(blocks: Tensor, scheme: Scheme) -> QTensor:
     scales = (low & 15).flatten(-2) | ((high & 3).flatten(-2) << 4)
     signed_scales = scales.float() - 32
     signed_codes = codes.flatten(-3).view(torch.int8)
-    return _with_scales(signed_codes, signed_scales, header, scheme)
+    return _with_scales(signed_codes, _step(header, 0), signed_scales, header, scheme)
 
 
 def _pack_q3_k(codes: Tensor, quantized: QTensor) -> tuple[Tensor, ...]:
@@ -187,7 +186,7 @@ def _unpack_q3_k(blocks: Tensor, scheme: Scheme) -> QTensor:
     lower = _unpack_runs(header[..., :8], 2, 4)  # (.., 2, 8)
     upper = _unpack_runs(header[..., 8:12], 4, 2)  # (.., 4, 4)
     scales = (lower.flatten(-2) | (upper.flatten(-2) << 4)).float() - 32
-    return _with_scales(unsigned.view(torch.int8) - 4, scales, header, scheme)
+    return _with_scales(unsigned.view(torch.int8) - 4, _step(header, 12), scales, header, scheme)
 
 
 def _pack_q2_k(codes: Tensor, quantized: QTensor) -> tuple[Tensor, ...]:
@@ -205,7 +204,8 @@ def _unpack_q2_k(blocks: Tensor, scheme: Scheme) -> QTensor:
     header = torch.cat((blocks[..., :16], blocks[..., 80:]), dim=-1)
     scales = header[..., :16] & 15
     minima = header[..., :16] >> 4
-    return _with_minima(codes, scales.float(), minima.float(), header, scheme)
+    steps = (_step(header, 16), _step(header, 18))
+    return _with_minima(codes, steps, scales.float(), minima.float(), header, scheme)
 
 
 # --- what several share
@@ -217,27 +217,30 @@ def _with_six_bit_minima(codes: Tensor, blocks: Tensor, scheme: Scheme) -> QTens
     first, second, last = header[..., 4:].split(4, dim=-1)
     scales = torch.cat((first & 63, (last & 15) | ((first >> 6) << 4)), dim=-1)
     minima = torch.cat((second & 63, (last >> 4) | ((second >> 6) << 4)), dim=-1)
-    return _with_minima(codes, scales.float(), minima.float(), header, scheme)
+    steps = (_step(header, 0), _step(header, 2))
+    return _with_minima(codes, steps, scales.float(), minima.float(), header, scheme)
 
 
 def _with_minima(
     codes: Tensor,
+    steps: tuple[Tensor, Tensor],
     scales: Tensor,
     minima: Tensor,
     header: Tensor,
     scheme: Scheme,
 ) -> QTensor:
-    """A matrix of codes [rows, blocks, 256], and whole numbers of its header's two steps [rows,
-    blocks, groups]."""
-    d, dmin = read_steps(header, scheme)
+    """A matrix of codes [rows, blocks, 256], two steps [rows, blocks, 1], and whole numbers of them
+    [rows, blocks, groups]."""
+    d, dmin = steps
     signed = codes.flatten(1).contiguous().view(torch.int8)
     offsets = -(dmin * minima).flatten(1)
     return QTensor(signed, (d * scales).flatten(1), scheme, offsets=offsets, headers=header)
 
 
-def _with_scales(codes: Tensor, scales: Tensor, header: Tensor, scheme: Scheme) -> QTensor:
-    """A matrix of codes [rows, blocks, 256] and whole numbers of its header's step."""
-    (d,) = read_steps(header, scheme)
+def _with_scales(
+    codes: Tensor, d: Tensor, scales: Tensor, header: Tensor, scheme: Scheme
+) -> QTensor:
+    """A matrix of codes [rows, blocks, 256], a step and whole numbers of it."""
     return QTensor(codes.flatten(1), (d * scales).flatten(1), scheme, headers=header)
 
 
@@ -273,6 +276,11 @@ def _bytes(values: Tensor) -> Tensor:
 def _float16(blocks: Tensor, at: int) -> Tensor:
     """The float16 at a byte of each block [rows, blocks]."""
     return blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1)
+
+
+def _step(header: Tensor, at: int) -> Tensor:
+    """The same as float32 [rows, blocks, 1]."""
+    return _float16(header, at).float().unsqueeze(-1)
 
 
 @dataclass(frozen=True)
