@@ -14,6 +14,8 @@ from grokquant import escaping
 from grokquant.errors import GrokquantError, InputError, OutOfMemory, Stopped
 from grokquant.escaping import one_line
 from grokquant.memory import memory_for
+from grokquant.reporting import signs_of_life
+from grokquant.reporting.signs_of_life import SignsOfLife
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
@@ -40,9 +42,23 @@ _LESS_MEMORY = {
 
 
 class _Command(click.Command):
+    """A command whose context has its `SignsOfLife`."""
+
     def invoke(self, ctx: click.Context) -> object:
-        with memory_for(self.name or "grokquant"):
+        name = self.name or "grokquant"
+        doing = f"{name}: {_BEGINNINGS.get(name, 'working')}"
+        ctx.obj = SignsOfLife(doing, lambda line: _say(line, err=True), signs_of_life.SILENCE)
+        with ctx.obj, memory_for(name):
             return super().invoke(ctx)
+
+
+# What a command does first, and it can take long.
+_BEGINNINGS = {
+    "quantize": "loading torch and reading the model",
+    "plan": "reading the model and timing small pieces of the run",
+    "eval": "reading both models and the text",
+    "generate": "loading the model",
+}
 
 
 class _Commands(click.Group):
@@ -252,7 +268,7 @@ def quantize(
         return
     if overwrite and repair:
         raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
-    with RunProgress(shown) as progress:
+    with RunProgress(shown, click.get_current_context().obj) as progress:
         if repair:
             made = pipeline.repair(loaded, progress, place)
         else:
@@ -418,7 +434,7 @@ def convert(
 
     place = output or f"{os.path.realpath(result)}-{output_format}"
     recipe = conversion_recipe(result, output_format, place, output_tokenizer)
-    with RunProgress() as progress:
+    with RunProgress(life=click.get_current_context().obj) as progress:
         written = pipeline.quantize(recipe, progress, overwrite=overwrite)
     if as_json:
         _print_json(progress.as_dict(written))
@@ -531,7 +547,7 @@ def evaluate(
     if suite is None:
         about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"
     identity = identity_of(*models, chosen, forced=not quick)
-    with LayerProgress() as progress:
+    with LayerProgress(click.get_current_context().obj) as progress:
         states = cache_at(cache, cache_size, progress.note)
         if not overwrite and (found := finished_evaluation(place, identity)):
             if directory is None and (fault := next(evaluation_faults(Path(output)), None)):
@@ -758,7 +774,10 @@ def generate(
     from grokquant.humanize import size
     from grokquant.runtime.generate import generate_text
 
+    life: SignsOfLife = click.get_current_context().obj
+
     def write(piece: str) -> None:
+        life.say = lambda line: None  # the text is one
         click.echo(escaping.lines(piece) if sys.stdout.isatty() else piece, nl=False)
 
     packed = False if dequantize else None

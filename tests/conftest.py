@@ -65,6 +65,14 @@ def seal(output: Path) -> None:
     (output / "SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.name}\n" for p in files))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_signs_of_life() -> Iterator[None]:
+    """Commands run in this process say nothing that depends on their speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("grokquant.reporting.signs_of_life.SILENCE", 1e9)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_release(tmp_path_factory) -> Path:
     """A random Grok in the release's layout, with the toy's tokenizer and vocabulary."""

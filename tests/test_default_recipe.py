@@ -152,9 +152,11 @@ def test_wide_matrices_limit_the_hessian(monkeypatch, mixtral):
 
 def test_one_rule_for_experts_whose_parts_differ(tmp_path):
     """Engines fuse gate and up, and take experts of one grid only."""
-    model = saved(tmp_path, "olmoe", **FOUR, hidden_size=128, intermediate_size=32)
+    model = saved(tmp_path, "olmoe", **FOUR, hidden_size=256, intermediate_size=128)
     experts, _ = recipe_for(model).quantize
-    assert (experts.match, experts.group) == ("layers.*.experts.*", 32)
+    assert (experts.match, experts.group) == ("layers.*.experts.*", 64)
+    found = methods_of(build_plan(recipe_for(model)))
+    assert found["experts"] == {"int4 g64 sym (gptq)"}  # 128 would be whole rows of down
 
 
 @pytest.mark.parametrize("goal", GOALS)

@@ -1,6 +1,7 @@
 """Pages that are made from the code say all that the code has."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,12 @@ def test_every_shipped_recipe_is_shown(generated):
     text = page(generated, "recipes")
     for name, goal in GOALS.items():
         assert f"| `{name}` | `{goal.format}` | {goal.text} |" in text
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    """A line of an error that is shown there is one that the package prints."""
+    source = " ".join(path.read_text() for path in (DOCS.parent / "grokquant").rglob("*.py"))
+    source = re.sub(r'"\s+f?"', "", source)  # literals that go on in the next line
+    quoted = re.findall(r"^`(.+)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) > 25
+    assert [text for text in quoted if text not in source] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from test_default_recipe import WIDE, saved
 
 from grokquant.recipe import parse_recipe
 
@@ -22,6 +23,8 @@ NOT_TYPED = {
     "make": "makes an environment of its own and runs these tests; CI types it",
     ". .venv/bin/activate": "the environment of these tests is first on PATH already",
     "hf download": "318 GB",
+    "vllm serve": "make test-engines does it",
+    "llama-cli": "make test-readers does it",
 }
 # Lines of recipes that take long, as they are in the clone.
 SMALLER = {
@@ -33,6 +36,7 @@ SMALLER = {
 }
 
 
+MIXTRAL = "mistralai/Mixtral-8x7B-Instruct-v0.1"
 BLOCK = re.compile(r"^```(sh|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = [block for page in PAGES for block in BLOCK.findall(page.read_text())]
 
@@ -69,12 +73,19 @@ def clone(tmp_path, text_file) -> Path:
     return tmp_path / "clone"
 
 
-def test_what_is_shown_runs(clone, tiny_release):
-    """`/data/grok-1` is a small release; `grokquant` is this tree's."""
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("models") / MIXTRAL.partition("/")[2]
+    return saved(place, "mixtral", **WIDE)
+
+
+def test_what_is_shown_runs(clone, tiny_release, mixtral):
+    """`/data/grok-1` and MIXTRAL are small models; `grokquant` is this tree's."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for step in steps():
-        step = [part.replace("/data/grok-1", str(tiny_release)) for part in step]
+        for name, place in (("/data/grok-1", tiny_release), (MIXTRAL, mixtral)):
+            step = [part.replace(name, str(place)) for part in step]
         done = subprocess.run(step, cwd=clone, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{step[-1]}\n{done.stdout}\n{done.stderr}"
 

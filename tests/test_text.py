@@ -1,6 +1,8 @@
 """Texts by name, and the rows of tokens cut from them."""
 
+import ast
 import bz2
+import gc
 import gzip
 import hashlib
 import json
@@ -431,3 +433,19 @@ def test_the_eval_extra_is_named_where_it_is_missing(
 def test_names_that_are_no_text() -> None:
     assert message("notes.md").startswith("text: expected python-docs, a .txt, .json, .jsonl or")
     assert message("").endswith("not ''")
+
+
+def test_docstrings_are_in_the_order_of_the_whole_tree(tmp_path: Path) -> None:
+    """In which they always were: a text is named by its digest."""
+    source = tmp_path / "m.py"
+    blocks = "try:\n{0}\nexcept E:\n{1}\nelse:\n{2}\nfinally:\n{3}\n"
+    blocks += "match x:\n case 1:\n{4}\nfor a in b:\n{5}\nelse:\n{6}\nwith c:\n{7}\n"
+    inner = (
+        "  class C{0}:\n   'class {0}'\n   async def f(self, a=lambda: 1):\n    'function {0}'\n"
+    )
+    source.write_text("'module'\n" + blocks.format(*map(inner.format, range(8))))
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    walked = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, holders)]
+    found = python_docs._docstrings(source)
+    assert found == [ast.get_docstring(node) for node in walked] and len(found) == 17
+    assert gc.isenabled()

@@ -20,7 +20,7 @@ from grokquant.families.tokenizer import has_tokenizer
 from grokquant.files.published import published_path
 from grokquant.files.typed_paths import expanded
 from grokquant.formats import FORMATS
-from grokquant.grids import GRIDS
+from grokquant.grids import GRIDS, Scheme
 from grokquant.job.units import unit_of
 from grokquant.methods import METHODS
 from grokquant.recipe import Recipe, Rule, load_values, parse_recipe
@@ -285,9 +285,16 @@ def _best(
     for rule in candidates(goal, widest, has_tokenizer(checkpoint.source)):
         if rule["method"] == "gptq" and columns > _WIDE:
             rule = rule | {"hessian_block": _HESSIAN_BLOCK}
-        if all(_takes(checkpoint, matrix, rule, goal.format) for matrix in kinds.values()):
+        schemes = [_taken(checkpoint, matrix, rule, goal.format) for matrix in kinds.values()]
+        if None not in schemes and (len({*schemes}) == 1 or not _must_agree(matrices[0], rule)):
             return rule
     return _AS_IT_IS
+
+
+def _must_agree(matrix: Matrix, rule: Values) -> bool:
+    """Whether all matrices of a role need one grid: engines take no experts of several. A group of
+    all input features is another grid than the same group in a wider matrix."""
+    return matrix.expert is not None and "bits" in rule
 
 
 def _large(goal: Goal, stored: int | None, can_calibrate: bool) -> Iterator[Values]:
@@ -327,15 +334,15 @@ def _copies() -> Iterator[Values]:
     yield {"method": "copy"}
 
 
-def _takes(checkpoint: Checkpoint, matrix: Matrix, values: Values, format: str) -> bool:
-    """Whether a matrix can be stored by the rule, and its scales exactly if it is lossless."""
+def _taken(checkpoint: Checkpoint, matrix: Matrix, values: Values, format: str) -> Scheme | None:
+    """The grid of a matrix by the rule, None if that cannot be, or scales are not kept exactly."""
     ref = checkpoint.source.tensors[matrix.tensor]
     try:
         unit = unit_of(matrix, ref, Rule(match="*", **values), 0, FORMATS[format])
     except InputError:
-        return False
+        return None
     exact = ref.scheme is not None and unit.scheme.scale_dtype == ref.scheme.scale_dtype
-    return exact or not METHODS[unit.method].lossless
+    return unit.scheme if exact or not METHODS[unit.method].lossless else None
 
 
 # --- everything else

@@ -14,7 +14,7 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
+    TimeElapsedColumn,
 )
 from rich.style import Style
 from rich.table import Table
@@ -31,6 +31,7 @@ from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
 from grokquant.job.seal import digest_of
 from grokquant.job.shards import REPORT_NAME
+from grokquant.reporting.signs_of_life import SignsOfLife
 from grokquant.types import TensorRef, UnitReport
 
 # Off a terminal: wide enough that no table folds its cells, whatever reads the output.
@@ -158,39 +159,58 @@ def _as_floats(ref: TensorRef) -> str:
 
 
 class _LayerBar:
-    """A line per layer and, on a terminal, a bar below the lines."""
+    """A line per layer and, on a terminal, a bar below the lines. `life` is told of each line."""
 
-    def __init__(self) -> None:
+    def __init__(self, life: SignsOfLife | None = None) -> None:
         self.console = text_console(stderr=True)
+        self.life = life
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             console=self.console,
             disable=not self.console.is_terminal,
             transient=True,
         )
         self.start = time.monotonic()
         self.task: TaskID | None = None
+        self.total = 0
+        self.ends: list[float] = []  # of the layers
 
     def note(self, line: str) -> None:
         self.console.print(line)
+        if self.life:
+            self.life.heard()
+
+    def doing(self, what: str) -> None:
+        """What the bar or a sign of life says is being done."""
+        if self.life:
+            self.life.doing = what
+        if self.task is not None:
+            self.bar.update(self.task, description=what)
 
     def begin(self, description: str, total: int) -> None:
         self.bar.start()
-        self.task = self.bar.add_task(description, total=total)
+        if self.life and self.console.is_terminal:
+            self.life.say = lambda line: None  # the bar moves instead
+        self.task = self.bar.add_task(description, total=total, left="")
         self.total = total
-        self.done = 0
         self.start = time.monotonic()
+        self.begin_layers()
 
-    def advance(self, line: str) -> None:
-        self.done += 1
-        per_layer = (time.monotonic() - self.start) / self.done
-        left = per_layer * (self.total - self.done)
-        self.console.print(f"{line}, {duration(left)} left")
+    def begin_layers(self) -> None:
+        """From now on, time is spent on layers."""
+        self.ends = [time.monotonic()]
+
+    def advance(self, line: str, layer: int) -> None:
+        """`line` tells of the layer number `layer`, which is done."""
+        self.ends.append(time.monotonic())
+        left = f"{duration(seconds_left(self.ends, self.total - 1 - layer))} left"
+        self.note(f"{line}, {left}")
         if self.task is not None:
-            self.bar.advance(self.task)
+            self.bar.update(self.task, completed=layer + 1, left=left)
 
     def __exit__(
         self,
@@ -201,11 +221,18 @@ class _LayerBar:
         self.bar.stop()
 
 
+def seconds_left(times: Sequence[float], layers: int) -> float:
+    """Seconds that `layers` more take, after those that ended at `times`, the first of which is the
+    beginning. The first layer also loads and compiles; it counts only where it is alone."""
+    known = times[1:] if len(times) > 2 else times
+    return layers * (known[-1] - known[0]) / (len(known) - 1)
+
+
 class RunProgress(_LayerBar):
     """Prints the lines `shown` and the plan, then a line per block."""
 
-    def __init__(self, shown: Sequence[str] = ()) -> None:
-        super().__init__()
+    def __init__(self, shown: Sequence[str] = (), life: SignsOfLife | None = None) -> None:
+        super().__init__(life)
         self.shown = shown
 
     def __enter__(self) -> "RunProgress":
@@ -214,9 +241,11 @@ class RunProgress(_LayerBar):
     def planned(self, plan: Plan) -> None:
         self._reset(plan, was_there=False)
         for line in self.shown:
-            self.console.print(line)
+            self.note(line)
         print_plan(plan, self.console)
         self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
+        if plan.needs_calibration:
+            self.doing("quantizing: reading the calibration text")
 
     def found(self, plan: Plan) -> None:
         self._reset(plan, was_there=True)
@@ -230,32 +259,44 @@ class RunProgress(_LayerBar):
         self.was_there = was_there
         self.mended = mended
         self.fallbacks = 0
+        self.done: dict[int, int] = {}  # layer -> finished matrices
         self.busy: dict[str, float] = {}
 
     def continuing(self, done: int, files: int, damaged: list[str]) -> None:
         for name in damaged:
-            self.console.print(f"{name}: changed since it was written; rebuilding it")
-        self.console.print(f"resuming: {done} of {files} files are done")
+            self.note(f"{name}: changed since it was written; rebuilding it")
+        self.note(f"resuming: {done} of {files} files are done")
 
     def worked(self, busy: dict[str, float]) -> None:
         self.busy = busy
 
     def stopping(self) -> None:
-        self.console.print("stopping after the current file; interrupt again to stop immediately")
+        self.note("stopping after the current file; interrupt again to stop immediately")
 
     def calibrating(self, rows: int, length: int) -> None:
         asked = self.plan.recipe.calibration
         line = f"calibration: {rows} sequences of {length} tokens"
         if (rows, length) != (asked.samples, asked.length):
             line += f", fewer than the {asked.samples} x {asked.length} in the recipe"
-        self.console.print(line)
+        self.note(line)
+        self.begin_layers()
+
+    def unit_done(self, name: str) -> None:
+        unit = self.plan.units[name]
+        self.done[unit.layer] = self.done.get(unit.layer, 0) + 1
+        units = len(self.plan.units_of(unit.layer))
+        layers = self.plan.checkpoint.config.num_hidden_layers
+        part = f"{min(self.done[unit.layer], units)} of {units} matrices"
+        self.doing(f"quantizing layer {unit.layer} of {layers}, {part}")
 
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:
         self.fallbacks += sum(report.fallback is not None for report in reports)
         line = f"layer {index}: {error_words(reports)}, {_bits_of(reports, self.plan):.3f} bits"
         if tokens:
             line += f", fewest tokens for an expert: {min(tokens)}"
-        self.advance(line)
+        self.advance(line, index)
+        more = index + 1 < self.total
+        self.doing(f"quantizing layer {index + 1}" if more else "writing and verifying")
 
     def as_dict(self, output: Path) -> dict:
         """The result for programs. `busy_seconds` overlap; `finished_before` says that nothing was
@@ -325,11 +366,16 @@ class LayerProgress(_LayerBar):
 
     def layer_done(self, figures: Layer, total: int) -> None:
         if self.task is None:
+            # Text and headers were read before, in a time that counts for the first layer.
+            begun = self.start
             self.begin("evaluating", total)
+            self.ends = [begun]
         line = f"layer {figures.layer}: error {figures.relative_error:.4f}"
         if figures.router_set is not None:
             line += f", same experts for {figures.router_set:.1%} of tokens"
-        self.advance(line)
+        self.advance(line, figures.layer)
+        more = figures.layer + 1 < total
+        self.doing(f"evaluating layer {figures.layer + 1}" if more else "evaluating the outputs")
 
 
 def error_words(reports: list[UnitReport]) -> str:
@@ -351,7 +397,7 @@ def _bits_of(reports: list[UnitReport], plan: Plan) -> float:
 
 
 def print_description(description: dict) -> None:
-    """`grokquant inspect` for people: the totals, then a row per tensor."""
+    """`grokquant inspect` for people: a row per tensor, then the totals, where a screen ends."""
     print_notices(filter(None, [description["notice"], *description["notes"]]))
     facts = [
         (key.replace("_", " "), str(description[key]))
@@ -363,12 +409,12 @@ def print_description(description: dict) -> None:
     for grid, count in description["matrices"].items():
         facts.append(("matrices", f"{count} x {grid}"))
     console = text_console()
-    for label, fact in facts:
-        console.print(f"{label:>{_LABEL_WIDTH}}  {fact}")
-    for line in description["where_it_runs"]:
-        console.print(line)
     table = Table("tensor", "shape", "stored as", "bytes")
     for tensor in description["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))
         table.add_row(tensor["name"], shape, tensor["stored_as"], f"{tensor['bytes']:,}")
     console.print(table)
+    for label, fact in facts:
+        console.print(f"{label:>{_LABEL_WIDTH}}  {fact}")
+    for line in description["where_it_runs"]:
+        console.print(line)

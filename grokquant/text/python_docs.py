@@ -7,9 +7,13 @@ quote each other and modules copy docstrings.
 """
 
 import ast
+import gc
 import hashlib
+import os
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -23,6 +27,10 @@ _HELDOUT_FROM = 88
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "pydoc_data"}
 # A repeated paragraph with fewer characters is a common phrase, not a copy.
 _SHORT = 40
+_Holder = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+_HOLDERS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# The fields of statements that hold statements, in Python's order.
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 def documents(part: Part) -> list[str]:
@@ -47,10 +55,25 @@ def digest(name: str) -> int:
 def _all_documents() -> tuple[tuple[str, str], ...]:
     seen: set[str] = set()
     found = []
-    for name, text in sorted([*_topics(), *_modules()]):
+    with _uncollected():
+        read = sorted([*_topics(), *_modules()])
+    for name, text in read:
         if fresh := unseen_paragraphs(text, seen):
             found.append((name, fresh + "\n"))
     return tuple(found)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected in the block: syntax trees need none, and the many objects that
+    parsing makes start collections that visit all of torch and transformers."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def unseen_paragraphs(text: str, seen: set[str]) -> str:
@@ -73,10 +96,16 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 def _modules() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if is_covered(relative):
-            yield f"module:{relative.as_posix()}", "\n\n".join(_docstrings(path))
+    for path in sorted(_covered(root)):
+        yield f"module:{path.relative_to(root).as_posix()}", "\n\n".join(_docstrings(path))
+
+
+def _covered(root: Path) -> Iterator[Path]:
+    """The files that the text includes. Folders of packages, often large, are not entered."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = (name for name in folders if name not in _SKIPPED_FOLDERS)
+        paths = (Path(folder, name) for name in names if name.endswith(".py"))
+        yield from (path for path in paths if is_covered(path.relative_to(root)))
 
 
 def is_covered(relative: Path) -> bool:
@@ -89,6 +118,16 @@ def _docstrings(path: Path) -> list[str]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return []  # some installations carry files for other Python versions
-    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = (node for node in ast.walk(tree) if isinstance(node, holders))
+    nodes = _holders(tree)
     return [text.strip() for node in nodes if (text := ast.get_docstring(node)) and text.strip()]
+
+
+def _holders(tree: ast.Module) -> Iterator[_Holder]:
+    """What may have a docstring, in the order of `ast.walk`, which also visits all expressions."""
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
+        if isinstance(node, _HOLDERS):
+            yield node
+        for block in _BLOCKS:
+            todo.extend(getattr(node, block, ()))
