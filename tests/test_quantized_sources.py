@@ -403,11 +403,11 @@ def test_block_fp8(quantized, text_file, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"weight_block_size": None}, "quantization_config.weight_block_size"),
+        ({"weight_block_size": None}, "quantization_config.weight_block_size names no block"),
         ({"weight_block_size": [128, 0]}, "quantization_config.weight_block_size.1"),
         ({"weight_block_size": [64, 40]}, "weight_scale_inv is torch.float32 [2, 3], blocks of"),
         ({"fmt": "e5m2"}, "quantization_config.fmt: Input should be 'e4m3', not 'e5m2'"),
-        ({"activation_scheme": "static"}, "quantization_config.activation_scheme"),
+        ({"activation_scheme": "often"}, "quantization_config.activation_scheme"),
     ],
 )
 def test_other_fp8_is_refused(quantized, changes, complaint):
@@ -428,8 +428,8 @@ SCALE = QUERY + ".weight_scale_inv"
         ),
         (lambda t: t[SCALE].fill_(3e38), f"{QUERY}.weight times {SCALE} is not finite"),
         (
-            lambda t: t.update({QUERY + ".input_scale": torch.ones(1)}),
-            f"unexpected tensor {QUERY}.input_scale",
+            lambda t: t.update({"model.norm.inner.input_scale": torch.ones(1)}),
+            "unexpected tensor model.norm.inner.input_scale",
         ),
     ],
 )
@@ -437,6 +437,86 @@ def test_damaged_fp8(quantized, change, complaint):
     path, _ = quantized("qwen3_moe", block_fp8, FP8)
     edit(path, change)
     assert complaint in refusal(path)
+
+
+def one_scale_fp8(ending: str, scale_shape: Callable[[int], tuple[int, ...]]) -> Encode:
+    """A scale for the matrix or for each of its rows, multiplied out by transformers."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        shape = scale_shape(len(W))
+        by_row = len(W) in shape
+        scale = (W.abs().amax(1, keepdim=True) if by_row else W.abs().max()) / 448
+        codes = (W / scale).to(torch.float8_e4m3fn)
+        grid_of_scales = scale.reshape(-1, 1)
+        dense = Fp8Dequantize(None)._dequantize_one(codes, grid_of_scales, torch.bfloat16)
+        return {f"{stem}.weight": codes, f"{stem}.{ending}": scale.reshape(shape)}, dense
+
+    return encode
+
+
+@pytest.mark.parametrize("ending", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize(
+    "scale_shape",
+    [lambda rows: (), lambda rows: (1,), lambda rows: (rows,), lambda rows: (rows, 1)],
+)
+def test_fp8_per_tensor_and_per_row(quantized, ending, scale_shape):
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    check_read(*quantized("mixtral", one_scale_fp8(ending, scale_shape), config))
+
+
+def test_fp8_of_fbgemm(quantized):
+    """By the product with which transformers runs it: of a unit matrix, so of the weights."""
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        parts, _ = one_scale_fp8("weight_scale", lambda rows: (rows, 1))(stem, W)
+        codes, scale = parts.values()
+        unit = torch.eye(W.shape[1]).to(torch.float8_e4m3fn)
+        ones = torch.ones(W.shape[1], 1)
+        kinds = {"scale_a": ones, "scale_b": scale.T.contiguous(), "out_dtype": torch.bfloat16}
+        return parts, torch._scaled_mm(unit, codes.T, **kinds).T
+
+    config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    check_read(*quantized("mixtral", encode, config))
+
+
+def test_scales_of_powers_of_two(quantized):
+    """As DeepSeek-V3.1 and MXFP8 have them: exponents in a byte, by two names of their dtype."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        largest = W.unflatten(1, (-1, 32)).abs().amax(-1)
+        exponents = (largest / 448).log2().ceil().int() + 127
+        powers = 2.0 ** (exponents - 127)
+        codes = (W / powers.repeat_interleave(32, 1)).to(torch.float8_e4m3fn)
+        stored = exponents.to(torch.uint8)
+        dense = Fp8Dequantize(None)._dequantize_one(codes, stored, torch.bfloat16)
+        if "q_proj" in stem:
+            stored = stored.view(torch.float8_e8m0fnu)
+        return {f"{stem}.weight": codes, f"{stem}.weight_scale_inv": stored}, dense
+
+    check_read(*quantized("mixtral", encode, FP8 | {"weight_block_size": [1, 32]}))
+
+
+def notes_of(path: Path) -> str:
+    (note,) = open_checkpoint(path).source.notes
+    assert str(path) in note and "only the weights are read" in note
+    return note.partition("left out: ")[2]
+
+
+def test_scales_of_activations_and_caches_are_named_and_left_out(quantized):
+    encode = one_scale_fp8("weight_scale", lambda rows: (1,))
+    path, expected = quantized("qwen3_moe", encode, FP8 | STATIC)
+    names = [f"{QUERY}.input_scale", "model.layers.0.self_attn.k_scale"]
+    names += ["model.layers.0.self_attn.v_proj.output_scale"]
+    names += ["model.layers.0.mlp.experts.1.down_proj.input_scale"]
+    edit(path, lambda t: t.update({name: torch.ones(1) for name in names}))
+    check_read(path, expected)
+    found = "inputs of matrices (8-bit float, static), 2 input_scale, 1 k_scale, 1 output_scale"
+    assert notes_of(path) == found
+
+
+STATIC = {"weight_block_size": None, "activation_scheme": "static"}
 
 
 def test_fp8_of_which_the_config_says_nothing_is_refused(quantized):
@@ -531,6 +611,157 @@ def packed(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
     return {f"{stem}.{name}": value for name, value in parts.items()}, dense
 
 
+def spans(W: Tensor, args) -> Tensor:
+    """[.., values of a block] of a matrix, one row of values for each of its scales."""
+    rows, columns = W.shape
+    if args.strategy == "tensor":
+        return W.reshape(1, -1)
+    if args.strategy == "channel":
+        return W.unsqueeze(1)
+    if args.strategy == "block":
+        high, wide = args.block_structure
+        whole = torch.nn.functional.pad(W, (0, -columns % wide, 0, -rows % high))
+        return whole.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).transpose(1, 2).flatten(2)
+    return W.unflatten(1, (-1, args.group_size))
+
+
+def compressed(storage: str, dtype: torch.dtype, **weights) -> Encode:
+    """By the package that defines the format, which finds the scales, too."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    compressor = BaseCompressor.get_value_from_registry(storage)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        values = spans(W, scheme.weights)
+        shared = generate_gparam(W.min(), W.max()) if "nvfp4" in storage else None
+        low, high = values.amin(-1), values.amax(-1)
+        scale, zero = calculate_qparams(low, high, scheme.weights, global_scale=shared)
+        if storage.startswith("mx"):
+            scale = 2.0 ** (high.maximum(-low) / 4).log2().floor()
+        scale = scale.to(dtype)
+        state = {"weight": W.to(dtype), "weight_scale": scale, "weight_zero_point": zero}
+        if shared is not None:
+            state["weight_global_scale"] = shared
+        parts = compressor.compress(state, scheme)
+        dense = compressor.decompress(dict(parts), scheme)["weight"]
+        return {f"{stem}.{name}": value.contiguous() for name, value in parts.items()}, dense
+
+    return encode
+
+
+FLOAT8 = {"num_bits": 8, "type": "float"}
+INT8 = {"num_bits": 8, "type": "int"}
+MICRO = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+NVIDIA = {"type": "float", "strategy": "tensor_group", "group_size": 16}
+NVIDIA |= {"num_bits": 4, "scale_dtype": torch.float8_e4m3fn}
+STORAGES = [
+    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "tensor"}),
+    ("float-quantized", torch.float32, FLOAT8 | {"strategy": "tensor"}),
+    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}),
+    ("float-quantized", torch.float16, FLOAT8 | {"strategy": "channel"}),
+    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "group", "group_size": 32}),
+    (
+        "float-quantized",
+        torch.bfloat16,
+        FLOAT8 | {"strategy": "block", "block_structure": [32, 40]},
+    ),
+    ("naive-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}),
+    ("naive-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}),
+    ("int-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}),
+    ("int-quantized", torch.float32, INT8 | {"strategy": "tensor"}),
+    ("int-quantized", torch.float32, INT8 | {"strategy": "tensor", "symmetric": False}),
+    ("int-quantized", torch.bfloat16, INT8 | {"strategy": "group", "group_size": 16}),
+    ("mxfp8-quantized", torch.bfloat16, MICRO | {"num_bits": 8}),
+    ("mxfp4-pack-quantized", torch.bfloat16, MICRO | {"num_bits": 4}),
+    ("nvfp4-pack-quantized", torch.bfloat16, NVIDIA),
+]
+DYNAMIC = {"strategy": "token", "dynamic": True}
+
+
+def config_of(storage: str, weights: dict, inputs: dict | None) -> dict:
+    """As the package writes it."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = QuantizationConfig(
+        config_groups={"group_0": group},
+        format=storage,
+        quantization_status="compressed",
+        ignore=["lm_head", "re:.*mlp.gate$"],
+    )
+    return json.loads(config.model_dump_json())
+
+
+@pytest.mark.parametrize(("storage", "dtype", "weights"), STORAGES)
+def test_compressed_tensors_multiplied_out_by_its_package(quantized, storage, dtype, weights):
+    config = config_of(storage, weights, None)
+    check_read(*quantized("qwen3_moe", compressed(storage, dtype, **weights), config))
+
+
+@pytest.mark.parametrize(
+    ("storage", "dtype", "weights", "inputs", "note"),
+    [
+        (*STORAGES[2], FLOAT8 | DYNAMIC, "8-bit float, dynamic"),
+        (*STORAGES[8], INT8 | {"strategy": "tensor"}, "8-bit int, static"),
+    ],
+    ids=["fp8", "w8a8"],
+)
+def test_quantized_activations_are_named(
+    quantized, text_file, tmp_path, storage, dtype, weights, inputs, note
+):
+    config = config_of(storage, weights, inputs)
+    path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    assert notes_of(path) == f"inputs of matrices ({note})"
+    check_read(path, expected)
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+def test_a_cache_of_8_bits_is_named(quantized):
+    storage, dtype, weights = STORAGES[0]
+    config = config_of(storage, weights, None)
+    config["kv_cache_scheme"] = FLOAT8 | {"strategy": "tensor", "dynamic": False}
+    path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    names = [f"model.layers.0.self_attn.{name}_scale" for name in "kv"]
+    edit(path, lambda t: t.update({name: torch.ones(1) for name in names}))
+    assert notes_of(path) == "cache of keys and values (8-bit float, static), 1 k_scale, 1 v_scale"
+    check_read(path, expected)
+
+
+NV_QUERY = f"{QUERY}.weight_global_scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop(NV_QUERY), f"{NV_QUERY} is missing"),
+        (lambda t: t.update({NV_QUERY: torch.ones(2)}), "torch.float32 [2], not torch.float32 [1]"),
+        (lambda t: t[NV_QUERY].fill_(0), "weight_packed times"),
+        (lambda t: t.pop(QUERY + ".weight_scale"), "weight_scale is missing"),
+        (
+            lambda t: t.update({QUERY + ".weight_scale": torch.ones(64, 2)}),
+            "blocks of [1, 16] in [64, 64] need torch.float8_e4m3fn [64, 4]",
+        ),
+        (
+            lambda t: t.update({QUERY + ".weight_packed": torch.ones(64, 2)}),
+            "nvfp4-pack-quantized needs torch.uint8 of two axes",
+        ),
+        (
+            lambda t: t.update({QUERY + ".weight": torch.ones(64, 64).to(torch.int8)}),
+            f"{QUERY}.weight is stored twice, packed and not",
+        ),
+    ],
+)
+def test_damaged_nvfp4(quantized, change, complaint):
+    storage, dtype, weights = STORAGES[-1]
+    config = config_of(storage, weights, None)
+    path, _ = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    edit(path, change)
+    assert complaint in refusal(path)
+
+
 def group_of(**changes) -> dict:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     group = {"targets": ["Linear"], "weights": weights | {"symmetric": True} | changes}
@@ -558,8 +789,13 @@ def test_compressed_tensors_of_llm_compressor(quantized, actorder):
         ),
         (group_of(type="float"), "weights.type: Input should be 'int', not 'float'"),
         (group_of(strategy="tensor"), "weights.strategy"),
-        ({"format": "float-quantized"}, "quantization_config.format"),
-        ({"format": "nvfp4-pack-quantized"}, "quantization_config.format"),
+        ({"format": "float-quantized"}, "weights.type: Input should be 'float', not 'int'"),
+        ({"format": "nvfp4-pack-quantized"}, "weights.type: Input should be 'float', not 'int'"),
+        ({"format": "marlin-24"}, "quantization_config.format"),
+        (
+            group_of(type="float", num_bits=8, strategy="block") | {"format": "float-quantized"},
+            "group_0.weights: strategy block lacks its size",
+        ),
         (
             {"transform_config": {"config_groups": {"u": {}}}},
             "quantization_config.transform_config",

@@ -10,13 +10,14 @@ from grokquant.errors import InputError
 from grokquant.formats import (
     awq,
     bitsandbytes,
-    block_fp8,
     compressed_tensors,
     dense,
+    fp8,
     gguf,
     gptq,
     mxfp4,
 )
+from grokquant.formats.activations import without_activations
 from grokquant.formats.format import Format, ReadableFormat
 from grokquant.types import Source
 from grokquant.version import OWN
@@ -34,7 +35,7 @@ FORMATS: dict[str, Format] = {
 }
 
 READ_ONLY: dict[str, ReadableFormat] = {
-    format.name: format for format in (awq.FORMAT, block_fp8.FORMAT, mxfp4.FORMAT)
+    format.name: format for format in (awq.FORMAT, fp8.FORMAT, fp8.FBGEMM, mxfp4.FORMAT)
 }
 
 
@@ -58,6 +59,10 @@ def format_of(source: Source) -> ReadableFormat | None:
 
 
 def unpacked(source: Source) -> Source:
-    """`source` as it is, or with its packed matrices presented as QTensors. Raises InputError."""
+    """`source` as it is, or with its packed matrices presented as one tensor each and without what
+    is no part of the weights. Raises InputError."""
     found = format_of(source)
-    return source if found is None else found.unpacked(source)
+    if found is None:
+        return source
+    described = source.config["quantization_config"]
+    return without_activations(found.unpacked(source), found.activations(described))
