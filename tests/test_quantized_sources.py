@@ -374,7 +374,85 @@ def test_other_awq_is_refused(quantized, changes, complaint):
     assert complaint in refusal(path)
 
 
-# --- 8-bit floats in blocks
+# --- auto-round
+
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "data_type": "int",
+}
+
+
+def without_order(encode: Encode) -> Encode:
+    """auto-round writes no g_idx."""
+
+    def shorter(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        parts, dense = encode(stem, W)
+        del parts[f"{stem}.g_idx"]
+        return parts, dense
+
+    return shorter
+
+
+@pytest.mark.parametrize(
+    ("packing", "version"),
+    [("auto_round:auto_gptq", 1), ("auto_round:gptq", 1), ("auto_round", 2)],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_auto_round(quantized, packing, version, symmetric, bits):
+    encode = without_order(gptq(bits, symmetric, version=version))
+    config = AUTO_ROUND | {"packing_format": packing, "sym": symmetric, "bits": bits}
+    check_read(*quantized("mixtral", encode, config))
+
+
+def test_auto_round_with_an_order_and_on_its_whole_way(quantized, text_file, tmp_path):
+    path, expected = quantized("qwen3_moe", gptq(4, True), AUTO_ROUND)
+    check_read(path, expected)
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+def test_auto_round_in_words_of_awq(quantized):
+    config = AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "sym": False}
+    check_read(*quantized("mixtral", awq, config))
+
+
+def test_grids_of_some_modules_of_auto_round(quantized):
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        if stem == QUERY:
+            return without_order(gptq(8, True, group=64))(stem, W)
+        return without_order(gptq(4, "k_proj" not in stem))(stem, W)
+
+    extra = {
+        "model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"},
+        r".*self_attn\.q_.*": {"bits": 2},  # a name of its own comes first
+        QUERY: {"bits": 8, "group_size": 64},
+        "k_proj": {"sym": False},
+    }
+    check_read(*quantized("qwen3_moe", encode, AUTO_ROUND | {"extra_config": extra}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"packing_format": "auto_round:llm_compressor"}, "quantization_config.packing_format"),
+        ({"data_type": "mx_fp"}, "quantization_config.data_type: Input should be 'int'"),
+        ({"act_bits": 8}, "quantization_config.act_bits"),
+        ({"bits": 5}, "quantization_config.bits"),
+        ({"rotation_config": {"a": 1}}, "quantization_config.rotation_config"),
+        ({"extra_config": {"(": {}}}, "extra_config: not a regular expression"),
+        ({"group_size": 64}, "scales has 2 groups, which does not match int4 g64 sym"),
+    ],
+)
+def test_other_auto_round_is_refused(quantized, changes, complaint):
+    path, _ = quantized("mixtral", without_order(gptq(4, True)), AUTO_ROUND | changes)
+    assert complaint in refusal(path)
+
+
+# --- 8-bit floats
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 40], "activation_scheme": "dynamic"}
 

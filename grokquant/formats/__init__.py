@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from grokquant.errors import InputError
 from grokquant.formats import (
+    auto_round,
     awq,
     bitsandbytes,
     compressed_tensors,
@@ -35,7 +36,8 @@ FORMATS: dict[str, Format] = {
 }
 
 READ_ONLY: dict[str, ReadableFormat] = {
-    format.name: format for format in (awq.FORMAT, fp8.FORMAT, fp8.FBGEMM, mxfp4.FORMAT)
+    format.name: format
+    for format in (awq.FORMAT, auto_round.FORMAT, fp8.FORMAT, fp8.FBGEMM, mxfp4.FORMAT)
 }
 
 

@@ -42,7 +42,11 @@ class _Config(BaseModel):
 
 def unpacked(source: Source) -> Source:
     """`source` with each packed matrix presented as one `X.weight` that reads as a QTensor."""
-    group_size = validated(source, _Config).group_size
+    return unpacked_by(source, validated(source, _Config).group_size)
+
+
+def unpacked_by(source: Source, group_size: int) -> Source:
+    """The same, whatever the config calls `group_size`; -1 is one as long as a row."""
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         stem, _, ending = name.rpartition(".")
