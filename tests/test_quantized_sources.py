@@ -284,6 +284,7 @@ def test_gptq_rules_for_some_modules(quantized):
         ({"dynamic": {"+:.*": {"bits": "x"}}}, "quantization_config.dynamic"),
         ({"dynamic": {"+:.*": {"bits": 8}}}, "int8 g32 sym needs torch.int32"),
         ({"quant_method": "hqq"}, "'hqq' cannot be read (compressed-tensors, "),
+        ({"quant_method": "hqq"}, "; it is HQQ, whose zero points are no integers"),
         ({"quant_method": "quark"}, "'quark' cannot be read"),
         ({"quant_method": None}, "quant_method: None cannot be read"),
     ],
@@ -904,3 +905,24 @@ def test_scales_without_codes_are_named(quantized):
 
     edit(path, unpack_query)
     assert f"unexpected tensor {QUERY}.weight_scale" in refusal(path)
+
+
+# --- bitsandbytes of transformers
+
+
+def test_a_mixture_of_which_transformers_has_quantized_the_attention(saved, text_file, tmp_path):
+    """With double quantization; bitsandbytes leaves fused experts as they are."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        saved("mixtral"), quantization_config=config, dtype=torch.bfloat16
+    )
+    path = tmp_path / "source"
+    model.save_pretrained(path)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", path / "tokenizer.model")
+    stored = {name.split(".")[2]: ref.stored_as for name, ref in open_checkpoint(path).units()}
+    assert stored == {"attention": "nf4 g64", "experts": "bfloat16"}
+    check_whole_way(path, text_file, tmp_path / "out")
