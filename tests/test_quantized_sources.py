@@ -207,6 +207,12 @@ def test_gptq_in_the_order_of_activations(quantized, symmetric, version):
     check_read(*quantized("mixtral", gptq(4, symmetric, True, version), config))
 
 
+def test_gptq_version_2_by_its_other_key(quantized):
+    """As transformers 5 names it."""
+    config = GPTQ | {"sym": False, "format": "gptq_v2"}
+    check_read(*quantized("mixtral", gptq(4, False, version=2), config))
+
+
 def test_gptq_of_8_bits_version_2_with_any_zero_point(quantized):
     def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
         parts, _ = gptq(8, False, version=2)(stem, W)
@@ -347,6 +353,15 @@ def test_awq_as_autoawq_left_it(quantized):
     older = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
     edit_json(path / "quant_config.json", **older)
     check_read(path, expected)
+
+
+@pytest.mark.parametrize("key", ["format", "checkpoint_format"])
+def test_the_order_of_awq_by_its_other_keys(quantized, key):
+    config = {name: value for name, value in AWQ.items() if name != "version"}
+    path, expected = quantized("mixtral", awq, config | {key: "gemm"})
+    check_read(path, expected)
+    edit_json(path / "config.json", quantization_config=config | {key: "gemv"})
+    assert f"quantization_config.{key}: Input should be 'gemm'" in refusal(path)
 
 
 @torch.no_grad()
@@ -839,6 +854,73 @@ def test_damaged_nvfp4(quantized, change, complaint):
     path, _ = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
     edit(path, change)
     assert complaint in refusal(path)
+
+
+# --- ModelOpt
+
+
+def modelopt_nvfp4(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+    """What compressed-tensors makes of it, with a second scale that is exact upside down."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(**NVIDIA)
+    parts, _ = compressed("nvfp4-pack-quantized", torch.bfloat16, **NVIDIA)(stem, W)
+    stored = {
+        f"{stem}.weight": parts[f"{stem}.weight_packed"],
+        f"{stem}.weight_scale": parts[f"{stem}.weight_scale"],
+        f"{stem}.weight_scale_2": torch.tensor(2.0**-11),
+    }
+    converted = ModelOptNvfp4Converter(targets=["re:.*"]).process(dict(stored))
+    state = {name.removeprefix(f"{stem}."): value for name, value in converted.items()}
+    state["weight_global_scale"] = state["weight_global_scale"].reshape(1)
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    return stored, compressor.decompress(state, scheme)["weight"]
+
+
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def test_nvfp4_of_modelopt(quantized):
+    path, expected = quantized("qwen3_moe", modelopt_nvfp4, MODELOPT)
+    edit(path, lambda t: t.update({f"{QUERY}.input_scale": torch.ones(())}))
+    check_read(path, expected)
+    assert notes_of(path) == "inputs of matrices (NVFP4), 1 input_scale"
+
+
+@pytest.mark.parametrize("scale_shape", [lambda rows: (), lambda rows: (rows,)])
+def test_fp8_of_modelopt_described_in_a_file_of_its_own(quantized, scale_shape):
+    path, expected = quantized("mixtral", one_scale_fp8("weight_scale", scale_shape), None)
+    described = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    edit_json(path / "hf_quant_config.json", quantization=described, producer={})
+    edit(path, lambda t: t.update({"model.layers.0.self_attn.v_proj.v_scale": torch.ones(())}))
+    check_read(path, expected)
+    said = "inputs of matrices (FP8), cache of keys and values (FP8), 1 v_scale"
+    assert notes_of(path) == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "change", "complaint"),
+    [
+        ({"quant_algo": "NVFP4_AWQ"}, lambda t: None, "quantization_config.quant_algo"),
+        ({}, lambda t: t.pop(QUERY + ".weight_scale_2"), "weight_scale_2 is missing"),
+        ({}, lambda t: t.update({QUERY + ".weight_scale": torch.ones(2)}), "[64, 32] bytes needs"),
+        (
+            {},
+            lambda t: t.update({QUERY + ".pre_quant_scale": torch.ones(64)}),
+            f"unexpected tensor {QUERY}.pre_quant_scale",
+        ),
+    ],
+)
+def test_other_modelopt_is_refused(quantized, changes, change, complaint):
+    path, _ = quantized("qwen3_moe", modelopt_nvfp4, MODELOPT | changes)
+    edit(path, change)
+    assert complaint in refusal(path)
+
+
+# --- other compressed-tensors
 
 
 def group_of(**changes) -> dict:

@@ -16,6 +16,7 @@ from grokquant.formats import (
     fp8,
     gguf,
     gptq,
+    modelopt,
     mxfp4,
 )
 from grokquant.formats.activations import without_activations
@@ -37,7 +38,14 @@ FORMATS: dict[str, Format] = {
 
 READ_ONLY: dict[str, ReadableFormat] = {
     format.name: format
-    for format in (awq.FORMAT, auto_round.FORMAT, fp8.FORMAT, fp8.FBGEMM, mxfp4.FORMAT)
+    for format in (
+        awq.FORMAT,
+        auto_round.FORMAT,
+        fp8.FORMAT,
+        fp8.FBGEMM,
+        modelopt.FORMAT,
+        mxfp4.FORMAT,
+    )
 }
 
 

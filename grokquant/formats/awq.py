@@ -37,7 +37,9 @@ class _Config(BaseModel):
         validation_alias=AliasChoices("group_size", "q_group_size")
     )
     zero_point: Literal[True] = True
-    version: Annotated[Literal["gemm"], BeforeValidator(lambda v: str(v).lower())] = "gemm"
+    version: Annotated[Literal["gemm"], BeforeValidator(lambda v: str(v).lower())] = Field(
+        "gemm", validation_alias=AliasChoices("version", "format", "checkpoint_format")
+    )
 
 
 def unpacked(source: Source) -> Source:

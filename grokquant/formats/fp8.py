@@ -59,7 +59,7 @@ def unpacked(source: Source) -> Source:
     for name, ref in source.tensors.items():
         if ref.dtype == torch.float8_e4m3fn:
             scale = _scale_of(source, name)
-            tensors[name] = _dense_ref(source, ref, scale, block)
+            tensors[name] = dense_ref(source, ref, scale, block)
             del tensors[scale.name]
     return replace(source, tensors=tensors)
 
@@ -69,7 +69,9 @@ def _scale_of(source: Source, name: str) -> TensorRef:
     return packed_tensor(source, found[0] if found else name + _SCALES[0])
 
 
-def _dense_ref(source: Source, ref: TensorRef, scale: TensorRef, block: Block | None) -> TensorRef:
+def dense_ref(source: Source, ref: TensorRef, scale: TensorRef, block: Block | None) -> TensorRef:
+    """A matrix of 8-bit floats times its scale, or those of blocks of that shape. Raises InputError
+    where they do not fit together."""
     if len(ref.shape) != 2:
         raise InputError(f"{source.path}: {ref.name} has shape {list(ref.shape)}, not [out, in]")
     rows, columns = ref.shape

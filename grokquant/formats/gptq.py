@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AliasChoices, BaseModel, Field, field_validator
 from torch import Tensor
 
 from grokquant.errors import InputError
@@ -278,7 +278,9 @@ class _Config(BaseModel):
     group_size: Annotated[int, Field(ge=-1)]
     desc_act: bool = False
     sym: bool = True
-    checkpoint_format: Version = "gptq"
+    checkpoint_format: Version = Field(
+        "gptq", validation_alias=AliasChoices("checkpoint_format", "format")
+    )
     dynamic: dict[str, _Grid | bool] | None = None
     # True: the codes are in the order of the Marlin kernels, under the same names.
     is_marlin_format: Literal[False] = False
