@@ -490,7 +490,7 @@ def test_block_fp8(quantized, text_file, tmp_path):
     path, expected = quantized("qwen3_moe", block_fp8, FP8)
     check_read(path, expected)
     stored = {ref.stored_as for _, ref in open_checkpoint(path).units()}
-    assert stored == {"bfloat16"}
+    assert stored == {"fp8 32x40"}
     check_whole_way(path, text_file, tmp_path / "out")
 
 
@@ -752,25 +752,41 @@ MICRO = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": 
 NVIDIA = {"type": "float", "strategy": "tensor_group", "group_size": 16}
 NVIDIA |= {"num_bits": 4, "scale_dtype": torch.float8_e4m3fn}
 STORAGES = [
-    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "tensor"}),
-    ("float-quantized", torch.float32, FLOAT8 | {"strategy": "tensor"}),
-    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}),
-    ("float-quantized", torch.float16, FLOAT8 | {"strategy": "channel"}),
-    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "group", "group_size": 32}),
+    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "tensor"}, "fp8 tensor"),
+    ("float-quantized", torch.float32, FLOAT8 | {"strategy": "tensor"}, "fp8 tensor"),
+    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}, "fp8 channel"),
+    ("float-quantized", torch.float16, FLOAT8 | {"strategy": "channel"}, "fp8 channel"),
+    (
+        "float-quantized",
+        torch.bfloat16,
+        FLOAT8 | {"strategy": "group", "group_size": 32},
+        "fp8 g32",
+    ),
     (
         "float-quantized",
         torch.bfloat16,
         FLOAT8 | {"strategy": "block", "block_structure": [32, 40]},
+        "fp8 32x40",
     ),
-    ("naive-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}),
-    ("naive-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}),
-    ("int-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}),
-    ("int-quantized", torch.float32, INT8 | {"strategy": "tensor"}),
-    ("int-quantized", torch.float32, INT8 | {"strategy": "tensor", "symmetric": False}),
-    ("int-quantized", torch.bfloat16, INT8 | {"strategy": "group", "group_size": 16}),
-    ("mxfp8-quantized", torch.bfloat16, MICRO | {"num_bits": 8}),
-    ("mxfp4-pack-quantized", torch.bfloat16, MICRO | {"num_bits": 4}),
-    ("nvfp4-pack-quantized", torch.bfloat16, NVIDIA),
+    ("naive-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}, "fp8 channel"),
+    ("naive-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}, "int8 channel sym"),
+    ("int-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}, "int8 channel sym"),
+    ("int-quantized", torch.float32, INT8 | {"strategy": "tensor"}, "int8 channel sym"),
+    (
+        "int-quantized",
+        torch.float32,
+        INT8 | {"strategy": "tensor", "symmetric": False},
+        "int8 channel asym",
+    ),
+    (
+        "int-quantized",
+        torch.bfloat16,
+        INT8 | {"strategy": "group", "group_size": 16},
+        "int8 g16 sym",
+    ),
+    ("mxfp8-quantized", torch.bfloat16, MICRO | {"num_bits": 8}, "mxfp8 g32"),
+    ("mxfp4-pack-quantized", torch.bfloat16, MICRO | {"num_bits": 4}, "mxfp4 g32"),
+    ("nvfp4-pack-quantized", torch.bfloat16, NVIDIA, "nvfp4 g16"),
 ]
 DYNAMIC = {"strategy": "token", "dynamic": True}
 
@@ -789,14 +805,18 @@ def config_of(storage: str, weights: dict, inputs: dict | None) -> dict:
     return json.loads(config.model_dump_json())
 
 
-@pytest.mark.parametrize(("storage", "dtype", "weights"), STORAGES)
-def test_compressed_tensors_multiplied_out_by_its_package(quantized, storage, dtype, weights):
+@pytest.mark.parametrize(("storage", "dtype", "weights", "stored"), STORAGES)
+def test_compressed_tensors_multiplied_out_by_its_package(
+    quantized, storage, dtype, weights, stored
+):
     config = config_of(storage, weights, None)
-    check_read(*quantized("qwen3_moe", compressed(storage, dtype, **weights), config))
+    path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    check_read(path, expected)
+    assert {ref.stored_as for _, ref in open_checkpoint(path).units()} == {stored}
 
 
 @pytest.mark.parametrize(
-    ("storage", "dtype", "weights", "inputs", "note"),
+    ("storage", "dtype", "weights", "stored", "inputs", "note"),
     [
         (*STORAGES[2], FLOAT8 | DYNAMIC, "8-bit float, dynamic"),
         (*STORAGES[8], INT8 | {"strategy": "tensor"}, "8-bit int, static"),
@@ -804,7 +824,7 @@ def test_compressed_tensors_multiplied_out_by_its_package(quantized, storage, dt
     ids=["fp8", "w8a8"],
 )
 def test_quantized_activations_are_named(
-    quantized, text_file, tmp_path, storage, dtype, weights, inputs, note
+    quantized, text_file, tmp_path, storage, dtype, weights, stored, inputs, note
 ):
     config = config_of(storage, weights, inputs)
     path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
@@ -814,7 +834,7 @@ def test_quantized_activations_are_named(
 
 
 def test_a_cache_of_8_bits_is_named(quantized):
-    storage, dtype, weights = STORAGES[0]
+    storage, dtype, weights, _ = STORAGES[0]
     config = config_of(storage, weights, None)
     config["kv_cache_scheme"] = FLOAT8 | {"strategy": "tensor", "dynamic": False}
     path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
@@ -849,7 +869,7 @@ NV_QUERY = f"{QUERY}.weight_global_scale"
     ],
 )
 def test_damaged_nvfp4(quantized, change, complaint):
-    storage, dtype, weights = STORAGES[-1]
+    storage, dtype, weights, _ = STORAGES[-1]
     config = config_of(storage, weights, None)
     path, _ = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
     edit(path, change)

@@ -42,12 +42,14 @@ from grokquant.types import Source, TensorRef
 class _Kind:
     """How a storage keeps a matrix `X.weight`.
 
-    `codes` is what follows `X.` in the name of its codes, of which a stored value holds `per_value`
-    in `code_dtype`. `scale_dtypes` are those of `X.weight_scale`, `group_size` the columns that
-    share one where the config may choose no other. With `global_scale`, `X.weight_global_scale`
-    divides them. `dtype` is what the package reads it as, None for the dtype of its scales.
+    `name` is what people call its floats. `codes` is what follows `X.` in the name of its codes, of
+    which a stored value of `code_dtype` holds `per_value`. `scale_dtypes` are those of
+    `X.weight_scale`, `group_size` the columns that share one, None where the config says it. With
+    `global_scale`, `X.weight_global_scale` divides them. `dtype` is what the package reads it as,
+    None for the dtype of its scales.
     """
 
+    name: str
     codes: str
     code_dtype: torch.dtype
     per_value: int
@@ -61,6 +63,7 @@ class _Kind:
 
 KINDS: dict[Storage, _Kind] = {
     "float-quantized": _Kind(
+        name="fp8",
         codes="weight",
         code_dtype=torch.float8_e4m3fn,
         per_value=1,
@@ -70,6 +73,7 @@ KINDS: dict[Storage, _Kind] = {
         dtype=None,
     ),
     "mxfp8-quantized": _Kind(
+        name="mxfp8",
         codes="weight",
         code_dtype=torch.float8_e4m3fn,
         per_value=1,
@@ -80,6 +84,7 @@ KINDS: dict[Storage, _Kind] = {
         group_size=32,
     ),
     "mxfp4-pack-quantized": _Kind(
+        name="mxfp4",
         codes="weight_packed",
         code_dtype=torch.uint8,
         per_value=2,
@@ -90,6 +95,7 @@ KINDS: dict[Storage, _Kind] = {
         group_size=32,
     ),
     "nvfp4-pack-quantized": _Kind(
+        name="nvfp4",
         codes="weight_packed",
         code_dtype=torch.uint8,
         per_value=2,
@@ -122,6 +128,7 @@ def dense_ref(source: Source, tensor: str, storage: Storage, weights: Weights) -
         stored.append(_global_scale(source, tensor))
         factors = partial(_divided, stored[-1])
     floats = ScaledFloats(
+        kind=kind.name,
         values=codes,
         scales=scale,
         shape=shape,

@@ -76,6 +76,7 @@ def dense_ref(source: Source, ref: TensorRef, scale: TensorRef, block: Block | N
         raise InputError(f"{source.path}: {ref.name} has shape {list(ref.shape)}, not [out, in]")
     rows, columns = ref.shape
     floats = ScaledFloats(
+        kind=NAME,
         values=ref,
         scales=scale,
         shape=(rows, columns),

@@ -66,6 +66,7 @@ def unpacked(source: Source) -> Source:
 def _nvfp4_ref(source: Source, ref: TensorRef, scale: TensorRef, shared: TensorRef) -> TensorRef:
     rows, half = ref.shape if len(ref.shape) == 2 else (0, 0)
     floats = ScaledFloats(
+        kind="nvfp4",
         values=ref,
         scales=scale,
         shape=(rows, 2 * half),

@@ -30,10 +30,11 @@ _FLOAT4 = torch.tensor([*_POSITIVE, *(-value for value in _POSITIVE)])
 class ScaledFloats:
     """A stored matrix of `shape` [out, in], of which each block has a scale.
 
-    `decoded` makes float32 [rows, in] of some stored rows of `values`, `factors` float32 of the
-    stored `scales`, whose shape may also be that of one number or one row of numbers.
+    `kind` is what people call such floats: fp8, nvfp4. `decoded` makes float32 [rows, in] of some
+    stored rows of `values`. `factors` makes float32 of the stored `scales`, one for each block.
     """
 
+    kind: str
     values: TensorRef
     scales: TensorRef
     shape: tuple[int, int]
@@ -46,6 +47,16 @@ class ScaledFloats:
         """The number of blocks below and beside each other."""
         rows, columns = self.shape
         return -(-rows // self.block[0]), -(-columns // self.block[1])
+
+    @property
+    def name(self) -> str:
+        """The floats and what shares a scale, as people read it: fp8 channel, nvfp4 g16."""
+        rows, columns = self.block
+        if self.block == self.shape:
+            return f"{self.kind} tensor"
+        if rows > 1:
+            return f"{self.kind} {rows}x{columns}"
+        return f"{self.kind} channel" if columns == self.shape[1] else f"{self.kind} g{columns}"
 
     def load_rows(self, first: int, stop: int) -> Tensor:
         """float32 [stop - first, in]"""
@@ -73,8 +84,15 @@ def scaled_ref(
             raise InputError(f"{source.path}: {names} is not finite")
         return dense
 
-    load = partial(load_rows, 0, floats.shape[0])
-    return TensorRef(tensor, floats.shape, dtype, stored_bytes, load, load_rows=load_rows)
+    return TensorRef(
+        tensor,
+        floats.shape,
+        dtype,
+        stored_bytes,
+        load=partial(load_rows, 0, floats.shape[0]),
+        load_rows=load_rows,
+        grid_name=floats.name,
+    )
 
 
 def from_float8(values: Tensor) -> Tensor:
