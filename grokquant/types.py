@@ -105,7 +105,7 @@ class TensorRef:
 
     `shape` and `dtype` are those that `read()` returns: an expert of a stacked, transposed or
     packed source tensor appears as one [out, in] matrix. `scheme` is set if the source itself
-    stores integers and scales, `grid_name` if its format has a name of its own for that grid.
+    stores integers and scales, `grid_name` if its format has a name of its own for what it stores.
     `stored_bytes` is the size of the tensor at the source. Where the source supports them,
     `load_rows` reads the rows from a first to before a second index, `load_into` reads into a uint8
     buffer of at least `stored_bytes`, and `load_part` reads the part selected by a slice, with both

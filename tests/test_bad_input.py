@@ -399,9 +399,9 @@ HF: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda s: edit_json(s / "config.json", **{GROUP + "weights__num_bits": 3}),
         "config_groups.group_0.weights.num_bits: Input should be 4 or 8, not 3",
     ),
-    "activations quantized": (
-        lambda s: edit_json(s / "config.json", **{GROUP + "input_activations": {"num_bits": 8}}),
-        "group_0.input_activations",
+    "activations odd": (
+        lambda s: edit_json(s / "config.json", **{GROUP + "input_activations": {"num_bits": {}}}),
+        "group_0.input_activations.num_bits: Input should be a valid integer",
     ),
     "no regular expression": (
         lambda s: edit_json(s / "config.json", **{GROUP + "targets": ["re:("]}),

@@ -308,7 +308,9 @@ def as_state(**keys: object) -> Tensor:
     ("name", "value", "complaint"),
     [
         (STATE, torch.tensor([123], dtype=torch.uint8), "bitsandbytes__nf4: Expecting property"),
-        (STATE, as_state(nested_blocksize=256), "nested absmax is not supported"),
+        (STATE, as_state(nested_blocksize=256), "q_proj.weight.nested_absmax is missing"),
+        (STATE, as_state(nested_blocksize=0), "nested_blocksize Input should be greater"),
+        (STATE, as_state(nested_offset="x"), "nested_offset Input should be a valid number"),
         (STATE, as_state(padding="x" * 10_000), "larger than 10000 bytes, not the JSON of a mat"),
         (STATE, as_state(nested=[[[[]]]] * 2, shape=[-1, 64]), "shape.0 Input should be greater"),
         (STATE, as_state(blocksize=48), "its blocks hold 32, 64"),
@@ -341,3 +343,61 @@ def test_quantized_tensor_of_int8_is_multiplied_out_as_bitsandbytes_does():
     scales = torch.rand(50, 1, generator=torch.Generator().manual_seed(2)) + 0.1
     found = QTensor(codes, scales, GRIDS["llm_int8"].scheme).dequantize()
     assert torch.equal(found, int8_vectorwise_dequant(codes, scales.squeeze(1)))
+
+
+# --- As transformers saves it
+
+KINDS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "nested nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "nested fp4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "llm_int8": {"load_in_8bit": True},
+}
+
+
+def dense_weight(module: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) -> Tensor:
+    """By bitsandbytes, of a module that transformers has made."""
+    weight = module.weight
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        return int8_vectorwise_dequant(weight.data, weight.SCB)
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_transformers_saves_is_read(llama, tmp_path, kind):
+    config = BitsAndBytesConfig(**KINDS[kind])
+    model = AutoModelForCausalLM.from_pretrained(
+        llama, quantization_config=config, dtype=torch.float32
+    )
+    model.save_pretrained(tmp_path / "saved")
+    checkpoint = open_checkpoint(tmp_path / "saved")
+    found = checkpoint.source.tensors
+    assert {str(ref.scheme).split()[0] for _, ref in checkpoint.units()} == {kind.split()[-1]}
+    for _, ref in checkpoint.units():
+        module = model.get_submodule(ref.name.removesuffix(".weight"))
+        assert torch.equal(found[ref.name].read(), dense_weight(module))
+
+
+def test_many_nested_blocks(W, tmp_path):
+    """96 * 256 / 32 scales in blocks of 256."""
+    from grokquant.formats.bitsandbytes import unpacked
+    from grokquant.sources.safetensors_directory import open_source
+
+    packed, state = bnb.functional.quantize_4bit(
+        W.float(), blocksize=32, compress_statistics=True, quant_type="nf4"
+    )
+    assert len(state.state2.absmax) == 3
+    parts = {f"{NAME}.{name}": part for name, part in state.as_dict(packed=True).items()}
+    save_file(parts | {NAME: packed}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {}}))
+    ref = unpacked(open_source(tmp_path)).tensors[NAME]
+    assert torch.equal(ref.read(), dequantize_4bit(packed, state))

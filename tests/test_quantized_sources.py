@@ -207,6 +207,12 @@ def test_gptq_in_the_order_of_activations(quantized, symmetric, version):
     check_read(*quantized("mixtral", gptq(4, symmetric, True, version), config))
 
 
+def test_gptq_version_2_by_its_other_key(quantized):
+    """As transformers 5 names it."""
+    config = GPTQ | {"sym": False, "format": "gptq_v2"}
+    check_read(*quantized("mixtral", gptq(4, False, version=2), config))
+
+
 def test_gptq_of_8_bits_version_2_with_any_zero_point(quantized):
     def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
         parts, _ = gptq(8, False, version=2)(stem, W)
@@ -284,6 +290,7 @@ def test_gptq_rules_for_some_modules(quantized):
         ({"dynamic": {"+:.*": {"bits": "x"}}}, "quantization_config.dynamic"),
         ({"dynamic": {"+:.*": {"bits": 8}}}, "int8 g32 sym needs torch.int32"),
         ({"quant_method": "hqq"}, "'hqq' cannot be read (compressed-tensors, "),
+        ({"quant_method": "hqq"}, "; it is HQQ, whose zero points are no integers"),
         ({"quant_method": "quark"}, "'quark' cannot be read"),
         ({"quant_method": None}, "quant_method: None cannot be read"),
     ],
@@ -348,6 +355,15 @@ def test_awq_as_autoawq_left_it(quantized):
     check_read(path, expected)
 
 
+@pytest.mark.parametrize("key", ["format", "checkpoint_format"])
+def test_the_order_of_awq_by_its_other_keys(quantized, key):
+    config = {name: value for name, value in AWQ.items() if name != "version"}
+    path, expected = quantized("mixtral", awq, config | {key: "gemm"})
+    check_read(path, expected)
+    edit_json(path / "config.json", quantization_config=config | {key: "gemv"})
+    assert f"quantization_config.{key}: Input should be 'gemm'" in refusal(path)
+
+
 @torch.no_grad()
 def test_awq_stays_in_codes_where_packed_is_asked_for(quantized):
     path, _ = quantized("mixtral", awq, AWQ)
@@ -374,7 +390,85 @@ def test_other_awq_is_refused(quantized, changes, complaint):
     assert complaint in refusal(path)
 
 
-# --- 8-bit floats in blocks
+# --- auto-round
+
+AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "data_type": "int",
+}
+
+
+def without_order(encode: Encode) -> Encode:
+    """auto-round writes no g_idx."""
+
+    def shorter(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        parts, dense = encode(stem, W)
+        del parts[f"{stem}.g_idx"]
+        return parts, dense
+
+    return shorter
+
+
+@pytest.mark.parametrize(
+    ("packing", "version"),
+    [("auto_round:auto_gptq", 1), ("auto_round:gptq", 1), ("auto_round", 2)],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_auto_round(quantized, packing, version, symmetric, bits):
+    encode = without_order(gptq(bits, symmetric, version=version))
+    config = AUTO_ROUND | {"packing_format": packing, "sym": symmetric, "bits": bits}
+    check_read(*quantized("mixtral", encode, config))
+
+
+def test_auto_round_with_an_order_and_on_its_whole_way(quantized, text_file, tmp_path):
+    path, expected = quantized("qwen3_moe", gptq(4, True), AUTO_ROUND)
+    check_read(path, expected)
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+def test_auto_round_in_words_of_awq(quantized):
+    config = AUTO_ROUND | {"packing_format": "auto_round:auto_awq", "sym": False}
+    check_read(*quantized("mixtral", awq, config))
+
+
+def test_grids_of_some_modules_of_auto_round(quantized):
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        if stem == QUERY:
+            return without_order(gptq(8, True, group=64))(stem, W)
+        return without_order(gptq(4, "k_proj" not in stem))(stem, W)
+
+    extra = {
+        "model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"},
+        r".*self_attn\.q_.*": {"bits": 2},  # a name of its own comes first
+        QUERY: {"bits": 8, "group_size": 64},
+        "k_proj": {"sym": False},
+    }
+    check_read(*quantized("qwen3_moe", encode, AUTO_ROUND | {"extra_config": extra}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"packing_format": "auto_round:llm_compressor"}, "quantization_config.packing_format"),
+        ({"data_type": "mx_fp"}, "quantization_config.data_type: Input should be 'int'"),
+        ({"act_bits": 8}, "quantization_config.act_bits"),
+        ({"bits": 5}, "quantization_config.bits"),
+        ({"rotation_config": {"a": 1}}, "quantization_config.rotation_config"),
+        ({"extra_config": {"(": {}}}, "extra_config: not a regular expression"),
+        ({"group_size": 64}, "scales has 2 groups, which does not match int4 g64 sym"),
+    ],
+)
+def test_other_auto_round_is_refused(quantized, changes, complaint):
+    path, _ = quantized("mixtral", without_order(gptq(4, True)), AUTO_ROUND | changes)
+    assert complaint in refusal(path)
+
+
+# --- 8-bit floats
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 40], "activation_scheme": "dynamic"}
 
@@ -396,18 +490,18 @@ def test_block_fp8(quantized, text_file, tmp_path):
     path, expected = quantized("qwen3_moe", block_fp8, FP8)
     check_read(path, expected)
     stored = {ref.stored_as for _, ref in open_checkpoint(path).units()}
-    assert stored == {"bfloat16"}
+    assert stored == {"fp8 32x40"}
     check_whole_way(path, text_file, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"weight_block_size": None}, "quantization_config.weight_block_size"),
+        ({"weight_block_size": None}, "quantization_config.weight_block_size names no block"),
         ({"weight_block_size": [128, 0]}, "quantization_config.weight_block_size.1"),
         ({"weight_block_size": [64, 40]}, "weight_scale_inv is torch.float32 [2, 3], blocks of"),
         ({"fmt": "e5m2"}, "quantization_config.fmt: Input should be 'e4m3', not 'e5m2'"),
-        ({"activation_scheme": "static"}, "quantization_config.activation_scheme"),
+        ({"activation_scheme": "often"}, "quantization_config.activation_scheme"),
     ],
 )
 def test_other_fp8_is_refused(quantized, changes, complaint):
@@ -428,8 +522,8 @@ SCALE = QUERY + ".weight_scale_inv"
         ),
         (lambda t: t[SCALE].fill_(3e38), f"{QUERY}.weight times {SCALE} is not finite"),
         (
-            lambda t: t.update({QUERY + ".input_scale": torch.ones(1)}),
-            f"unexpected tensor {QUERY}.input_scale",
+            lambda t: t.update({"model.norm.inner.input_scale": torch.ones(1)}),
+            "unexpected tensor model.norm.inner.input_scale",
         ),
     ],
 )
@@ -437,6 +531,86 @@ def test_damaged_fp8(quantized, change, complaint):
     path, _ = quantized("qwen3_moe", block_fp8, FP8)
     edit(path, change)
     assert complaint in refusal(path)
+
+
+def one_scale_fp8(ending: str, scale_shape: Callable[[int], tuple[int, ...]]) -> Encode:
+    """A scale for the matrix or for each of its rows, multiplied out by transformers."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        shape = scale_shape(len(W))
+        by_row = len(W) in shape
+        scale = (W.abs().amax(1, keepdim=True) if by_row else W.abs().max()) / 448
+        codes = (W / scale).to(torch.float8_e4m3fn)
+        grid_of_scales = scale.reshape(-1, 1)
+        dense = Fp8Dequantize(None)._dequantize_one(codes, grid_of_scales, torch.bfloat16)
+        return {f"{stem}.weight": codes, f"{stem}.{ending}": scale.reshape(shape)}, dense
+
+    return encode
+
+
+@pytest.mark.parametrize("ending", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize(
+    "scale_shape",
+    [lambda rows: (), lambda rows: (1,), lambda rows: (rows,), lambda rows: (rows, 1)],
+)
+def test_fp8_per_tensor_and_per_row(quantized, ending, scale_shape):
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    check_read(*quantized("mixtral", one_scale_fp8(ending, scale_shape), config))
+
+
+def test_fp8_of_fbgemm(quantized):
+    """By the product with which transformers runs it: of a unit matrix, so of the weights."""
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        parts, _ = one_scale_fp8("weight_scale", lambda rows: (rows, 1))(stem, W)
+        codes, scale = parts.values()
+        unit = torch.eye(W.shape[1]).to(torch.float8_e4m3fn)
+        ones = torch.ones(W.shape[1], 1)
+        kinds = {"scale_a": ones, "scale_b": scale.T.contiguous(), "out_dtype": torch.bfloat16}
+        return parts, torch._scaled_mm(unit, codes.T, **kinds).T
+
+    config = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    check_read(*quantized("mixtral", encode, config))
+
+
+def test_scales_of_powers_of_two(quantized):
+    """As DeepSeek-V3.1 and MXFP8 have them: exponents in a byte, by two names of their dtype."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        largest = W.unflatten(1, (-1, 32)).abs().amax(-1)
+        exponents = (largest / 448).log2().ceil().int() + 127
+        powers = 2.0 ** (exponents - 127)
+        codes = (W / powers.repeat_interleave(32, 1)).to(torch.float8_e4m3fn)
+        stored = exponents.to(torch.uint8)
+        dense = Fp8Dequantize(None)._dequantize_one(codes, stored, torch.bfloat16)
+        if "q_proj" in stem:
+            stored = stored.view(torch.float8_e8m0fnu)
+        return {f"{stem}.weight": codes, f"{stem}.weight_scale_inv": stored}, dense
+
+    check_read(*quantized("mixtral", encode, FP8 | {"weight_block_size": [1, 32]}))
+
+
+def notes_of(path: Path) -> str:
+    (note,) = open_checkpoint(path).source.notes
+    assert str(path) in note and "only the weights are read" in note
+    return note.partition("left out: ")[2]
+
+
+def test_scales_of_activations_and_caches_are_named_and_left_out(quantized):
+    encode = one_scale_fp8("weight_scale", lambda rows: (1,))
+    path, expected = quantized("qwen3_moe", encode, FP8 | STATIC)
+    names = [f"{QUERY}.input_scale", "model.layers.0.self_attn.k_scale"]
+    names += ["model.layers.0.self_attn.v_proj.output_scale"]
+    names += ["model.layers.0.mlp.experts.1.down_proj.input_scale"]
+    edit(path, lambda t: t.update({name: torch.ones(1) for name in names}))
+    check_read(path, expected)
+    found = "inputs of matrices (8-bit float, static), 2 input_scale, 1 k_scale, 1 output_scale"
+    assert notes_of(path) == found
+
+
+STATIC = {"weight_block_size": None, "activation_scheme": "static"}
 
 
 def test_fp8_of_which_the_config_says_nothing_is_refused(quantized):
@@ -531,6 +705,244 @@ def packed(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
     return {f"{stem}.{name}": value for name, value in parts.items()}, dense
 
 
+def spans(W: Tensor, args) -> Tensor:
+    """[.., values of a block] of a matrix, one row of values for each of its scales."""
+    rows, columns = W.shape
+    if args.strategy == "tensor":
+        return W.reshape(1, -1)
+    if args.strategy == "channel":
+        return W.unsqueeze(1)
+    if args.strategy == "block":
+        high, wide = args.block_structure
+        whole = torch.nn.functional.pad(W, (0, -columns % wide, 0, -rows % high))
+        return whole.unflatten(1, (-1, wide)).unflatten(0, (-1, high)).transpose(1, 2).flatten(2)
+    return W.unflatten(1, (-1, args.group_size))
+
+
+def compressed(storage: str, dtype: torch.dtype, **weights) -> Encode:
+    """By the package that defines the format, which finds the scales, too."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    compressor = BaseCompressor.get_value_from_registry(storage)
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+
+    def encode(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+        values = spans(W, scheme.weights)
+        shared = generate_gparam(W.min(), W.max()) if "nvfp4" in storage else None
+        low, high = values.amin(-1), values.amax(-1)
+        scale, zero = calculate_qparams(low, high, scheme.weights, global_scale=shared)
+        if storage.startswith("mx"):
+            scale = 2.0 ** (high.maximum(-low) / 4).log2().floor()
+        scale = scale.to(dtype)
+        state = {"weight": W.to(dtype), "weight_scale": scale, "weight_zero_point": zero}
+        if shared is not None:
+            state["weight_global_scale"] = shared
+        parts = compressor.compress(state, scheme)
+        dense = compressor.decompress(dict(parts), scheme)["weight"]
+        return {f"{stem}.{name}": value.contiguous() for name, value in parts.items()}, dense
+
+    return encode
+
+
+FLOAT8 = {"num_bits": 8, "type": "float"}
+INT8 = {"num_bits": 8, "type": "int"}
+MICRO = {"type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+NVIDIA = {"type": "float", "strategy": "tensor_group", "group_size": 16}
+NVIDIA |= {"num_bits": 4, "scale_dtype": torch.float8_e4m3fn}
+STORAGES = [
+    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "tensor"}, "fp8 tensor"),
+    ("float-quantized", torch.float32, FLOAT8 | {"strategy": "tensor"}, "fp8 tensor"),
+    ("float-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}, "fp8 channel"),
+    ("float-quantized", torch.float16, FLOAT8 | {"strategy": "channel"}, "fp8 channel"),
+    (
+        "float-quantized",
+        torch.bfloat16,
+        FLOAT8 | {"strategy": "group", "group_size": 32},
+        "fp8 g32",
+    ),
+    (
+        "float-quantized",
+        torch.bfloat16,
+        FLOAT8 | {"strategy": "block", "block_structure": [32, 40]},
+        "fp8 32x40",
+    ),
+    ("naive-quantized", torch.bfloat16, FLOAT8 | {"strategy": "channel"}, "fp8 channel"),
+    ("naive-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}, "int8 channel sym"),
+    ("int-quantized", torch.bfloat16, INT8 | {"strategy": "channel"}, "int8 channel sym"),
+    ("int-quantized", torch.float32, INT8 | {"strategy": "tensor"}, "int8 channel sym"),
+    (
+        "int-quantized",
+        torch.float32,
+        INT8 | {"strategy": "tensor", "symmetric": False},
+        "int8 channel asym",
+    ),
+    (
+        "int-quantized",
+        torch.bfloat16,
+        INT8 | {"strategy": "group", "group_size": 16},
+        "int8 g16 sym",
+    ),
+    ("mxfp8-quantized", torch.bfloat16, MICRO | {"num_bits": 8}, "mxfp8 g32"),
+    ("mxfp4-pack-quantized", torch.bfloat16, MICRO | {"num_bits": 4}, "mxfp4 g32"),
+    ("nvfp4-pack-quantized", torch.bfloat16, NVIDIA, "nvfp4 g16"),
+]
+DYNAMIC = {"strategy": "token", "dynamic": True}
+
+
+def config_of(storage: str, weights: dict, inputs: dict | None) -> dict:
+    """As the package writes it."""
+    from compressed_tensors.quantization import QuantizationConfig
+
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = QuantizationConfig(
+        config_groups={"group_0": group},
+        format=storage,
+        quantization_status="compressed",
+        ignore=["lm_head", "re:.*mlp.gate$"],
+    )
+    return json.loads(config.model_dump_json())
+
+
+@pytest.mark.parametrize(("storage", "dtype", "weights", "stored"), STORAGES)
+def test_compressed_tensors_multiplied_out_by_its_package(
+    quantized, storage, dtype, weights, stored
+):
+    config = config_of(storage, weights, None)
+    path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    check_read(path, expected)
+    assert {ref.stored_as for _, ref in open_checkpoint(path).units()} == {stored}
+
+
+@pytest.mark.parametrize(
+    ("storage", "dtype", "weights", "stored", "inputs", "note"),
+    [
+        (*STORAGES[2], FLOAT8 | DYNAMIC, "8-bit float, dynamic"),
+        (*STORAGES[8], INT8 | {"strategy": "tensor"}, "8-bit int, static"),
+    ],
+    ids=["fp8", "w8a8"],
+)
+def test_quantized_activations_are_named(
+    quantized, text_file, tmp_path, storage, dtype, weights, stored, inputs, note
+):
+    config = config_of(storage, weights, inputs)
+    path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    assert notes_of(path) == f"inputs of matrices ({note})"
+    check_read(path, expected)
+    check_whole_way(path, text_file, tmp_path / "out")
+
+
+def test_a_cache_of_8_bits_is_named(quantized):
+    storage, dtype, weights, _ = STORAGES[0]
+    config = config_of(storage, weights, None)
+    config["kv_cache_scheme"] = FLOAT8 | {"strategy": "tensor", "dynamic": False}
+    path, expected = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    names = [f"model.layers.0.self_attn.{name}_scale" for name in "kv"]
+    edit(path, lambda t: t.update({name: torch.ones(1) for name in names}))
+    assert notes_of(path) == "cache of keys and values (8-bit float, static), 1 k_scale, 1 v_scale"
+    check_read(path, expected)
+
+
+NV_QUERY = f"{QUERY}.weight_global_scale"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop(NV_QUERY), f"{NV_QUERY} is missing"),
+        (lambda t: t.update({NV_QUERY: torch.ones(2)}), "torch.float32 [2], not torch.float32 [1]"),
+        (lambda t: t[NV_QUERY].fill_(0), "weight_packed times"),
+        (lambda t: t.pop(QUERY + ".weight_scale"), "weight_scale is missing"),
+        (
+            lambda t: t.update({QUERY + ".weight_scale": torch.ones(64, 2)}),
+            "blocks of [1, 16] in [64, 64] need torch.float8_e4m3fn [64, 4]",
+        ),
+        (
+            lambda t: t.update({QUERY + ".weight_packed": torch.ones(64, 2)}),
+            "nvfp4-pack-quantized needs torch.uint8 of two axes",
+        ),
+        (
+            lambda t: t.update({QUERY + ".weight": torch.ones(64, 64).to(torch.int8)}),
+            f"{QUERY}.weight is stored twice, packed and not",
+        ),
+    ],
+)
+def test_damaged_nvfp4(quantized, change, complaint):
+    storage, dtype, weights, _ = STORAGES[-1]
+    config = config_of(storage, weights, None)
+    path, _ = quantized("qwen3_moe", compressed(storage, dtype, **weights), config)
+    edit(path, change)
+    assert complaint in refusal(path)
+
+
+# --- ModelOpt
+
+
+def modelopt_nvfp4(stem: str, W: Tensor) -> tuple[Tensors, Tensor]:
+    """What compressed-tensors makes of it, with a second scale that is exact upside down."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.entrypoints.convert import ModelOptNvfp4Converter
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(**NVIDIA)
+    parts, _ = compressed("nvfp4-pack-quantized", torch.bfloat16, **NVIDIA)(stem, W)
+    stored = {
+        f"{stem}.weight": parts[f"{stem}.weight_packed"],
+        f"{stem}.weight_scale": parts[f"{stem}.weight_scale"],
+        f"{stem}.weight_scale_2": torch.tensor(2.0**-11),
+    }
+    converted = ModelOptNvfp4Converter(targets=["re:.*"]).process(dict(stored))
+    state = {name.removeprefix(f"{stem}."): value for name, value in converted.items()}
+    state["weight_global_scale"] = state["weight_global_scale"].reshape(1)
+    compressor = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    return stored, compressor.decompress(state, scheme)["weight"]
+
+
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+
+
+def test_nvfp4_of_modelopt(quantized):
+    path, expected = quantized("qwen3_moe", modelopt_nvfp4, MODELOPT)
+    edit(path, lambda t: t.update({f"{QUERY}.input_scale": torch.ones(())}))
+    check_read(path, expected)
+    assert notes_of(path) == "inputs of matrices (NVFP4), 1 input_scale"
+
+
+@pytest.mark.parametrize("scale_shape", [lambda rows: (), lambda rows: (rows,)])
+def test_fp8_of_modelopt_described_in_a_file_of_its_own(quantized, scale_shape):
+    path, expected = quantized("mixtral", one_scale_fp8("weight_scale", scale_shape), None)
+    described = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    edit_json(path / "hf_quant_config.json", quantization=described, producer={})
+    edit(path, lambda t: t.update({"model.layers.0.self_attn.v_proj.v_scale": torch.ones(())}))
+    check_read(path, expected)
+    said = "inputs of matrices (FP8), cache of keys and values (FP8), 1 v_scale"
+    assert notes_of(path) == said
+
+
+@pytest.mark.parametrize(
+    ("changes", "change", "complaint"),
+    [
+        ({"quant_algo": "NVFP4_AWQ"}, lambda t: None, "quantization_config.quant_algo"),
+        ({}, lambda t: t.pop(QUERY + ".weight_scale_2"), "weight_scale_2 is missing"),
+        ({}, lambda t: t.update({QUERY + ".weight_scale": torch.ones(2)}), "[64, 32] bytes needs"),
+        (
+            {},
+            lambda t: t.update({QUERY + ".pre_quant_scale": torch.ones(64)}),
+            f"unexpected tensor {QUERY}.pre_quant_scale",
+        ),
+    ],
+)
+def test_other_modelopt_is_refused(quantized, changes, change, complaint):
+    path, _ = quantized("qwen3_moe", modelopt_nvfp4, MODELOPT | changes)
+    edit(path, change)
+    assert complaint in refusal(path)
+
+
+# --- other compressed-tensors
+
+
 def group_of(**changes) -> dict:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     group = {"targets": ["Linear"], "weights": weights | {"symmetric": True} | changes}
@@ -558,8 +970,13 @@ def test_compressed_tensors_of_llm_compressor(quantized, actorder):
         ),
         (group_of(type="float"), "weights.type: Input should be 'int', not 'float'"),
         (group_of(strategy="tensor"), "weights.strategy"),
-        ({"format": "float-quantized"}, "quantization_config.format"),
-        ({"format": "nvfp4-pack-quantized"}, "quantization_config.format"),
+        ({"format": "float-quantized"}, "weights.type: Input should be 'float', not 'int'"),
+        ({"format": "nvfp4-pack-quantized"}, "weights.type: Input should be 'float', not 'int'"),
+        ({"format": "marlin-24"}, "quantization_config.format"),
+        (
+            group_of(type="float", num_bits=8, strategy="block") | {"format": "float-quantized"},
+            "group_0.weights: strategy block lacks its size",
+        ),
         (
             {"transform_config": {"config_groups": {"u": {}}}},
             "quantization_config.transform_config",
@@ -590,3 +1007,24 @@ def test_scales_without_codes_are_named(quantized):
 
     edit(path, unpack_query)
     assert f"unexpected tensor {QUERY}.weight_scale" in refusal(path)
+
+
+# --- bitsandbytes of transformers
+
+
+def test_a_mixture_of_which_transformers_has_quantized_the_attention(saved, text_file, tmp_path):
+    """With double quantization; bitsandbytes leaves fused experts as they are."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        saved("mixtral"), quantization_config=config, dtype=torch.bfloat16
+    )
+    path = tmp_path / "source"
+    model.save_pretrained(path)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", path / "tokenizer.model")
+    stored = {name.split(".")[2]: ref.stored_as for name, ref in open_checkpoint(path).units()}
+    assert stored == {"attention": "nf4 g64", "experts": "bfloat16"}
+    check_whole_way(path, text_file, tmp_path / "out")

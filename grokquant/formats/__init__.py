@@ -8,15 +8,18 @@ from collections.abc import Mapping
 
 from grokquant.errors import InputError
 from grokquant.formats import (
+    auto_round,
     awq,
     bitsandbytes,
-    block_fp8,
     compressed_tensors,
     dense,
+    fp8,
     gguf,
     gptq,
+    modelopt,
     mxfp4,
 )
+from grokquant.formats.activations import without_activations
 from grokquant.formats.format import Format, ReadableFormat
 from grokquant.types import Source
 from grokquant.version import OWN
@@ -34,7 +37,35 @@ FORMATS: dict[str, Format] = {
 }
 
 READ_ONLY: dict[str, ReadableFormat] = {
-    format.name: format for format in (awq.FORMAT, block_fp8.FORMAT, mxfp4.FORMAT)
+    format.name: format
+    for format in (
+        awq.FORMAT,
+        auto_round.FORMAT,
+        fp8.FORMAT,
+        fp8.FBGEMM,
+        modelopt.FORMAT,
+        mxfp4.FORMAT,
+    )
+}
+
+
+# What is known of other values of `quant_method`, for people.
+_UNREAD = {
+    "aqlm": "AQLM, whose codes are places in codebooks of vectors",
+    "bitnet": "BitNet, a model trained with weights of -1, 0 and 1",
+    "eetq": "EETQ, int8 in the order of its kernels",
+    "exl2": "ExLlamaV2, which mixes bits within a matrix",
+    "exl3": "ExLlamaV3, codes of a trellis after rotations",
+    "fp_quant": "FP-Quant, 4-bit floats after rotations at run time",
+    "higgs": "HIGGS, codebooks of vectors after rotations",
+    "hqq": "HQQ, whose zero points are no integers; the hqq package dequantizes it",
+    "quanto": "Quanto, tensors of the optimum-quanto package, which dequantizes it",
+    "quark": "AMD Quark, whose layout depends on its own export settings",
+    "quip": "QuIP, codebooks of vectors after rotations",
+    "sinq": "SINQ, whose rows and columns both have scales",
+    "spqr": "SpQR, codes with outliers beside them",
+    "torchao": "torchao, tensors of the torchao package, which dequantizes it",
+    "vptq": "VPTQ, whose codes are places in codebooks of vectors",
 }
 
 
@@ -52,12 +83,22 @@ def format_of(source: Source) -> ReadableFormat | None:
     if (found := known.get(str(name))) is not None:
         return found
     raise InputError(
-        f"{source.path / 'config.json'}: quantization_config.quant_method: {name!r} cannot be read "
-        f"({', '.join(known)} can); take the checkpoint that this one was made from"
+        f"{source.path / 'config.json'}: quantization_config.quant_method: {name!r:.60} cannot be "
+        f"read ({', '.join(known)} can){_described(name)}; take the checkpoint that this one was "
+        "made from"
     )
 
 
+def _described(method: object) -> str:
+    what = _UNREAD.get(str(method).lower())
+    return f"; it is {what}" if what else ""
+
+
 def unpacked(source: Source) -> Source:
-    """`source` as it is, or with its packed matrices presented as QTensors. Raises InputError."""
+    """`source` as it is, or with its packed matrices presented as one tensor each and without what
+    is no part of the weights. Raises InputError."""
     found = format_of(source)
-    return source if found is None else found.unpacked(source)
+    if found is None:
+        return source
+    described = source.config["quantization_config"]
+    return without_activations(found.unpacked(source), found.activations(described))

@@ -37,12 +37,18 @@ class _Config(BaseModel):
         validation_alias=AliasChoices("group_size", "q_group_size")
     )
     zero_point: Literal[True] = True
-    version: Annotated[Literal["gemm"], BeforeValidator(lambda v: str(v).lower())] = "gemm"
+    version: Annotated[Literal["gemm"], BeforeValidator(lambda v: str(v).lower())] = Field(
+        "gemm", validation_alias=AliasChoices("version", "format", "checkpoint_format")
+    )
 
 
 def unpacked(source: Source) -> Source:
     """`source` with each packed matrix presented as one `X.weight` that reads as a QTensor."""
-    group_size = validated(source, _Config).group_size
+    return unpacked_by(source, validated(source, _Config).group_size)
+
+
+def unpacked_by(source: Source, group_size: int) -> Source:
+    """The same, whatever the config calls `group_size`; -1 is one as long as a row."""
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         stem, _, ending = name.rpartition(".")

@@ -10,6 +10,10 @@ rows, as this module requires, are groups.
     byte       0         1     ..        absmax of codes 0 .. block - 1, of the next block, ..
     code  |0   1|   |2   3|    ..        first code in the high bits
 
+Double quantization, which is only read, has `X.weight.absmax` uint8: places in the table
+`X.weight.nested_quant_map` float32 [256]. The values there, times `X.weight.nested_absmax` float32
+of their block of 256, plus the `nested_offset` of the JSON text, are the scales.
+
 int8: `X.weight` int8 [out, in], `X.SCB` float32 [out] the absmax of each row, `X.weight_format`
 uint8 [], which is 0: row by row.
 """
@@ -22,7 +26,7 @@ from math import prod
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
 from grokquant.errors import InputError
@@ -179,7 +183,29 @@ def _four_bit_ref(source: Source, tensor: str, name: str) -> tuple[TensorRef, It
     layout = packed_layout(tensor, state.shape, scheme)
     # The JSON of other writers may have other spaces, and so another length.
     layout[name] = (torch.uint8, source.tensors[name].shape)
-    return _unpacked_ref(source, tensor, layout, scheme, state.shape), layout.keys()
+    if state.nested_blocksize is not None:
+        layout |= _nested_layout(
+            f"{tensor}.", prod(state.shape) // state.blocksize, state.nested_blocksize
+        )
+    return _unpacked_ref(source, tensor, layout, scheme, state.shape, state), layout.keys()
+
+
+def _nested_layout(prefix: str, scales: int, blocksize: int) -> PackedLayout:
+    """The tensors of `double quantization`, in which the scales are codes of 8 bits themselves."""
+    return {
+        f"{prefix}absmax": (torch.uint8, (scales,)),
+        f"{prefix}nested_absmax": (torch.float32, (-(-scales // blocksize),)),
+        f"{prefix}nested_quant_map": (torch.float32, (256,)),
+    }
+
+
+def _unnested(prefix: str, packed: Mapping[str, Tensor], state: "_State") -> Tensor:
+    """The scales of double quantization: value(code) * nested scale + offset, in float32."""
+    assert state.nested_blocksize is not None
+    codes = packed[f"{prefix}absmax"].int()
+    scales = packed[f"{prefix}nested_absmax"]
+    scales = scales.repeat_interleave(min(state.nested_blocksize, len(codes)))[: len(codes)]
+    return packed[f"{prefix}nested_quant_map"][codes] * scales + state.nested_offset
 
 
 def _int8_ref(source: Source, tensor: str) -> tuple[TensorRef, Iterable[str]]:
@@ -190,7 +216,12 @@ def _int8_ref(source: Source, tensor: str) -> tuple[TensorRef, Iterable[str]]:
 
 
 def _unpacked_ref(
-    source: Source, tensor: str, layout: PackedLayout, scheme: Scheme, shape: tuple[int, int]
+    source: Source,
+    tensor: str,
+    layout: PackedLayout,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    state: "_State | None" = None,
 ) -> TensorRef:
     refs = check_packed(source, layout, scheme)
 
@@ -201,6 +232,8 @@ def _unpacked_ref(
             raise InputError(
                 f"{source.path}: {tensor}.quant_map does not hold the values of {scheme.grid}"
             )
+        if state is not None and state.nested_blocksize is not None:
+            packed[f"{tensor}.absmax"] = _unnested(f"{tensor}.", packed, state)
         return unpack(tensor, packed, scheme)
 
     stored = sum(ref.stored_bytes for ref in refs)
@@ -216,6 +249,10 @@ class _State(BaseModel):
     quant_type: Literal["nf4", "fp4"]
     blocksize: Annotated[int, Field(ge=1, le=2**20)]
     shape: tuple[Size, Size]
+    # Of the scales, where they are quantized as well.
+    nested_blocksize: Annotated[int, Field(ge=1)] | None = None
+    nested_dtype: Literal["float32"] = "float32"
+    nested_offset: FiniteFloat = 0.0
 
 
 def _state(shape: tuple[int, int], scheme: Scheme) -> bytes:
@@ -232,8 +269,6 @@ def _read_state(source: Source, name: str) -> _State:
     content = bytes(ref.read().flatten().to(torch.uint8).tolist())
     try:
         found = json.loads(content)
-        if "nested_blocksize" in found:
-            raise InputError(f"{where}: nested absmax is not supported")
         return _State.model_validate(found)
     except (ValueError, TypeError, ValidationError, RecursionError) as error:
         raise InputError(f"{where}: {' '.join(str(error).split())[:200]}") from None

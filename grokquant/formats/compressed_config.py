@@ -1,9 +1,10 @@
 """The `quantization_config` of compressed-tensors, read whichever way the codes are stored."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, field_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
 from grokquant.formats.reading import validated
 from grokquant.formats.targets import check_target, engine_targets
@@ -11,9 +12,19 @@ from grokquant.grids import Scheme
 from grokquant.types import Source, Unit
 
 NAME = "compressed-tensors"
-# How codes are stored: several in an int32 word, or each as an int8.
-Storage = Literal["pack-quantized", "int-quantized"]
+# How a matrix is stored, as the package calls it.
+Storage = Literal[
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "mxfp8-quantized",
+    "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized",
+]
 _WRITTEN: Storage = "pack-quantized"
+# `naive-quantized` is one of these, by the type of its weights.
+_NAIVE: dict[str, Storage] = {"int": "int-quantized", "float": "float-quantized"}
 
 
 def config_of(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
@@ -46,15 +57,39 @@ def config_of(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
     }
 
 
-def schemes_of(source: Source) -> list[tuple[str, tuple[Scheme, Storage]]]:
-    """Targets with their grids and storage in the order of the config, of which the first match
-    counts. Raises InputError naming the key that cannot be read."""
+@dataclass(frozen=True)
+class Group:
+    """How the matrices that a config group targets are stored: `weights` is of the class that
+    WEIGHTS has for `storage`."""
+
+    storage: Storage
+    weights: "Weights"
+
+
+def groups_of(source: Source) -> list[tuple[str, Group]]:
+    """Targets with their groups in the order of the config, of which the first match counts.
+    Raises InputError naming the key that cannot be read."""
     config = validated(source, _Config)
-    return [
-        (target, (group.weights.scheme, group.format or config.storage))
-        for group in config.config_groups.values()
-        for target in group.targets
-    ]
+    found: list[tuple[str, Group]] = []
+    for name, group in config.config_groups.items():
+        storage = group.format or config.storage
+        if storage == "naive-quantized":
+            storage = _NAIVE.get(str(group.weights.get("type", "int")), storage)
+        weights = validated(source, WEIGHTS[storage], "config_groups", name, "weights")
+        found += [(target, Group(storage, weights)) for target in group.targets]
+    return found
+
+
+def activations(config: dict) -> Iterable[str]:
+    """How a config that can be read has activations and the cache quantized, in words."""
+    read = _Config.model_validate(config)
+    for group in read.config_groups.values():
+        if group.input_activations:
+            yield f"inputs of matrices ({group.input_activations})"
+        if group.output_activations:
+            yield f"outputs of matrices ({group.output_activations})"
+    if read.kv_cache_scheme:
+        yield f"cache of keys and values ({read.kv_cache_scheme})"
 
 
 def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
@@ -71,8 +106,12 @@ def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-class _Weights(BaseModel):
-    """The `weights` of a config group, as far as grids can be read."""
+class Weights(BaseModel):
+    """The `weights` of a config group, as far as they can be read."""
+
+
+class PackedIntegers(Weights):
+    """Of `pack-quantized`."""
 
     num_bits: Literal[4, 8]
     type: Literal["int"] = "int"
@@ -84,14 +123,97 @@ class _Weights(BaseModel):
 
     @property
     def scheme(self) -> Scheme:
-        whole_row = self.strategy == "channel" or self.group_size in (0, -1)
+        whole_row = self.strategy != "group" or self.group_size in (0, -1)
         return Scheme(self.num_bits, None if whole_row else self.group_size, self.symmetric)
+
+
+class Integers(PackedIntegers):
+    """Of `int-quantized`."""
+
+    strategy: Literal["group", "channel", "tensor"]  # type: ignore[assignment]
+
+
+class _Floats(Weights):
+    type: Literal["float"]
+    symmetric: Literal[True] = True
+
+
+_Size = Annotated[int, Field(ge=1)]
+
+
+class Float8(_Floats):
+    """Of `float-quantized`."""
+
+    num_bits: Literal[8]
+    strategy: Literal["tensor", "channel", "group", "block"]
+    group_size: int | None = None
+    block_structure: tuple[_Size, _Size] | None = None
+
+    @model_validator(mode="after")
+    def _has_its_size(self) -> Self:
+        if self.strategy in ("group", "block") and self.block is None:
+            raise ValueError(f"strategy {self.strategy} lacks its size")
+        return self
+
+    @property
+    def block(self) -> tuple[int, int] | None:
+        """The rows and columns that share a scale, where the config says how many."""
+        if self.strategy == "group" and self.group_size is not None and self.group_size > 0:
+            return 1, self.group_size
+        return self.block_structure if self.strategy == "block" else None
+
+
+class Microscaled8(_Floats):
+    """Of `mxfp8-quantized`."""
+
+    num_bits: Literal[8]
+    strategy: Literal["group"]
+    group_size: Literal[32]
+
+
+class Microscaled4(_Floats):
+    """Of `mxfp4-pack-quantized`."""
+
+    num_bits: Literal[4]
+    strategy: Literal["group"]
+    group_size: Literal[32]
+
+
+class Nvidia4(_Floats):
+    """Of `nvfp4-pack-quantized`."""
+
+    num_bits: Literal[4]
+    strategy: Literal["tensor_group"]
+    group_size: Literal[16]
+
+
+WEIGHTS: dict[Storage, type[Weights]] = {
+    "pack-quantized": PackedIntegers,
+    "int-quantized": Integers,
+    "float-quantized": Float8,
+    "naive-quantized": Float8,  # of a type that is neither: refused
+    "mxfp8-quantized": Microscaled8,
+    "mxfp4-pack-quantized": Microscaled4,
+    "nvfp4-pack-quantized": Nvidia4,
+}
+
+
+class _Activations(BaseModel):
+    """How activations are quantized, as far as it is named."""
+
+    num_bits: int = 8
+    type: Literal["int", "float"] = "int"
+    dynamic: bool | Literal["local"] = False
+
+    def __str__(self) -> str:
+        return f"{self.num_bits}-bit {self.type}, {'dynamic' if self.dynamic else 'static'}"
 
 
 class _Group(BaseModel):
     targets: list[Annotated[str, AfterValidator(check_target)]]
-    weights: _Weights
-    input_activations: None = None
+    weights: dict[str, Any]
+    input_activations: _Activations | None = None
+    output_activations: _Activations | None = None
     format: Storage | None = None
 
 
@@ -104,6 +226,7 @@ class _Config(BaseModel):
 
     config_groups: dict[str, _Group]
     format: Storage | Literal["mixed-precision"] = "pack-quantized"
+    kv_cache_scheme: _Activations | None = None
     transform_config: None = None  # rotations at run time
     # Only "dense": otherwise weights are stored without their zeros.
     sparsity_config: _Sparsity | None = None

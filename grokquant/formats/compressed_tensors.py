@@ -16,8 +16,15 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.formats import compressed_config, int_quantized
-from grokquant.formats.compressed_config import Storage, config_of, schemes_of
+from grokquant.formats import compressed_config, float_quantized, int_quantized
+from grokquant.formats.compressed_config import (
+    Group,
+    Integers,
+    PackedIntegers,
+    Storage,
+    config_of,
+    groups_of,
+)
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.reading import check_group_size, check_packed, packed_tensor
 from grokquant.formats.targets import first_match
@@ -27,7 +34,17 @@ from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = compressed_config.NAME
 
-_ENDINGS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+# What follows `X.` in the names of the tensors that stand for a matrix.
+_PARTS: dict[Storage, tuple[str, ...]] = {
+    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    "int-quantized": ("weight", "weight_scale", "weight_zero_point"),
+    "float-quantized": ("weight", "weight_scale"),
+    "mxfp8-quantized": ("weight", "weight_scale"),
+    "mxfp4-pack-quantized": ("weight_packed", "weight_scale"),
+    "nvfp4-pack-quantized": ("weight_packed", "weight_scale", "weight_global_scale"),
+}
+# Of a `X.weight` that holds codes.
+_CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
 _DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -103,48 +120,49 @@ def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> di
 
 
 def unpacked(source: Source) -> Source:
-    """`source` with each quantized matrix presented as one `X.weight` that reads as a QTensor.
+    """`source` with each quantized matrix presented as one `X.weight`.
 
-    Both storages are read: words, and an int8 per code.
+    It reads as a QTensor where it is stored in integers, else as floats.
     """
-    schemes = schemes_of(source)
-    tensors: dict[str, TensorRef] = {}
+    groups = groups_of(source)
+    tensors = dict(source.tensors)
     for name, ref in source.tensors.items():
         stem, _, ending = name.rpartition(".")
-        if ending == "weight_packed" or (ending == "weight" and ref.dtype == torch.int8):
-            found = first_match(stem, schemes)
-            if found is None:
+        if ending == "weight_packed" or (ending == "weight" and ref.dtype in _CODE_DTYPES):
+            group = first_match(stem, groups)
+            if group is None:
                 raise InputError(f"{source.path / 'config.json'}: no config group targets {stem}")
-            tensors[f"{stem}.weight"] = _unpacked_ref(source, f"{stem}.weight", *found)
-        elif ending not in _ENDINGS or not _is_packed(source, stem):
-            tensors[name] = ref
+            matrix = _unpacked_ref(source, f"{stem}.weight", group)
+            for part in _PARTS[group.storage]:
+                tensors.pop(f"{stem}.{part}", None)
+            if matrix.name in tensors:
+                raise InputError(f"{source.path}: {matrix.name} is stored twice, packed and not")
+            tensors[matrix.name] = matrix
     return replace(source, tensors=tensors)
 
 
-def _is_packed(source: Source, stem: str) -> bool:
-    """Whether a module has codes, to which its scales, shape and zero points then belong."""
-    weight = source.tensors.get(f"{stem}.weight")
-    int8 = weight is not None and weight.dtype == torch.int8
-    return int8 or f"{stem}.weight_packed" in source.tensors
-
-
-def _unpacked_ref(source: Source, tensor: str, scheme: Scheme, storage: Storage) -> TensorRef:
-    in_words = storage == "pack-quantized"
-    codes = packed_tensor(source, f"{tensor}_packed" if in_words else tensor)
+def _unpacked_ref(source: Source, tensor: str, group: Group) -> TensorRef:
+    weights = group.weights
+    if not isinstance(weights, PackedIntegers):
+        return float_quantized.dense_ref(source, tensor, group.storage, weights)
     scale = packed_tensor(source, f"{tensor}_scale")
     if scale.dtype not in _DTYPE_NAMES:
         raise InputError(f"{source.path}: {scale.name} has the unsupported dtype {scale.dtype}")
-    scheme = replace(scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
-    rows, last = codes.shape if len(codes.shape) == 2 else (0, 0)
-    shape = (rows, last * 32 // scheme.bits if in_words else last)
-    layout = (packed_layout if in_words else int_quantized.packed_layout)(tensor, shape, scheme)
-    refs = check_packed(source, layout, scheme)
+    scheme = replace(weights.scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
+    if isinstance(weights, Integers):
+        return int_quantized.unpacked_ref(source, tensor, weights, scheme, scale)
+    return _words_ref(source, tensor, scheme, scale)
+
+
+def _words_ref(source: Source, tensor: str, scheme: Scheme, scale: TensorRef) -> TensorRef:
+    words = packed_tensor(source, f"{tensor}_packed")
+    rows, last = words.shape if len(words.shape) == 2 else (0, 0)
+    shape = (rows, last * 32 // scheme.bits)
+    refs = check_packed(source, packed_layout(tensor, shape, scheme), scheme)
     check_group_size(source, tensor, scheme, shape[1])
 
     def load() -> QTensor:
         packed = {ref.name: ref.read() for ref in refs}
-        if not in_words:
-            return int_quantized.unpack(tensor, packed, scheme)
         if packed[f"{tensor}_shape"].tolist() != list(shape):
             raise InputError(f"{source.path}: {tensor}_shape contradicts {tensor}_packed")
         return unpack(tensor, packed, scheme)
@@ -166,5 +184,6 @@ FORMAT = Format(
     constants=constants,
     unpack=unpack,
     unpacked=unpacked,
+    activations=compressed_config.activations,
     quantization_config=quantization_config,
 )

@@ -26,6 +26,11 @@ def _no_sidecar_files(config: dict) -> dict[str, dict]:
     return {}
 
 
+def _no_activations(config: dict) -> Iterable[str]:
+    """The `activations` of formats that quantize weights alone."""
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadableFormat:
     """A format that can be read.
@@ -33,10 +38,13 @@ class ReadableFormat:
     `unpacked(source)` presents each packed matrix of a source as one tensor `X.weight`, which reads
     as a QTensor, or as floats where the format stores floats. It raises InputError for a
     `quantization_config` that it does not support and for packed tensors that contradict it.
+    `activations(config)` says how a `quantization_config` that `unpacked` has accepted has
+    activations quantized, in words; a note names them, since only weights are read.
     """
 
     name: str
     unpacked: Callable[[Source], Source]
+    activations: Callable[[dict], Iterable[str]] = _no_activations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,12 @@ asymmetric ones are only read.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, Field, field_validator
+from pydantic import AliasChoices, BaseModel, Field, field_validator
 from torch import Tensor
 
 from grokquant.errors import InputError
@@ -34,6 +34,8 @@ from grokquant.grids import Scheme
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "gptq"
+Version = Literal["gptq", "gptq_v2"]
+Grid = tuple[Scheme, bool]
 
 _CONFIG_NAME = "quantize_config.json"
 _SCALE_DTYPE = "float16"
@@ -82,7 +84,7 @@ def pack_into(packed: Mapping[str, Tensor], tensor: str, rows: slice, quantized:
     stored = (zeros - scheme.qmin - 1) % (1 << scheme.bits)
     words = slice(rows.start * scheme.bits // 32, rows.stop * scheme.bits // 32)
     qzeros[:, words] = _to_words(stored, scheme.bits).T.to(device)
-    g_idx.copy_(_natural_order(len(g_idx), len(scales)))
+    g_idx.copy_(natural_order(len(g_idx), len(scales)))
 
 
 def constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tensor]:
@@ -93,11 +95,11 @@ def constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, 
     zeros = torch.full((rows, groups), -scheme.qmin - 1)  # stored minus one
     return {
         f"{stem}.qzeros": _to_words(zeros, scheme.bits).T,
-        f"{stem}.g_idx": _natural_order(columns, groups),
+        f"{stem}.g_idx": natural_order(columns, groups),
     }
 
 
-def _natural_order(columns: int, groups: int) -> Tensor:
+def natural_order(columns: int, groups: int) -> Tensor:
     """int32 [in]: the group of each column, without act-order."""
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
@@ -149,26 +151,32 @@ def unpacked(source: Source) -> Source:
     It reads as a QTensor, or as a dense matrix where act-order has reordered its columns.
     """
     config = validated(source, _Config)
+    return unpacked_by(source, config.grid_of, config.checkpoint_format)
+
+
+def unpacked_by(source: Source, grid_of: Callable[[str], Grid], version: Version) -> Source:
+    """The same, where `grid_of` a module's name is its grid and whether its columns are reordered.
+    Zero points are stored minus one in version `gptq`."""
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         stem, _, ending = name.rpartition(".")
         if ending == "qweight":
-            tensors[f"{stem}.weight"] = _unpacked_ref(source, stem, config)
+            tensors[f"{stem}.weight"] = _unpacked_ref(source, stem, grid_of(stem), version)
         elif ending not in _ENDINGS or f"{stem}.qweight" not in source.tensors:
             tensors[name] = ref
     return replace(source, tensors=tensors)
 
 
-def _unpacked_ref(source: Source, stem: str, config: "_Config") -> TensorRef:
+def _unpacked_ref(source: Source, stem: str, grid: Grid, version: Version) -> TensorRef:
     refs = {ending: packed_tensor(source, f"{stem}.{ending}") for ending in _ENDINGS}
-    scheme, desc_act = config.grid_of(stem)
+    scheme, desc_act = grid
     groups, shape = _groups_and_shape(refs)
     if groups == 0 or scheme.groups(shape[1]) != groups:
         raise InputError(
             f"{source.path}: {stem}.scales has {groups} groups, which does not match {scheme}"
         )
     check_packed(source, packed_layout(f"{stem}.weight", shape, scheme), scheme)
-    minus = 1 if config.checkpoint_format == "gptq" else 0
+    minus = 1 if version == "gptq" else 0
 
     def load() -> QTensor:
         packed = {ref.name: ref.read() for ref in refs.values()}
@@ -213,7 +221,7 @@ def _check_groups(source: Source, name: str, g_idx: Tensor, groups: int, desc_ac
     """Raises InputError where columns have no group, or are reordered without `desc_act`."""
     if ((g_idx < 0) | (g_idx >= groups)).any():
         raise InputError(f"{source.path}: {name} refers to groups that do not exist")
-    if not desc_act and not torch.equal(g_idx, _natural_order(len(g_idx), groups)):
+    if not desc_act and not torch.equal(g_idx, natural_order(len(g_idx), groups)):
         raise InputError(f"{source.path}: {name} reorders columns, but desc_act is false")
 
 
@@ -270,7 +278,9 @@ class _Config(BaseModel):
     group_size: Annotated[int, Field(ge=-1)]
     desc_act: bool = False
     sym: bool = True
-    checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
+    checkpoint_format: Version = Field(
+        "gptq", validation_alias=AliasChoices("checkpoint_format", "format")
+    )
     dynamic: dict[str, _Grid | bool] | None = None
     # True: the codes are in the order of the Marlin kernels, under the same names.
     is_marlin_format: Literal[False] = False
@@ -282,7 +292,7 @@ class _Config(BaseModel):
             check_target("re:" + rule[2:] if rule[:2] in ("+:", "-:") else "re:" + rule)
         return rules
 
-    def grid_of(self, stem: str) -> tuple[Scheme, bool]:
+    def grid_of(self, stem: str) -> Grid:
         """The grid of a module and whether its columns are reordered: the common settings as
         changed by the first `dynamic` rule that matches."""
         found = {key: getattr(self, key) for key in _Grid.model_fields}
@@ -291,9 +301,12 @@ class _Config(BaseModel):
                 given = changes.model_dump() if isinstance(changes, _Grid) else {}
                 found |= {key: value for key, value in given.items() if value is not None}
                 break
-        whole_row = found["group_size"] in (-1, 0)
-        group = None if whole_row else found["group_size"]
-        return Scheme(found["bits"], group, found["sym"], _SCALE_DTYPE), found["desc_act"]
+        return scheme_of(found["bits"], found["group_size"], found["sym"]), found["desc_act"]
+
+
+def scheme_of(bits: int, group_size: int, sym: bool) -> Scheme:
+    """A grid in the words of the format, where -1 is a group as long as a row."""
+    return Scheme(bits, None if group_size in (-1, 0) else group_size, sym, _SCALE_DTYPE)
 
 
 FORMAT = Format(

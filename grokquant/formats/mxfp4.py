@@ -19,6 +19,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats.format import ReadableFormat
 from grokquant.formats.reading import packed_tensor
+from grokquant.formats.scaled_floats import from_exponents, from_float4
 from grokquant.types import Source, TensorRef
 
 NAME = "mxfp4"
@@ -26,10 +27,6 @@ NAME = "mxfp4"
 _BLOCKS = "_blocks"
 _SCALES = "_scales"
 _BLOCK = 32  # weights that share a scale
-_BIAS = 127  # of a scale's exponent (e8m0)
-_NAN = 255  # the scale that stands for NaN
-_POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = torch.tensor([*_POSITIVE, *(-value for value in _POSITIVE)])
 
 
 def unpacked(source: Source) -> Source:
@@ -84,10 +81,7 @@ def _read(ref: TensorRef, part: tuple[slice, ...]) -> Tensor:
 
 def _dense(blocks: Tensor, scales: Tensor) -> Tensor:
     """uint8 [.., blocks, 16] and [.., blocks] to bfloat16 [.., blocks * 32]."""
-    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (.., blocks, 32)
-    exponents = scales.to(torch.int32).unsqueeze(-1) - _BIAS
-    values = torch.ldexp(_VALUES[codes.int()], exponents)
-    values[scales == _NAN] = torch.nan
+    values = from_float4(blocks) * from_exponents(scales).unsqueeze(-1)  # (.., blocks, 32)
     return values.flatten(-2).to(torch.bfloat16)
 
 

@@ -1,5 +1,7 @@
 """Checks that formats share when they read quantized matrices made by others."""
 
+from functools import reduce
+from operator import getitem
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,13 +14,17 @@ from grokquant.types import Source, TensorRef
 Config = TypeVar("Config", bound=BaseModel)
 
 
-def validated(source: Source, model: type[Config]) -> Config:
-    """The `quantization_config` of a source. Raises InputError naming the key that is wrong."""
+def validated(source: Source, model: type[Config], *keys: str) -> Config:
+    """The `quantization_config` of a source, or the part of it at `keys`.
+
+    Raises InputError naming the key that is wrong.
+    """
+    path = ("quantization_config", *keys)
     try:
-        return model.model_validate(source.config["quantization_config"])
+        return model.model_validate(reduce(getitem, path, source.config))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, ("quantization_config", *first["loc"])))
+        key = ".".join(map(str, (*path, *first["loc"])))
         text = first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.40}"
         raise InputError(

@@ -36,7 +36,11 @@ SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*\.safetensors")
 # Far above any real checkpoint; more is damage, or an attack on memory.
 MAX_HEADER_BYTES = 25_000_000
 # Where older writers describe their quantization, if config.json does not, and their quant_method.
-OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+OLDER_CONFIGS = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
