@@ -83,12 +83,13 @@ class QTensor:
 
     def rows(self, part: slice) -> "QTensor":
         """A view of some rows."""
-        return self._each(lambda tensor: tensor[part])
+        return self.each(lambda tensor: tensor[part])
 
     def to(self, device: torch.device) -> "QTensor":
-        return self._each(lambda tensor: tensor.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "QTensor":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "QTensor":
+        """What `change` makes of each tensor, which all have a row for each output."""
         spans = (self.zero_points, self.offsets, self.headers)
         changed = (None if span is None else change(span) for span in spans)
         return QTensor(change(self.codes), change(self.scales), self.scheme, *changed)

@@ -76,8 +76,9 @@ class Inputs:
 
     H: Tensor
     tokens: int = 800
+    aim: None = None
 
-    def hessian(self, block: int | None) -> list[Tensor]:
+    def hessian(self, block: int | None, weighted: bool = False) -> list[Tensor]:
         return [self.H.clone()]
 
     def once(self, key: object, make: Callable) -> object:

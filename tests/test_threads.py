@@ -21,9 +21,9 @@ from grokquant.toy import TOY_PATH
 # Operations that compute each of their results from one element of each operand, with one rounding,
 # or from none: threads that share them change no bit. All others belong in a piece.
 EXACT = """
-    _to_copy abs add add_ alias all aminmax bucketize copy_ detach diagonal div_ eq flip gather
-    index lift_fresh mul mul_ ne permute select slice split split_with_sizes sub_ tril_ triu triu_
-    view
+    _to_copy _unsafe_view abs add add_ alias all aminmax bucketize clone copy_ detach diagonal div
+    div_ eq flip gather index lift_fresh mul mul_ ne new_zeros permute select slice split
+    split_with_sizes stack sub sub_ transpose tril tril_ triu triu_ unsqueeze view zeros_like
 """
 # Parameters of a new model, drawn before its own are read.
 DRAWN = {"normal_", "uniform_"}
@@ -73,11 +73,21 @@ def qwen2_moe(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(params=["grok", "qwen2_moe"])
+@pytest.fixture(
+    params=[
+        ("grok", "gptq"),
+        ("qwen2_moe", "gptq"),
+        ("grok", "two-sided"),
+        ("qwen2_moe", "two-sided"),
+    ],
+    ids=" ".join,
+)
 def recipe(request, tiny_recipe) -> Recipe:
     attention = ATTENTION | {"method": "gptq", "bits": 8, "group": 32}
-    source = request.getfixturevalue(request.param)
-    return tiny_recipe(EXPERTS, attention, model={"path": str(source)})
+    family, method = request.param
+    source = request.getfixturevalue(family)
+    experts = EXPERTS | {"method": method}
+    return tiny_recipe(experts, attention, model={"path": str(source)})
 
 
 def test_any_number_of_threads_gives_the_same_bytes(recipe, request):

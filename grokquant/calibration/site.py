@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 from torch import Tensor
 
 from grokquant.calibration.hessian import Hessian, accumulate, blend
-from grokquant.methods.method import UnusableHessian
+from grokquant.methods.method import Aim, UnusableHessian
 
 T = TypeVar("T")
 # Makes an iterator over inputs [some tokens, features], each time it is called.
@@ -28,7 +28,8 @@ class Prior:
 class Site:
     """`tokens` inputs of `features` features, which the matrices of one site read.
 
-    `refusal` says why the Hessian must not be used; `prior` is blended with it.
+    `refusal` says why the Hessian must not be used; `prior` is blended with it. `aim` is what the
+    outputs should be.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Site:
     inputs: Inputs
     refusal: str | None = None
     prior: Prior | None = None
+    aim: Aim | None = None
     _made: tuple[object, object] | None = None
 
     @property
@@ -46,17 +48,28 @@ class Site:
         prior = f"{self.prior.tokens:.0f}"
         return f"{self.tokens} tokens, blended with all tokens as a prior of {prior}"
 
-    def hessian(self, block: int | None) -> list[Tensor]:
+    def hessian(self, block: int | None, weighted: bool = False) -> list[Tensor]:
         """The diagonal blocks of the Hessian, of `block` columns each; None makes one of all.
 
-        Raises UnusableHessian with the reason.
+        With `weighted`, tokens count by the weights of the aim. Raises UnusableHessian with the
+        reason.
         """
         if self.refusal:
             raise UnusableHessian(self.refusal)
-        own = accumulate(self.inputs(), self.features, block)
+        inputs = self._weighted_inputs() if weighted else self.inputs()
+        own = accumulate(inputs, self.features, block)
         if self.prior is not None:
             own = blend(own, self.prior.everyone(block), self.prior.tokens)
         return own.blocks
+
+    def _weighted_inputs(self) -> Iterator[Tensor]:
+        """Inputs times the square roots of their weights, in the inputs' dtype."""
+        assert self.aim is not None
+        start = 0
+        for X in self.inputs():
+            weights = self.aim.weights[start : start + len(X)].to(X.device)
+            start += len(X)
+            yield (X * weights.sqrt().unsqueeze(1)).to(X.dtype)
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """The result of `make`, cached until `key` changes.

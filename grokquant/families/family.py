@@ -51,7 +51,9 @@ class Family:
         gate_up_proj   [2 * inner, hidden]   rows of gate, then rows of up; g u g u if `interleaved`
         down_proj      [hidden, inner]       both transposed if `transposed`
 
-    and biases if `biased`.
+    and biases if `biased`. `router_norm` is the module of a layer whose outputs router and experts
+    read. The sum of the experts' gated outputs is added to the residual, after the module
+    `mixture_norm` if that has a name; it is None if the layer does more with the sum.
 
     config.json: `fields` picks the fields that define the model, given the file's path and content;
     it raises InputError if they describe no model of the family. An output's config.json has the
@@ -76,6 +78,8 @@ class Family:
     transposed: bool = False
     interleaved: bool = False
     biased: bool = False
+    router_norm: str = "post_attention_layernorm"
+    mixture_norm: str | None = ""
     fields: Callable[[Path, dict], dict] = check_fields
     only_own_fields: bool = False
     other_fields: frozenset[str] = frozenset()
@@ -149,6 +153,13 @@ class Family:
             if self.num_experts(config, layer)
             for module in self.unquantized
         ]
+
+    def router(self, config: PreTrainedConfig, layer: int) -> tuple[str, str] | None:
+        """Checkpoint names of a layer's router and of the norm before it; None if it is dense."""
+        if not self.num_experts(config, layer):
+            return None
+        prefix = self.layer_prefix.format(layer=layer)
+        return f"{prefix}{self.unquantized[0]}.weight", f"{prefix}{self.router_norm}.weight"
 
     def parameter_name(self, layer: nn.Module, index: int, tensor: str) -> str:
         """The name of the parameter in decoder layer `index` that holds a checkpoint tensor."""

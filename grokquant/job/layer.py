@@ -1,6 +1,6 @@
 """Quantizing one layer while the calibration tokens pass through it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from grokquant.calibration.hessian import Hessian, accumulate
 from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
+from grokquant.job.mixture import Mixture, Original
 from grokquant.job.plan import Plan
 from grokquant.job.unit import report_of, round_unit
 from grokquant.job.workdir import States
 from grokquant.memory import memory_for
 from grokquant.methods import METHODS
-from grokquant.methods.method import errors_of
+from grokquant.methods.method import Aim, Needs, errors_of
 from grokquant.recipe import ExpertsSection
-from grokquant.streaming.blocks import BlockwiseModel, Expert
+from grokquant.streaming.blocks import BlockwiseModel, Combine, Expert, Routed
 from grokquant.types import QTensor, Unit, UnitReport
 
 # Weight of the Hessian of all tokens in that of a starved expert, in tokens per input feature.
@@ -68,6 +69,8 @@ class LayerQuantizer:
         self.revises = any(METHODS[name].revises for name in methods)
         self._held: dict[str, tuple[QTensor, UnitReport]] = {}
         self._everyone: dict[int | None, Hessian] = {}
+        self._original: Original | None = None
+        self._mixture: Mixture | None = None
 
     def run(self, states: States) -> States:
         """Quantizes the layer and returns the states after it, its errors included."""
@@ -86,23 +89,79 @@ class LayerQuantizer:
         """A tensor of the layer as the source has it, on the model's device."""
         return self.plan.checkpoint.source.tensors[tensor].load_on(self.model.device)
 
+    def expert_tensors(self, expert: int) -> Mapping[str, str]:
+        return self.model.family.expert_tensors(self.index, expert)
+
+    @property
+    def mixture_gain(self) -> Tensor | None:
+        norm = self.model.family.mixture_norm
+        if not norm:
+            return None
+        return self.model.layers[self.index].get_parameter(f"{norm}.weight").float().cpu()
+
+    def slopes(self, expert: int, gate: Tensor, up: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.model.slopes(self.index, expert, gate, up, rows)
+
+    def head_directions(self) -> Tensor:
+        return self.model.head_directions
+
+    def later_routers(self) -> Iterator[Tensor]:
+        config = self.model.config
+        for later in range(self.index + 1, config.num_hidden_layers):
+            if names := self.model.family.router(config, later):
+                router, gain = (self.original(name).float() for name in names)
+                yield router * gain
+
     def _run_reference(self, hidden: Tensor | None) -> Tensor | None:
         """The states after this layer of the original model, before anything is quantized."""
         if hidden is None:
             return None
         self.reference_inputs = hidden
-        combine = self.model.combine_experts(self.index, self._stored_expert)
+        combine = self._record_original(hidden) if self._has_aim else self._combine_stored()
         self.reference_outputs = self.model.run_layer(self.index, hidden, combine)
         return self.reference_outputs
 
-    def _stored_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
+    @property
+    def _has_aim(self) -> bool:
+        """Whether experts are rounded towards what their sum is in the original."""
+        needed = {METHODS[unit.method].needs for unit in self.units if unit.expert is not None}
+        return Needs.REFERENCE in needed and self.model.family.mixture_norm is not None
+
+    def _combine_stored(self) -> Combine:
+        return self.model.combine_experts(self.index, self._stored_expert)
+
+    def _stored_expert(self, expert: int, routed: Routed) -> Expert:
         return self.model.stored_expert(self.index, expert)
+
+    def _record_original(self, hidden: Tensor) -> Combine:
+        """Combines the experts as they are stored and keeps what they take and give."""
+        before = self.model.without_experts(self.index, hidden).flatten(0, 1)
+        combine = self._combine_stored()
+
+        def combine_and_keep(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            outputs = combine(x, experts, gates)
+            self._original = Original(x, outputs, before)
+            return outputs
+
+        return combine_and_keep
 
     def _run_quantized(self, hidden: Tensor) -> Tensor:
         self.tokens_per_expert = []
         self._quantize_outside_experts(hidden)
         combine = self.model.combine_experts(self.index, self._make_expert)
-        return self.model.run_layer(self.index, hidden, combine)
+        original = self._original
+        if original is None:
+            return self.model.run_layer(self.index, hidden, combine)
+        if not self.revises:  # then the layer runs again, and its memory is kept
+            self._original = None
+        before = self.model.without_experts(self.index, hidden).flatten(0, 1)
+
+        def aim_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            stored = self._combine_stored()(x, experts, gates)
+            self._mixture = Mixture(original, before, stored, self.mixture_gain)
+            return combine(x, experts, gates)
+
+        return self.model.run_layer(self.index, hidden, aim_and_combine)
 
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
         """Attention and dense MLPs, site by site in the order of the computation."""
@@ -118,15 +177,16 @@ class LayerQuantizer:
                 quantized = known[unit.name] or self._round(unit, own)
                 self.model.replace(self.index, unit.tensor, quantized.dequantize())
 
-    def _make_expert(self, expert: int, x: Tensor, token: Tensor) -> Expert:
-        """Quantizes gate and up on one site, then down on the hidden units that they make.
-
-        `x` [tokens, hidden] are the inputs of all experts, `token` [routed] those of this one.
-        """
+    def _make_expert(self, expert: int, given: Routed) -> Expert:
+        """Quantizes gate and up on one site, then down on the hidden units that they make."""
+        x = given.x
+        token = given.token
         self.tokens_per_expert.append(len(token))
+        to_inner, to_down = self._aims(expert, given)
         routed = self._inputs(x, token)
         everyone = partial(self._everyones_hessian, x)
         site = self._site(expert, "gate", routed, len(token), x.shape[1], everyone)
+        site.aim = to_inner
         W_gate = self._expert_weight(expert, "gate", site)
         W_up = self._expert_weight(expert, "up", site)
         hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
@@ -144,9 +204,26 @@ class LayerQuantizer:
             features,
             lambda block: accumulate(all_hidden_units(), features, block),
         )
+        site.aim = to_down
         W_down = self._expert_weight(expert, "down", site)
         bias = self.model.expert_bias(self.index, expert, "down")
         return lambda x: F.linear(hidden_units(x), W_down, bias)
+
+    def _aims(self, expert: int, routed: Routed) -> tuple[Aim | None, Aim | None]:
+        """What gate and up, and what down of an expert should give."""
+        mixture = self._mixture
+        if mixture is None:
+            return None, None
+        stored = self.model.stored_expert(self.index, expert)
+        outputs = mixture.outputs_for(
+            routed, self.model.by_rows(stored, routed.x[routed.token]).cpu()
+        )
+        bias = self.model.expert_bias(self.index, expert, "down")
+        if bias is not None:
+            outputs -= bias.float().cpu()
+        weights = mixture.weights_of(routed)
+        reference = self._inputs(mixture.inputs, routed.token)
+        return Aim(weights, reference=reference), Aim(weights, outputs=outputs)
 
     def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
         """The rows `token` of x (default: all), some at a time on the model's device."""

@@ -174,10 +174,10 @@ def _output_energy(W: Tensor, feedback: Feedback) -> float:
 
     F has replaced H in memory, so H is (F D F^T) - shift I here.
     """
-    probes = _probes(W)
+    P = probes(W)
     energy = 0.0
     for factor in feedback.factors:
-        Y = probes[:, factor.columns]  # (probes, block)
+        Y = P[:, factor.columns]  # (probes, block)
         add_up = partial(_energy_of, Y, factor)
         energy += sum(_by_columns(add_up, factor.F))
         energy -= factor.shift * alone(Y.norm).item() ** 2
@@ -192,7 +192,7 @@ def _energy_of(Y: Tensor, factor: Factor, part: slice) -> float:
     return (YF.square_() @ factor.D[part]).sum(dtype=torch.float64).item()
 
 
-def _probes(W: Tensor) -> Tensor:
+def probes(W: Tensor) -> Tensor:
     """A float32 matrix P [at most _PROBES, in] with P^T P close to W^T W."""
     if len(W) <= _PROBES:
         return W.float()

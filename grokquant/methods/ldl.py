@@ -2,7 +2,7 @@
 
 The Hessian of a wide matrix fills a good part of a machine's memory, so nothing here makes a second
 one. The factorisation runs from the last panel of columns to the first and writes to the upper
-triangle only; until it has succeeded, the lower triangle and the saved diagonal still hold H.
+triangle only; the lower triangle and the saved diagonal still hold H.
 
     H = | above above |   1. corner: H minus the products of the rows of R to its right, then
         |   .  corner |      a small Cholesky factorisation
@@ -47,18 +47,20 @@ def permute_(H: Tensor, order: Tensor) -> None:
 def factorize_(H: Tensor, shift: float) -> Tensor | None:
     """Factorises the symmetric H [n, n] + shift I.
 
-    Leaves F above the diagonal of H and returns D [n]. If the sum is not positive definite,
-    restores H and returns None.
+    Leaves F above the diagonal of H and returns D [n]; with the diagonal that H had, `restore_`
+    makes it H again. If the sum is not positive definite, restores H and returns None.
     """
     diagonal = H.diagonal().clone()
     H.diagonal().add_(shift)
     if not _cholesky_(H):
-        _restore_(H, diagonal)
+        restore_(H, diagonal)
         return None
     # R R^T = F D F^T with F = R diag(R)^-1 and D = diag(R)^2.
     pivots = H.diagonal().clone()
     for start, stop in _panels(H):
-        H[:stop, start:stop].div_(pivots[start:stop])
+        H[:start, start:stop].div_(pivots[start:stop])
+        corner = H[start:stop, start:stop]
+        corner.copy_(corner.tril(-1) + corner.triu() / pivots[start:stop])
     return pivots.square_()
 
 
@@ -92,8 +94,9 @@ def _eliminate_(H: Tensor, start: int, stop: int) -> bool:
     return True
 
 
-def _restore_(H: Tensor, diagonal: Tensor) -> None:
-    """Rebuilds the symmetric H from its strict lower triangle and the saved diagonal."""
+def restore_(H: Tensor, diagonal: Tensor) -> None:
+    """Rebuilds the symmetric H from its strict lower triangle, which a factorisation leaves as it
+    was, and the saved diagonal."""
     for start, stop in _panels(H):
         H[:start, start:stop] = H[start:stop, :start].T
         corner = H[start:stop, start:stop].tril_(-1)

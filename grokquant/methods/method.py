@@ -89,19 +89,39 @@ class Cost:
     products: float = 0.0
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What the original model makes of the tokens of a site (for Needs.REFERENCE alone).
+
+    `weights` float32 [tokens], 1 on average, multiply the squared errors of tokens. Outputs should
+    be those for the inputs `reference` of the original, in the parts of the site's own inputs, or
+    `outputs` float32 [tokens, out].
+    """
+
+    weights: Tensor
+    reference: Callable[[], Iterator[Tensor]] | None = None
+    outputs: Tensor | None = None
+
+
 class Site(Protocol):
-    """The input that some matrices share, as calibration saw it."""
+    """The input that some matrices share, as calibration saw it.
+
+    `aim` is there for the matrices of experts whose sum is added to the residual, as it is or after
+    a norm.
+    """
 
     tokens: int
+    aim: Aim | None
 
     def inputs(self) -> Iterator[Tensor]:
         """The inputs [some tokens, in], part by part; another pass for each call."""
         ...
 
-    def hessian(self, block: int | None) -> list[Tensor]:
+    def hessian(self, block: int | None, weighted: bool = False) -> list[Tensor]:
         """The float32 squares along the diagonal of X^T X, of `block` columns each; None makes one.
 
-        They belong to the caller. Raises UnusableHessian with the reason.
+        With `weighted`, tokens count by the weights of the aim. They belong to the caller.
+        Raises UnusableHessian with the reason.
         """
         ...
 
@@ -125,8 +145,34 @@ class Layer(Protocol):
     reference_inputs: Tensor
     reference_outputs: Tensor
 
+    @property
+    def mixture_gain(self) -> Tensor | None:
+        """The gain of the norm that the sum of the experts passes, float32 [hidden], if any."""
+        ...
+
     def original(self, tensor: str) -> Tensor:
         """A tensor of the layer as the source has it, by its checkpoint name."""
+        ...
+
+    def expert_tensors(self, expert: int) -> Mapping[str, str]:
+        """Checkpoint names of an expert's matrices by part: gate, up, down."""
+        ...
+
+    def slopes(self, expert: int, gate: Tensor, up: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Derivatives of hidden units by their gate and by their up, float32 [tokens, some].
+
+        `gate` and `up` are the products of these rows of the two matrices with inputs, without
+        biases.
+        """
+        ...
+
+    def head_directions(self) -> Tensor:
+        """The covariance of the rows of the head, times the gain of the last norm: float32 [hidden,
+        hidden]."""
+        ...
+
+    def later_routers(self) -> Iterator[Tensor]:
+        """The router of each later layer, times the gain of its norm: float32 [experts, hidden]."""
         ...
 
 

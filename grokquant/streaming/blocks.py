@@ -16,6 +16,7 @@ one expert.
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from threading import Lock, local
 from typing import Any
 
@@ -24,10 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from grokquant.calibration.hessian import accumulate
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
-from grokquant.threads import in_order, in_pieces, slices
+from grokquant.threads import alone, in_order, in_pieces, slices
 
 STREAMED = "grokquant-streamed"  # the name of our experts in transformers' registry
 # The dtype of hidden states and weights in calibration. Its products are exact in float32, in which
@@ -44,8 +46,23 @@ INPUTS_AT_ONCE = 32 * TOKENS_IN_PIECE
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 # inputs [tokens, hidden] -> outputs [tokens, hidden]
 Expert = Callable[[Tensor], Tensor]
-# (expert, inputs of all tokens [tokens, hidden], the tokens routed to it [routed]) -> the expert
-MakeExpert = Callable[[int, Tensor, Tensor], Expert]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The tokens of one expert: rows `token` int64 [routed] of `x` [tokens, hidden], the inputs of
+    all experts. `gate` float32 [routed, 1] multiplies its outputs; `combined` float32 [tokens,
+    hidden] is the sum of the gated outputs of the experts before it.
+    """
+
+    x: Tensor
+    token: Tensor
+    gate: Tensor
+    combined: Tensor
+
+
+# (expert, what is routed to it) -> the expert
+MakeExpert = Callable[[int, Routed], Expert]
 
 
 class Place(local):
@@ -79,7 +96,7 @@ class Exchange:
             )
         for whole, rows in zip(self.recorded, given, strict=True):
             whole[part] = rows
-        return torch.zeros_like(x)  # nobody reads it: outputs of the first pass are thrown away
+        return torch.zeros_like(x)  # read by `without_experts` alone
 
 
 def _streamed_experts(self: Any, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -216,6 +233,24 @@ class BlockwiseModel:
         self.model.base_model.forward(input_ids=first)
         return torch.cat(entered)
 
+    @cached_property
+    def head_directions(self) -> Tensor:
+        """The covariance of the rows of the head, times the gain of the last norm: float32 [hidden,
+        hidden]."""
+        tensors = self.source.tensors
+        head = tensors.get("lm_head.weight") or tensors["model.embed_tokens.weight"]
+        gain = tensors["model.norm.weight"].read().float()
+        total = torch.zeros_like(gain)
+
+        def scaled() -> Iterator[Tensor]:
+            for _, rows in head.row_blocks():
+                scaled = rows * gain
+                total.add_(alone(partial(scaled.sum, 0)))
+                yield scaled.to(CALIBRATION_DTYPE)
+
+        gram = accumulate(scaled(), len(gain)).H
+        return gram.sub_(total.outer(total).div_(head.shape[0]))
+
     def free_embedding(self) -> None:
         """Frees everything outside the layers; `embed` and `logits` no longer work."""
         nn.Module.to(self.model, "meta")
@@ -274,6 +309,12 @@ class BlockwiseModel:
             start += hidden.shape[0] * hidden.shape[1]
 
     @torch.no_grad()
+    def without_experts(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states after layer `index` if its routed experts add nothing."""
+        self._exchange(index, hidden.shape[0] * hidden.shape[1])  # whose first pass returns zeros
+        return torch.cat(self._run_rows(index, hidden))
+
+    @torch.no_grad()
     def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:
         """The inputs [tokens, in] of the matrix `tensor` (its checkpoint name) of layer `index`."""
         self._exchange(index, hidden.shape[0] * hidden.shape[1])  # of which only pass 1 runs
@@ -320,26 +361,23 @@ class BlockwiseModel:
             gates = gates.to(x.dtype).float()  # rounded as models round them
             for number in range(self.family.num_experts(self.config, index)):
                 token, slot = torch.where(experts == number)
-                expert = make_expert(number, x, token)
-                gate = gates[token, slot].unsqueeze(1)  # (routed, 1)
-                self._add_outputs(combined, x, token, gate, expert)
+                routed = Routed(x, token, gates[token, slot].unsqueeze(1), combined)
+                expert = make_expert(number, routed)
+                self._add_outputs(routed, expert)
                 del expert  # frees its matrices before the next ones are read
             return combined
 
         return combine
 
-    def _add_outputs(
-        self, combined: Tensor, x: Tensor, token: Tensor, gate: Tensor, expert: Expert
-    ) -> None:
-        """Adds the outputs of an expert for the rows `token` of x [tokens, hidden] to `combined`,
-        each times its `gate` [routed, 1]."""
+    def _add_outputs(self, routed: Routed, expert: Expert) -> None:
+        """Adds the gated outputs of an expert to `combined`."""
 
         def add(part: slice) -> None:
-            rows = token[part]
-            y = expert(x[rows].to(self.device)).float().cpu()  # (part, hidden)
-            combined.index_add_(0, rows, y * gate[part])
+            rows = routed.token[part]
+            y = expert(routed.x[rows].to(self.device)).float().cpu()  # (part, hidden)
+            routed.combined.index_add_(0, rows, y * routed.gate[part])
 
-        self._each(add, slices(0, len(token), self._tokens_at_once))
+        self._each(add, slices(0, len(routed.token), self._tokens_at_once))
 
     def stored_expert(self, index: int, number: int) -> Expert:
         """An expert as the checkpoint holds it; reads its three matrices."""
@@ -367,6 +405,22 @@ class BlockwiseModel:
             return experts._apply_gate(self.family.join(gate, up))
 
         return inner
+
+    def slopes(
+        self, index: int, number: int, gate: Tensor, up: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Derivatives float32 [tokens, some] of an expert's hidden units by their gate and up,
+        float32 products of some rows of its matrices with inputs."""
+        biases = (self.expert_bias(index, number, part) for part in ("gate", "up"))
+        experts = self.family.experts_of(self.layers[index])
+        with torch.enable_grad():
+            inputs = [
+                (Y if bias is None else Y + bias[rows].float()).requires_grad_()
+                for Y, bias in zip((gate, up), biases, strict=True)
+            ]
+            units = experts._apply_gate(self.family.join(*inputs))
+            by_gate, by_up = torch.autograd.grad(units.sum(), inputs)
+        return by_gate, by_up
 
     def inputs_at_once(self, x: Tensor) -> Iterator[Tensor]:
         """Parts of x [tokens, ...], as `by_rows` can take them; none if it is empty."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.streaming.blocks import BlockwiseModel, Expert, Rows
+from grokquant.streaming.blocks import BlockwiseModel, Expert, Routed, Rows
 
 
 class View:
@@ -82,8 +82,8 @@ class Stream:
         view = view or View(slice(0, 0))
         self.chosen = None
 
-        def make_expert(number: int, x: Tensor, routed: Tensor) -> Expert:
-            return view.expert(number, model.stored_expert(index, number), routed)
+        def make_expert(number: int, routed: Routed) -> Expert:
+            return view.expert(number, model.stored_expert(index, number), routed.token)
 
         combine = model.combine_experts(index, make_expert)
 

@@ -93,7 +93,12 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
     attention = sum(prod(unit.shape) * size for unit in outside_experts)
     always = attention + 2 * states + tokens * config.hidden_size * FLOAT
     if plan.needs_reference:
-        always += 2 * states
+        # Its states; the experts' inputs and what is missing in their sum; while that is computed,
+        # two sums in float32 and the states before the experts, of both models.
+        always += 3 * states + tokens * config.hidden_size * FLOAT
+        summing = always + 2 * states + 2 * tokens * config.hidden_size * FLOAT
+        yield Step("layer 0: what its experts should give", summing, "calibration.samples")
+        always += 4 * config.hidden_size**2 * FLOAT  # metrics of the outputs
     for unit in plan.units_of(0):
         yield _calibrated_unit(plan, unit, always)
 

@@ -142,7 +142,7 @@ class _ProbeSite(Site):
         H.diagonal().add_(1.0)  # positive definite, however few the inputs
         return cls(tokens=tokens, features=features, inputs=lambda: iter([X]), H=H)
 
-    def hessian(self, block: int | None) -> list[Tensor]:
+    def hessian(self, block: int | None, weighted: bool = False) -> list[Tensor]:
         return [self.H.clone()]
 
 
@@ -177,12 +177,14 @@ def _by_pieces(plan: Plan, tokens: int) -> float:
 def _passes(matrix: Matrix, unit: Unit | None, reference: bool) -> int:
     """How many times inputs pass through a matrix; `reference`: the original model runs as well.
 
-    A layer runs twice. The inputs of a site outside the experts are captured in another pass. gate
-    and up of an expert run for the Hessian of down and for the outputs, down for the outputs alone.
+    A layer runs twice. With a reference, experts also run as they are stored: in the original, all
+    for the sum that the others should complete, and each for its own part. The inputs of a site
+    outside the experts are captured in another pass. gate and up of an expert run for the Hessian
+    of down and for the outputs, down for the outputs alone.
     """
     if matrix.expert is not None:
         own = 1 if matrix.part == "down" else 2
-        return own + reference
+        return own + 3 * reference
     captured = unit is not None and _needs_data(unit)
     return 2 + captured + 2 * reference
 

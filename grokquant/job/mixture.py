@@ -1,0 +1,105 @@
+"""What the experts of a layer should add up to, so that its output is that of the original.
+
+With the states h before the experts and the sum y of their gated outputs, of the original (f) and
+as quantized (q), the output h_q + y is that of the original for
+
+    y* = y_f + (h_f - h_q)
+
+so errors of attention are made good where experts can. If y passes a norm y / rms(y) * gain first,
+the difference is mapped back through it, and errors of tokens with a small y count more:
+
+    y* = y_f + (h_f - h_q) / gain * rms(y_f)          weight = 1 / rms(y_f)^2
+
+Experts are rounded one after the other. Until its turn, an expert is taken as it was stored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grokquant.streaming.blocks import TOKENS_IN_PIECE, Routed
+from grokquant.threads import alone, in_pieces, slices
+
+# Weights of tokens, and gains, no smaller than this share of the usual ones are divided by.
+_SMALL = 1e-2
+# A gate that is 0 in the working dtype: its token has no weight, and nothing is divided by 0.
+_NO_GATE = 1e-6
+
+
+@dataclass(frozen=True)
+class Original:
+    """The experts of a layer in the original model, for all tokens.
+
+    `inputs` [tokens, hidden]; `outputs` float32 [tokens, hidden], their gated sum; `before`
+    [tokens, hidden], the layer's outputs without that sum.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    before: Tensor
+
+
+class Mixture:
+    """The experts of a layer while they are rounded one after the other.
+
+    `original` are they in the original model; `before` [tokens,
+    hidden] is the quantized layer without them, `stored` float32 [tokens, hidden] what all of them
+    would add as they are stored. `gain` float32 [hidden] is that of the norm after them, if any.
+    """
+
+    def __init__(
+        self, original: Original, before: Tensor, stored: Tensor, gain: Tensor | None
+    ) -> None:
+        self.inputs = original.inputs
+        self.weights = torch.ones(len(before))
+        self._missing = original.outputs.clone()
+
+        def subtract(part: slice) -> None:
+            moved = original.before[part].float() - before[part].float()
+            y = self._missing[part]
+            if gain is not None:
+                rms = y.square().mean(1, keepdim=True).sqrt()
+                self.weights[part] = rms.squeeze(1)
+                moved *= rms / _away_from_zero(gain)
+            y += moved
+            y -= stored[part]
+
+        in_pieces(subtract, slices(0, len(before), TOKENS_IN_PIECE))
+        if gain is not None:
+            self.weights = alone(lambda: _inverse_squares(self.weights))
+
+    def outputs_for(self, routed: Routed, stored: Tensor) -> Tensor:
+        """What an expert should give for the tokens `routed` to it, float32 [routed, hidden].
+
+        `stored` [routed, hidden] are its outputs as it is stored. Called once for each expert, in
+        order.
+        """
+        outputs = torch.empty(stored.shape)
+
+        def share(part: slice) -> None:
+            token = routed.token[part]
+            gate = routed.gate[part]
+            missing = self._missing[token] + stored[part].float() * gate
+            self._missing[token] = missing
+            outputs[part] = (missing - routed.combined[token]) / gate.clamp(min=_NO_GATE)
+
+        in_pieces(share, slices(0, len(outputs), TOKENS_IN_PIECE))
+        return outputs
+
+    def weights_of(self, routed: Routed) -> Tensor:
+        """Squared gates times the tokens' own weights, 1 on average [routed]."""
+        weights = routed.gate.squeeze(1).square() * self.weights[routed.token]
+        return weights / alone(weights.mean).clamp(min=_NO_GATE**2)
+
+
+def _away_from_zero(gain: Tensor) -> Tensor:
+    """The gain [hidden] of a norm, safe to divide by."""
+    least = _SMALL * gain.abs().mean()
+    return torch.where(gain < 0, -1.0, 1.0) * gain.abs().clamp(min=least)
+
+
+def _inverse_squares(rms: Tensor) -> Tensor:
+    """1 / rms^2 [tokens], 1 on average."""
+    weights = rms.clamp(min=_SMALL * rms.mean()) ** -2
+    return weights / weights.mean()

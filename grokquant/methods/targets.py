@@ -1,0 +1,90 @@
+"""Targets of rounding: the weights that give, for the quantized model's inputs, what is wanted.
+
+With inputs x and wanted outputs v of tokens that count w, and H = sum of w x x^T,
+
+    W* = W + S (H + ridge)^-1        S = sum of w (v - W x) x^T        [out, in]
+
+minimizes sum of w |v - W* x|^2 + ridge |W* - W|^2. Rounding that lowers tr(E H E^T), E = What - W*,
+then lowers sum of w |v - What x|^2, but for the ridge (GPTAQ, arXiv 2504.02692; QEP, arXiv
+2504.09629; Qronos, arXiv 2505.11695).
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from grokquant.methods.gptq import Factor
+from grokquant.methods.method import Aim, Site
+from grokquant.threads import in_pieces, slices
+
+# Rows of a product that one thread computes.
+PIECE = 256
+
+
+def weighted(inputs: Callable[[], Iterator[Tensor]], aim: Aim) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of inputs in float32 [some tokens, in] with the weights of their tokens [some, 1]."""
+    start = 0
+    for X in inputs():
+        weights = aim.weights[start : start + len(X)]
+        start += len(X)
+        yield X.float(), weights.to(X.device).unsqueeze(1)
+
+
+def missing_outputs(W: Tensor, site: Site, aim: Aim) -> Tensor:
+    """S float32 [out, in] for W float32 [out, in] where the aim has the wanted outputs."""
+    assert aim.outputs is not None
+    S = torch.zeros_like(W)
+    start = 0
+    for X, weights in weighted(site.inputs, aim):
+        wanted = aim.outputs[start : start + len(X)].to(X.device)
+        start += len(X)
+
+        def add(rows: slice, X: Tensor, weights: Tensor, wanted: Tensor) -> None:
+            missing = (wanted[:, rows] - X @ W[rows].T) * weights
+            S[rows].addmm_(missing.T, X)
+
+        work = partial(add, X=X, weights=weights, wanted=wanted)
+        in_pieces(work, slices(0, len(W), PIECE))
+    return S
+
+
+def moved_inputs(site: Site, aim: Aim) -> Tensor:
+    """Sum of w (x_f - x) x^T, float32 [in, in], where v = W x_f for inputs x_f of the original.
+
+    S is W times that, for all W that read the site.
+    """
+    assert aim.reference is not None
+    total = torch.zeros(0)
+    for (X, weights), reference in zip(weighted(site.inputs, aim), aim.reference(), strict=True):
+        moved = (reference.float() - X) * weights
+        if not len(total):
+            total = X.new_zeros(X.shape[1], X.shape[1])
+
+        def add(rows: slice, X: Tensor, moved: Tensor, total: Tensor) -> None:
+            total[rows].addmm_(moved[:, rows].T, X)
+
+        work = partial(add, X=X, moved=moved, total=total)
+        in_pieces(work, slices(0, len(total), PIECE))
+    return total
+
+
+def times(W: Tensor, A: Tensor) -> Tensor:
+    """W A [out, in], some rows a piece."""
+    return torch.cat(in_pieces(lambda rows: W[rows] @ A, slices(0, len(W), PIECE)))
+
+
+def solve_(S: Tensor, factor: Factor) -> Tensor:
+    """S (H + ridge I)^-1 [out, in] in place of S, for H + ridge I = F diag(D) F^T as factorised."""
+    F = factor.F
+
+    def solve(rows: slice) -> None:
+        Y = S[rows][:, factor.columns]
+        Y = torch.linalg.solve_triangular(F.T, Y, upper=False, left=False, unitriangular=True)
+        Y /= factor.D
+        Y = torch.linalg.solve_triangular(F, Y, upper=True, left=False, unitriangular=True)
+        S[rows, factor.columns] = Y
+
+    in_pieces(solve, slices(0, len(S), PIECE))
+    return S

@@ -1,0 +1,194 @@
+"""Two-sided rounding: towards what the original gives, in the metric of the layer's output.
+
+With E = What - W* the error of a matrix, this lowers
+
+    tr(G E H E^T)        H = sum of w x x^T over tokens     the inputs' side, [in, in]
+                         W* the target                      see `targets`
+                         G = what errors of outputs cost    the outputs' side, see `output_metric`
+
+by GPTQ on W* and H, then by coordinate descent on codes and scales with G (`descent`). Experts are
+rounded so. A token counts w = p^2, the square of its gate, and 1 / rms^2 more where a norm follows
+the sum of the experts. gate and up are to give what they give for the original's inputs, down what
+the sum of all experts lacks (`job/mixture`). Other matrices are rounded by GPTQ.
+"""
+
+from functools import partial
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from grokquant.grids import Scheme
+from grokquant.methods.descent import descend
+from grokquant.methods.gptq import GPTQ, GptqSettings, factorize, probes, round_gptq
+from grokquant.methods.ldl import permute_, restore_
+from grokquant.methods.method import Aim, Cost, Layer, LayerRounding, Method, Needs, Rounded, Site
+from grokquant.methods.output_metric import (
+    interleave,
+    metric_of_inner,
+    metric_of_sum,
+    part_of,
+    slope_moments,
+    units_in_block,
+)
+from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
+from grokquant.methods.scales import ScaleRule
+from grokquant.methods.targets import PIECE, missing_outputs, moved_inputs, solve_, times
+from grokquant.threads import alone, in_pieces, slices
+from grokquant.types import QTensor, Unit
+
+_FLOAT = torch.float32.itemsize
+_INNER_PARTS = ("gate", "up")
+# Added to the diagonal of H for targets and GPTQ, as a share of its mean. down has more inputs, and
+# so fewer tokens for each.
+_RIDGE = 0.05
+_RIDGE_DOWN = 0.2
+# The same in the descent. With one side, as much makes the result worse.
+_DAMPING = 0.5
+_DAMPING_ONE_SIDED = 0.1
+# Sweeps over a matrix, and passes over all codes in each.
+_SWEEPS = 6
+_PASSES = 2
+
+
+class TwoSided(Method):
+    name = "two-sided"
+    text = (
+        "rounds experts towards the outputs of the original, by what errors do to the output of "
+        "the layer, and other matrices as gptq does"
+    )
+    settings = ScaleSettings
+    grid_keys = GRID_KEYS
+    needs = Needs.REFERENCE
+    fallback = RTN
+
+    def round(
+        self, W: Tensor, scheme: Scheme, settings: ScaleSettings, site: Site | None
+    ) -> Rounded:
+        """Rounds a matrix of which nothing is known but its inputs: the outputs count alike."""
+        H = _hessian(site)
+        quantized = _round(W.float(), None, H, scheme, settings.scale, None, _RIDGE)
+        return Rounded(quantized, _output_error(W, quantized, H))
+
+    def cost(self, rows: int, columns: int, settings: ScaleSettings) -> Cost:
+        """Float32 copies: gate and up, their targets and what these are made of, and E H. The
+        products are those of GPTQ, two solutions, and one with H in each sweep."""
+        gptq = GPTQ.cost(rows, columns, GptqSettings())
+        return Cost(
+            working_bytes=gptq.working_bytes + 7 * rows * columns * _FLOAT,
+            shared_products=gptq.shared_products,
+            products=gptq.products + (2 + _SWEEPS) * rows * columns**2,
+        )
+
+    def begin_layer(self, layer: Layer) -> "TwoSidedLayer":
+        return TwoSidedLayer(self, layer)
+
+
+class TwoSidedLayer(LayerRounding):
+    """gate and up of an expert are rounded together, when the first of them is asked for."""
+
+    def __init__(self, method: TwoSided, layer: Layer) -> None:
+        super().__init__(method, layer)
+        self._M: Tensor | None = None
+        self._rounded: dict[str, Rounded] = {}  # gate and up of one expert
+
+    def round(self, unit: Unit, W: Tensor, site: Site | None) -> Rounded:
+        if unit.expert is None:
+            return GPTQ.round(W, unit.scheme, GptqSettings(unit.settings.scale), site)
+        if site is None or site.aim is None:
+            return super().round(unit, W, site)
+        if unit.part == "down":
+            return self._round_down(unit, W.float(), site, site.aim)
+        if unit.name not in self._rounded:
+            self._rounded = self._round_inner(unit, unit.expert, site, site.aim)
+        return self._rounded.pop(unit.name)
+
+    def _metric(self, hidden: int) -> Tensor:
+        if self._M is None:
+            self._M = metric_of_sum(self.layer, hidden)
+        return self._M
+
+    def _round_down(self, unit: Unit, W: Tensor, site: Site, aim: Aim) -> Rounded:
+        H = _hessian(site)
+        S = missing_outputs(W, site, aim)
+        G = self._metric(len(W)).unsqueeze(0)  # one block
+        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, _RIDGE_DOWN)
+        return Rounded(quantized, _output_error(W, quantized, H))
+
+    def _round_inner(self, unit: Unit, expert: int, site: Site, aim: Aim) -> dict[str, Rounded]:
+        """gate and up of an expert, or the one of them that is planned like `unit`."""
+        H = _hessian(site)
+        members = [other for other in self.layer.units if _goes_with(unit, other)]
+        names = self.layer.expert_tensors(expert)
+        gate, up, down = (self.layer.original(names[p]).float() for p in (*_INNER_PARTS, "down"))
+        size = units_in_block(len(gate))
+        moments = slope_moments(self.layer, expert, gate, up, aim, size)
+        places = [_INNER_PARTS.index(member.part) for member in members]
+        moments = moments[:, places][..., places, :]
+        G = metric_of_inner(self._metric(len(down)), down, moments)
+        W = interleave([(gate, up)[place] for place in places], size)
+        del gate, up, down
+        S = times(W, moved_inputs(site, aim))
+        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, _RIDGE)
+        rounded = {}
+        for place, member in enumerate(members):
+            take = partial(part_of, place=place, members=len(members), size=size)
+            own = quantized.each(take)
+            rounded[member.name] = Rounded(own, _output_error(take(W), own, H))
+        return rounded
+
+
+def _goes_with(unit: Unit, other: Unit) -> bool:
+    """Whether `other` is gate or up of the same expert and rounded alike."""
+    same_expert = other.expert == unit.expert and other.part in _INNER_PARTS
+    how = (unit.method, unit.scheme, unit.settings)
+    return same_expert and (other.method, other.scheme, other.settings) == how
+
+
+def _hessian(site: Site | None) -> Tensor:
+    """H [in, in] of a site, tokens weighted by its aim if it has one. Raises UnusableHessian."""
+    assert site is not None, "a method that needs data is given a site"
+    (H,) = site.hessian(None, weighted=site.aim is not None)
+    return H
+
+
+def _round(
+    W: Tensor,
+    S: Tensor | None,
+    H: Tensor,
+    scheme: Scheme,
+    rule: ScaleRule,
+    G: Tensor | None,
+    ridge: float,
+) -> QTensor:
+    """Rounds W float32 [out, in] towards the target that S [out, in] makes of it, or towards W.
+
+    S is overwritten; H [in, in] is, too, but holds the same again at the end.
+    """
+    feedback = factorize([H], ridge, act_order=True)
+    (factor,) = feedback.factors
+    target = W if S is None else solve_(S, factor).add_(W)
+    quantized = round_gptq(target, feedback, scheme, rule).quantized
+    restore_(H, feedback.importance[factor.columns])
+    permute_(H, factor.columns.argsort())
+    damping = _DAMPING_ONE_SIDED if G is None else _DAMPING
+    H.diagonal().add_(damping * alone(feedback.importance.mean))
+    quantized = descend(quantized, target, H, G, _SWEEPS, _PASSES)
+    H.diagonal().copy_(feedback.importance)
+    return quantized
+
+
+def _output_error(W: Tensor, quantized: QTensor, H: Tensor) -> float:
+    """||(W - Q) X|| / ||W X||; from random combinations of the rows if there are many."""
+    lost = probes(W.float() - quantized.dequantize().float())
+    stored = probes(W)
+
+    def energies(part: slice) -> list[float]:
+        return [((P @ H[:, part]) * P[:, part]).sum().item() for P in (lost, stored)]
+
+    parts = in_pieces(energies, slices(0, len(H), PIECE))
+    lost_energy, stored_energy = (sum(values) for values in zip(*parts, strict=True))
+    return sqrt(max(lost_energy, 0.0) / max(stored_energy, 1e-30))
+
+
+TWO_SIDED = TwoSided()

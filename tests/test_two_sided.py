@@ -1,0 +1,266 @@
+"""Two-sided rounding against naive versions, and its runs: resumed, starved, better than GPTQ."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conftest import ATTENTION, EXPERTS
+from torch import Tensor
+
+from grokquant.calibration.site import Site
+from grokquant.job import pipeline
+from grokquant.job.layer import LayerQuantizer
+from grokquant.job.mixture import Mixture, Original
+from grokquant.job.plan import build_plan
+from grokquant.job.workdir import States
+from grokquant.methods import output_metric, targets
+from grokquant.methods.gptq import factorize
+from grokquant.methods.ldl import permute_, restore_
+from grokquant.methods.method import Aim
+from grokquant.methods.rtn import quantize_rtn
+from grokquant.recipe import Recipe
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel, Routed
+from grokquant.text.documents import calibration_rows
+from grokquant.text.tokenizer import load_tokenizer
+from grokquant.types import QTensor, Unit, UnitReport
+
+TWO_SIDED = EXPERTS | {"method": "two-sided"}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def site_of(X: Tensor, aim: Aim) -> Site:
+    """A site whose inputs come in two parts."""
+    return Site(len(X), X.shape[1], lambda: iter(X.split(200)), aim=aim)
+
+
+def weights_of(tokens: int) -> Tensor:
+    weights = random(tokens, seed=9).square() + 0.1
+    return weights / weights.mean()
+
+
+def test_a_factorised_hessian_is_restored():
+    X = random(700, 600)
+    H = X.T @ X
+    before = H.clone()
+    feedback = factorize([H], 0.1, act_order=True)
+    (factor,) = feedback.factors
+    restore_(H, feedback.importance[factor.columns])
+    permute_(H, factor.columns.argsort())
+    assert torch.equal(H, before)
+
+
+def test_targets_are_those_of_ridge_regression():
+    """W* minimizes sum of w |wanted - W* x|^2 + ridge |W* - W|^2."""
+    X, W = random(300, 64), random(32, 64, seed=1)
+    wanted = random(300, 32, seed=2)
+    aim = Aim(weights_of(300), outputs=wanted)
+    site = site_of(X, aim)
+    S = targets.missing_outputs(W, site, aim)
+    (H,) = site.hessian(None, weighted=True)
+    ridge = 0.2 * H.diagonal().mean()
+    (factor,) = factorize([H], 0.2, act_order=True).factors
+    target = W + targets.solve_(S, factor)
+    roots = aim.weights.sqrt()[:, None]
+    rows = torch.cat((X * roots, ridge.sqrt() * torch.eye(64)))
+    values = torch.cat((wanted * roots, ridge.sqrt() * W.T))
+    naive = torch.linalg.lstsq(rows.double(), values.double()).solution.T
+    assert torch.allclose(target.double(), naive, atol=1e-4)
+
+
+def test_inputs_of_the_original_move_targets():
+    """For gate and up the wanted outputs are W x_f."""
+    X, reference, W = random(300, 64), random(300, 64, seed=3), random(32, 64, seed=1)
+    aim = Aim(weights_of(300), reference=lambda: iter(reference.split(200)))
+    moved = targets.moved_inputs(site_of(X, aim), aim)
+    wanted = Aim(aim.weights, outputs=reference @ W.T)
+    missing = targets.missing_outputs(W, site_of(X, wanted), wanted)
+    assert torch.allclose(targets.times(W, moved), missing, atol=1e-3)
+
+
+def test_interleaved_rows_come_back():
+    gate, up = random(24, 5), random(24, 5, seed=1)
+    both = output_metric.interleave([gate, up], 8)
+    assert torch.equal(both[8:16], up[:8]) and torch.equal(both[16:24], gate[8:16])
+    assert torch.equal(output_metric.part_of(both, 0, 2, 8), gate)
+    assert torch.equal(output_metric.part_of(both, 1, 2, 8), up)
+
+
+class Gelu:
+    """A layer whose experts multiply gelu(gate) by up, as far as a metric sees it."""
+
+    def slopes(self, expert: int, gate: Tensor, up: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            inputs = gate.requires_grad_(), up.requires_grad_()
+            units = torch.nn.functional.gelu(gate) * up
+            return torch.autograd.grad(units.sum(), inputs)  # type: ignore[return-value]
+
+
+def test_the_metric_of_gate_and_up_is_what_their_errors_do_to_the_sum():
+    """To first order, for errors in the units of one block."""
+    hidden, inner, tokens = 16, 24, 50
+    gate, up = random(inner, hidden), random(inner, hidden, seed=1)
+    down, X = random(hidden, inner, seed=2), random(tokens, hidden, seed=3)
+    A = random(hidden, hidden, seed=4)
+    M = A @ A.T
+    aim = Aim(weights_of(tokens), reference=lambda: iter(X.split(20)))
+    moments = output_metric.slope_moments(Gelu(), 0, gate, up, aim, 8)  # type: ignore[arg-type]
+    G = output_metric.metric_of_inner(M, down, moments)
+    size = G.diagonal(dim1=1, dim2=2).mean() - 0.1
+    block = slice(8, 16)
+    e = random(16, seed=5)  # the same errors of gate and up for all tokens
+
+    def sums(scale: float) -> Tensor:
+        pre_gate, pre_up = (X @ gate.T).double(), (X @ up.T).double()
+        pre_gate[:, block] += scale * e[:8]
+        pre_up[:, block] += scale * e[8:]
+        return (torch.nn.functional.gelu(pre_gate) * pre_up) @ down.T.double()
+
+    change = (sums(1e-5) - sums(-1e-5)) / 2e-5
+    naive = (aim.weights.double()[:, None] * (change @ M.double()) * change).sum()
+    ratios = []
+    for scale in (1.0, 2.0):
+        own = (e * scale) @ (G[1] - 0.1 * torch.eye(16)) @ (e * scale)
+        ratios.append(naive * scale**2 / own)
+    whole = (
+        moments
+        * (down.T.unflatten(0, (3, 8)) @ M @ down.T.unflatten(0, (3, 8)).mT)[:, None, :, None, :]
+    )
+    factor = whole.flatten(3, 4).flatten(1, 2).diagonal(dim1=1, dim2=2).mean() / size
+    assert torch.allclose(torch.stack(ratios).float(), factor.expand(2), rtol=1e-3)
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_experts_that_give_what_they_should_restore_the_output(with_norm):
+    """Rounded experts whose sum is y* make the layer's output that of the original."""
+    tokens, hidden = 40, 16
+    gain = random(hidden, seed=1) if with_norm else None
+    y, before, quantized_before, stored = (random(tokens, hidden, seed=s) for s in range(2, 6))
+    original = Original(random(tokens, hidden), y, before)
+    mixture = Mixture(original, quantized_before, stored, gain)
+    everyone = Routed(torch.zeros(0), torch.arange(tokens), torch.full((tokens, 1), 0.5), 0 * y)
+    wanted = 0.5 * mixture.outputs_for(everyone, stored / 0.5)
+    if gain is None:
+        assert torch.allclose(quantized_before + wanted, before + y, atol=1e-5)
+        assert torch.equal(mixture.weights, torch.ones(tokens))
+    else:
+        rms = y.square().mean(1, keepdim=True).sqrt()
+        output = quantized_before + wanted / rms * gain
+        small = gain.abs() < 0.01 * gain.abs().mean()
+        assert torch.allclose(output[:, ~small], (before + y / rms * gain)[:, ~small], atol=1e-4)
+        weights = rms.squeeze(1) ** -2
+        assert torch.allclose(mixture.weights, weights / weights.mean(), rtol=1e-3)
+
+
+def test_the_second_expert_makes_good_for_the_first():
+    tokens, hidden = 10, 4
+    y, before = random(tokens, hidden), random(tokens, hidden, seed=1)
+    first, second = random(tokens, hidden, seed=2), random(tokens, hidden, seed=3)
+    mixture = Mixture(Original(y, y, before), before, first + second, None)
+    token, gate = torch.arange(tokens), torch.ones(tokens, 1)
+    wanted = mixture.outputs_for(Routed(y, token, gate, torch.zeros_like(y)), first)
+    assert torch.allclose(wanted, y - second, atol=1e-5)
+    rounded = wanted + 0.1
+    wanted = mixture.outputs_for(Routed(y, token, gate, rounded), second)
+    assert torch.allclose(wanted, second - 0.1, atol=1e-5)
+
+
+Quantize = Callable[..., tuple[dict[str, QTensor], States, dict[str, UnitReport]]]
+
+
+@pytest.fixture
+def first_layer() -> Quantize:
+    """Quantizes layer 0 of a recipe's model, except for the units that are `known`."""
+
+    def run(recipe: Recipe, known: dict[str, QTensor] | None = None) -> tuple:
+        plan = build_plan(recipe)
+        checkpoint = plan.checkpoint
+        rows = calibration_rows(recipe.calibration, load_tokenizer(checkpoint), checkpoint)
+        model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
+        hidden = model.embed(rows)
+        made: dict[str, QTensor] = {}
+        reports: dict[str, UnitReport] = {}
+
+        def emit(unit: Unit, quantized: QTensor, report: UnitReport) -> None:
+            made[unit.name] = quantized
+            reports[unit.name] = report
+
+        committed = (known or {}).get
+        layer = LayerQuantizer(plan, model, 0, emit, lambda unit: committed(unit.name))
+        return made, layer.run(States(hidden, hidden)), reports
+
+    return run
+
+
+def parts_of(quantized: QTensor) -> Iterator[Tensor]:
+    yield from (t for t in vars(quantized).values() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("known", ["gate", "up", "down", "experts.0"])
+def test_what_is_already_rounded_changes_nothing(tiny_recipe, first_layer, known):
+    """A resumed run has some matrices of an expert, or some experts."""
+    recipe = tiny_recipe(TWO_SIDED, ATTENTION)
+    whole, states, _ = first_layer(recipe)
+    there = {name: Q for name, Q in whole.items() if known in name}
+    again, same_states, _ = first_layer(recipe, there)
+    assert again.keys() == whole.keys() - there.keys()
+    assert torch.equal(same_states.hidden, states.hidden)
+    for name, quantized in again.items():
+        assert all(map(torch.equal, parts_of(quantized), parts_of(whole[name])))
+
+
+def test_an_interrupted_run_is_resumed_with_the_same_bytes(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe(TWO_SIDED, output={"path": str(tmp_path / "whole"), "shard": "20KB"})
+    whole = pipeline.quantize(recipe)
+    changed = recipe.output.model_copy(update={"path": str(tmp_path / "again")})
+    again = recipe.model_copy(update={"output": changed})
+    emit, left = pipeline.Run.emit, 3 * len(build_plan(recipe).units) // 4  # in layer 1
+
+    def emit_or_fail(run: pipeline.Run, *given: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            run.writer.drain()
+            raise KeyboardInterrupt
+        emit(run, *given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Run, "emit", emit_or_fail)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(again)
+    resumed = pipeline.quantize(again)
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (resumed / path.name).read_bytes()
+
+
+def test_experts_with_too_few_tokens_are_rounded_to_nearest(tiny_recipe, first_layer):
+    recipe = tiny_recipe(TWO_SIDED, experts={"min_tokens": 10**6}, max_fallbacks=1.0)
+    made, _, reports = first_layer(recipe)
+    name = "layers.0.experts.1.up"
+    plan = build_plan(recipe)
+    W = plan.checkpoint.source.tensors[plan.units[name].tensor].read().float()
+    assert torch.equal(made[name].codes, quantize_rtn(W, plan.units[name].scheme).codes)
+    assert "fewer than" in (reports[name].fallback or "")
+
+
+def test_the_output_of_a_layer_is_closer_to_the_original(tiny_recipe, first_layer):
+    errors = {}
+    for method in ("gptq", "two-sided"):
+        rule = EXPERTS | {"method": method}
+        recipe = tiny_recipe(rule, {"match": "layers.*.attention.*", "method": "rtn", "bits": 4})
+        _, states, reports = first_layer(recipe)
+        if states.reference is not None:
+            reference = states.reference.float()
+        errors[method] = states.hidden.float()
+        output_errors = [report.output_error for report in reports.values() if report.output_error]
+        assert output_errors and max(output_errors) < 0.5
+    distance = {method: (hidden - reference).norm() for method, hidden in errors.items()}
+    assert distance["two-sided"] < 0.9 * distance["gptq"]
+
+
+def test_gate_alone_may_be_rounded(tiny_recipe, first_layer):
+    only_gate = TWO_SIDED | {"match": "layers.*.experts.*.gate"}
+    made, _, _ = first_layer(tiny_recipe(only_gate, {"match": "*", "method": "copy"}))
+    assert any(name.endswith("gate") for name in made)
