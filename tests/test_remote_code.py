@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import seal
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_llama_cpp import SIZES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grokquant
 from grokquant.errors import InputError
@@ -194,6 +195,10 @@ def test_what_transformers_could_not_read_is_refused(tiny_release, tmp_path, for
         build_plan(recipe_of(tiny_release, tmp_path / "out", rules, form))
 
 
-def test_families_of_transformers_need_no_code():
+def test_families_of_transformers_need_no_code(tmp_path):
     others = [FAMILIES[name] for name in FAMILIES if FAMILIES[name].name != "grok-1"]
     assert others and not any(family.remote_code for family in others)
+    config = AutoConfig.for_model("mixtral", **SIZES | {"num_local_experts": 2})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")
+    with pytest.raises(InputError, match=r"^output.remote_code: transformers has mixtral itself$"):
+        build_plan(recipe_of(tmp_path / "in", tmp_path / "out", [RTN], "compressed-tensors"))
