@@ -9,6 +9,8 @@ from torch import Tensor
 
 from grokquant.calibration.site import Site
 from grokquant.job import pipeline
+from grokquant.job.budget import timing
+from grokquant.job.budget.memory import peak_step
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.mixture import Mixture, Original
 from grokquant.job.plan import build_plan
@@ -264,3 +266,28 @@ def test_gate_alone_may_be_rounded(tiny_recipe, first_layer):
     only_gate = TWO_SIDED | {"match": "layers.*.experts.*.gate"}
     made, _, _ = first_layer(tiny_recipe(only_gate, {"match": "*", "method": "copy"}))
     assert any(name.endswith("gate") for name in made)
+
+
+def test_head_and_later_routers_are_those_of_the_checkpoint(tiny_recipe):
+    plan = build_plan(tiny_recipe(TWO_SIDED, ATTENTION))
+    tensors = plan.checkpoint.source.tensors
+    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE)
+    rows = tensors["model.embed_tokens.weight"].read().double()
+    rows *= tensors["model.norm.weight"].read().double()
+    naive = torch.cov(rows.T, correction=0) * len(rows)
+    assert (model.head_directions - naive).norm() < 0.01 * naive.norm()
+    first, last = (LayerQuantizer(plan, model, i, lambda *_: None, lambda _: None) for i in (0, 1))
+    prefix = "model.layers.1."
+    router = tensors[f"{prefix}block_sparse_moe.gate.weight"].read().float()
+    gain = tensors[f"{prefix}pre_moe_norm.weight"].read().float()
+    assert torch.equal(next(first.later_routers()), router * gain)
+    assert not list(last.later_routers())
+
+
+def test_a_plan_counts_the_original_model(tiny_recipe, monkeypatch):
+    monkeypatch.setattr(timing, "_SMALL_LAYER", 0)
+    plans = [build_plan(tiny_recipe(rule, ATTENTION)) for rule in (EXPERTS, TWO_SIDED)]
+    gptq, two_sided = (peak_step(plan) for plan in plans)
+    states = 16 * 64 * 128 * 2
+    assert two_sided.bytes - gptq.bytes > 5 * states and two_sided.knob == "calibration.samples"
+    assert timing.expected_seconds(plans[1]) > 0

@@ -117,8 +117,10 @@ class LayerQuantizer:
         if hidden is None:
             return None
         self.reference_inputs = hidden
-        combine = self._record_original(hidden) if self._has_aim else self._combine_stored()
-        self.reference_outputs = self.model.run_layer(self.index, hidden, combine)
+        before: list[Tensor] = []
+        keep = before.append if self._has_aim else None
+        combine = self._record_original(before) if self._has_aim else self._combine_stored()
+        self.reference_outputs = self.model.run_layer(self.index, hidden, combine, keep)
         return self.reference_outputs
 
     @property
@@ -133,14 +135,14 @@ class LayerQuantizer:
     def _stored_expert(self, expert: int, routed: Routed) -> Expert:
         return self.model.stored_expert(self.index, expert)
 
-    def _record_original(self, hidden: Tensor) -> Combine:
-        """Combines the experts as they are stored and keeps what they take and give."""
-        before = self.model.without_experts(self.index, hidden).flatten(0, 1)
+    def _record_original(self, before: list[Tensor]) -> Combine:
+        """Combines the experts as they are stored and keeps what they take and give; `before` gets
+        the states without them."""
         combine = self._combine_stored()
 
         def combine_and_keep(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             outputs = combine(x, experts, gates)
-            self._original = Original(x, outputs, before)
+            self._original = Original(x, outputs, before.pop().flatten(0, 1))
             return outputs
 
         return combine_and_keep
@@ -154,14 +156,15 @@ class LayerQuantizer:
             return self.model.run_layer(self.index, hidden, combine)
         if not self.revises:  # then the layer runs again, and its memory is kept
             self._original = None
-        before = self.model.without_experts(self.index, hidden).flatten(0, 1)
+        before: list[Tensor] = []
 
         def aim_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             stored = self._combine_stored()(x, experts, gates)
-            self._mixture = Mixture(original, before, stored, self.mixture_gain)
+            without = before.pop().flatten(0, 1)
+            self._mixture = Mixture(original, without, stored, self.mixture_gain)
             return combine(x, experts, gates)
 
-        return self.model.run_layer(self.index, hidden, aim_and_combine)
+        return self.model.run_layer(self.index, hidden, aim_and_combine, before.append)
 
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
         """Attention and dense MLPs, site by site in the order of the computation."""

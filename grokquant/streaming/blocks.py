@@ -44,6 +44,8 @@ INPUTS_AT_ONCE = 32 * TOKENS_IN_PIECE
 
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Takes hidden states [rows, time, hidden].
+Keep = Callable[[Tensor], None]
 # inputs [tokens, hidden] -> outputs [tokens, hidden]
 Expert = Callable[[Tensor], Tensor]
 
@@ -96,7 +98,7 @@ class Exchange:
             )
         for whole, rows in zip(self.recorded, given, strict=True):
             whole[part] = rows
-        return torch.zeros_like(x)  # read by `without_experts` alone
+        return torch.zeros_like(x)  # outputs of the first pass are without experts
 
 
 def _streamed_experts(self: Any, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -271,12 +273,15 @@ class BlockwiseModel:
         """Frees the memory of layer `index`."""
         self.layers[index].to("meta")
 
-    def run_layer(self, index: int, hidden: Tensor, combine: Combine) -> Tensor:
+    def run_layer(
+        self, index: int, hidden: Tensor, combine: Combine, keep: Keep | None = None
+    ) -> Tensor:
         """Hidden states [rows, time, hidden] after layer `index`.
 
-        `combine` computes its experts, if it has any. `hidden` are the rows embedded last.
+        `combine` computes its experts, if it has any; before that, `keep` is given the states after
+        the layer without them. `hidden` are the rows embedded last.
         """
-        return self._run_layer(index, [(None, hidden)], combine)[0]
+        return self._run_layer(index, [(None, hidden)], combine, keep)[0]
 
     def run_batches(
         self, index: int, batches: Sequence[Rows], hidden: Sequence[Tensor], combine: Combine
@@ -286,13 +291,18 @@ class BlockwiseModel:
 
     @torch.no_grad()
     def _run_layer(
-        self, index: int, batches: list[tuple[Rows | None, Tensor]], combine: Combine
+        self,
+        index: int,
+        batches: list[tuple[Rows | None, Tensor]],
+        combine: Combine,
+        keep: Keep | None = None,
     ) -> list[Tensor]:
         tokens = sum(hidden.shape[0] * hidden.shape[1] for _, hidden in batches)
         exchange = self._exchange(index, tokens)
         if exchange is not None:
-            for _ in self._run_batches(index, batches):  # the first pass, which only records
-                pass
+            for parts in self._run_batches(index, batches):  # the first pass, which records
+                if keep is not None:
+                    keep(torch.cat(parts))
             recorded = exchange.recorded
             exchange.recorded = ()  # so that its memory is free before the second pass
             exchange.outputs = combine(*recorded)
@@ -307,12 +317,6 @@ class BlockwiseModel:
         for rows, hidden in batches:
             yield self._run_rows(index, hidden, rows, start)
             start += hidden.shape[0] * hidden.shape[1]
-
-    @torch.no_grad()
-    def without_experts(self, index: int, hidden: Tensor) -> Tensor:
-        """Hidden states after layer `index` if its routed experts add nothing."""
-        self._exchange(index, hidden.shape[0] * hidden.shape[1])  # whose first pass returns zeros
-        return torch.cat(self._run_rows(index, hidden))
 
     @torch.no_grad()
     def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:

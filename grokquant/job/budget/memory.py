@@ -98,7 +98,10 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
         always += 3 * states + tokens * config.hidden_size * FLOAT
         summing = always + 2 * states + 2 * tokens * config.hidden_size * FLOAT
         yield Step("layer 0: what its experts should give", summing, "calibration.samples")
-        always += 4 * config.hidden_size**2 * FLOAT  # metrics of the outputs
+        # What one expert should give; metrics of the outputs.
+        routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1)
+        always += routed // max(plan.checkpoint.num_experts, 1) * config.hidden_size * FLOAT
+        always += 4 * config.hidden_size**2 * FLOAT
     for unit in plan.units_of(0):
         yield _calibrated_unit(plan, unit, always)
 
@@ -118,7 +121,8 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
         # on a GPU; of a piece for each thread of a CPU, and once of all that are held at once.
         pieces = 6 * TOKENS_IN_PIECE * torch.get_num_threads() * FLOAT + INPUTS_AT_ONCE * size
         own += 2 * weights * size + max(6 * TOKENS_AT_ONCE * FLOAT, pieces) * columns
-    knob = "hessian_block" if hessian > always else "calibration.samples"
+    has_blocks = hasattr(unit.settings, "hessian_block")
+    knob = "hessian_block" if has_blocks and hessian > always else "calibration.samples"
     return Step(f"{unit.name}: {unit.method}", always + own + hessian, knob)
 
 
