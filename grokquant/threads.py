@@ -20,22 +20,53 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 
-def in_pieces(work: Callable[[P], T], pieces: Iterable[P], device: torch.device = CPU) -> list[T]:
-    """Results of `work` for all pieces, in order, from as many threads as torch has here.
+class Workers:
+    """As many threads as torch has where this is made.
 
-    Those are none but the caller's inside a piece, which is not split again, and for another
-    device, whose results no thread of the CPU changes.
+    None but the caller's inside a piece, which is not split again, and for another device, whose
+    results no thread of the CPU changes.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    if threads == 1:
-        return in_order(work, pieces)
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+
+    def map(self, work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
+        """Results of `work` for all pieces, in order."""
+        if self.count == 1:
+            return in_order(work, pieces)
+        return _computed(_pool(self.count), work, pieces)
+
+
+def in_pieces(work: Callable[[P], T], pieces: Iterable[P], device: torch.device = CPU) -> list[T]:
+    """Results of `work` for all pieces, in order, computed by the workers that there are here."""
+    return Workers(device).map(work, pieces)
+
+
+def in_order(work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
+    """The same one after the other, each on all threads of torch, or on another device."""
+    return [work(piece) for piece in pieces]
+
+
+def alone(work: Callable[[], T]) -> T:
+    """The result of `work`, computed on one thread. Workers made before help it."""
+    if torch.get_num_threads() == 1:
+        return work()
+    (result,) = _computed(_pool(1), lambda _: work(), [None])
+    return result
+
+
+def slices(start: int, stop: int, size: int) -> list[slice]:
+    """Pieces of `size` from `start` to before `stop`; the last one may be smaller."""
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def _computed(pool: ThreadPoolExecutor, work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
     grad = torch.is_grad_enabled()  # threads do not share this mode
 
     def compute(piece: P) -> T:
         with torch.set_grad_enabled(grad):
             return work(piece)
 
-    pool = _pool(threads)
     futures = [pool.submit(compute, piece) for piece in pieces]
     try:
         return [future.result() for future in futures]
@@ -45,31 +76,16 @@ def in_pieces(work: Callable[[P], T], pieces: Iterable[P], device: torch.device 
         wait(futures)
 
 
-def in_order(work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
-    """The same one after the other, each on all threads of torch, or on another device."""
-    return [work(piece) for piece in pieces]
-
-
-def alone(work: Callable[[], T]) -> T:
-    """The result of `work`, computed on one thread."""
-    (result,) = in_pieces(lambda _: work(), [None])
-    return result
-
-
-def slices(start: int, stop: int, size: int) -> list[slice]:
-    """Pieces of `size` from `start` to before `stop`; the last one may be smaller."""
-    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-
-
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that compute alone, started now: Python waits without end for one that finds no
     memory when it starts, and later there may be none."""
+    before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, "piece", _compute_alone)
     everyone = Barrier(threads)
     wait([pool.submit(everyone.wait) for _ in range(threads)])
     # A thread that sets its number also sets that of threads made later.
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
     return pool
 
 

@@ -23,7 +23,7 @@ from grokquant.formats import FORMATS
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job.units import unit_of
 from grokquant.methods import METHODS
-from grokquant.recipe import Recipe, Rule, load_values, parse_recipe
+from grokquant.recipe import CalibrationSection, Recipe, Rule, load_values, parse_recipe
 from grokquant.sources.located import WEIGHT_SUFFIXES, located
 from grokquant.toy import TOY_LENGTH, TOY_PATH
 from grokquant.types import Matrix
@@ -138,7 +138,8 @@ def values_for(
     checkpoint = open_checkpoint(model)
     rules = _rules(checkpoint, goal)
     length = _row_length(checkpoint)
-    rows = {"calibration": {"samples": _ROWS, "length": length}}
+    text = CalibrationSection().text  # shown, since a better one is the first thing to change
+    rows = {"calibration": {"text": text, "samples": _ROWS, "length": length}}
     is_calibrated = any(METHODS[rule["method"]].needs_site for rule in rules)
     return {
         "model": {"path": model},

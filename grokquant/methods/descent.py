@@ -84,11 +84,11 @@ def descend(
     device = quantized.device
     matrix = _Matrix.of(quantized.to(torch.device("cpu")), target.cpu(), H.float().cpu())
     G = torch.ones(len(target), 1, 1) if metric is None else metric.float().cpu().contiguous()
-    with Workers() as workers:
-        if size <= _TURNS:
-            _descend_apart(matrix, G, sweeps, inner, workers)
-        else:
-            alone(lambda: _descend_in_turn(matrix, G, sweeps, inner, workers))
+    workers = Workers()
+    if size <= _TURNS:
+        _descend_apart(matrix, G, sweeps, inner, workers)
+    else:
+        alone(lambda: _descend_in_turn(matrix, G, sweeps, inner, workers))
     return matrix.quantized(quantized).to(device)
 
 
