@@ -372,19 +372,22 @@ def dense_weight(module: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) -> Tensor:
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_transformers_saves_is_read(llama, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, torch.float32) for kind in KINDS), ("nested nf4", torch.bfloat16)],
+)
+def test_what_transformers_saves_is_read(llama, tmp_path, kind, dtype):
+    """In float32, before bitsandbytes rounds it to the dtype of the model."""
     config = BitsAndBytesConfig(**KINDS[kind])
-    model = AutoModelForCausalLM.from_pretrained(
-        llama, quantization_config=config, dtype=torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, dtype=dtype)
     model.save_pretrained(tmp_path / "saved")
     checkpoint = open_checkpoint(tmp_path / "saved")
     found = checkpoint.source.tensors
     assert {str(ref.scheme).split()[0] for _, ref in checkpoint.units()} == {kind.split()[-1]}
     for _, ref in checkpoint.units():
         module = model.get_submodule(ref.name.removesuffix(".weight"))
-        assert torch.equal(found[ref.name].read(), dense_weight(module))
+        dense = dense_weight(module)
+        assert torch.equal(found[ref.name].read().to(dense.dtype), dense)
 
 
 def test_many_nested_blocks(W, tmp_path):

@@ -110,12 +110,12 @@ class Weights(BaseModel):
     """The `weights` of a config group, as far as they can be read."""
 
 
-class PackedIntegers(Weights):
-    """Of `pack-quantized`."""
+class Integers(Weights):
+    """Of `int-quantized`."""
 
     num_bits: Literal[4, 8]
     type: Literal["int"] = "int"
-    strategy: Literal["group", "channel"]
+    strategy: Literal["group", "channel", "tensor"]
     group_size: Annotated[int, Field(ge=-1)] | None = None
     symmetric: bool = True
     # `group` would reorder columns; no writer makes it any more.
@@ -127,10 +127,10 @@ class PackedIntegers(Weights):
         return Scheme(self.num_bits, None if whole_row else self.group_size, self.symmetric)
 
 
-class Integers(PackedIntegers):
-    """Of `int-quantized`."""
+class PackedIntegers(Integers):
+    """Of `pack-quantized`."""
 
-    strategy: Literal["group", "channel", "tensor"]  # type: ignore[assignment]
+    strategy: Literal["group", "channel"]
 
 
 class _Floats(Weights):

@@ -20,7 +20,6 @@ from grokquant.formats import compressed_config, float_quantized, int_quantized
 from grokquant.formats.compressed_config import (
     Group,
     Integers,
-    PackedIntegers,
     Storage,
     config_of,
     groups_of,
@@ -143,13 +142,13 @@ def unpacked(source: Source) -> Source:
 
 def _unpacked_ref(source: Source, tensor: str, group: Group) -> TensorRef:
     weights = group.weights
-    if not isinstance(weights, PackedIntegers):
+    if not isinstance(weights, Integers):
         return float_quantized.dense_ref(source, tensor, group.storage, weights)
     scale = packed_tensor(source, f"{tensor}_scale")
     if scale.dtype not in _DTYPE_NAMES:
         raise InputError(f"{source.path}: {scale.name} has the unsupported dtype {scale.dtype}")
     scheme = replace(weights.scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
-    if isinstance(weights, Integers):
+    if group.storage == "int-quantized":
         return int_quantized.unpacked_ref(source, tensor, weights, scheme, scale)
     return _words_ref(source, tensor, scheme, scale)
 

@@ -5,7 +5,8 @@
     NVFP4        uint8 [out, in / 2]  float8 [out, in / 16]    float32 [] or [1]
 
 A byte holds two codes of e2m1, the first in the low bits. Both scales multiply. It reads as
-bfloat16.
+bfloat16, each product rounded once as in engines; ModelOpt's own function for FP8 rounds the scale
+to bfloat16 as well.
 Layout: github.com/NVIDIA/Model-Optimizer, modelopt/torch/export/quant_utils.py.
 """
 
