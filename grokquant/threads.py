@@ -28,13 +28,14 @@ class Workers:
     """
 
     def __init__(self, device: torch.device = CPU) -> None:
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
+        count = torch.get_num_threads() if device.type == "cpu" else 1
+        self._pool = _pool(count) if count > 1 else None
 
     def map(self, work: Callable[[P], T], pieces: Iterable[P]) -> list[T]:
         """Results of `work` for all pieces, in order."""
-        if self.count == 1:
+        if self._pool is None:
             return in_order(work, pieces)
-        return _computed(_pool(self.count), work, pieces)
+        return _computed(self._pool, work, pieces)
 
 
 def in_pieces(work: Callable[[P], T], pieces: Iterable[P], device: torch.device = CPU) -> list[T]:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grokquant.job import pipeline
 from grokquant.recipe import Recipe
-from grokquant.threads import alone, in_pieces, slices
+from grokquant.threads import Workers, alone, in_pieces, slices
 from grokquant.toy import TOY_PATH
 
 # Operations that compute each of their results from one element of each operand, with one rounding,
@@ -178,6 +178,18 @@ def test_threads_are_made_once():
     before = threading.active_count()
     assert set(in_pieces(names, range(20))) | first <= {"piece_0", "piece_1"}
     assert threading.active_count() == before
+
+
+def test_workers_help_work_that_is_alone():
+    torch.set_num_threads(2)
+    workers = Workers()
+    meeting = threading.Barrier(2)
+
+    def helped() -> list[int]:
+        return workers.map(lambda _: meeting.wait(60) * 0 + torch.get_num_threads(), range(2))
+
+    assert alone(helped) == [1, 1]
+    assert torch.get_num_threads() == 2
 
 
 def test_a_fork_makes_its_own_threads():
