@@ -16,7 +16,7 @@ from grokquant.cli import main
 from grokquant.errors import InputError
 from grokquant.files.atomic import sha256
 from grokquant.grids import GRIDS
-from grokquant.job.default_recipe import GOALS, goal_of, recipe_for
+from grokquant.job.default_recipe import GOALS, goal_of, is_recipe, recipe_for
 from grokquant.job.plan import Plan, build_plan
 from grokquant.sources.located import located
 from grokquant.toy import TOY_PATH
@@ -202,6 +202,19 @@ def test_a_file_of_weights_stands_for_its_directory(mixtral, tmp_path):
     lone.write_bytes(b"GGUF")
     with pytest.raises(InputError, match="no config.json beside it.*the model that it was made"):
         located(lone)
+
+
+def test_recipes_and_models_are_told_apart(mixtral, tmp_path):
+    for name in ("mine.yaml", "mine.yml", "mine.json"):
+        assert is_recipe(name)  # also where it is missing, so that the error is about the file
+    (tmp_path / "plain").write_text("model: {path: toy}")
+    assert is_recipe(tmp_path / "plain")
+    (tmp_path / "dir.yaml").mkdir()
+    for model in ("toy", "org/name", mixtral, tmp_path / "dir.yaml"):
+        assert not is_recipe(model)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x" * 10)
+    with pytest.raises(InputError, match="is a file, expected the directory of a checkpoint"):
+        grokquant.plan(tmp_path / "pytorch_model.bin")
 
 
 @pytest.fixture

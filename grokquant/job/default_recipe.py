@@ -24,6 +24,7 @@ from grokquant.grids import GRIDS, Scheme
 from grokquant.job.units import unit_of
 from grokquant.methods import METHODS
 from grokquant.recipe import CalibrationSection, Recipe, Rule, load_values, parse_recipe
+from grokquant.sources import PICKLES
 from grokquant.sources.located import WEIGHT_SUFFIXES, located
 from grokquant.toy import TOY_LENGTH, TOY_PATH
 from grokquant.types import Matrix
@@ -96,7 +97,7 @@ def is_recipe(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix.lower() in _RECIPE_SUFFIXES:
         return not path.is_dir()
-    return path.is_file() and path.suffix not in WEIGHT_SUFFIXES
+    return path.is_file() and path.suffix not in (*WEIGHT_SUFFIXES, *PICKLES)
 
 
 def recipe_for(
