@@ -14,7 +14,7 @@ from grokquant.methods.descent import descend
 from grokquant.methods.gptq import factorize, round_gptq
 from grokquant.methods.levels import find_levels
 from grokquant.methods.method import UnusableHessian
-from grokquant.methods.two_sided import round_two_sided
+from grokquant.methods.two_sided_gptq import round_two_sided
 from grokquant.types import QTensor
 
 ROWS, COLUMNS = 24, 256

@@ -26,7 +26,7 @@ from torch import Tensor
 from grokquant.grids import Scheme
 from grokquant.methods.descent import descend
 from grokquant.methods.gptq import factorize, round_gptq
-from grokquant.methods.two_sided import round_two_sided
+from grokquant.methods.two_sided_gptq import round_two_sided
 from grokquant.types import QTensor
 
 T = TypeVar("T")
