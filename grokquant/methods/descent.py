@@ -2,7 +2,8 @@
 
 Lowers tr(G E H E^T), E = What - W*: H [in, in] is the Hessian of the inputs, and G [out, out],
 here block-diagonal, says what an error of each output costs. The best start is GPTQ's result in the
-same metrics, which `two_sided_gptq` finds. Everything else fixed, the best value in row r, column j is
+same metrics, which `two_sided_gptq` finds. Everything else fixed, the best value in row r, column j
+is
 
     What[r, j] - (G E H)[r, j] / (G[r, r] H[j, j])
 
