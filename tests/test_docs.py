@@ -50,7 +50,7 @@ def test_the_reference_has_every_key(generated, name, model):
 def test_the_reference_tells_values_bounds_and_defaults(generated):
     text = page(generated, "recipes")
     for entry in (
-        "`method`\n: `unquantized`, `copy`, `rtn`, `gptq`; required\n",
+        "`method`\n: `unquantized`, `copy`, `rtn`, `gptq`, `two-sided`; required\n",
         "`bits`\n: `2`, `3`, `4`, `8`, or unset; default unset\n",
         "`length`\n: integer, at least 8; default `2048`\n",
         "`quantize`\n: list of [`quantize[]`](#recipe-rule); required\n",

@@ -137,7 +137,7 @@ MISTAKES = [
         "method: copy",
         "method: copy\n    bits: 4",
         "9:11: quantize[1].bits: not allowed with method copy, "
-        "only with rtn, gptq (null unsets it)",
+        "only with rtn, gptq, two-sided (null unsets it)",
     ),
     (
         "bits: 4",
