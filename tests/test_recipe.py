@@ -1,11 +1,15 @@
 """Recipes: what is accepted, and that every mistake is one line with its place and key."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from make_release import write_hollow_grok_1
 
 from grokquant.errors import InputError
+from grokquant.job.plan import build_plan
 from grokquant.recipe import Recipe, Rule, load_recipe, parse_recipe
+from grokquant.toy import TOY_PATH
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -454,8 +458,24 @@ def test_shipped_recipes_load_and_explain_every_key(path: Path) -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_five_recipes_are_shipped() -> None:
+@pytest.mark.parametrize("gigabytes", [128, 192, 256])
+def test_recipes_for_a_memory_fit_it(gigabytes: int, tmp_path: Path) -> None:
+    release = tmp_path / "grok-1"
+    write_hollow_grok_1(release)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", release / "tokenizer.model")
+    (path,) = (path for path in SHIPPED if path.stem == f"grok-1-gguf-{gigabytes}gb")
+    plan = build_plan(load_recipe(path, [f"model.path={release}"]))
+    left = gigabytes * 10**9 - plan.output_bytes
+    assert 6e9 < left < 21e9  # for states and the system; more would be bits not used
+    shown = f"{plan.output_bytes / 1e9:.0f} GB, {plan.bits_per_weight:.2f} bits per weight"
+    assert shown in path.read_text()
+
+
+def test_eight_recipes_are_shipped() -> None:
     assert [path.stem for path in SHIPPED] == [
+        "grok-1-gguf-128gb",
+        "grok-1-gguf-192gb",
+        "grok-1-gguf-256gb",
         "grok-1-gguf-q4_k",
         "grok-1-int4-g128",
         "grok-1-int8-lossless",
