@@ -26,6 +26,8 @@ VARIANTS = {
     "gptq-asymmetric": GPTQ | {"symmetric": False},
     "gptq-g32": GPTQ | {"group": 32},
     "gptq-channel": GPTQ | {"group": "channel"},
+    "two-sided": GPTQ | {"method": "two-sided"},
+    "two-sided-g32": GPTQ | {"method": "two-sided", "group": 32},
 }
 
 
