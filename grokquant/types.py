@@ -81,8 +81,8 @@ class QTensor:
             headers=below("headers"),
         )
 
-    def rows(self, part: slice | Tensor) -> "QTensor":
-        """A view of some rows, or a copy of those with these indices."""
+    def rows(self, part: slice) -> "QTensor":
+        """A view of some rows."""
         return self.each(lambda tensor: tensor[part])
 
     def to(self, device: torch.device) -> "QTensor":

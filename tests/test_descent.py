@@ -1,4 +1,4 @@
-"""Descent and two-sided GPTQ against naive float64 references, and what holds for every grid."""
+"""Coordinate descent against a naive float64 reference, and what must hold for every grid."""
 
 from dataclasses import replace
 from itertools import product
@@ -9,12 +9,10 @@ from torch import Tensor
 
 from grokquant.formats.gguf_blocks import pack_blocks, unpack_blocks
 from grokquant.grids import GRIDS, SCALE_DTYPES, Scheme
-from grokquant.methods import descent, two_sided_gptq
+from grokquant.methods import descent
 from grokquant.methods.descent import descend
 from grokquant.methods.gptq import factorize, round_gptq
 from grokquant.methods.levels import find_levels
-from grokquant.methods.method import UnusableHessian
-from grokquant.methods.two_sided_gptq import round_two_sided
 from grokquant.types import QTensor
 
 ROWS, COLUMNS = 24, 256
@@ -244,70 +242,3 @@ def test_two_sides_beat_one_and_one_beats_gptq():
     identity = torch.eye(ROWS).double()
     assert objective(one, W, H, identity) < 0.995 * objective(start, W, H, identity)
     assert objective(two, W, H, G) < 0.9 * objective(one, W, H, G)
-
-
-def naive_two_sided(
-    W: Tensor, H: Tensor, G: Tensor, scales: Tensor, scheme: Scheme, order: list[int]
-) -> Tensor:
-    """Codes of W, rows in `order`: each value is moved by all errors before it, in float64."""
-    F, U = (naive_factor(M) for M in (H.double(), G[order][:, order]))
-    E, codes = torch.zeros_like(W).double(), torch.zeros(W.shape)
-    W, wide = W[order].double(), scales[order].double().repeat_interleave(scheme.group_size, 1)
-    for r, j in product(range(len(W)), range(W.shape[1])):
-        shift = U[: r + 1, r] @ E[: r + 1, : j + 1] @ F[: j + 1, j]  # its own error is still 0
-        code = ((W[r, j] - shift) / wide[r, j]).round().clamp(scheme.qmin, scheme.qmax)
-        codes[order[r], j] = code
-        E[r, j] = code * wide[r, j] - W[r, j]
-    return codes
-
-
-def naive_factor(M: Tensor) -> Tensor:
-    """F of M = F D F^T, unit upper triangular, one column after the other from the last."""
-    F, rest = torch.eye(len(M)).double(), M.clone()
-    for k in reversed(range(len(M))):
-        F[:k, k] = rest[:k, k] / rest[k, k]
-        rest = rest - rest[k, k] * torch.outer(F[:, k], F[:, k])
-    return F
-
-
-@pytest.mark.parametrize("size", [4, 8])
-def test_two_sided_gptq_gives_the_codes_of_the_reference(size):
-    W, H = matrices(0, 8, 96)
-    metric = metric_of(size, 0, 8)
-    feedback = factorize(H, 1e-9, act_order=False)
-    found = round_two_sided(W, feedback, metric, Scheme(4, 32))
-    diagonal = metric.diagonal(dim1=1, dim2=2)
-    firsts = torch.arange(0, 8, size).unsqueeze(1)
-    order = (diagonal.argsort(descending=True) + firsts).flatten().tolist()
-    expected = naive_two_sided(W, H, dense(metric, 8), found.scales, Scheme(4, 32), order)
-    assert torch.equal(found.codes.float(), expected)
-
-
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_two_sided_gptq_beats_gptq_and_is_gptq_where_rows_are_independent(scheme):
-    W, H = matrices(0)
-    feedback = factorize(H, 1e-9, act_order=True)
-    one = round_gptq(W, feedback, scheme).quantized
-    alone = round_two_sided(W, feedback, torch.eye(4).repeat(ROWS // 4, 1, 1), scheme)
-    assert torch.equal(alone.codes, one.codes) and torch.equal(alone.scales, one.scales)
-    metric = metric_of(ROWS, 0)
-    two = round_two_sided(W, feedback, metric, scheme)
-    losses = [objective(found, W, H, dense(metric)) for found in (one, two)]
-    assert losses[1] < 0.9 * losses[0]
-    assert objective(descend(two, W, H, metric, 1, 1), W, H, dense(metric)) < losses[1]
-
-
-def test_large_metrics_are_cut_and_bad_ones_refused(monkeypatch):
-    W, H = matrices(0)
-    feedback = factorize(H, 1e-9, act_order=True)
-    metric = metric_of(ROWS, 0)
-    monkeypatch.setattr(two_sided_gptq, "_ROWS", 9)
-    monkeypatch.setattr(two_sided_gptq, "_BLOCKS", 2)
-    found = round_two_sided(W, feedback, metric, Scheme(4, 32))
-    blocks = torch.stack([metric[0, first : first + 8, first : first + 8] for first in (0, 8, 16)])
-    assert torch.equal(found.codes, round_two_sided(W, feedback, blocks, Scheme(4, 32)).codes)
-    torch.set_num_threads(2)
-    again = round_two_sided(W, feedback, metric, Scheme(4, 32))
-    assert torch.equal(again.codes, found.codes) and torch.equal(again.scales, found.scales)
-    with pytest.raises(UnusableHessian, match="metric of the outputs"):
-        round_two_sided(W, feedback, -metric, Scheme(4, 32))

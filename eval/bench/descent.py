@@ -1,14 +1,13 @@
-"""Two-sided rounding and descent on parts of an expert of Grok-1's shape: seconds and objectives.
+"""Coordinate descent after GPTQ, on parts of an expert of Grok-1's shape: seconds and objectives.
 
     python eval/bench/descent.py [--case NAME] [--rows N] [--columns N] [--hidden N] [--bits N]
                                  [--sweeps N ..]
 
 Gate and up, --rows of their 65536 rows, with a metric of blocks of 16 rows; down, --columns of its
 32768 columns, with a metric of all its rows. Inputs are correlated, as in `gptq_expert.py`, and so
-are outputs. Measured are GPTQ, one-sided descent from there, GPTQ with the damping of the two-sided
-objective, two-sided GPTQ, and two-sided descent from there for each number of --sweeps. Objectives
-are shares of GPTQ's: `one_sided` is tr(E H E^T), `two_sided` tr(G E H E^T). Prints a JSON line for
-each case; the CPU seconds are the process's, which other processes change less.
+are outputs. Descent runs one-sided, 2 sweeps, and from there two-sided for each number of --sweeps.
+Objectives are shares of GPTQ's: `one_sided` is tr(E H E^T), `two_sided` tr(G E H E^T). Prints a
+JSON line for each case; the CPU seconds are the process's, which other processes change less.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from torch import Tensor
 from grokquant.grids import Scheme
 from grokquant.methods.descent import descend
 from grokquant.methods.gptq import factorize, round_gptq
-from grokquant.methods.two_sided_gptq import round_two_sided
 from grokquant.types import QTensor
 
 T = TypeVar("T")
@@ -69,31 +67,26 @@ def measure(case: str, W: Tensor, metric: Tensor, scheme: Scheme, sweeps: list[i
     gram = X.T @ X
     del X
     H = damped(gram, DAMPING)
-    wide = damped(gram, INPUT_DAMPING)
     feedback = factorize(gram, DAMPING, act_order=True)
     start, seconds = timed(lambda: round_gptq(W, feedback, scheme).quantized)
     result: dict = {"bench": "descent", "case": case, "shape": list(W.shape), "scheme": str(scheme)}
     result |= {"metric": list(metric.shape), "gptq": seconds}
-    sides = {"one_sided": (H, None), "two_sided": (wide, metric)}
-    least = {side: objective(W, start, *given) for side, given in sides.items()}
+    wide = damped(gram, INPUT_DAMPING)
 
-    def note(name: str, work: Callable[[], QTensor]) -> QTensor:
-        quantized, seconds = timed(work)
+    def note(name: str, quantized: QTensor, seconds: dict[str, float]) -> None:
         ratio = seconds["cpu_seconds"] / result["gptq"]["cpu_seconds"]
+        found = {"one_sided": (H, None), "two_sided": (wide, metric)}
         shares = {
-            side: round(objective(W, quantized, *given) / least[side], 4)
-            for side, given in sides.items()
+            side: round(objective(W, quantized, *sides) / objective(W, start, *sides), 4)
+            for side, sides in found.items()
         }
         result[name] = seconds | {"cpu_ratio": round(ratio, 2)} | shares
-        return quantized
 
-    note("one_sided", partial(descend, start, W, H, None, 2, INNER))
-    del start, feedback
-    feedback = factorize(gram, INPUT_DAMPING, act_order=True)
-    note("gptq_damped", lambda: round_gptq(W, feedback, scheme).quantized)
-    two = note("two_sided_gptq", partial(round_two_sided, W, feedback, metric, scheme))
+    one, seconds = timed(partial(descend, start, W, H, None, 2, INNER))
+    note("one_sided", one, seconds)
     for count in sweeps:
-        note(f"two_sided_{count}", partial(descend, two, W, wide, metric, count, INNER))
+        two, seconds = timed(partial(descend, one, W, wide, metric, count, INNER))
+        note(f"two_sided_{count}", two, seconds)
     return result
 
 

@@ -1,9 +1,9 @@
 """Coordinate descent on a rounded matrix, in the metrics of its inputs and of its outputs.
 
 Lowers tr(G E H E^T), E = What - W*: H [in, in] is the Hessian of the inputs, and G [out, out],
-here block-diagonal, says what an error of each output costs. The best start is GPTQ's result in the
-same metrics, which `two_sided_gptq` finds. Everything else fixed, the best value in row r, column j
-is
+here block-diagonal, says what an error of each output costs. G = I is the objective of GPTQ, whose
+result is the usual start: GPTQ with feedback between rows, too, starts lower, but the end is the
+same. Everything else fixed, the best value in row r and column j is
 
     What[r, j] - (G E H)[r, j] / (G[r, r] H[j, j])
 
