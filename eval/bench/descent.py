@@ -74,7 +74,8 @@ def measure(case: str, W: Tensor, metric: Tensor, scheme: Scheme, sweeps: list[i
     wide = damped(gram, INPUT_DAMPING)
 
     def note(name: str, quantized: QTensor, seconds: dict[str, float]) -> None:
-        ratio = seconds["cpu_seconds"] / result["gptq"]["cpu_seconds"]
+        # Rounded seconds of a small case may be 0.
+        ratio = seconds["cpu_seconds"] / max(result["gptq"]["cpu_seconds"], 0.01)
         found = {"one_sided": (H, None), "two_sided": (wide, metric)}
         shares = {
             side: round(objective(W, quantized, *sides) / objective(W, start, *sides), 4)
