@@ -14,8 +14,7 @@ from grokquant import escaping
 from grokquant.errors import GrokquantError, InputError, OutOfMemory, Stopped
 from grokquant.escaping import one_line
 from grokquant.memory import memory_for
-from grokquant.reporting import signs_of_life
-from grokquant.reporting.signs_of_life import SignsOfLife
+from grokquant.reporting.signs_of_life import SignsOfLife, silence
 from grokquant.version import __version__
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> object:
         name = self.name or "grokquant"
         doing = f"{name}: {_BEGINNINGS.get(name, 'working')}"
-        ctx.obj = SignsOfLife(doing, lambda line: _say(line, err=True), signs_of_life.SILENCE)
+        ctx.obj = SignsOfLife(doing, lambda line: _say(line, err=True), silence())
         with ctx.obj, memory_for(name):
             return super().invoke(ctx)
 

@@ -7,8 +7,7 @@ import pytest
 from grokquant.cli import main
 from grokquant.job import pipeline
 from grokquant.job.plan import build_plan
-from grokquant.reporting import signs_of_life
-from grokquant.reporting.signs_of_life import SignsOfLife
+from grokquant.reporting.signs_of_life import VARIABLE, SignsOfLife
 from grokquant.reporting.terminal import LayerProgress, RunProgress, seconds_left
 
 
@@ -43,9 +42,12 @@ def test_without_memory_for_a_thread_the_command_runs(monkeypatch):
 def test_every_command_has_them(monkeypatch, tmp_path):
     from click.testing import CliRunner
 
-    monkeypatch.setattr(signs_of_life, "SILENCE", 0.0)
+    monkeypatch.setenv(VARIABLE, "0")
     result = CliRunner().invoke(main, ["inspect", "toy"])
     assert result.exit_code == 0 and "inspect: working: 0 s so far" in result.stderr
+    monkeypatch.setenv(VARIABLE, "soon")
+    result = CliRunner().invoke(main, ["inspect", "toy"])
+    assert result.stderr == "grokquant: GROKQUANT_SILENCE: expected seconds, not 'soon'\n"
 
 
 def test_a_run_says_which_matrix_it_is_at(tiny_recipe):

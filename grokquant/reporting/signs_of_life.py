@@ -3,16 +3,29 @@
 It imports nothing large, so that it can begin before a command imports what it needs.
 """
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 from types import TracebackType
 
+from grokquant.errors import InputError
 from grokquant.humanize import duration
 
-# Seconds without a word after which people wonder whether a program hangs.
-SILENCE = 10.0
+# Seconds without a word after which people wonder whether a program hangs. The variable changes
+# them, for those who read stderr by a program.
+_SILENCE = 10.0
+VARIABLE = "GROKQUANT_SILENCE"
+
+
+def silence() -> float:
+    """Seconds without a word after which a command says what it does. Raises InputError."""
+    value = os.environ.get(VARIABLE, "")
+    try:
+        return float(value or _SILENCE)
+    except ValueError:
+        raise InputError(f"{VARIABLE}: expected seconds, not {value!r}") from None
 
 
 class SignsOfLife:
