@@ -132,11 +132,13 @@ def evaluate(
     data: str | None = None,
     any_reference: bool = False,
     task_files: bool = False,
+    field: str | None = None,
 ) -> "ShownReport":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
     `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
-    but a file or data set of its own must be given as `text`.
+    but a file or data set of its own must be given as `text`. `field` is that of its records which
+    holds the text.
     A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
     which thresholds are met. `quick` skips the per-layer isolation measurements. `cache` is a
     directory of at most `cache_size` that caches the reference's results for later evaluations.
@@ -161,6 +163,7 @@ def evaluate(
             samples,
             length,
             task_files,
+            field,
         ),
         suite or "",
         evaluation_progress(),

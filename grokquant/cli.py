@@ -451,8 +451,11 @@ def convert(
     help="Checkpoint that OUTPUT was made from.",
 )
 @click.option(
-    "--text", metavar="TEXT", help="python-docs, a txt, jsonl or parquet file, or a dataset name."
+    "--text",
+    metavar="TEXT",
+    help="python-docs, a txt, json, jsonl or parquet file, or a dataset name.",
 )
+@click.option("--field", metavar="NAME", help="Field of its records that holds the text.")
 @click.option("--samples", type=click.IntRange(1), help="Number of sequences to score.")
 @click.option("--windows", "samples", type=click.IntRange(1), hidden=True)  # former name
 @click.option("--length", type=click.IntRange(8), help="Tokens per sequence.")
@@ -500,6 +503,7 @@ def evaluate(
     output: str,
     reference: str,
     text: str | None,
+    field: str | None,
     samples: int | None,
     length: int | None,
     suite: str | None,
@@ -541,7 +545,7 @@ def evaluate(
         print_notices(model.source.notes)
     place = Path(directory) if directory else place_of_reports(Path(output), Path(reference))
     kept = _can_be_written(place, named=directory is not None)
-    chosen = suite_for(output, suite, text, samples, length, task_files)
+    chosen = suite_for(output, suite, text, samples, length, task_files, field)
     about_text = ""
     if suite is None:
         about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"

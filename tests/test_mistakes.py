@@ -17,8 +17,8 @@ from grokquant.text.documents import load_documents
 RULE = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 128}
 VALUES = {"model": {"path": "toy"}, "quantize": [RULE], "output": {"path": "out"}}
 SLIPS = {
-    'quantize[0].method=gpqt': 'quantize[0].method: expected unquantized, copy, rtn or gptq, not '
-    '"gpqt"; did you mean gptq?',
+    'quantize[0].method=gpqt': 'quantize[0].method: expected unquantized, copy, rtn, gptq or '
+    'two-sided, not "gpqt"; did you mean gptq?',
     "quantize[0].grid=q4_km": "did you mean q4_k?",
     "bits=8": "bits: unknown key here, did you mean quantize[0].bits?",
     "path=x": "path: unknown key here, did you mean model.path or output.path?",

@@ -17,6 +17,7 @@ import torch
 
 from grokquant.errors import InputError
 from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection
+from grokquant.recipe.of_output import settings_of
 from grokquant.text import document, python_docs, records
 from grokquant.text.document import Chat, TokenIds
 from grokquant.text.documents import (
@@ -254,6 +255,15 @@ def test_token_numbers_are_taken_as_they_are(tmp_path: Path) -> None:
     assert rows.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8]]
     with pytest.raises(InputError, match="token numbers should be from 0 to 199"):
         token_rows([TokenIds((1, 200))], Chatty(), samples=9, length=2, seed=None)
+
+
+def test_a_field_given_to_an_evaluation_replaces_the_recipe_s(tmp_path: Path) -> None:
+    assert settings_of(tmp_path, field="body").field == "body"
+    recipe = "{model: {path: toy}, quantize: [{match: '*', method: copy}], output: {path: out}, "
+    (tmp_path / "recipe.yaml").write_text(recipe + "eval: {field: title}}")
+    assert settings_of(tmp_path).field == "title"
+    assert settings_of(tmp_path, text="a.txt").field is None
+    assert settings_of(tmp_path, text="a.jsonl", field="body").field == "body"
 
 
 def test_a_field_is_chosen_by_name(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ def settings_of(
     text: str | None = None,
     samples: int | None = None,
     length: int | None = None,
+    field: str | None = None,
 ) -> EvalSection:
     """The eval section of the recipe that made `output`, or the defaults, with the given changes.
 
@@ -26,8 +27,8 @@ def settings_of(
     settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
     given = {"text": text, "samples": samples, "length": length}
     changes: dict[str, object] = {k: value for k, value in given.items() if value is not None}
-    if text is not None:
-        changes["field"] = None  # the recipe's is that of its own text
+    if text is not None or field is not None:
+        changes["field"] = field  # the recipe's is that of its own text
     try:
         return EvalSection(**(settings.model_dump() | changes))
     except ValidationError as error:
