@@ -336,7 +336,8 @@ def test_layers_are_told_as_they_are_done(outputs, tiny_release, settings):
 def test_a_lossless_copy_costs_nothing(outputs, tiny_release):
     report = grokquant.evaluate(outputs["copy"], tiny_release, text=own_text(outputs["copy"]))
     assert report.kld.maximum <= 1e-9 and report.kld.mean.value <= 1e-9
-    assert report.perplexity.ratio.value == pytest.approx(1, abs=1e-9)
+    # On a busy machine libraries may share a sum among fewer threads, and so round it otherwise.
+    assert report.perplexity.ratio.value == pytest.approx(1, abs=1e-7)
     assert report.same_top_p.value == 1
     for layer in report.layers:
         assert (layer.router_top1, layer.router_top2_set) == (1, 1)
