@@ -16,7 +16,12 @@ import torch
 from safetensors.torch import load_file
 from test_families import MODELS, SIZES, SPARSE, TOKENS, relative
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -162,6 +167,16 @@ def test_what_transformers_alone_cannot_read(output_of, family, rules):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "olmoe"])
 def test_other_formats(output_of, family, rules, form):
     check(output_of(family, rules, form))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_heads_that_the_checkpoint_lacks_are_missing(output_of, family):
+    path = output_of(family)
+    options = {"output_loading_info": True}
+    _, info = AutoModelForSequenceClassification.from_pretrained(path, **options)
+    assert info["missing_keys"] == {"score.weight"}
+    _, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    assert info["missing_keys"] == set()
 
 
 def test_other_formats_of_a_dense_model(output_of):

@@ -111,6 +111,23 @@ def fill_model(
             set_parameter(model, name, ref.read().to(place, kind))
 
 
+def absent_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+    """Parameters for which a checkpoint has nothing, such as the head of a classifier.
+
+    Those that are tied to others need nothing.
+    """
+    family = checkpoint.family
+    experts = [family.experts_of(layer) for layer in family.layers(model)]
+    fused = {id(p) for module in experts if module is not None for p in module.parameters()}
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in fused
+        and name not in model.all_tied_weights_keys
+        and family.tensor_name(name) not in checkpoint.source.tensors
+    ]
+
+
 def _fill_experts(
     checkpoint: Checkpoint, index: int, layer: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> None:

@@ -6,6 +6,7 @@ gpt-oss are initialized randomly. So our quantizer loads every output, whatever 
 config.json shows to engines.
 """
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.formats import FORMATS
-from grokquant.runtime.load import fill_model
+from grokquant.runtime.load import absent_parameters, fill_model
 from grokquant.runtime.packed import pack_model
 from grokquant.version import OWN
 
@@ -70,7 +71,9 @@ class PackedQuantizer(HfQuantizer):
         self._place = tempfile.TemporaryDirectory()
         files[:] = [f"{self._place.name}/nothing.safetensors"]
         save_file({}, files[0])
-        model._keys_to_ignore_on_load_missing = {""}
+        # All but these are read by us, so transformers need not report them as missing.
+        absent = "|".join(map(re.escape, absent_parameters(model, self.checkpoint)))
+        model._keys_to_ignore_on_load_missing = {f"^(?!(?:{absent})$)"}
         # transformers reads neither end of a tied pair and would report both as missing.
         self._tied = model.all_tied_weights_keys
         model.all_tied_weights_keys = {}
