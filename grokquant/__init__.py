@@ -71,9 +71,10 @@ def recipe_for(
     names a shipped recipe or a file with rules; without any of them, experts get 4 bits. `format`
     and `output` are the keys of the recipe's `output`. Raises InputError.
     """
-    from grokquant.job.default_recipe import recipe_for
+    from grokquant.job.default_recipe import values_for
+    from grokquant.recipe import parse_recipe
 
-    return recipe_for(model, recipe, bits, grid, format, output)
+    return parse_recipe(values_for(model, recipe, bits, grid, format, output))
 
 
 def plan(recipe: "Recipe | str | Path | Mapping") -> "ShownPlan":

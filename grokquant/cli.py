@@ -5,8 +5,10 @@ Commands import what they need when they run: help and usage errors answer witho
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -213,14 +215,44 @@ _output = click.option(
 )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the options of a command ask for of a recipe; None leaves it open."""
+
+    bits: int | None
+    grid: str | None
+    output_format: str | None
+    shipped: str | None
+    output: str | None
+    overrides: tuple[str, ...]
+
+    def values(self, model: str) -> dict[str, Any]:
+        """The keys of the recipe made for `model`. Raises InputError."""
+        from grokquant.job.default_recipe import values_for
+        from grokquant.recipe import with_overrides
+
+        wanted = (self.shipped, self.bits, self.grid, self.output_format, self.output)
+        return with_overrides(values_for(model, *wanted), self.overrides)
+
+
+def _asks(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of a recipe, together as its parameter `asked`."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        asked = _Asked(**{field.name: given.pop(field.name) for field in fields(_Asked)})
+        command(asked=asked, **given)
+
+    options = (_bits, _grid, _format, _shipped, _output, _overrides)
+    with_options: Callable[..., None] = run
+    for option in reversed(options):  # help shows first what is added last
+        with_options = option(with_options)
+    return with_options
+
+
 @main.command()
 @_model
-@_bits
-@_grid
-@_format
-@_shipped
-@_output
-@_overrides
+@_asks
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop, as `grokquant plan` does.")
 @_overwrite
 @click.option(
@@ -230,12 +262,7 @@ _output = click.option(
 @_json
 def quantize(
     model: str,
-    bits: int | None,
-    grid: str | None,
-    output_format: str | None,
-    shipped: str | None,
-    output: str | None,
-    overrides: tuple[str, ...],
+    asked: _Asked,
     dry_run: bool,
     overwrite: bool,
     repair: bool,
@@ -260,7 +287,7 @@ def quantize(
     from grokquant.job.default_recipe import is_recipe
     from grokquant.reporting.terminal import RunProgress
 
-    loaded, shown = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
+    loaded, shown = _recipe_of(model, asked)
     place = device_of(device)
     if dry_run:
         _show_plan(loaded, as_json, shown=shown)
@@ -291,12 +318,7 @@ def _command_of(made: "Path", model: str) -> str:
 
 @main.command()
 @_model
-@_bits
-@_grid
-@_format
-@_shipped
-@_output
-@_overrides
+@_asks
 @click.option(
     "--for",
     "engine",
@@ -306,12 +328,7 @@ def _command_of(made: "Path", model: str) -> str:
 @_json
 def plan(
     model: str,
-    bits: int | None,
-    grid: str | None,
-    output_format: str | None,
-    shipped: str | None,
-    output: str | None,
-    overrides: tuple[str, ...],
+    asked: _Asked,
     engine: str | None,
     as_json: bool,
 ) -> None:
@@ -321,76 +338,57 @@ def plan(
     that needs it, the estimated time, and the programs that can load the result. Sizes come from
     file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
-    recipe, shown = _recipe_of(model, shipped, bits, grid, output_format, output, overrides)
+    recipe, shown = _recipe_of(model, asked)
     _show_plan(recipe, as_json, engine, shown)
 
 
 @main.command()
 @click.argument("model", type=_PATH, required=False)
-@_bits
-@_grid
-@_format
-@_shipped
-@_output
-@_overrides
+@_asks
 def recipes(
     model: str | None,
-    bits: int | None,
-    grid: str | None,
-    output_format: str | None,
-    shipped: str | None,
-    output: str | None,
-    overrides: tuple[str, ...],
+    asked: _Asked,
 ) -> None:
     """List the shipped recipes, or print one for a MODEL.
 
     Each fits any model. With MODEL, prints the recipe that quantize uses with the same options, as
     a file to change: grokquant recipes MODEL --bits 4 > mine.yaml
     """
-    from grokquant.job.default_recipe import GOALS, values_for
-    from grokquant.recipe import parse_recipe, to_yaml, with_overrides
+    from grokquant.job.default_recipe import GOALS
+    from grokquant.recipe import parse_recipe, to_yaml
 
     if model is None:
         width = max(map(len, GOALS))
         _say(*(f"{name:{width}}  {goal.text}" for name, goal in GOALS.items()))
         return
-    values = values_for(model, shipped, bits, grid, output_format, output)
-    values = with_overrides(values, overrides)
+    values = asked.values(model)
     parse_recipe(values)
     click.echo(escaping.lines(to_yaml(values)), nl=False)
 
 
-def _recipe_of(
-    model: str,
-    shipped: str | None,
-    bits: int | None,
-    grid: str | None,
-    output_format: str | None,
-    output: str | None,
-    overrides: tuple[str, ...],
-) -> "tuple[Recipe, list[str]]":
+def _recipe_of(model: str, asked: _Asked) -> "tuple[Recipe, list[str]]":
     """The recipe in the file `model`, or the one made for the model of this name and the lines that
     show it. Raises InputError."""
-    from grokquant.job.default_recipe import is_recipe, values_for
-    from grokquant.recipe import load_recipe, parse_recipe, to_yaml, with_overrides
+    from grokquant.job.default_recipe import is_recipe
+    from grokquant.recipe import load_recipe, parse_recipe, to_yaml
 
     if is_recipe(model):
-        for key, value in (("bits", bits), ("grid", grid), ("recipe", shipped)):
+        given = {"bits": asked.bits, "grid": asked.grid, "recipe": asked.shipped}
+        for key, value in given.items():
             if value is not None:
                 text = f"{model} is a recipe, whose rules decide it"
                 raise InputError(f"{text}: change them, as with --set quantize[0].bits=8", key)
-        return load_recipe(model, (*overrides, *_as_overrides(output_format, output))), []
-    values = values_for(model, shipped, bits, grid, output_format, output)
-    values = with_overrides(values, overrides)
+        return load_recipe(model, (*asked.overrides, *_as_overrides(asked))), []
+    values = asked.values(model)
     lines = (f"  {line}" for line in to_yaml(values).splitlines())
     return parse_recipe(values), [f"recipe for {model}:", *lines]
 
 
-def _as_overrides(output_format: str | None, output: str | None) -> list[str]:
+def _as_overrides(asked: _Asked) -> list[str]:
     """--format and --output as changes to a recipe file."""
     import json
 
-    given = {"output.format": output_format, "output.path": output}
+    given = {"output.format": asked.output_format, "output.path": asked.output}
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 

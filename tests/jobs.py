@@ -10,8 +10,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 import grokquant
 from grokquant.files.atomic import sha256
+from grokquant.job import pipeline
+from grokquant.recipe import Recipe
 
 DRIVER = Path(__file__).parent / "kill_driver.py"
 ENVIRONMENT = os.environ | {
@@ -222,3 +226,21 @@ def fill_up(job: Job, size: int) -> int:
         return status
     finally:
         subprocess.run(["umount", str(job.root)], check=True)
+
+
+def interrupt_after(matrices: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a recipe here until so many matrices are rounded; full files are committed."""
+    emit, left = pipeline.Run.emit, matrices
+
+    def emit_or_fail(run: pipeline.Run, *given: object) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            run.writer.drain()
+            raise KeyboardInterrupt
+        emit(run, *given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Run, "emit", emit_or_fail)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(recipe)

@@ -11,12 +11,13 @@ from test_families import FOUR, MODELS, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
+from grokquant import recipe_for
 from grokquant.checkpoint import open_checkpoint
 from grokquant.cli import main
 from grokquant.errors import InputError
 from grokquant.files.atomic import sha256
 from grokquant.grids import GRIDS
-from grokquant.job.default_recipe import GOALS, goal_of, is_recipe, recipe_for
+from grokquant.job.default_recipe import GOALS, goal_of, is_recipe
 from grokquant.job.plan import Plan, build_plan
 from grokquant.sources.located import located
 from grokquant.toy import TOY_PATH

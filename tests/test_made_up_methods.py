@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ATTENTION, EXPERTS, run_stored_layer
+from jobs import interrupt_after
 
 from grokquant.checkpoint import open_checkpoint
 from grokquant.grids import Scheme
@@ -174,20 +175,7 @@ def test_a_revised_layer_is_resumed_with_the_same_bytes(refit, monkeypatch, tmp_
     whole = pipeline.quantize(refit)
     changed = refit.output.model_copy(update={"path": str(tmp_path / "again")})
     again = refit.model_copy(update={"output": changed})
-    emit, left = pipeline.Run.emit, 15
-
-    def emit_or_fail(run: pipeline.Run, *given: object) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            run.writer.drain()
-            raise KeyboardInterrupt
-        emit(run, *given)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Run, "emit", emit_or_fail)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(again)
+    interrupt_after(15, again, monkeypatch)
     resumed = pipeline.quantize(again)
     for path in whole.glob("*.safetensors"):
         assert path.read_bytes() == (resumed / path.name).read_bytes()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from conftest import ATTENTION, EXPERTS
+from jobs import interrupt_after
 from torch import Tensor
 
 from grokquant.calibration.site import Site
@@ -218,20 +219,7 @@ def test_an_interrupted_run_is_resumed_with_the_same_bytes(tiny_recipe, tmp_path
     whole = pipeline.quantize(recipe)
     changed = recipe.output.model_copy(update={"path": str(tmp_path / "again")})
     again = recipe.model_copy(update={"output": changed})
-    emit, left = pipeline.Run.emit, 3 * len(build_plan(recipe).units) // 4  # in layer 1
-
-    def emit_or_fail(run: pipeline.Run, *given: object) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            run.writer.drain()
-            raise KeyboardInterrupt
-        emit(run, *given)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Run, "emit", emit_or_fail)
-        with pytest.raises(KeyboardInterrupt):
-            pipeline.quantize(again)
+    interrupt_after(3 * len(build_plan(recipe).units) // 4, again, monkeypatch)  # in layer 1
     resumed = pipeline.quantize(again)
     for path in whole.glob("*.safetensors"):
         assert path.read_bytes() == (resumed / path.name).read_bytes()

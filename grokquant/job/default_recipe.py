@@ -8,7 +8,7 @@ Matrices that every token passes and that take little room get 8 bits, the other
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,7 @@ from grokquant.formats import FORMATS
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job.units import unit_of
 from grokquant.methods import METHODS
-from grokquant.recipe import CalibrationSection, Recipe, Rule, load_values, parse_recipe
+from grokquant.recipe import CalibrationSection, Rule, load_values
 from grokquant.sources import PICKLES
 from grokquant.sources.located import WEIGHT_SUFFIXES, located
 from grokquant.toy import TOY_LENGTH, TOY_PATH
@@ -100,26 +100,6 @@ def is_recipe(path: str | Path) -> bool:
     return path.is_file() and path.suffix not in (*WEIGHT_SUFFIXES, *PICKLES)
 
 
-def recipe_for(
-    model: str | Path,
-    recipe: str | Path | None = None,
-    bits: int | None = None,
-    grid: str | None = None,
-    format: str | None = None,
-    output: str | Path | None = None,
-    overrides: Sequence[str] = (),
-) -> Recipe:
-    """The recipe for `model`: a directory, a model in the cache of the hub, or `toy`.
-
-    `recipe` is one of GOALS, or a file whose rules are taken; else `bits` or a `grid` say what the
-    large matrices become, and nothing means 4 bits. `format` and `output` are those of the recipe's
-    `output`; the default is a directory beside which the command runs, named after the model.
-    `overrides` change keys, as in `load_recipe`. Raises InputError.
-    """
-    values = values_for(model, recipe, bits, grid, format, output)
-    return parse_recipe(values, overrides)
-
-
 def values_for(
     model: str | Path,
     recipe: str | Path | None = None,
@@ -128,7 +108,13 @@ def values_for(
     format: str | None = None,
     output: str | Path | None = None,
 ) -> Values:
-    """The keys that `recipe_for` sets, in the order of a recipe; all others have their defaults."""
+    """The keys of a recipe for `model`, in their order; all others have their defaults.
+
+    `model` is a directory, a model in the cache of the hub, or `toy`. `recipe` is one of GOALS, or
+    a file whose rules are taken; else `bits` or a `grid` say what the large matrices become, and
+    nothing means 4 bits. `format` and `output` are those of the recipe's `output`; the default is a
+    directory beside which the command runs, named after the model. Raises InputError.
+    """
     model = expanded(str(model))
     for key, value in (("bits", bits), ("grid", grid)):
         if recipe is not None and value is not None:
