@@ -104,9 +104,18 @@ def content(layers: int = 4, experts: int = 8) -> dict:
         "grokquant": "0.1.0",
         "quantized": model
         | {"path": "/data/toy-int4", "bytes": 4_106_824, "bits_per_weight": 4.2599961}
-        | {"schemes": {"int4 g128 sym (gptq)": 96, "int8 release sym (copy)": 16}},
+        | {
+            "schemes": {"int4 g128 sym (gptq)": 96, "int8 release sym (copy)": 16},
+            "format": "compressed-tensors",
+        },
         "reference": model
-        | {"path": f"/data/{AWKWARD}", "bytes": 8_290_771, "bits_per_weight": 8.6, "schemes": {}},
+        | {
+            "path": f"/data/{AWKWARD}",
+            "bytes": 8_290_771,
+            "bits_per_weight": 8.6,
+            "schemes": {},
+            "format": None,
+        },
         "protocol": {
             "text": "python-docs (held-out)",
             "text_sha256": "9f86d081884c7d659a2feaa0c55ad015",

@@ -121,7 +121,7 @@ def test_tables_have_a_row_for_each_run_and_each_layer(found):
     assert "| four | 2 | 4.100 | 4.11\u00a0MB | 0.0" in text and "behind four" in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len(tables) == 2 + 5 + 2 + 4
-    assert {line.count("|") for line in tables[:7]} == {10}
+    assert {line.count("|") for line in tables[:7]} == {12}
     assert {line.count("|") for line in tables[7:]} == {7}
     console = PlainConsole(width=200, record=True, file=io.StringIO())
     for table in terminal_tables(found):

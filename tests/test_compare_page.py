@@ -68,7 +68,7 @@ def test_numbers_on_the_page_are_those_of_the_json(few: list[Path], tmp_path: Pa
 def test_the_smallest_comes_first_and_the_beaten_is_named(few: list[Path]) -> None:
     page = render_ranking(rank_models(few))
     table = page[page.index('<table class="runs">') : page.index("</table>")]
-    assert re.findall(r"</svg>(\w+)</span></th>", table) == ["gptq4", "rtn4", "int8"]
+    assert re.findall(r'</svg>(\w+)</span><span class="ends">', table) == ["gptq4", "rtn4", "int8"]
     standings = re.findall(r'data-label="Pareto front \(KLD\)">(?:<b>)?([\w ]+)', table)
     assert standings == ["on the front", "behind gptq4", "on the front"]
     text = Page(page).text

@@ -25,6 +25,7 @@ from reports import (
 from grokquant.errors import InputError
 from grokquant.evaluation.report import Report, parse_report, read_report
 from grokquant.humanize import count, number, percent, unbroken_size
+from grokquant.reporting.html.anchors import ANCHORS
 from grokquant.reporting.html.page import render_html, write_report
 from grokquant.reporting.json_pointer import Datum, datum_at, find_datum
 from grokquant.reporting.rows import bf16_bytes, markdown_table, terminal_table, verdict
@@ -191,7 +192,7 @@ def test_page_needs_nothing_else(shape: tuple[int, int]) -> None:
 def test_every_drawing_is_well_formed_named_and_inside_its_box(shape: tuple[int, int]) -> None:
     drawings = re.findall(r"<svg.*?</svg>", render_html(report(*shape)), re.S)
     routed = 9 if shape[0] > 1 else 8  # the first change of routing needs a choice of layers
-    assert len(drawings) == 5 + routed * (shape[1] > 1)
+    assert len(drawings) == 6 + routed * (shape[1] > 1)
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         assert root.get("aria-label") == root.findtext("title") and root.findtext("title")
@@ -506,3 +507,28 @@ def test_every_field_of_the_schema_is_described() -> None:
         assert part["description"]
         for name, field in part["properties"].items():
             assert field.get("description"), f"{part['title']}.{name}"
+
+
+def test_contents_lead_to_every_section() -> None:
+    text = render_html(report())
+    titles = re.findall(r'<h2 id="([^"]+)">([^<]+)</h2>', text)
+    links = re.findall(r'<li><a href="#([^"]+)">([^<]+)</a></li>', text)
+    assert links == titles and len({anchor for anchor, _ in titles}) == len(titles) > 4
+
+
+def test_fallbacks_stand_above_the_first_figure() -> None:
+    text = render_html(parse_report(changed("/units/0/fallback", "too few tokens"), "test"))
+    assert text.index("not quantized as planned") < text.index('<dl class="tiles')
+
+
+def test_the_divergence_lies_among_anchors() -> None:
+    page = render_html(report())
+    (scale,) = re.findall(r'<svg[^>]*aria-label="Mean KLD among others".*?</svg>', page)
+    places = {t.text: float(t.get("x", "nan")) for t in ElementTree.fromstring(scale).iter("text")}
+    names = [name for name, _ in ANCHORS]
+    assert [places[name] for name in names] == sorted(places[name] for name in names)
+
+
+def test_a_page_says_when_it_was_made(monkeypatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    assert "<footer>1970-01-02, grokquant" in render_html(report())

@@ -9,6 +9,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation.report import ComparedModel, UnitRow
 from grokquant.files.json_objects import read_json_object
 from grokquant.files.published import published_path
+from grokquant.formats import format_of
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import Matrix
 
@@ -47,6 +48,7 @@ def check_comparable(
 def described(checkpoint: Checkpoint, path: str | Path, rows: tuple[UnitRow, ...]) -> ComparedModel:
     """A model as the report has it; methods are those of `rows`, its quantization report."""
     methods = {row.name: f" ({row.method})" for row in rows}
+    stored_in = format_of(checkpoint.source)
     grids = Counter(ref.stored_as + methods.get(name, "") for name, ref in checkpoint.units())
     return ComparedModel(
         path=published_path(str(path)),
@@ -57,6 +59,7 @@ def described(checkpoint: Checkpoint, path: str | Path, rows: tuple[UnitRow, ...
         bytes=checkpoint.file_bytes,
         bits_per_weight=checkpoint.bits_per_weight,
         schemes=grids,
+        format=stored_in.name if stored_in else None,
     )
 
 

@@ -88,6 +88,8 @@ class ComparedModel(_Part):
     """8 * bytes / parameters."""
     schemes: dict[str, Count] = {}
     """Number of matrices by grid, with the method that rounded them if known."""
+    format: str | None = None
+    """The format that holds them; None where nothing is quantized and in earlier reports."""
 
 
 def _without_former_words(arithmetic: object) -> object:

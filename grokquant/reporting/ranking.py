@@ -44,6 +44,16 @@ class EvaluatedModel:
     def bits_per_weight(self) -> float:
         return self.report.quantized.bits_per_weight
 
+    @property
+    def grid(self) -> str:
+        """The grid of most of its matrices, with its method."""
+        schemes = self.report.quantized.schemes
+        return max(schemes, key=lambda name: schemes[name]) if schemes else "–"
+
+    @property
+    def format(self) -> str:
+        return self.report.quantized.format or "–"
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -76,6 +86,8 @@ class RankedModel(EvaluatedModel):
             "path": published_path(str(self.path)),
             "bits_per_weight": self.bits_per_weight,
             "bytes": report.quantized.bytes,
+            "grid": self.grid,
+            "format": self.format,
             "kld": report.kld.mean.model_dump(mode="json"),
             "perplexity": report.perplexity.quantized.model_dump(mode="json"),
             "perplexity_ratio": report.perplexity.ratio.model_dump(mode="json"),

@@ -21,6 +21,8 @@ _HEADS = {
     "Same top p": True,
     "Pareto (KLD)": False,
     "Pareto (PPL)": False,
+    "Grid (method)": False,
+    "Format": False,
 }
 _ROUTING = "Tokens routed to the same experts as in the reference"
 
@@ -78,6 +80,8 @@ def _cells(model: RankedModel) -> tuple[str, ...]:
         percent(report.same_top_p.value, 4),
         _standing_words(model.kld),
         _standing_words(model.perplexity),
+        model.grid,
+        model.format,
     )
 
 

@@ -1,6 +1,8 @@
 """Elements that pages are put together from: sections, figures, tables, numbers with pointers."""
 
+import os
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 from grokquant.escaping import html_text
@@ -12,17 +14,36 @@ from grokquant.reporting.rows import Row
 
 def document(title: str, body: str, version: str, json_name: str) -> str:
     """A whole page; `json_name` is the file that has the same numbers."""
+    made = f"{_today()}, grokquant {html_text(version)}"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
         f"<title>{html_text(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n{body}"
-        f"<footer>grokquant {html_text(version)}. {json_name}, next to this page, has the same "
+        f"<footer>{made}. {json_name}, next to this page, has the same "
         "numbers in full precision.</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
+def _today() -> str:
+    """The day on which a page is written, in UTC, or that of SOURCE_DATE_EPOCH."""
+    seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
 def section(title: str, words: str, body: str) -> str:
-    return f"<section><h2>{title}</h2><p>{html_text(words)}</p>{body}</section>\n"
+    anchor = _anchor(title)
+    return f'<section><h2 id="{anchor}">{title}</h2><p>{html_text(words)}</p>{body}</section>\n'
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"\W+", "-", title.lower()).strip("-")
+
+
+def contents(body: str) -> str:
+    """A list of links to the sections of `body`."""
+    titles = re.findall(r"<section><h2 id=[^>]*>([^<]*)</h2>", body)
+    links = "".join(f'<li><a href="#{_anchor(title)}">{title}</a></li>' for title in titles)
+    return f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n'
 
 
 def grid(figures: Iterable[str]) -> str:
@@ -75,13 +96,13 @@ def table_row(name: str, *numbers: str) -> str:
     return f'<tr><th scope="row">{name}</th>{cells}</tr>'
 
 
-def wide_table(names: Sequence[str], rows: Iterable[Sequence[str]], last_in_words: bool) -> str:
+def wide_table(names: Sequence[str], rows: Iterable[Sequence[str]], in_words: int) -> str:
     """A table whose rows become cards on a phone, where each cell carries its head.
 
-    `names` are heads, `rows` cells; the first column names the row, the last may hold words.
+    `names` are heads, `rows` cells; the first column names the row, the last `in_words` hold words.
     """
-    numeric = len(names) - 1 - last_in_words
-    kinds = ["", *[' class="num"'] * numeric, *[""] * last_in_words]
+    numeric = len(names) - 1 - in_words
+    kinds = ["", *[' class="num"'] * numeric, *[""] * in_words]
     cells = zip(kinds, names, strict=True)
     head = "".join(f'<th scope="col"{kind}>{name}</th>' for kind, name in cells)
     body = "".join(_wide_row(names, kinds, row) for row in rows)

@@ -19,6 +19,7 @@ from grokquant.reporting.html.layer_sections import (
 )
 from grokquant.reporting.html.markup import (
     better,
+    contents,
     document,
     facts,
     file_path,
@@ -29,6 +30,7 @@ from grokquant.reporting.html.markup import (
 )
 from grokquant.reporting.html.sections import (
     distribution_section,
+    fallbacks,
     metrics_section,
     weights_section,
 )
@@ -54,10 +56,8 @@ HTML_NAME = "report.html"
 
 def render_html(report: Report) -> str:
     """The whole page."""
-    body = "".join(
+    sections = "".join(
         (
-            _header(report),
-            _tiles(report),
             suite_section(report),
             metrics_section(report),
             tasks_section(report),
@@ -70,6 +70,8 @@ def render_html(report: Report) -> str:
             _protocol(report),
         )
     )
+    first = _header(report) + fallbacks(report) + _tiles(report)
+    body = first + contents(sections) + sections
     title = f"{name_of(report.quantized)}: evaluation"
     return document(title, body, report.grokquant, JSON_NAME)
 

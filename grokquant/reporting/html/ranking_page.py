@@ -17,6 +17,7 @@ from grokquant.humanize import (
 from grokquant.reporting.html.charts import Series
 from grokquant.reporting.html.markup import (
     better,
+    contents,
     document,
     estimate_at,
     facts,
@@ -65,15 +66,18 @@ def render_ranking(ranking: Ranking) -> str:
     reference = name_of(ranking.report.reference)
     content = ranking.as_dict()
     models = _by_size(ranking)
-    body = (
+    header = (
         '<header><p class="eyebrow">Quality and size</p>'
         f"<h1>{len(models)} models against {html_text(reference)}</h1>"
         f'<p class="verdict">{html_text(_verdict(ranking))}</p></header>\n'
-        + _size_section(content, models)
+    )
+    sections = (
+        _size_section(content, models)
         + _table(content, models, ranking.report.bootstrap.unit)
         + _routing_section(content, models)
         + _protocol(content, ranking.report)
     )
+    body = header + contents(sections) + sections
     return document(f"Comparison with {reference}", body, __version__, JSON_NAME)
 
 
@@ -140,6 +144,7 @@ def _table(content: dict, models: list[_Model], unit: str) -> str:
     routed = any(_worst_layer(model.ranked) is not None for model in models)
     heads = [
         ("Model", ""),
+        ("Rank", LOWER),
         ("Bits per weight", LOWER),
         ("Size", LOWER),
         ("Mean KLD, nats", LOWER),
@@ -155,14 +160,15 @@ def _table(content: dict, models: list[_Model], unit: str) -> str:
         f"Below each value: its 95{NBSP}% confidence interval, from a bootstrap over {unit}s. "
         "“tied”: the difference is within noise. “behind”: significantly worse than a model of the "
         "same size or smaller.",
-        wide_table(names, rows, last_in_words=True),
+        wide_table(names, rows, in_words=1),
     )
 
 
 def _row(content: dict, model: _Model, routed: bool) -> list[str]:
     pointer = model.pointer
     return [
-        f'<span class="run">{legend_key(model.number)}{html_text(model.ranked.name)}</span>',
+        _name(model.ranked, legend_key(model.number)),
+        number_at(content, f"{pointer}/rank", lambda rank: f"{rank:.0f}"),
         number_at(content, f"{pointer}/bits_per_weight", lambda bits: f"{bits:.2f}"),
         number_at(content, f"{pointer}/bytes", lambda stored: unbroken_size(int(stored))),
         estimate_at(content, f"{pointer}/kld"),
@@ -171,6 +177,12 @@ def _row(content: dict, model: _Model, routed: bool) -> list[str]:
         *([_worst_agreement(content, model)] if routed else []),
         _standing(model.ranked.kld),
     ]
+
+
+def _name(model: RankedModel, key: str) -> str:
+    """The name of a model above its grid, method and format."""
+    how = html_text(f"{model.grid}, {model.format}")
+    return f'<span class="run">{key}{html_text(model.name)}</span><span class="ends">{how}</span>'
 
 
 def _worst_layer(model: RankedModel) -> int | None:

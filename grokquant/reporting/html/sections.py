@@ -6,6 +6,7 @@ from grokquant.escaping import html_text
 from grokquant.evaluation.report import Report, UnitRow
 from grokquant.humanize import NBSP, number, percent, rough, unbroken_size
 from grokquant.reporting.html import report_charts
+from grokquant.reporting.html.anchors import scale_of_divergence
 from grokquant.reporting.html.markup import (
     card,
     details,
@@ -91,7 +92,7 @@ def distribution_section(report: Report) -> str:
     return section(
         "Token by token",
         "Averages hide the tail, and the tail is what breaks code and long reasoning.",
-        grid([kld_by_token(report), delta_p_by_token(report)])
+        grid([kld_by_token(report), delta_p_by_token(report), scale_of_divergence(report)])
         + details("All percentiles", card(_percentiles(report))),
     )
 
@@ -149,7 +150,7 @@ def weights_section(report: Report) -> str:
         "What was quantized",
         f"{name_of(model)} at {model.bits_per_weight:.2f} bits per weight, "
         f"{name_of(reference)} at {reference.bits_per_weight:.2f}, counting all of their files.",
-        grid(charts) + _fallbacks(report) + (folded if worst else ""),
+        grid(charts) + (folded if worst else ""),
     )
 
 
@@ -181,7 +182,8 @@ def _matrix(unit: UnitRow) -> str:
     )
 
 
-def _fallbacks(report: Report) -> str:
+def fallbacks(report: Report) -> str:
+    """A warning that names the matrices that were not quantized as planned, if there are any."""
     fallen = [unit for unit in report.units if unit.fallback]
     if not fallen:
         return ""
@@ -194,5 +196,5 @@ def _fallbacks(report: Report) -> str:
     noun = "matrix was" if len(fallen) == 1 else "matrices were"
     return (
         f'<div class="warn"><h3>{len(fallen)} {noun} not quantized as planned</h3>'
-        f"<ul>{items}</ul></div>"
+        f"{details('Which, and why', f'<ul>{items}</ul>')}</div>\n"
     )

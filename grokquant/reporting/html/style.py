@@ -120,8 +120,11 @@ details thead .num{white-space:normal}
 padding:14px 0 10px}
 .facts dt{color:var(--soft)}
 .facts dd{overflow-wrap:anywhere}
+nav ul{display:flex;flex-wrap:wrap;gap:4px 18px;list-style:none;margin-top:22px;font-size:.95rem}
+a{color:var(--accent)}
 .warn{background:var(--warn);border-left:4px solid var(--warnline);border-radius:0 10px 10px 0;
 padding:14px 18px;margin-top:14px}
+.warn details{margin-top:2px}.warn+.tiles{margin-top:22px}
 .warn ul{padding-left:20px;margin-top:6px}
 .warn li{overflow-wrap:anywhere}
 footer{margin-top:44px;padding-top:14px;border-top:1px solid var(--hair);color:var(--soft);
@@ -181,6 +184,7 @@ h2+p,tr.block{break-after:avoid}tr{break-inside:avoid}
 .card{border:0;padding:0}
 .c,rect,circle,.warn{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 details::details-content{content-visibility:visible;block-size:auto}
+nav{display:none}
 summary{break-after:avoid;list-style:none;color:var(--soft)}
 }
 """

@@ -41,7 +41,7 @@ def suite_section(report: Report) -> str:
     return section(
         "Is it good enough?",
         f"Thresholds of the suite {report.suite.name}, each checked where it is hardest to meet.",
-        wide_table(["Threshold", "Measured", "Limit", "Outcome"], rows, last_in_words=True),
+        wide_table(["Threshold", "Measured", "Limit", "Outcome"], rows, in_words=1),
     )
 
 
@@ -82,7 +82,7 @@ def texts_section(report: Report) -> str:
         "Other texts",
         f"Below each value: its 95{NBSP}% confidence interval. Values of different texts cannot be "
         "compared.",
-        wide_table(names, rows, last_in_words=False),
+        wide_table(names, rows, in_words=0),
     )
 
 
@@ -100,7 +100,7 @@ def tasks_section(report: Report) -> str:
         "that only the reference gets right. Gained: items that only the quantized model gets "
         "right. p: probability of flips at least this one-sided if quantization had no effect. "
         f"Below each difference: its 95{NBSP}% confidence interval, in percentage points.",
-        wide_table(names, _task_rows(report, report.tasks), last_in_words=True),
+        wide_table(names, _task_rows(report, report.tasks), in_words=1),
     )
 
 
