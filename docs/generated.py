@@ -8,6 +8,7 @@ import ast
 import inspect
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 
+import grokquant
 from grokquant.cli import main
 from grokquant.engines import CONSUMERS
 from grokquant.evaluation.report import Report
@@ -234,6 +236,25 @@ def _command(name: str, command: click.Command) -> str:
     return f"## {name}\n\n```text\ngrokquant {name} {usage}\n```\n\n{about}\n\n{options}"
 
 
+def python() -> str:
+    """Every function of the package with its signature and docstring."""
+    names = [name for name in grokquant.__all__ if callable(getattr(grokquant, name))]
+    return "\n\n".join(_function(name, getattr(grokquant, name)) for name in names)
+
+
+def _function(name: str, function: Callable) -> str:
+    parameters = inspect.signature(function).parameters.values()
+    given = "".join(f"    {_parameter(parameter)},\n" for parameter in parameters)
+    about = inspect.getdoc(function) or ""
+    return f"## {name}\n\n```python\ngrokquant.{name}(\n{given})\n```\n\n{about}"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    kind = inspect.formatannotation(parameter.annotation).strip("'")
+    default = parameter.default
+    return f"{parameter.name}: {kind}" + ("" if default is parameter.empty else f" = {default!r}")
+
+
 def suites() -> str:
     """The evaluation suites that are shipped, as they stand."""
     return "\n\n".join(
@@ -269,6 +290,7 @@ PARTS = {
     "families": families,
     "engines": engines,
     "commands": commands,
+    "python": python,
     "suites": suites,
     "rooms": rooms,
 }

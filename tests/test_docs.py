@@ -1,11 +1,13 @@
 """Pages that are made from the code say all that the code has."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import grokquant
 from grokquant.cli import main
 from grokquant.evaluation.report import Report
 from grokquant.formats import FORMATS
@@ -73,6 +75,16 @@ def test_every_format_is_shown(generated):
     for name in FORMATS:
         assert f"| `{name}` |" in text
     assert "| `q4_k` | " in text
+
+
+def test_every_function_is_shown_with_its_parameters(generated):
+    text = page(generated, "python")
+    for name in set(grokquant.__all__) - {"__version__"}:
+        function = getattr(grokquant, name)
+        assert f"## {name}\n" in text and inspect.getdoc(function) in text
+        assert all(
+            f"    {parameter}" in text for parameter in inspect.signature(function).parameters
+        )
 
 
 def test_a_mark_that_is_not_known_ends_the_build(generated):
