@@ -29,6 +29,7 @@ from grokquant.files.unfinished import JOURNAL, RUN
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
 from grokquant.job.shards import SUMS_NAME, write_tensors
+from grokquant.parallel import ALONE, Team
 from grokquant.types import UnitReport
 
 LOCK = "lock"
@@ -83,7 +84,7 @@ class WorkDirectory:
         atomic.commit(temporary, self.files / file.name)
         record = {"sha256": checksum, "units": [asdict(report) for report in reports]}
         atomic.write_record(self.journal / f"{file.name}.json", record)
-        self._remember(file, record)
+        self._remember(file.name, record)
 
     def committed(self, file: PlannedFile) -> bool:
         return file.name in self.sums
@@ -106,18 +107,32 @@ class WorkDirectory:
             raise InputError(f"{path}: was truncated during the run")
         return slot.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
 
-    def recover(self, plan: Plan) -> None:
-        """Finds the committed files that are intact; damaged ones will be rebuilt."""
+    def recover(self, plan: Plan, team: Team = ALONE) -> None:
+        """Finds the committed files that are intact; damaged ones will be rebuilt.
+
+        Each member reads some of the files, and all know what was found.
+        """
         for directory in (self.path, self.files, self.journal):
             atomic.remove_abandoned(directory)
-        for file in plan.files:
-            record_path = self.journal / f"{file.name}.json"
-            record = atomic.read_record(record_path)
-            if record and atomic.holds(self.files / file.name, record["sha256"]):
-                self._remember(file, record)
-            elif record_path.exists():
-                self.damaged.append(file.name)
+        own = plan.files[team.rows(len(plan.files), 1)]
+        records = team.merge({file.name: self._intact_record(file.name) for file in own})
+        for name, record in records.items():
+            if record:
+                self._remember(name, record)
+            elif (self.journal / f"{name}.json").exists():
+                self.damaged.append(name)
         self._recover_hidden()
+
+    def _intact_record(self, name: str) -> dict | None:
+        """The record of a committed file that is as it was committed."""
+        record = atomic.read_record(self.journal / f"{name}.json")
+        return record if record and atomic.holds(self.files / name, record["sha256"]) else None
+
+    def share(self, team: Team) -> None:
+        """Tells all members what each has committed."""
+        self.sums = team.merge(self.sums)
+        rows = team.merge({name: asdict(report) for name, report in self.reports.items()})
+        self.reports = {name: report_from(row) for name, row in rows.items()}
 
     def _recover_hidden(self) -> None:
         record_path = self.journal / f"{HIDDEN}.json"
@@ -203,7 +218,12 @@ class WorkDirectory:
         """Temporary files of another run, on filesystems without locks."""
         return self.files.glob(".*.tmp")
 
-    def _remember(self, file: PlannedFile, record: dict) -> None:
-        self.sums[file.name] = record["sha256"]
+    def _remember(self, file: str, record: dict) -> None:
+        self.sums[file] = record["sha256"]
         for row in record["units"]:
-            self.reports[row["name"]] = UnitReport(**row | {"scheme": Scheme(**row["scheme"])})
+            self.reports[row["name"]] = report_from(row)
+
+
+def report_from(row: dict) -> UnitReport:
+    """The report whose `asdict` is `row`."""
+    return UnitReport(**row | {"scheme": Scheme(**row["scheme"])})

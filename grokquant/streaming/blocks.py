@@ -30,6 +30,7 @@ from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
 from grokquant.threads import alone, in_order, in_pieces, slices
+from grokquant.types import Routed
 
 STREAMED = "grokquant-streamed"  # the name of our experts in transformers' registry
 # The dtype of hidden states and weights in calibration. Its products are exact in float32, in which
@@ -48,19 +49,6 @@ Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 Keep = Callable[[Tensor], None]
 # inputs [tokens, hidden] -> outputs [tokens, hidden]
 Expert = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Routed:
-    """The tokens of one expert: rows `token` int64 [routed] of `x` [tokens, hidden], the inputs of
-    all experts. `gate` float32 [routed, 1] multiplies its outputs; `combined` float32 [tokens,
-    hidden] is the sum of the gated outputs of the experts before it.
-    """
-
-    x: Tensor
-    token: Tensor
-    gate: Tensor
-    combined: Tensor
 
 
 # (expert, what is routed to it) -> the expert
