@@ -112,11 +112,17 @@ class Team:
         """The rows [n, ...] of all members, in order, on `members` only; None on all others."""
         return rows
 
-    def broadcast(
-        self, tensors: "Mapping[str, Tensor] | None", layout: Layout, member: int
-    ) -> "dict[str, Tensor]":
-        """The tensors of `member`, on all members."""
-        return dict(tensors or {})
+    def shared(
+        self,
+        value: T | None,
+        pack: "Callable[[T], Mapping[str, Tensor]]",
+        unpack: "Callable[[dict[str, Tensor]], T]",
+        layout: Layout,
+        member: int,
+    ) -> T:
+        """The value that `member` has, on all members; it travels packed."""
+        assert value is not None
+        return value
 
     def hand_over(
         self, tensors: "Mapping[str, Tensor] | None", layout: Layout, giver: int, taker: int
@@ -244,22 +250,27 @@ class Members(Team):
         everyones, _ = self._exchange([rows[: len(rows) * (m in members)] for m in self._all])
         return everyones if self.rank in members else None
 
-    def broadcast(
-        self, tensors: "Mapping[str, Tensor] | None", layout: Layout, member: int
-    ) -> "dict[str, Tensor]":
+    def shared(
+        self,
+        value: T | None,
+        pack: "Callable[[T], Mapping[str, Tensor]]",
+        unpack: "Callable[[dict[str, Tensor]], T]",
+        layout: Layout,
+        member: int,
+    ) -> T:
         from torch.distributed import BroadcastOptions
 
         options = BroadcastOptions()
         options.rootRank = member
         options.rootTensor = 0
-        received = self._room(tensors, layout)
-        for tensor in received.values():
+        room = self._room(None if value is None else pack(value), layout)
+        for tensor in room.values():
             for part in _bytes_of(tensor).split(_AT_ONCE):
                 here = part.to(self._device)
-                with self._waiting(len(part) * self.is_here(member)):
+                with self._waiting(len(part) * (self.size - 1) * self.is_here(member)):
                     self._bulk.broadcast([here], options).wait()
                 part.copy_(here)
-        return received
+        return unpack(room) if value is None else value
 
     def hand_over(
         self, tensors: "Mapping[str, Tensor] | None", layout: Layout, giver: int, taker: int

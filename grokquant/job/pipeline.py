@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -47,7 +47,7 @@ from grokquant.job.shards import ShardWriter, is_result
 from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
 from grokquant.job.verify import verify_against_plan
-from grokquant.job.workdir import States, WorkDirectory
+from grokquant.job.workdir import States, WorkDirectory, report_from
 from grokquant.memory import memory_for
 from grokquant.parallel import ALONE, Team
 from grokquant.recipe import Recipe, load_recipe
@@ -242,7 +242,9 @@ def _fill(
         progress.continuing(len(work.sums), len(plan.files), work.damaged)
     with ShardWriter(work.files, plan, work.commit) as writer:
         fallbacks = Fallbacks(plan, *((0, 0) if rows is None else rows.shape))
-        run = Run(division, work, writer, progress, stop, device, fallbacks, dict(work.reports))
+        known = dict(work.reports)
+        run = Run(division, work, writer, progress, stop, device, fallbacks, known)
+        run.recovered = frozenset(known)
         stop.busy = lambda: bool(writer.incomplete)
         if _open_layers(plan, work):
             _quantize_blocks(run, rows)
@@ -270,9 +272,10 @@ def _complete(
 class Run:
     """The state of a run. Every finished unit passes through `emit`.
 
-    `reports` are those of all units that are known here, `untold` the layers that are done as far
-    as it depends on this process, and `busy` the seconds spent reading and computing where both
-    overlap with writing.
+    `reports` are those of all units that are known here, `recovered` the units that an earlier run
+    has committed, `outbox` the parts of units that wait for the writer of their file, and `untold`
+    the layers that are done as far as it depends on this process. `busy` are the seconds spent
+    reading and computing where both overlap with writing.
     """
 
     division: Division
@@ -283,6 +286,8 @@ class Run:
     device: torch.device
     fallbacks: Fallbacks
     reports: dict[str, UnitReport]
+    recovered: frozenset[str] = frozenset()
+    outbox: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     untold: list[int] = field(default_factory=list)
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -295,11 +300,14 @@ class Run:
         return self.plan.format
 
     def emit(self, parts: dict[str, Tensor], report: UnitReport) -> None:
-        """Sends the packed parts of a unit to their file."""
+        """Sends the packed parts of a unit to their file, or keeps them for its writer."""
         self.reports[report.name] = report
         self.count_fallback(report)
         self.fallbacks.check()
-        self.writer.write(parts, report)
+        if self.division.is_written_here(self.plan.file_of[next(iter(parts))]):
+            self.writer.write(parts, report)
+        else:
+            self.outbox[report.name] = parts
         self.progress.unit_done(report.name)
         self.stop.check()
 
@@ -308,7 +316,7 @@ class Run:
 
     def committed(self, unit: Unit) -> QTensor | None:
         """The unit as an earlier run has committed it."""
-        if unit.name not in self.work.reports:
+        if unit.name not in self.recovered:
             return None
         names = self.format.packed_layout(unit.tensor, unit.shape, unit.scheme)
         parts = self.work.read(self.plan, list(names))
@@ -372,6 +380,19 @@ class Run:
             return
         self.progress.layer_done(index, [self.reports[name] for name in names], tokens)
 
+    def deliver(self, index: int) -> None:
+        """Tells all members of the units of a layer, and hands their parts to the writers."""
+        units = [unit for unit in self.plan.units_of(index) if unit.name not in self.recovered]
+        own = {u.name: asdict(self.reports[u.name]) for u in units if u.name in self.reports}
+        for name, row in self.division.team.merge(own).items():
+            self.reports[name] = report_from(row)
+            self.count_fallback(self.reports[name])
+        self.fallbacks.check()
+        for unit in units:
+            parts = self.division.handed_over(unit, self.outbox.pop(unit.name, None))
+            if parts:
+                self.writer.write(parts, self.reports[unit.name])
+
     def share(self) -> None:
         """Tells all members what each has made."""
         self.work.share(self.division.team)
@@ -399,15 +420,17 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     work = run.work
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
     layers = plan.checkpoint.config.num_hidden_layers
+    team = run.division.team
+    own = team.rows(len(rows), model.rows_at_once(rows.shape[1]))
     with memory_for("embedding"):
-        hidden = model.embed(rows)  # (rows, time, hidden)
+        hidden = model.embed(rows[own])  # (rows, time, hidden)
     states = States(hidden, hidden if plan.needs_reference else None)
     model.free_embedding()
     first = 0
-    if saved := work.load_states(first_open):
-        first, states = saved
+    if found := work.load_states(first_open, own):
+        first, states = found
     for index in range(first, last_open + 1):
-        layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed)
+        layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed, run.division)
         kept = plan.kept_in_layer(index)
         if not layer.revises:  # first, so that the file they share with experts is soon complete
             run.write_kept(kept, {})
@@ -418,9 +441,11 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
         if layer.revises:
             run.write_kept(kept, layer.revised)
         work.tokens_per_expert[index : index + 1] = [layer.tokens_per_expert]
+        run.deliver(index)
         run.layer_done(index, layer.tokens_per_expert)
         run.writer.drain()
-        work.save_states(index + 1, states if index + 1 < layers else None)
+        saved = states if index + 1 < layers else None
+        work.save_states(index + 1, saved, own.start, team)
 
 
 def _without_data(run: Run) -> None:
