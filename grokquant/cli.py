@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokquant import escaping
+from grokquant import escaping, parallel
 from grokquant.errors import GrokquantError, InputError, OutOfMemory, Stopped
 from grokquant.escaping import one_line
 from grokquant.memory import memory_for
@@ -33,6 +33,7 @@ or too little memory; 130 interrupted.
 """
 
 _LONGEST_LINE = 2000  # of an error: names and values in it come from files
+_TEAM = "grokquant.team"  # the key of the team of a command in click's contexts
 
 
 # What a command says when memory runs out, unless what it calls has said it.
@@ -47,12 +48,17 @@ class _Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> object:
         name = self.name or "grokquant"
+        if name not in _SHARED:
+            parallel.refuse_to_share(name)
         doing = f"{name}: {_BEGINNINGS.get(name, 'working')}"
-        ctx.obj = SignsOfLife(doing, lambda line: _say(line, err=True), silence())
+        say = _say_error if parallel.is_first() else _say_nothing
+        ctx.obj = SignsOfLife(doing, say, silence())
         with ctx.obj, memory_for(name):
             return super().invoke(ctx)
 
 
+# The commands that several processes carry out together.
+_SHARED = ("quantize",)
 # What a command does first, and it can take long.
 _BEGINNINGS = {
     "quantize": "loading torch and reading the model",
@@ -87,7 +93,9 @@ class _Commands(click.Group):
             code, text = stopped.exit_code, str(stopped)
         except KeyboardInterrupt:
             code, text = 130, "interrupted; no output was written"
-        _say(f"grokquant: {_bounded(text)}", err=True)
+        team = ctx.meta.get(_TEAM) or parallel.Team()
+        if line := team.speaks(_bounded(text)):
+            _say_error(f"grokquant: {line}")
         ctx.exit(code)
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
@@ -110,6 +118,13 @@ class _Commands(click.Group):
         command = self.commands.get(ctx.invoked_subcommand or "")
         parameters = command.params if command else []
         return [parameter for parameter in parameters if isinstance(parameter, click.Option)]
+
+
+def _say_error(line: str) -> None:
+    _say(line, err=True)
+
+
+def _say_nothing(line: str) -> None: ...
 
 
 def _bounded(text: str) -> str:
@@ -287,24 +302,34 @@ def quantize(
     from grokquant.job.default_recipe import is_recipe
     from grokquant.reporting.terminal import RunProgress
 
+    context = click.get_current_context()
+    place = device_of(parallel.own_device(device))
+    team = parallel.join(place, lambda line: _say_error(f"grokquant: {line}"))
+    context.meta[_TEAM] = team
     loaded, shown = _recipe_of(model, asked)
-    place = device_of(device)
     if dry_run:
-        _show_plan(loaded, as_json, shown=shown)
+        team.once(lambda: _show_plan(loaded, as_json, shown=shown))
         return
+    if repair:
+        parallel.refuse_to_share("quantize --repair")
     if overwrite and repair:
         raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
-    with RunProgress(shown, click.get_current_context().obj) as progress:
+    with RunProgress(shown, context.obj) as progress:
         if repair:
             made = pipeline.repair(loaded, progress, place)
         else:
-            made = pipeline.quantize(loaded, progress, place, overwrite)
-    if as_json:
-        _print_json(progress.as_dict(made))
-        return
-    _say(*progress.summary(made))
-    if not is_recipe(model):
-        _say(f"recipe: {made / 'recipe.yaml'}; the same from it: {_command_of(made, model)}")
+            made = pipeline.quantize(loaded, progress, place, overwrite, team)
+
+    def tell() -> None:
+        if as_json:
+            _print_json(progress.as_dict(made))
+            return
+        _say(*progress.summary(made))
+        if not is_recipe(model):
+            _say(f"recipe: {made / 'recipe.yaml'}; the same from it: {_command_of(made, model)}")
+
+    team.once(tell)
+    team.leave()
 
 
 def _command_of(made: "Path", model: str) -> str:

@@ -37,6 +37,13 @@ class GateError(GrokquantError):
     exit_code = 1
 
 
+class Elsewhere(GrokquantError):
+    """Another process of the same run has failed or was lost (exit 1). The text says what is known
+    of it here; the other one says why."""
+
+    exit_code = 1
+
+
 class Stopped(KeyboardInterrupt):
     """A signal, SIGINT or SIGTERM, stopped the run; everything committed is kept (exit 130).
 

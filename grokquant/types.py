@@ -101,6 +101,20 @@ def rows_of(W: Tensor | QTensor, part: slice) -> Tensor | QTensor:
 
 
 @dataclass(frozen=True)
+class Routed:
+    """The tokens of one expert: rows `token` int64 [routed] of `x` [tokens, hidden], the inputs of
+    all experts. `gate` float32 [routed, 1] multiplies its outputs; `combined` float32 [tokens,
+    hidden] is the sum of the gated outputs of the experts before it. Both are empty where the
+    tokens come from other processes, which know their gates and add up their outputs.
+    """
+
+    x: Tensor
+    token: Tensor
+    gate: Tensor
+    combined: Tensor
+
+
+@dataclass(frozen=True)
 class TensorRef:
     """A tensor of a checkpoint that has not been read yet.
 

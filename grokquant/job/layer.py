@@ -1,7 +1,6 @@
 """Quantizing one layer while the calibration tokens pass through it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from time import perf_counter
 
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from grokquant.calibration.hessian import Hessian, accumulate
 from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
+from grokquant.job.division import Division
 from grokquant.job.mixture import Mixture, Original
 from grokquant.job.plan import Plan
 from grokquant.job.unit import report_of, round_unit
@@ -16,6 +16,7 @@ from grokquant.job.workdir import States
 from grokquant.memory import memory_for
 from grokquant.methods import METHODS
 from grokquant.methods.method import Aim, Needs, errors_of
+from grokquant.parallel import ALONE
 from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Combine, Expert, Routed
 from grokquant.types import QTensor, Unit, UnitReport
@@ -24,6 +25,9 @@ from grokquant.types import QTensor, Unit, UnitReport
 _PRIOR_TOKENS_PER_FEATURE = 0.1
 # An expert with fewer routed tokens per input feature than this counts as starved.
 _BLEND_TOKENS_PER_FEATURE = 4
+
+# Parts of an expert, each of which stands for those that read the same input.
+_SITES = ("gate", "down")
 
 Emit = Callable[[Unit, QTensor, UnitReport], None]
 Committed = Callable[[Unit], QTensor | None]
@@ -55,8 +59,10 @@ class LayerQuantizer:
         index: int,
         emit: Emit,
         committed: Committed,
+        division: Division | None = None,
     ) -> None:
         self.plan = plan
+        self.division = division or Division(plan, ALONE)
         self.model = model
         self.index = index
         self.emit = emit
@@ -69,6 +75,7 @@ class LayerQuantizer:
         self.revises = any(METHODS[name].revises for name in methods)
         self._held: dict[str, tuple[QTensor, UnitReport]] = {}
         self._everyone: dict[int | None, Hessian] = {}
+        self._all_inputs: Tensor | None = None  # of the experts, where some of them need it
         self._original: Original | None = None
         self._mixture: Mixture | None = None
 
@@ -150,7 +157,7 @@ class LayerQuantizer:
     def _run_quantized(self, hidden: Tensor) -> Tensor:
         self.tokens_per_expert = []
         self._quantize_outside_experts(hidden)
-        combine = self.model.combine_experts(self.index, self._make_expert)
+        combine = self._combine_quantized()
         original = self._original
         if original is None:
             return self.model.run_layer(self.index, hidden, combine)
@@ -166,6 +173,23 @@ class LayerQuantizer:
 
         return self.model.run_layer(self.index, hidden, aim_and_combine, before.append)
 
+    def _combine_quantized(self) -> Combine:
+        """Combines the experts and quantizes each where its owner is."""
+        owners = self.division.owners(self.index)
+        team = self.division.team
+        combine = self.model.combine_experts(self.index, self._make_expert, team, owners)
+
+        def count_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            counts = team.total(experts.flatten().bincount(minlength=len(owners)))
+            self.tokens_per_expert = counts.tolist()
+            starved = {
+                owners[e] for e, n in enumerate(self.tokens_per_expert) if self._blends(e, n)
+            }
+            self._all_inputs = team.gather(x, starved)
+            return combine(x, experts, gates)
+
+        return count_and_combine
+
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
         """Attention and dense MLPs, site by site in the order of the computation."""
         for units in self.plan.sites_outside_experts(self.index):
@@ -174,20 +198,30 @@ class LayerQuantizer:
             site = None
             if any(METHODS[unit.method].needs_site for unit in left):
                 X = self.model.inputs_of(self.index, units[0].tensor, hidden)  # [tokens, in]
-                site = Site(len(X), X.shape[1], self._inputs(X))
+                site = self._site_outside_experts(X, units[0])
             for unit in units:
                 own = site if METHODS[unit.method].needs_site else None
-                quantized = known[unit.name] or self._round(unit, own)
+                quantized = known[unit.name] or self._made_by_its_maker(unit, own)
                 self.model.replace(self.index, unit.tensor, quantized.dequantize())
+
+    def _site_outside_experts(self, X: Tensor, unit: Unit) -> Site | None:
+        """The site with all inputs of a unit, where that is made."""
+        everything = self.division.team.gather(X, {self.division.maker_of(unit)})
+        if everything is None:
+            return None
+        return Site(len(everything), everything.shape[1], self._inputs(everything))
+
+    def _made_by_its_maker(self, unit: Unit, site: Site | None) -> QTensor:
+        made = self._round(unit, site) if self.division.is_made_here(unit) else None
+        return self.division.shared(unit, made, self.model.device)
 
     def _make_expert(self, expert: int, given: Routed) -> Expert:
         """Quantizes gate and up on one site, then down on the hidden units that they make."""
         x = given.x
         token = given.token
-        self.tokens_per_expert.append(len(token))
         to_inner, to_down = self._aims(expert, given)
         routed = self._inputs(x, token)
-        everyone = partial(self._everyones_hessian, x)
+        everyone = self._everyones_hessian
         site = self._site(expert, "gate", routed, len(token), x.shape[1], everyone)
         site.aim = to_inner
         W_gate = self._expert_weight(expert, "gate", site)
@@ -198,14 +232,13 @@ class LayerQuantizer:
             return lambda: (self.model.by_rows(hidden_units, x) for x in inputs())
 
         features = len(W_up)
-        all_hidden_units = inner(self._inputs(x))
         site = self._site(
             expert,
             "down",
             inner(routed),
             len(token),
             features,
-            lambda block: accumulate(all_hidden_units(), features, block),
+            lambda block: accumulate(inner(self._everyones_inputs)(), features, block),
         )
         site.aim = to_down
         W_down = self._expert_weight(expert, "down", site)
@@ -235,11 +268,29 @@ class LayerQuantizer:
             return lambda: (part.to(device) for part in self.model.inputs_at_once(x))
         return lambda: (x[part].to(device) for part in self.model.inputs_at_once(token))
 
-    def _everyones_hessian(self, x: Tensor, block: int | None) -> Hessian:
+    def _everyones_inputs(self) -> Iterator[Tensor]:
+        """The inputs of all experts, for all tokens."""
+        assert self._all_inputs is not None
+        return self._inputs(self._all_inputs)()
+
+    def _everyones_hessian(self, block: int | None) -> Hessian:
         """The Hessian of all tokens, computed when the first expert of the layer is starved."""
         if block not in self._everyone:
-            self._everyone[block] = accumulate(self._inputs(x)(), x.shape[1], block)
+            features = self._features(0, "gate")
+            self._everyone[block] = accumulate(self._everyones_inputs(), features, block)
         return self._everyone[block]
+
+    def _blends(self, expert: int, tokens: int) -> bool:
+        """Whether a Hessian of an expert is blended with that of all tokens."""
+        limits = self.plan.recipe.experts
+        spans = [self._span(expert, part, self._features(expert, part)) for part in _SITES]
+        units = filter(None, (self._unit(expert, part) for part in ("gate", "up", "down")))
+        needed = any(METHODS[unit.method].needs_site for unit in units)
+        starved = any(is_starved(limits, tokens, span) for span in spans)
+        return needed and starved and tokens >= limits.min_tokens
+
+    def _features(self, expert: int, part: str) -> int:
+        return self.plan.checkpoint.source.tensors[self._tensor(expert, part)].shape[1]
 
     def _site(
         self,

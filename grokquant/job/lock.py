@@ -4,7 +4,8 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from grokquant.errors import InputError
@@ -13,27 +14,32 @@ from grokquant.files.unfinished import RUN, work_path
 from grokquant.job.fingerprint import difference
 from grokquant.job.shards import is_result
 from grokquant.job.workdir import LOCK, WorkDirectory
+from grokquant.parallel import ALONE, Team
 
 
 @contextmanager
-def work_directory(output: Path, identity: dict) -> Iterator[WorkDirectory]:
+def work_directory(output: Path, identity: dict, team: Team = ALONE) -> Iterator[WorkDirectory]:
     """The locked work directory of `output`: a new one, or that of an interrupted run.
 
-    It is removed at the end if nothing is committed in it. Raises InputError if another process
-    writes there, or if the interrupted run has another `identity`.
+    The first member of a team makes and locks it for all. It is removed at the end if nothing is
+    committed in it. Raises InputError if another process writes there, if the interrupted run has
+    another `identity`, or if the members do not see the same directory.
     """
     path = work_path(output)
     output = output.resolve()
-    _check_path(path)
+    team.once(partial(_check_path, path))
     work = WorkDirectory(path, output)
+    lock: AbstractContextManager[None] = team.only_first(_locked(path), nullcontext())
+    remove = team.only_first(work.remove, lambda: None)
     try:
-        with _locked(path):
+        with lock:
             try:
-                _begin(work, identity)
+                team.once(partial(_begin, work, identity))
+                _check_shared(work, identity)
                 yield work
             finally:
                 if not work.started or work.published:
-                    work.remove()
+                    remove()
     except OSError as error:
         why = error.strerror or str(error)
         names = [str(name) for name in (error.filename, error.filename2) if name]
@@ -65,6 +71,16 @@ def _begin(work: WorkDirectory, identity: dict) -> None:
     work.journal.mkdir(exist_ok=True)
     atomic.sync(work.path)
     atomic.sync(work.path.parent)
+
+
+def _check_shared(work: WorkDirectory, identity: dict) -> None:
+    """Raises InputError if the directory that was made for this run is none here."""
+    found = atomic.read_record(work.path / RUN) or {}
+    if {key: found.get(key) for key in identity} != identity:
+        raise InputError(
+            f"{work.path}: is not there for all processes of the run; "
+            "the output must be on a file system that their hosts share"
+        )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -22,14 +22,16 @@ import torch
 from torch import Tensor
 
 from grokquant.devices import CPU
-from grokquant.errors import InputError, OutOfMemory, Stopped
+from grokquant.errors import Elsewhere, InputError, OutOfMemory, Stopped
 from grokquant.files.unfinished import work_path
 from grokquant.formats import Format
 from grokquant.job import metadata
 from grokquant.job.budget.memory import peak_step
+from grokquant.job.division import Division
 from grokquant.job.fallbacks import Fallbacks, Fallen
 from grokquant.job.fingerprint import (
     CALIBRATION,
+    difference,
     identity_of,
     refuse_changed_source,
     rows_digest,
@@ -45,8 +47,9 @@ from grokquant.job.shards import ShardWriter, is_result
 from grokquant.job.signals import StopRequest, stopping
 from grokquant.job.unit import round_without_data
 from grokquant.job.verify import verify_against_plan
-from grokquant.job.workdir import States, WorkDirectory
+from grokquant.job.workdir import States, WorkDirectory, report_from
 from grokquant.memory import memory_for
+from grokquant.parallel import ALONE, Team
 from grokquant.recipe import Recipe, load_recipe
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
@@ -91,26 +94,37 @@ class Silence:
     def worked(self, busy: dict[str, float]) -> None: ...
 
 
+class Mute(Silence):
+    """No progress at all, where another process tells of the same run."""
+
+    def note(self, line: str) -> None: ...
+
+
 def quantize(
     recipe: Recipe,
     progress: Progress | None = None,
     device: torch.device = CPU,
     overwrite: bool = False,
+    team: Team = ALONE,
 ) -> Path:
     """Quantizes as `recipe` says and returns the output directory.
 
-    Arithmetic happens on `device`. The same call resumes an interrupted run, and leaves its own
+    Arithmetic happens on `device`, and is divided among the members of `team`, who all make this
+    call and see the same files. The same call resumes an interrupted run, and leaves its own
     finished result as it is. A result of something else is replaced only with `overwrite`, once the
     new one is complete. Raises InputError for unusable input, GateError if a gate fails and Stopped
     after a signal; in each of these cases nothing new appears under the output's name.
     """
-    progress = progress or Silence()
+    progress = team.only_first(progress or Silence(), Mute())
     plan = build_plan(recipe)
     output = Path(recipe.output.path)
     check_output(output, plan.checkpoint.source.path)
+    division = Division(plan, team)
+    division.check()
     make_rows = lru_cache(partial(_calibration_rows, plan))
     stamps = stamps_of(plan)
     identity = identity_of(plan)
+    team.agree(identity, difference)
     begun = work_path(output).exists()
     if not begun and not overwrite and already_made(output, plan, identity, make_rows):
         progress.found(plan)
@@ -120,11 +134,14 @@ def quantize(
     with memory_for("calibration.text"):
         rows = make_rows()
     identity |= {CALIBRATION: rows_digest(rows)}
+    team.agree(identity, difference)
     with (
         stopping(progress.stopping) as stop,
-        work_directory(output, identity) as work,
+        work_directory(output, identity, team) as work,
     ):
-        if work.published:  # by a run that was killed before it had removed this directory
+        if team.once(
+            lambda: work.published
+        ):  # by a run that was killed before it had removed this directory
             return output
         if not overwrite and already_made(output, plan, identity, make_rows):
             if work.started:
@@ -135,12 +152,16 @@ def quantize(
         provenance = metadata.Provenance(recipe, made_from(plan, identity))
         try:
             with memory_for("quantize"):
-                _fill(plan, work, rows, provenance, progress, stop, device)
-            refuse_changed_source(plan, stamps)
+                _fill(division, work, rows, provenance, progress, stop, device)
+            team.once(partial(refuse_changed_source, plan, stamps))
             stop.busy = lambda: True  # nothing is left to stop
-            work.publish(overwrite)
+            team.once(partial(work.publish, overwrite))
         except Stopped:
             raise Stopped(_where_it_stands(plan, work)) from None
+        except Elsewhere:
+            if stop.requested:  # the signal came to all, and some have stopped before
+                raise Stopped(_where_it_stands(plan, work)) from None
+            raise
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {_with_less_memory(plan, work)}") from None
     return output
@@ -176,7 +197,7 @@ def repair(recipe: Recipe, progress: Progress | None = None, device: torch.devic
     with stopping(progress.stopping) as stop, work_directory(output, identity) as work:
         adopt(work, plan, output, damage)
         try:
-            _fill(plan, work, rows, provenance, progress, stop, device)
+            _fill(Division(plan, ALONE), work, rows, provenance, progress, stop, device)
             refuse_changed_source(plan, stamps)
             stop.busy = lambda: True
             names = take_over(work, output, damage)
@@ -201,7 +222,7 @@ def _announce(output: Path, progress: Progress) -> None:
 
 
 def _fill(
-    plan: Plan,
+    division: Division,
     work: WorkDirectory,
     rows: Tensor | None,
     provenance: metadata.Provenance,
@@ -210,24 +231,36 @@ def _fill(
     device: torch.device,
 ) -> None:
     """Writes the whole output into the work directory."""
+    plan = division.plan
+    team = division.team
     stop.busy = lambda: False
     stop.check()
-    for line in metadata.write_beside(work.files, plan):
+    for line in team.once(partial(metadata.write_beside, work.files, plan)):
         progress.note(line)
-    work.recover(plan)
+    work.recover(plan, team)
     if work.sums or work.damaged:
         progress.continuing(len(work.sums), len(plan.files), work.damaged)
     with ShardWriter(work.files, plan, work.commit) as writer:
         fallbacks = Fallbacks(plan, *((0, 0) if rows is None else rows.shape))
-        run = Run(plan, work, writer, progress, stop, device, fallbacks, dict(work.reports))
+        known = dict(work.reports)
+        run = Run(division, work, writer, progress, stop, device, fallbacks, known)
+        run.recovered = frozenset(known)
         stop.busy = lambda: bool(writer.incomplete)
         if _open_layers(plan, work):
             _quantize_blocks(run, rows)
         writer.drain()
         if run.busy:
             progress.worked(run.busy | {"writing": writer.seconds})
-    reports = [work.reports[name] for name in plan.units]
+    run.share()
     shape = () if rows is None else tuple(rows.shape)
+    team.once(partial(_complete, plan, work, shape, provenance))
+
+
+def _complete(
+    plan: Plan, work: WorkDirectory, shape: tuple[int, ...], provenance: metadata.Provenance
+) -> None:
+    """Adds to the weights all that describes them, once they are verified."""
+    reports = [work.reports[name] for name in plan.units]
     record = metadata.Record(reports, work.tokens_per_expert, shape, provenance.made_from)
     stated = replace(plan, recipe=provenance.recipe)
     metadata.write(work.files, stated, record)
@@ -239,11 +272,13 @@ def _fill(
 class Run:
     """The state of a run. Every finished unit passes through `emit`.
 
-    `reports` are those of all units so far, `busy` the seconds spent reading and computing where
-    both overlap with writing.
+    `reports` are those of all units that are known here, `recovered` the units that an earlier run
+    has committed, `outbox` the parts of units that wait for the writer of their file, and `untold`
+    the layers that are done as far as it depends on this process. `busy` are the seconds spent
+    reading and computing where both overlap with writing.
     """
 
-    plan: Plan
+    division: Division
     work: WorkDirectory
     writer: ShardWriter
     progress: Progress
@@ -251,18 +286,28 @@ class Run:
     device: torch.device
     fallbacks: Fallbacks
     reports: dict[str, UnitReport]
+    recovered: frozenset[str] = frozenset()
+    outbox: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    untold: list[int] = field(default_factory=list)
     busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def plan(self) -> Plan:
+        return self.division.plan
 
     @property
     def format(self) -> Format:
         return self.plan.format
 
     def emit(self, parts: dict[str, Tensor], report: UnitReport) -> None:
-        """Sends the packed parts of a unit to their file."""
+        """Sends the packed parts of a unit to their file, or keeps them for its writer."""
         self.reports[report.name] = report
         self.count_fallback(report)
         self.fallbacks.check()
-        self.writer.write(parts, report)
+        if self.division.is_written_here(self.plan.file_of[next(iter(parts))]):
+            self.writer.write(parts, report)
+        else:
+            self.outbox[report.name] = parts
         self.progress.unit_done(report.name)
         self.stop.check()
 
@@ -271,7 +316,7 @@ class Run:
 
     def committed(self, unit: Unit) -> QTensor | None:
         """The unit as an earlier run has committed it."""
-        if unit.name not in self.work.reports:
+        if unit.name not in self.recovered:
             return None
         names = self.format.packed_layout(unit.tensor, unit.shape, unit.scheme)
         parts = self.work.read(self.plan, list(names))
@@ -284,7 +329,8 @@ class Run:
         for non-finite values.
         """
         for name in tensors:
-            if self.work.committed(self.plan.file_of[name]):
+            file = self.plan.file_of[name]
+            if self.work.committed(file) or not self.division.is_written_here(file):
                 continue
             if name in revised:
                 dtype = self.plan.parts[name].dtype
@@ -328,8 +374,31 @@ class Run:
         self.emit(parts, report)
 
     def layer_done(self, index: int, tokens: list[int]) -> None:
-        reports = [self.reports[unit.name] for unit in self.plan.units_of(index)]
-        self.progress.layer_done(index, reports, tokens)
+        names = [unit.name for unit in self.plan.units_of(index)]
+        if not self.reports.keys() >= set(names):
+            self.untold.append(index)
+            return
+        self.progress.layer_done(index, [self.reports[name] for name in names], tokens)
+
+    def deliver(self, index: int) -> None:
+        """Tells all members of the units of a layer, and hands their parts to the writers."""
+        units = [unit for unit in self.plan.units_of(index) if unit.name not in self.recovered]
+        own = {u.name: asdict(self.reports[u.name]) for u in units if u.name in self.reports}
+        for name, row in self.division.team.merge(own).items():
+            self.reports[name] = report_from(row)
+            self.count_fallback(self.reports[name])
+        self.fallbacks.check()
+        for unit in units:
+            parts = self.division.handed_over(unit, self.outbox.pop(unit.name, None))
+            if parts:
+                self.writer.write(parts, self.reports[unit.name])
+
+    def share(self) -> None:
+        """Tells all members what each has made."""
+        self.work.share(self.division.team)
+        self.reports = dict(self.work.reports)
+        for index in self.untold:
+            self.layer_done(index, [])
 
 
 def _quantize_blocks(run: Run, rows: Tensor | None) -> None:
@@ -351,15 +420,17 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     work = run.work
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
     layers = plan.checkpoint.config.num_hidden_layers
+    team = run.division.team
+    own = team.rows(len(rows), model.rows_at_once(rows.shape[1]))
     with memory_for("embedding"):
-        hidden = model.embed(rows)  # (rows, time, hidden)
+        hidden = model.embed(rows[own])  # (rows, time, hidden)
     states = States(hidden, hidden if plan.needs_reference else None)
     model.free_embedding()
     first = 0
-    if saved := work.load_states(first_open):
-        first, states = saved
+    if found := work.load_states(first_open, own):
+        first, states = found
     for index in range(first, last_open + 1):
-        layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed)
+        layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed, run.division)
         kept = plan.kept_in_layer(index)
         if not layer.revises:  # first, so that the file they share with experts is soon complete
             run.write_kept(kept, {})
@@ -370,20 +441,24 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
         if layer.revises:
             run.write_kept(kept, layer.revised)
         work.tokens_per_expert[index : index + 1] = [layer.tokens_per_expert]
+        run.deliver(index)
         run.layer_done(index, layer.tokens_per_expert)
         run.writer.drain()
-        work.save_states(index + 1, states if index + 1 < layers else None)
+        saved = states if index + 1 < layers else None
+        work.save_states(index + 1, saved, own.start, team)
 
 
 def _without_data(run: Run) -> None:
     """Reading, computing and writing overlap, so that the disk is the bottleneck."""
-    left = [unit for unit in run.plan.units.values() if unit.name not in run.work.reports]
+    units = run.plan.units.values()
+    own = [unit for unit in units if run.division.is_made_here(unit)]
+    left = [unit for unit in own if unit.name not in run.work.reports]
+    waiting = deque(left)
     with closing(run.read_ahead(left)) as stored:
         for index in range(run.plan.checkpoint.config.num_hidden_layers):
             run.write_kept(run.plan.kept_in_layer(index), {})
-            for unit in run.plan.units_of(index):
-                if unit.name not in run.work.reports:
-                    run.round(unit, next(stored))
+            while waiting and waiting[0].layer == index:
+                run.round(waiting.popleft(), next(stored))
             run.layer_done(index, [])
 
 

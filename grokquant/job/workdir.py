@@ -3,7 +3,8 @@
     run.json         the fingerprint of the run; only an equal run may resume it
     lock             names the process that is writing
     journal/         a record of each committed file, with checksum and reports, and of the states
-    hidden-N         the calibration tokens' hidden states before layer N
+    hidden-N         the calibration tokens' hidden states before layer N; hidden-N-R has those from
+                     row R on, where several processes saved them
     files/           becomes OUT, by rename, when it is complete
 
 A file is committed by rename after its bytes are on disk, then its record in the same way. So at
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from grokquant.files.unfinished import JOURNAL, RUN
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
 from grokquant.job.shards import SUMS_NAME, write_tensors
+from grokquant.parallel import ALONE, Team
 from grokquant.types import UnitReport
 
 LOCK = "lock"
@@ -45,6 +48,16 @@ class States:
     reference: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Span:
+    """A file with the states of rows `first` to before `end`."""
+
+    file: str
+    first: int
+    end: int
+    sha256: str
+
+
 class WorkDirectory:
     """An open work directory. `reports` has a report for each committed unit, `damaged` the
     names of files that changed since they were committed and will be rebuilt, `tokens_per_expert`
@@ -59,7 +72,7 @@ class WorkDirectory:
         self.reports: dict[str, UnitReport] = {}
         self.damaged: list[str] = []
         self.tokens_per_expert: list[list[int]] = []
-        self._hidden: tuple[int, Path] | None = None
+        self._saved: tuple[int, list[_Span]] | None = None
 
     @property
     def published(self) -> bool:
@@ -83,7 +96,7 @@ class WorkDirectory:
         atomic.commit(temporary, self.files / file.name)
         record = {"sha256": checksum, "units": [asdict(report) for report in reports]}
         atomic.write_record(self.journal / f"{file.name}.json", record)
-        self._remember(file, record)
+        self._remember(file.name, record)
 
     def committed(self, file: PlannedFile) -> bool:
         return file.name in self.sums
@@ -106,55 +119,95 @@ class WorkDirectory:
             raise InputError(f"{path}: was truncated during the run")
         return slot.restored(torch.from_numpy(raw).view(dtype).view(part.shape), part.dtype)
 
-    def recover(self, plan: Plan) -> None:
-        """Finds the committed files that are intact; damaged ones will be rebuilt."""
+    def recover(self, plan: Plan, team: Team = ALONE) -> None:
+        """Finds the committed files that are intact; damaged ones will be rebuilt.
+
+        Each member reads some of the files, and all know what was found.
+        """
         for directory in (self.path, self.files, self.journal):
             atomic.remove_abandoned(directory)
-        for file in plan.files:
-            record_path = self.journal / f"{file.name}.json"
-            record = atomic.read_record(record_path)
-            if record and atomic.holds(self.files / file.name, record["sha256"]):
-                self._remember(file, record)
-            elif record_path.exists():
-                self.damaged.append(file.name)
-        self._recover_hidden()
+        own = plan.files[team.rows(len(plan.files), 1)]
+        records = team.merge({file.name: self._intact_record(file.name) for file in own})
+        for name, record in records.items():
+            if record:
+                self._remember(name, record)
+            elif (self.journal / f"{name}.json").exists():
+                self.damaged.append(name)
+        self._recover_states(team)
 
-    def _recover_hidden(self) -> None:
+    def _intact_record(self, name: str) -> dict | None:
+        """The record of a committed file that is as it was committed."""
+        record = atomic.read_record(self.journal / f"{name}.json")
+        return record if record and atomic.holds(self.files / name, record["sha256"]) else None
+
+    def share(self, team: Team) -> None:
+        """Tells all members what each has committed."""
+        self.sums = team.merge(self.sums)
+        rows = team.merge({name: asdict(report) for name, report in self.reports.items()})
+        self.reports = {name: report_from(row) for name, row in rows.items()}
+
+    def _recover_states(self, team: Team) -> None:
         record_path = self.journal / f"{HIDDEN}.json"
         record = atomic.read_record(record_path)
         if record is None:
             self.damaged += [HIDDEN] if record_path.exists() else []
             return
         self.tokens_per_expert = record["tokens_per_expert"]
-        path = self.path / f"{HIDDEN}-{record['layer']}"
-        if record["sha256"] and atomic.holds(path, record["sha256"]):
-            self._hidden = (record["layer"], path)
-        elif record["sha256"]:  # None after the last layer, where no states are saved
-            self.damaged.append(path.name)
+        spans = [_Span(**span) for span in record["spans"]]  # none after the last layer
+        own = spans[team.rows(len(spans), 1)]
+        intact = team.merge({s.file: atomic.holds(self.path / s.file, s.sha256) for s in own})
+        damaged = [name for name, is_intact in intact.items() if not is_intact]
+        if damaged:
+            self.damaged += damaged
+        elif spans:
+            self._saved = record["layer"], spans
 
-    def save_states(self, layer: int, states: States | None) -> None:
-        """Saves the states before `layer` (None after the last) and the tokens per expert."""
-        path = self.path / f"{HIDDEN}-{layer}"
-        checksum = None
-        if states is not None:
-            saved = {name: tensor for name, tensor in vars(states).items() if tensor is not None}
-            with atomic.temporary(path) as name:
-                checksum = write_tensors(name, saved) or atomic.sha256(name)
-                atomic.commit(name, path)
-        record = {"layer": layer, "sha256": checksum, "tokens_per_expert": self.tokens_per_expert}
+    def save_states(
+        self, layer: int, states: States | None, first: int = 0, team: Team = ALONE
+    ) -> None:
+        """Saves the states before `layer` (None after the last) and the tokens per expert.
+
+        Each member saves those of its rows, which begin with row `first` of all.
+        """
+        saved: dict[str, dict] = {}
+        if states is not None and len(states.hidden):
+            name = f"{HIDDEN}-{layer}-{first}" if first else f"{HIDDEN}-{layer}"
+            checksum = self._save(self.path / name, states)
+            saved[name] = asdict(_Span(name, first, first + len(states.hidden), checksum))
+        everyones = team.merge(saved)
+        team.once(partial(self._record_states, layer, everyones))
+
+    def _save(self, path: Path, states: States) -> str:
+        tensors = {name: tensor for name, tensor in vars(states).items() if tensor is not None}
+        with atomic.temporary(path) as name:
+            checksum = write_tensors(name, tensors) or atomic.sha256(name)
+            atomic.commit(name, path)
+        return checksum
+
+    def _record_states(self, layer: int, spans: dict[str, dict]) -> None:
+        record = {
+            "layer": layer,
+            "spans": list(spans.values()),
+            "tokens_per_expert": self.tokens_per_expert,
+        }
         atomic.write_record(self.journal / f"{HIDDEN}.json", record)
         for old in self.path.glob(f"{HIDDEN}-*"):
-            if old != path:
+            if old.name not in spans:
                 old.unlink(missing_ok=True)
 
-    def load_states(self, at_most: int) -> tuple[int, States] | None:
-        """The states saved last, if they are intact and of layer `at_most` or an earlier one."""
-        if self._hidden is None or self._hidden[0] > at_most:
+    def load_states(self, at_most: int, rows: slice) -> tuple[int, States] | None:
+        """The states of some rows that were saved last, if they are intact and of layer `at_most`
+        or an earlier one."""
+        if self._saved is None or self._saved[0] > at_most:
             return None
-        layer, path = self._hidden
-        # Clones, since tensors are mapped from a file that the next layer removes.
-        saved = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        return layer, States(**saved)
+        layer, spans = self._saved
+        parts: dict[str, list[Tensor]] = {}
+        for span in sorted(spans, key=lambda span: span.first):
+            own = slice(max(rows.start - span.first, 0), max(rows.stop - span.first, 0))
+            for name, tensor in load_file(self.path / span.file).items():
+                parts.setdefault(name, []).append(tensor[own])
+        # Copies, since tensors are mapped from files that the next layer removes.
+        return layer, States(**{name: torch.cat(tensors) for name, tensors in parts.items()})
 
     def publish(self, overwrite: bool) -> None:
         """Gives the output its final name and only then, with `overwrite`, replaces an earlier
@@ -203,7 +256,12 @@ class WorkDirectory:
         """Temporary files of another run, on filesystems without locks."""
         return self.files.glob(".*.tmp")
 
-    def _remember(self, file: PlannedFile, record: dict) -> None:
-        self.sums[file.name] = record["sha256"]
+    def _remember(self, file: str, record: dict) -> None:
+        self.sums[file] = record["sha256"]
         for row in record["units"]:
-            self.reports[row["name"]] = UnitReport(**row | {"scheme": Scheme(**row["scheme"])})
+            self.reports[row["name"]] = report_from(row)
+
+
+def report_from(row: dict) -> UnitReport:
+    """The report whose `asdict` is `row`."""
+    return UnitReport(**row | {"scheme": Scheme(**row["scheme"])})

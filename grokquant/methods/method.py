@@ -236,6 +236,13 @@ class Method:
         """Whether it must see inputs, so that a run needs calibration."""
         return self.needs is not Needs.NOTHING
 
+    @property
+    def sees_layer(self) -> bool:
+        """Whether it looks at more of a layer than a matrix and its inputs, so that one process
+        must round the whole layer."""
+        own = type(self).begin_layer is not Method.begin_layer
+        return own or self.revises or self.needs is Needs.REFERENCE
+
     def cost(self, rows: int, columns: int, settings: Any) -> Cost:
         """The cost of rounding W [rows, columns]; by default float32 copies of some tiles."""
         return Cost(working_bytes=8 * min(rows, TILE_ROWS) * columns * torch.float32.itemsize)

@@ -29,7 +29,9 @@ from grokquant.calibration.hessian import accumulate
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter
+from grokquant.parallel import ALONE, Take, Team
 from grokquant.threads import alone, in_order, in_pieces, slices
+from grokquant.types import Routed
 
 STREAMED = "grokquant-streamed"  # the name of our experts in transformers' registry
 # The dtype of hidden states and weights in calibration. Its products are exact in float32, in which
@@ -48,19 +50,6 @@ Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 Keep = Callable[[Tensor], None]
 # inputs [tokens, hidden] -> outputs [tokens, hidden]
 Expert = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Routed:
-    """The tokens of one expert: rows `token` int64 [routed] of `x` [tokens, hidden], the inputs of
-    all experts. `gate` float32 [routed, 1] multiplies its outputs; `combined` float32 [tokens,
-    hidden] is the sum of the gated outputs of the experts before it.
-    """
-
-    x: Tensor
-    token: Tensor
-    gate: Tensor
-    combined: Tensor
 
 
 # (expert, what is routed to it) -> the expert
@@ -230,9 +219,10 @@ class BlockwiseModel:
         for rows in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
             self.model.base_model.forward(input_ids=rows.to(self.device))
             entered.append(self.taps[0].entered.cpu())
-        # Once more with a single row, so that the taps keep masks that broadcast over rows.
-        first = tokens[:1].to(self.device)
-        self.model.base_model.forward(input_ids=first)
+        # Once more with a single row, so that the taps keep masks that broadcast over rows. Masks
+        # depend on its length only.
+        single = tokens.new_zeros(1, tokens.shape[1])
+        self.model.base_model.forward(input_ids=single.to(self.device))
         return torch.cat(entered)
 
     @cached_property
@@ -303,11 +293,20 @@ class BlockwiseModel:
             for parts in self._run_batches(index, batches):  # the first pass, which records
                 if keep is not None:
                     keep(torch.cat(parts))
-            recorded = exchange.recorded
+            recorded = exchange.recorded or self._nothing_recorded(batches)
             exchange.recorded = ()  # so that its memory is free before the second pass
             exchange.outputs = combine(*recorded)
             del recorded
-        return [torch.cat(parts) for parts in self._run_batches(index, batches)]
+        # A batch without rows has no parts.
+        return [
+            torch.cat(parts or [hidden])
+            for parts, (_, hidden) in zip(self._run_batches(index, batches), batches, strict=True)
+        ]
+
+    def _nothing_recorded(self, batches: list[tuple[Rows | None, Tensor]]) -> tuple[Tensor, ...]:
+        """What experts record of no tokens at all: inputs, chosen experts, gates."""
+        x = batches[0][1].flatten(0, 1)
+        return x, x.new_empty(0, 1, dtype=torch.long), x.new_empty(0, 1)
 
     def _run_batches(
         self, index: int, batches: list[tuple[Rows | None, Tensor]]
@@ -330,7 +329,8 @@ class BlockwiseModel:
         )
         self._run_rows(index, hidden)
         hook.remove()
-        return torch.cat([inputs[start] for start in sorted(inputs)])
+        none = hidden.new_empty(0, self.source.tensors[tensor].shape[1])
+        return torch.cat([inputs[start] for start in sorted(inputs)] or [none])
 
     @torch.no_grad()
     def replace(self, index: int, tensor: str, value: Tensor) -> None:
@@ -357,31 +357,50 @@ class BlockwiseModel:
         name = self.family.expert_biases(index, number).get(part)
         return None if name is None else self.expert_weight(name)
 
-    def combine_experts(self, index: int, make_expert: MakeExpert) -> Combine:
-        """A function that runs each expert on the tokens routed to it and adds up the outputs."""
+    def combine_experts(
+        self,
+        index: int,
+        make_expert: MakeExpert,
+        team: Team = ALONE,
+        owners: Sequence[int] | None = None,
+    ) -> Combine:
+        """A function that runs each expert on the tokens routed to it and adds up the outputs.
+
+        The expert is made, and runs, where its owner among the members of `team` is; tokens go
+        there and outputs come back.
+        """
+        experts_here = self.family.num_experts(self.config, index)
+        owners = owners or [0] * experts_here
 
         def combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             combined = torch.zeros(x.shape, dtype=torch.float32)
             gates = gates.to(x.dtype).float()  # rounded as models round them
-            for number in range(self.family.num_experts(self.config, index)):
+            given: list[Routed] = []
+            for number in range(experts_here):
                 token, slot = torch.where(experts == number)
-                routed = Routed(x, token, gates[token, slot].unsqueeze(1), combined)
+                given.append(Routed(x, token, gates[token, slot].unsqueeze(1), combined))
+
+            def add(number: int, part: slice, y: Tensor) -> None:
+                routed = given[number]
+                gated = y.float() * routed.gate[part]
+                combined.index_add_(0, routed.token[part], gated)
+
+            for number, routed, take in team.at_owners(given, owners, add):
                 expert = make_expert(number, routed)
-                self._add_outputs(routed, expert)
+                self._run_expert(expert, routed, take)
                 del expert  # frees its matrices before the next ones are read
             return combined
 
         return combine
 
-    def _add_outputs(self, routed: Routed, expert: Expert) -> None:
-        """Adds the gated outputs of an expert to `combined`."""
+    def _run_expert(self, expert: Expert, routed: Routed, take: Take) -> None:
+        """Gives the outputs [part, hidden] of an expert to `take`, part by part."""
 
-        def add(part: slice) -> None:
+        def run(part: slice) -> None:
             rows = routed.token[part]
-            y = expert(routed.x[rows].to(self.device)).float().cpu()  # (part, hidden)
-            routed.combined.index_add_(0, rows, y * routed.gate[part])
+            take(part, expert(routed.x[rows].to(self.device)).cpu())
 
-        self._each(add, slices(0, len(routed.token), self._tokens_at_once))
+        self._each(run, slices(0, len(routed.token), self._tokens_at_once))
 
     def stored_expert(self, index: int, number: int) -> Expert:
         """An expert as the checkpoint holds it; reads its three matrices."""
@@ -426,6 +445,10 @@ class BlockwiseModel:
             by_gate, by_up = torch.autograd.grad(units.sum(), inputs)
         return by_gate, by_up
 
+    def rows_at_once(self, time: int) -> int:
+        """Rows of this length in one forward pass, whose outputs may depend on their number."""
+        return max(1, self._tokens_at_once // time)
+
     def inputs_at_once(self, x: Tensor) -> Iterator[Tensor]:
         """Parts of x [tokens, ...], as `by_rows` can take them; none if it is empty."""
         yield from x.split(self._inputs_at_once) if len(x) else ()
@@ -463,7 +486,7 @@ class BlockwiseModel:
             # Layers of some models return a tuple that begins with the hidden states.
             return (out[0] if isinstance(out, tuple) else out).to(hidden.device)
 
-        size = max(1, self._tokens_at_once // time)
+        size = self.rows_at_once(time)
         each = in_order if rows is not None else self._each  # all threads share the taps
         return each(run, slices(0, len(hidden), size))
 
