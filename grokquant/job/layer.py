@@ -55,12 +55,14 @@ class LayerQuantizer:
         index: int,
         emit: Emit,
         committed: Committed,
+        output_gradients: Tensor | None = None,
     ) -> None:
         self.plan = plan
         self.model = model
         self.index = index
         self.emit = emit
         self.committed = committed
+        self.output_gradients = output_gradients
         self.tokens_per_expert: list[int] = []
         self.revised: dict[str, Tensor] = {}
         self.units: Sequence[Unit] = plan.units_of(index)

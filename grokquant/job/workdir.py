@@ -4,6 +4,7 @@
     lock             names the process that is writing
     journal/         a record of each committed file, with checksum and reports, and of the states
     hidden-N         the calibration tokens' hidden states before layer N
+    gradients/       what a backward pass of the original gave, see `gradients.py`
     files/           becomes OUT, by rename, when it is complete
 
 A file is committed by rename after its bytes are on disk, then its record in the same way. So at
