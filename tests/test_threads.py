@@ -25,6 +25,11 @@ EXACT = """
     div_ eq flip gather index lift_fresh mul mul_ ne new_zeros permute select slice split
     split_with_sizes stack sub sub_ transpose tril tril_ triu triu_ unsqueeze view zeros_like
 """
+RULES = {
+    "gptq": {"method": "gptq"},
+    "two-sided": {"method": "two-sided"},
+    "two-sided by gradients": {"method": "two-sided", "metric": "gradients"},
+}
 # Parameters of a new model, drawn before its own are read.
 DRAWN = {"normal_", "uniform_"}
 # Elements below which torch keeps an operation on one thread: at::internal::GRAIN_SIZE is 32768,
@@ -77,7 +82,7 @@ def qwen2_moe(tmp_path_factory) -> Path:
     params=[
         ("grok", "gptq"),
         ("qwen2_moe", "gptq"),
-        ("grok", "two-sided"),
+        ("grok", "two-sided by gradients"),
         ("qwen2_moe", "two-sided"),
     ],
     ids=" ".join,
@@ -86,7 +91,7 @@ def recipe(request, tiny_recipe) -> Recipe:
     attention = ATTENTION | {"method": "gptq", "bits": 8, "group": 32}
     family, method = request.param
     source = request.getfixturevalue(family)
-    experts = EXPERTS | {"method": method}
+    experts = EXPERTS | RULES[method]
     return tiny_recipe(experts, attention, model={"path": str(source)})
 
 

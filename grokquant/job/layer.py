@@ -60,6 +60,7 @@ class LayerQuantizer:
         emit: Emit,
         committed: Committed,
         division: Division | None = None,
+        output_gradients: Tensor | None = None,
     ) -> None:
         self.plan = plan
         self.division = division or Division(plan, ALONE)
@@ -67,6 +68,7 @@ class LayerQuantizer:
         self.index = index
         self.emit = emit
         self.committed = committed
+        self.output_gradients = output_gradients
         self.tokens_per_expert: list[int] = []
         self.revised: dict[str, Tensor] = {}
         self.units: Sequence[Unit] = plan.units_of(index)

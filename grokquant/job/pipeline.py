@@ -38,6 +38,7 @@ from grokquant.job.fingerprint import (
     stamps_of,
 )
 from grokquant.job.finished import MADE_FROM, already_made, besides, made_from, refuse_other_result
+from grokquant.job.gradients import make_gradients
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.lock import check_output, check_place, work_directory
 from grokquant.job.plan import Plan, build_plan, check_disk
@@ -66,6 +67,7 @@ class Progress(Protocol):
     def note(self, line: str) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
     def calibrating(self, rows: int, length: int) -> None: ...
+    def doing(self, what: str) -> None: ...
     def unit_done(self, name: str) -> None: ...
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
     def stopping(self) -> None: ...
@@ -89,6 +91,7 @@ class Silence:
     def repaired(self, plan: Plan, names: list[str]) -> None: ...
     def continuing(self, done: int, files: int, damaged: list[str]) -> None: ...
     def calibrating(self, rows: int, length: int) -> None: ...
+    def doing(self, what: str) -> None: ...
     def unit_done(self, name: str) -> None: ...
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None: ...
     def worked(self, busy: dict[str, float]) -> None: ...
@@ -418,6 +421,10 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     run.progress.calibrating(*rows.shape)
     plan = run.plan
     work = run.work
+    gradients = None
+    if plan.needs_gradients:
+        with memory_for("gradients"):
+            gradients = make_gradients(plan, work, rows, run.progress.doing)
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
     layers = plan.checkpoint.config.num_hidden_layers
     team = run.division.team
@@ -430,7 +437,10 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     if found := work.load_states(first_open, own):
         first, states = found
     for index in range(first, last_open + 1):
-        layer = LayerQuantizer(plan, model, index, run.emit_matrix, run.committed, run.division)
+        metric = gradients.metric(index) if gradients else None
+        layer = LayerQuantizer(
+            plan, model, index, run.emit_matrix, run.committed, run.division, metric
+        )
         kept = plan.kept_in_layer(index)
         if not layer.revises:  # first, so that the file they share with experts is soon complete
             run.write_kept(kept, {})

@@ -34,6 +34,7 @@ from grokquant.job.units import planned_units
 from grokquant.methods import METHODS
 from grokquant.methods.method import Needs
 from grokquant.recipe import Recipe
+from grokquant.streaming.gradients import differentiated_tokens, kept_bytes
 from grokquant.types import Source, Unit
 
 
@@ -119,6 +120,24 @@ class Plan:
     @property
     def needs_reference(self) -> bool:
         return Needs.REFERENCE in self.needs
+
+    @cached_property
+    def needs_gradients(self) -> bool:
+        """Whether the original runs backward first."""
+        if self.checkpoint.family.mixture_norm is None:
+            return False
+        experts = (unit for unit in self.units.values() if unit.expert is not None)
+        return any(METHODS[unit.method].needs_gradients(unit.settings) for unit in experts)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the backward pass keeps on the disk."""
+        if not self.needs_gradients:
+            return 0
+        config = self.checkpoint.config
+        asked = self.recipe.calibration
+        tokens = differentiated_tokens(asked.samples, asked.length)
+        return config.num_hidden_layers * kept_bytes(tokens, config.hidden_size)
 
     def units_of(self, layer: int) -> list[Unit]:
         """The units of a layer in the order of the computation."""
@@ -349,8 +368,8 @@ def check_disk(plan: Plan) -> None:
     free = shutil.disk_usage(nearest_directory(output)).free
     of_interrupted_run = (work_path(output) / "files" / file.name for file in plan.files)
     written = sum(path.stat().st_size for path in of_interrupted_run if path.is_file())
-    if plan.output_bytes - written > free:
+    needed = plan.output_bytes - written + plan.gradient_bytes
+    if needed > free:
         raise InputError(
-            f"{output}: needs {size(plan.output_bytes - written)}, "
-            f"but only {size(free)} are free on its disk"
+            f"{output}: needs {size(needed)}, but only {size(free)} are free on its disk"
         )

@@ -5,6 +5,7 @@
     journal/         a record of each committed file, with checksum and reports, and of the states
     hidden-N         the calibration tokens' hidden states before layer N; hidden-N-R has those from
                      row R on, where several processes saved them
+    gradients/       what a backward pass of the original gave, see `gradients.py`
     files/           becomes OUT, by rename, when it is complete
 
 A file is committed by rename after its bytes are on disk, then its record in the same way. So at

@@ -136,10 +136,14 @@ class Layer(Protocol):
     States are [rows, time, hidden]: `inputs` and `outputs` of the layer as it is quantized,
     `reference_inputs` and `reference_outputs` of the original model (for Needs.REFERENCE alone).
     Outputs are there when the whole layer has run.
+
+    `output_gradients` float32 [hidden, hidden] is E[g g^T] for the gradients g of predictions by
+    the sum of the experts' outputs, up to a factor; there where a unit's method `needs_gradients`.
     """
 
     index: int
     units: Sequence[Unit]
+    output_gradients: Tensor | None
     inputs: Tensor
     outputs: Tensor
     reference_inputs: Tensor
@@ -206,6 +210,10 @@ class Method:
     revises: bool = False
     # Replaces this method if a site is unusable.
     fallback: "Method | None" = None
+
+    def needs_gradients(self, settings: Any) -> bool:
+        """Whether the original runs backward first, for the layers' `output_gradients`."""
+        return False
 
     def round(self, W: Tensor, scheme: Scheme, settings: Any, site: Site | None) -> Rounded:
         """Rounds the floats W [out, in] onto `scheme`. Raises UnusableHessian."""

@@ -1,14 +1,15 @@
 """What an error of a layer's output costs: the metric G of two-sided rounding, tr(G E H E^T).
 
-M [hidden, hidden] is the metric of the sum of the experts' outputs. An error matters as far as the
-head reads it, once the last norm has scaled it; as far as a router of a later layer reads it, since
-it then changes which experts a token gets; and everywhere a little:
+M [hidden, hidden] is the metric of the sum of the experts' outputs. An error matters as far as it
+changes predictions; as far as a router of a later layer reads it, since it then changes which
+experts a token gets; and everywhere a little:
 
-    M = cov(head * gain) + .1 * sum over later layers of cov(router * gain) + .05 I
+    M = P + .1 * sum over later layers of cov(router * gain) + .05 I
 
-each with a mean diagonal of 1. It is the covariance of the rows, since logits may all move alike.
-The head stands for what a backward pass through the model would tell (YAQA, arXiv 2505.22988) and
-costs no data. Where a norm follows the sum, its gain multiplies all these rows.
+each with a mean diagonal of 1. P is E[g g^T] for gradients g of predictions, by a backward pass of
+the original (`streaming.gradients`; YAQA, arXiv 2505.22988), or its substitute without data,
+cov(head * gain), with the gain of the last norm. These are covariances of rows, since logits may
+all move alike. Where a norm follows the sum, its gain multiplies the rows of routers and head.
 
 down gives the sum, so its metric is M. Errors of gate and up reach the sum through the derivatives
 a' of the hidden units and through down [hidden, inner]:
@@ -42,10 +43,18 @@ def units_in_block(inner: int) -> int:
     return next(size for size in range(_UNITS, 0, -1) if inner % size == 0)
 
 
-def metric_of_sum(layer: Layer, hidden: int) -> Tensor:
-    """M float32 [hidden, hidden] of the sum of the experts' outputs, damped."""
+def metric_of_sum(layer: Layer, hidden: int, gradients: bool) -> Tensor:
+    """M float32 [hidden, hidden] of the sum of the experts' outputs, damped.
+
+    By `gradients` of predictions, or by the head.
+    """
     gain = torch.ones(hidden) if layer.mixture_gain is None else layer.mixture_gain
-    return alone(lambda: _metric(layer.head_directions(), layer.later_routers(), gain))
+    if gradients:
+        assert layer.output_gradients is not None
+        predictions = layer.output_gradients
+    else:
+        predictions = layer.head_directions() * gain * gain.unsqueeze(1)
+    return alone(lambda: _metric(predictions, layer.later_routers(), gain))
 
 
 def metric_of_inner(M: Tensor, down: Tensor, moments: Tensor) -> Tensor:
@@ -104,8 +113,8 @@ def part_of(interleaved: Tensor, place: int, members: int, size: int) -> Tensor:
     return interleaved.unflatten(0, (-1, members, size))[:, place].flatten(0, 1).contiguous()
 
 
-def _metric(head: Tensor, routers: Iterator[Tensor], gain: Tensor) -> Tensor:
-    M = _normalized(head * gain * gain.unsqueeze(1))
+def _metric(predictions: Tensor, routers: Iterator[Tensor], gain: Tensor) -> Tensor:
+    M = _normalized(predictions)
     M.diagonal().add_(_ALL)
     directions = torch.zeros_like(M)
     for router in routers:

@@ -12,10 +12,13 @@ the sum of the experts. gate and up are to give what they give for the original'
 the sum of all experts lacks (`job/mixture`). Other matrices are rounded by GPTQ.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from math import sqrt
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from grokquant.grids import Scheme
@@ -51,26 +54,43 @@ _SWEEPS = 6
 _PASSES = 2
 
 
+@dataclass(frozen=True)
+class TwoSidedSettings(ScaleSettings):
+    """The keys of two-sided rounding."""
+
+    metric: Annotated[
+        Literal["head", "gradients"],
+        Field(
+            description="What an error of the experts' outputs costs: `head` takes it from the "
+            "rows of the head, `gradients` from a backward pass of the original over some "
+            "calibration tokens, which reads the source twice more."
+        ),
+    ] = "head"
+
+
 class TwoSided(Method):
     name = "two-sided"
     text = (
         "rounds experts towards the outputs of the original, by what errors do to the output of "
         "the layer, and other matrices as gptq does"
     )
-    settings = ScaleSettings
+    settings = TwoSidedSettings
     grid_keys = GRID_KEYS
     needs = Needs.REFERENCE
     fallback = RTN
 
     def round(
-        self, W: Tensor, scheme: Scheme, settings: ScaleSettings, site: Site | None
+        self, W: Tensor, scheme: Scheme, settings: TwoSidedSettings, site: Site | None
     ) -> Rounded:
         """Rounds a matrix of which nothing is known but its inputs: the outputs count alike."""
         H = _hessian(site)
         quantized = _round(W.float(), None, H, scheme, settings.scale, None, _RIDGE)
         return Rounded(quantized, _output_error(W, quantized, H))
 
-    def cost(self, rows: int, columns: int, settings: ScaleSettings) -> Cost:
+    def needs_gradients(self, settings: TwoSidedSettings) -> bool:
+        return settings.metric == "gradients"
+
+    def cost(self, rows: int, columns: int, settings: TwoSidedSettings) -> Cost:
         """Float32 copies: gate and up, their targets and what these are made of, and E H. The
         products are those of GPTQ, two solutions, and one with H in each sweep."""
         gptq = GPTQ.cost(rows, columns, GptqSettings())
@@ -89,7 +109,7 @@ class TwoSidedLayer(LayerRounding):
 
     def __init__(self, method: TwoSided, layer: Layer) -> None:
         super().__init__(method, layer)
-        self._M: Tensor | None = None
+        self._metrics: dict[bool, Tensor] = {}
         self._rounded: dict[str, Rounded] = {}  # gate and up of one expert
 
     def round(self, unit: Unit, W: Tensor, site: Site | None) -> Rounded:
@@ -103,15 +123,16 @@ class TwoSidedLayer(LayerRounding):
             self._rounded = self._round_inner(unit, unit.expert, site, site.aim)
         return self._rounded.pop(unit.name)
 
-    def _metric(self, hidden: int) -> Tensor:
-        if self._M is None:
-            self._M = metric_of_sum(self.layer, hidden)
-        return self._M
+    def _metric(self, unit: Unit, hidden: int) -> Tensor:
+        gradients = self.method.needs_gradients(unit.settings)
+        if gradients not in self._metrics:
+            self._metrics[gradients] = metric_of_sum(self.layer, hidden, gradients)
+        return self._metrics[gradients]
 
     def _round_down(self, unit: Unit, W: Tensor, site: Site, aim: Aim) -> Rounded:
         H = _hessian(site)
         S = missing_outputs(W, site, aim)
-        G = self._metric(len(W)).unsqueeze(0)  # one block
+        G = self._metric(unit, len(W)).unsqueeze(0)  # one block
         quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, _RIDGE_DOWN)
         return Rounded(quantized, _output_error(W, quantized, H))
 
@@ -125,7 +146,7 @@ class TwoSidedLayer(LayerRounding):
         moments = slope_moments(self.layer, expert, gate, up, aim, size)
         places = [_INNER_PARTS.index(member.part) for member in members]
         moments = moments[:, places][..., places, :]
-        G = metric_of_inner(self._metric(len(down)), down, moments)
+        G = metric_of_inner(self._metric(unit, len(down)), down, moments)
         W = interleave([(gate, up)[place] for place in places], size)
         del gate, up, down
         S = times(W, moved_inputs(site, aim))

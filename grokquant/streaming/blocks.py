@@ -13,12 +13,12 @@ So each expert is read once for all tokens, and a block needs no more memory tha
 one expert.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from threading import Lock, local
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,9 @@ TOKENS_IN_PIECE = 256
 # Inputs of a matrix held at once while threads compute them: enough pieces for 32 threads.
 INPUTS_AT_ONCE = 32 * TOKENS_IN_PIECE
 
+T = TypeVar("T")
+# Computes pieces of work; see `in_pieces`.
+Each = Callable[[Callable[[slice], T], Iterable[slice]], list[T]]
 # (inputs [tokens, hidden], experts [tokens, k], gates [tokens, k]) -> outputs [tokens, hidden]
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Takes hidden states [rows, time, hidden].
@@ -341,12 +344,16 @@ class BlockwiseModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [rows, time, vocabulary] from the last block's hidden states."""
+        return self.logits_of(hidden.to(self.device)).cpu()
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """The same on the model's device, differentiable."""
         # The tokens only give the shape: the last tap replaces what comes from them.
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
-        self.taps[-1].hidden = hidden.to(self.device)
+        self.taps[-1].hidden = hidden
         logits = self.model(input_ids=tokens, use_cache=False).logits
         self.taps[-1].hidden = None
-        return logits.cpu()
+        return logits
 
     def expert_weight(self, tensor: str) -> Tensor:
         """Reads one expert matrix [out, in] from the source, in the working dtype."""
@@ -475,20 +482,32 @@ class BlockwiseModel:
     ) -> list[Tensor]:
         """The layer's outputs, some rows in each part. `rows` default to the last embedded; `start`
         is the number of their first token."""
-        time = hidden.shape[1]
 
-        def run(part: slice) -> Tensor:
+        def run(part: slice, first: int) -> Tensor:
             if rows is not None:
                 self._note_arguments(rows[part].to(self.device))
-            self._place.start = start + part.start * time
-            args, kwargs = self.taps[index].arguments
-            out = self.layers[index](hidden[part].to(self.device), *args, **kwargs)
-            # Layers of some models return a tuple that begins with the hidden states.
-            return (out[0] if isinstance(out, tuple) else out).to(hidden.device)
+            given = hidden[part].to(self.device)
+            return self.run_part(index, given, start + first).to(hidden.device)
 
-        size = self.rows_at_once(time)
-        each = in_order if rows is not None else self._each  # all threads share the taps
-        return each(run, slices(0, len(hidden), size))
+        # All threads share the taps.
+        return self.each_part(run, hidden, in_order if rows is not None else self._each)
+
+    def each_part(
+        self, work: Callable[[slice, int], T], hidden: Tensor, each: Each | None = None
+    ) -> list[T]:
+        """What `work` makes of parts of hidden [rows, time, hidden] and the number of the first
+        token of each."""
+        time = hidden.shape[1]
+        parts = slices(0, len(hidden), self.rows_at_once(time))
+        return (each or self._each)(lambda part: work(part, part.start * time), parts)
+
+    def run_part(self, index: int, hidden: Tensor, first: int) -> Tensor:
+        """The outputs of layer `index` for some rows, whose first token has the number `first`."""
+        self._place.start = first
+        args, kwargs = self.taps[index].arguments
+        out = self.layers[index](hidden, *args, **kwargs)
+        # Layers of some models return a tuple that begins with the hidden states.
+        return out[0] if isinstance(out, tuple) else out
 
     def _note_arguments(self, rows: Rows) -> None:
         """Has the taps note what the model hands to its layers for these rows."""

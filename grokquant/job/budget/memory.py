@@ -17,6 +17,7 @@ from grokquant.streaming.blocks import (
     TOKENS_AT_ONCE,
     TOKENS_IN_PIECE,
 )
+from grokquant.streaming.gradients import differentiated_tokens
 from grokquant.types import ROW_BLOCK_BYTES, TensorRef, Unit
 
 FLOAT = torch.float32.itemsize
@@ -88,6 +89,8 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
     states = tokens * config.hidden_size * size
     outside = sum(prod(_shape(plan, name)) * (size + FLOAT) for name in plan.kept_outside_layers)
     yield Step("embedding", outside + 2 * states, "calibration.samples")
+    if plan.needs_gradients:
+        yield _differentiating(plan)
     # Hidden states, the experts' inputs and the sum of their outputs; the block's attention.
     outside_experts = [unit for unit in plan.units_of(0) if unit.expert is None]
     attention = sum(prod(unit.shape) * size for unit in outside_experts)
@@ -104,6 +107,25 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
         always += 4 * config.hidden_size**2 * FLOAT
     for unit in plan.units_of(0):
         yield _calibrated_unit(plan, unit, always)
+
+
+def _differentiating(plan: Plan) -> Step:
+    """The backward pass: everything outside the layers, a layer without its experts, one expert,
+    states and gradients of some tokens, and what threads differentiate."""
+    config = plan.checkpoint.config
+    asked = plan.recipe.calibration
+    length = min(asked.length, config.max_position_embeddings)
+    tokens = differentiated_tokens(asked.samples, length)
+    # Inputs, outputs and gradients by them; the same of the experts alone.
+    states = 7 * tokens * config.hidden_size
+    layer = [matrix for matrix in plan.checkpoint.matrices() if matrix.layer == 0]
+    held = [matrix for matrix in layer if matrix.expert in (None, 0)]
+    weights = sum(prod(_shape(plan, matrix.tensor)) for matrix in held)
+    weights += sum(prod(_shape(plan, name)) for name in plan.kept_outside_layers)
+    widest = max(size for matrix in held for size in _shape(plan, matrix.tensor))
+    # Hidden units several times over in each thread, or logits in one.
+    pieces = TOKENS_IN_PIECE * max(6 * torch.get_num_threads() * widest, 4 * config.vocab_size)
+    return Step("gradients", (states + weights + pieces) * FLOAT, None)
 
 
 def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:

@@ -24,6 +24,7 @@ from grokquant.job.workdir import States
 from grokquant.methods import METHODS
 from grokquant.methods.method import Cost
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.streaming.gradients import DTYPE, differentiated_tokens
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import Matrix, QTensor, TensorRef, Unit
@@ -42,7 +43,8 @@ def expected_seconds(plan: Plan) -> float:
     written = plan.output_bytes / _write_rate(plan)
     read = plan.checkpoint.stored_bytes / _read_rate(plan.checkpoint.source.weight_files)
     if plan.needs_calibration:
-        return _START_AND_END + max(read + _calibrating(plan), written)
+        reads = 3 if plan.needs_gradients else 1
+        return _START_AND_END + max(reads * read + _calibrating(plan), written)
     stages = (read, written, _rounding(plan))
     # They overlap, but they share the cores.
     return _START_AND_END + max(stages) + (sum(stages) - max(stages)) / torch.get_num_threads()
@@ -54,10 +56,32 @@ def _calibrating(plan: Plan) -> float:
     tokenizer = load_tokenizer(plan.checkpoint)
     rows = calibration_rows(plan.recipe.calibration, tokenizer, plan.checkpoint)
     text = perf_counter() - start
+    if plan.needs_gradients:
+        text += _differentiating(plan)
     layers = plan.checkpoint.config.num_hidden_layers
     if is_small(plan):
         return text + layers * _one_layer(plan, rows)
     return text + _by_pieces(plan, rows.numel())
+
+
+def _differentiating(plan: Plan) -> float:
+    """Seconds of the forward and the backward pass for gradients.
+
+    Outside the experts a layer runs twice forward, then twice in the backward pass, of which the
+    second goes back to its inputs. An expert runs twice and goes back once, the head both once.
+    """
+    asked = plan.recipe.calibration
+    config = plan.checkpoint.config
+    tokens = differentiated_tokens(asked.samples, asked.length)
+    experts = max(plan.checkpoint.num_experts, 1)
+    routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1) // experts
+    products = 2.0 * tokens * config.hidden_size * config.vocab_size
+    for matrix in plan.checkpoint.matrices():
+        passed = 5 * tokens if matrix.expert is None else 3 * routed
+        products += passed * prod(plan.checkpoint.source.tensors[matrix.tensor].shape)
+    size = min(config.hidden_size, _PIECE)
+    W, X = (t.to(DTYPE) for t in _random_piece(size, size, min(tokens, _PIECE)))
+    return products * _time(lambda: F.linear(X, W)) / (len(X) * size**2)
 
 
 def is_small(plan: Plan) -> bool:
@@ -73,7 +97,9 @@ def _one_layer(plan: Plan, rows: Tensor) -> float:
     model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
     hidden = model.embed(rows)
     states = States(hidden, hidden if plan.needs_reference else None)
-    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None).run(states)
+    # Any metric takes the same time.
+    metric = torch.eye(hidden.shape[-1]) if plan.needs_gradients else None
+    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None, metric).run(states)
     return perf_counter() - start
 
 

@@ -1,0 +1,261 @@
+"""What errors of the experts' outputs do to predictions: gradients of the original, layer by layer.
+
+For each token of some text, the next one is drawn from what the model predicts. With g the gradient
+of -log p(drawn) by the sum y of a layer's experts, an error e of y raises the divergence by
+
+    e^T E[g g^T] e / 2
+
+to second order, the Fisher information (YAQA, arXiv 2505.22988). The model runs forward once, and
+what each layer takes and what its experts give is stored. Then it runs backward, with the same
+memory: one layer without its experts, and one expert. A layer takes three steps:
+
+    h -> attention -> router -> [experts] -> y -> norm -> h'
+                                        1. <- dy <-------- dh'
+                      x, gates <- 2. <- dy                       one expert after the other
+    3. <- dh <------- x, gates <------------------------- dh'
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from grokquant.calibration.hessian import accumulate
+from grokquant.streaming.blocks import (
+    CALIBRATION_DTYPE,
+    TOKENS_IN_PIECE,
+    BlockwiseModel,
+    Expert,
+    Place,
+    Routed,
+)
+from grokquant.threads import alone, in_pieces, slices
+
+# The dtype of the forward and of the backward pass.
+DTYPE = torch.float32
+# Calibration tokens that are differentiated: more do not change the covariance enough to matter.
+TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward pass needs of a layer: its `inputs` [rows, time, hidden], and `outputs`
+    [tokens, hidden], the sum of the experts' gated outputs; None where it is dense."""
+
+    inputs: Tensor
+    outputs: Tensor | None
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors in half the bytes: those of states."""
+        return {k: t.to(CALIBRATION_DTYPE) for k, t in vars(self).items() if t is not None}
+
+    @staticmethod
+    def restored(tensors: Mapping[str, Tensor]) -> "Kept":
+        wide = {name: tensor.to(DTYPE) for name, tensor in tensors.items()}
+        return Kept(wide["inputs"], wide.get("outputs"))
+
+
+class Store(Protocol):
+    """Where layers are kept between the forward and the backward pass."""
+
+    def put(self, index: int, kept: Kept) -> None: ...
+    def take(self, index: int) -> Kept: ...
+
+
+def differentiated_rows(rows: Tensor) -> Tensor:
+    """The calibration rows [rows, time] that are differentiated: the first ones."""
+    return rows[: max(1, TOKENS // rows.shape[1])]
+
+
+def differentiated_tokens(rows: int, length: int) -> int:
+    """The number of tokens in them, of `rows` rows."""
+    return min(rows, max(1, TOKENS // length)) * length
+
+
+def kept_bytes(tokens: int, hidden: int) -> int:
+    """What a layer with experts keeps on the disk: inputs and outputs, and its metric."""
+    return 2 * tokens * hidden * CALIBRATION_DTYPE.itemsize + hidden**2 * DTYPE.itemsize
+
+
+def output_gradients(
+    model: "DifferentiableModel", rows: Tensor, seed: int, store: Store
+) -> Iterator[tuple[int, Tensor]]:
+    """E[g g^T], up to a factor, of each layer with experts, from the last to the first: float32
+    [hidden, hidden].
+
+    `rows` are token ids [rows, time]; labels are drawn by `seed`. If a norm follows the sum of the
+    experts, g is multiplied by the sum's rms, since errors of tokens are weighted by 1 / rms^2.
+    """
+    hidden = _forward(model, rows, store)
+    gradient = model.label_gradients(hidden, seed)
+    del hidden
+    for index in reversed(range(model.config.num_hidden_layers)):
+        model.load_layer(index)
+        kept = store.take(index)
+        by_outputs, gradient = model.back(index, kept, gradient)
+        model.free_layer(index)
+        if by_outputs is None:
+            continue
+        if model.family.mixture_norm:
+            _multiply_by_rms(by_outputs, kept.outputs)
+        yield index, accumulate([by_outputs], by_outputs.shape[1]).H
+
+
+def _forward(model: "DifferentiableModel", rows: Tensor, store: Store) -> Tensor:
+    """The states after the last layer; the others go to `store`."""
+    hidden = model.embed(rows)
+    for index in range(model.config.num_hidden_layers):
+        model.load_layer(index)
+        outputs, experts = _layer_forward(model, index, hidden)
+        model.free_layer(index)
+        store.put(index, Kept(hidden, experts))
+        hidden = outputs
+    return hidden
+
+
+def _layer_forward(
+    model: "DifferentiableModel", index: int, hidden: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The outputs of a layer, and those of its experts if it has any."""
+
+    def stored(number: int, routed: Routed) -> Expert:
+        return model.stored_expert(index, number)
+
+    combine = model.combine_experts(index, stored)
+    sums: list[Tensor] = []
+
+    def combine_and_keep(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        sums.append(combine(x, experts, gates))
+        return sums[0]
+
+    outputs = model.run_layer(index, hidden, combine_and_keep)
+    return outputs, sums[0] if sums else None
+
+
+def _multiply_by_rms(gradients: Tensor, outputs: Tensor | None) -> None:
+    assert outputs is not None
+
+    def multiply(part: slice) -> None:
+        gradients[part] *= outputs[part].square().mean(1, keepdim=True).sqrt()
+
+    in_pieces(multiply, slices(0, len(gradients), TOKENS_IN_PIECE))
+
+
+@dataclass
+class _Trace:
+    """Stands in for a layer's experts, whose `outputs` [tokens, hidden] are known.
+
+    `traced` has what the router handed over and what was returned, for each piece by the number of
+    its first token; gradients pass through these tensors.
+    """
+
+    place: Place
+    outputs: Tensor
+    traced: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        part = slice(self.place.start, self.place.start + len(x))
+        y = self.outputs[part].to(x).requires_grad_()
+        self.traced[part.start] = x, experts, gates, y
+        return y
+
+
+class DifferentiableModel(BlockwiseModel):
+    """A checkpoint that also runs backward, block by block."""
+
+    def label_gradients(self, hidden: Tensor, seed: int) -> Tensor:
+        """The gradient of -log p(label) by the last block's `hidden` [rows, time, hidden], for
+        labels drawn from the predictions, one for each token."""
+        draws = torch.rand(hidden.shape[:2], generator=torch.Generator().manual_seed(seed))
+
+        def differentiate() -> Tensor:
+            # One by one: the taps note their masks, which later serve any number of rows.
+            pairs = zip(hidden.split(1), draws.split(1), strict=True)
+            return torch.cat([self._label_gradients(h, u) for h, u in pairs])
+
+        return alone(differentiate)  # all rows share the last tap
+
+    def _label_gradients(self, hidden: Tensor, draws: Tensor) -> Tensor:
+        with torch.enable_grad():
+            h = hidden.to(self.device).requires_grad_()
+            logits = self.logits_of(h)
+            p = logits.detach().float().softmax(-1)
+            reached = draws.to(p.device).unsqueeze(-1) * p.sum(-1, keepdim=True)
+            labels = torch.searchsorted(p.cumsum(-1), reached).clamp_(max=p.shape[-1] - 1)
+            p.scatter_add_(-1, labels, torch.full_like(reached, -1.0))
+            return grad(logits, h, p.to(logits.dtype))[0].to(hidden.device)
+
+    def back(self, index: int, kept: Kept, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Gradients by the sum of the experts' outputs [tokens, hidden], None in a dense layer, and
+        by the inputs of layer `index`; `gradient` is that by its outputs [rows, time, hidden]."""
+        with torch.enable_grad():
+            if kept.outputs is None:
+                return None, self._by_inputs(index, kept.inputs, gradient, None)
+            trace = _Trace(self._place, kept.outputs)
+            self.family.experts_of(self.layers[index]).exchange = trace
+            x, experts, gates, by_outputs = self._by_outputs(index, kept.inputs, gradient, trace)
+            inner = self._through_experts(index, x, experts, gates, by_outputs)
+            return by_outputs, self._by_inputs(index, kept.inputs, gradient, (trace, *inner))
+
+    def _by_outputs(
+        self, index: int, inputs: Tensor, gradient: Tensor, trace: _Trace
+    ) -> tuple[Tensor, ...]:
+        """What the router hands to the experts of all tokens, and the gradient by their outputs."""
+
+        def differentiate(part: slice, first: int) -> tuple[Tensor, ...]:
+            out = self.run_part(index, inputs[part].to(self.device), first)
+            x, experts, gates, y = trace.traced.pop(first)
+            (by_y,) = grad(out, y, gradient[part].to(out))
+            return tuple(t.detach().cpu() for t in (x, experts, gates, by_y))
+
+        parts = self.each_part(differentiate, inputs)
+        return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+    def _through_experts(
+        self, index: int, x: Tensor, experts: Tensor, gates: Tensor, by_outputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients by `x` [tokens, hidden] and by `gates` [tokens, k], expert by expert."""
+        by_x = torch.zeros_like(x)
+        by_gates = torch.zeros_like(gates)
+        for number in range(self.family.num_experts(self.config, index)):
+            token, slot = torch.where(experts == number)
+            expert = self.stored_expert(index, number)
+
+            def differentiate(part: slice, token=token, slot=slot, expert=expert) -> None:
+                rows, places = token[part], slot[part]
+                X = x[rows].to(self.device).requires_grad_()
+                y = expert(X)
+                by_sum = by_outputs[rows].to(y)
+                (by_X,) = grad(y, X, by_sum * gates[rows, places].to(y).unsqueeze(1))
+                by_x.index_add_(0, rows, by_X.to(by_x))
+                by_gates[rows, places] = (y.detach() * by_sum).sum(1).to(by_gates)
+
+            self._each(differentiate, slices(0, len(token), self._tokens_at_once))
+        return by_x, by_gates
+
+    def _by_inputs(
+        self,
+        index: int,
+        inputs: Tensor,
+        gradient: Tensor,
+        inner: tuple[_Trace, Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The gradient by the inputs [rows, time, hidden]; `inner` are those by what the router
+        hands to the experts."""
+
+        def differentiate(part: slice, first: int) -> Tensor:
+            h = inputs[part].to(self.device).requires_grad_()
+            reached = [self.run_part(index, h, first)]
+            gradients = [gradient[part].to(reached[0])]
+            if inner is not None:
+                trace, by_x, by_gates = inner
+                x, _, gates, _ = trace.traced.pop(first)
+                tokens = slice(first, first + len(x))
+                reached += [x, gates]
+                gradients += [by_x[tokens].to(x), by_gates[tokens].to(gates)]
+            return grad(reached, h, gradients)[0].to(inputs.device)
+
+        return torch.cat(self.each_part(differentiate, inputs))

@@ -1,0 +1,216 @@
+"""Gradients layer by layer: against the whole model in autograd, and in runs that are resumed."""
+
+import pytest
+import torch
+from conftest import ATTENTION, EXPERTS
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.families.family import set_parameter
+from grokquant.job import gradients as job_gradients
+from grokquant.job import pipeline
+from grokquant.job.budget import timing
+from grokquant.job.budget.memory import peak_step
+from grokquant.job.gradients import GradientFiles, make_gradients
+from grokquant.job.plan import build_plan
+from grokquant.job.workdir import WorkDirectory
+from grokquant.methods.output_metric import metric_of_sum
+from grokquant.streaming.gradients import (
+    DifferentiableModel,
+    Kept,
+    differentiated_tokens,
+    output_gradients,
+)
+
+TWO_SIDED = EXPERTS | {"method": "two-sided", "metric": "gradients"}
+ROWS = torch.randint(3, 512, (9, 40), generator=torch.Generator().manual_seed(2))
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+}
+
+
+class Memory(dict[int, Kept]):
+    def put(self, index: int, kept: Kept) -> None:
+        self[index] = kept
+
+    def take(self, index: int) -> Kept:
+        return self.pop(index)
+
+
+@pytest.fixture
+def checkpoint(request, tmp_path, tiny_release) -> Checkpoint:
+    """A Grok with a norm after its experts, or a small random model of transformers."""
+    if request.param == "grok":
+        return open_checkpoint(tiny_release)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **SIZES)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    return open_checkpoint(tmp_path)
+
+
+def whole_model(checkpoint: Checkpoint) -> nn.Module:
+    """All parameters in memory, float32, experts fused."""
+    family = checkpoint.family
+    model = family.empty_model(checkpoint.config)
+    model.config._experts_implementation = "eager"
+
+    def read(name: str) -> Tensor:
+        return checkpoint.source.tensors[name].read().float()
+
+    for name, _ in list(model.named_parameters()):
+        if family.tensor_name(name) in checkpoint.source.tensors:
+            set_parameter(model, name, read(family.tensor_name(name)))
+    for index, layer in enumerate(family.layers(model)):
+        numbers = range(family.num_experts(checkpoint.config, index))
+        names = [family.expert_tensors(index, number) for number in numbers]
+        if names:
+            both = [torch.cat((read(n["gate"]), read(n["up"]))) for n in names]
+            set_parameter(family.experts_of(layer), "gate_up_proj", torch.stack(both))
+            down = torch.stack([read(n["down"]) for n in names])
+            set_parameter(family.experts_of(layer), "down_proj", down)
+    model.tie_weights()
+    return model
+
+
+def naive_gradients(checkpoint: Checkpoint, seed: int) -> dict[int, tuple[Tensor, Tensor]]:
+    """layer -> the outputs of its experts [tokens, hidden] and the gradients by them."""
+    model = whole_model(checkpoint)
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, given: object, output: Tensor) -> Tensor:
+        seen.append(output if output.requires_grad else output.detach().requires_grad_())
+        seen[-1].retain_grad()
+        return seen[-1]
+
+    for layer in checkpoint.family.layers(model):
+        checkpoint.family.experts_of(layer).register_forward_hook(note)
+    logits = model(input_ids=ROWS, use_cache=False).logits
+    draws = torch.rand(ROWS.shape, generator=torch.Generator().manual_seed(seed))
+    reached = logits.detach().softmax(-1).cumsum(-1) < draws.unsqueeze(-1)
+    labels = reached.sum(-1)  # the first token at which the draw is reached
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+    return {i: (y.detach().flatten(0, -2), y.grad.flatten(0, -2)) for i, y in enumerate(seen)}
+
+
+@pytest.mark.parametrize("checkpoint", ["grok", "mixtral"], indirect=True)
+def test_gradients_are_those_of_the_whole_model(checkpoint):
+    model = DifferentiableModel(checkpoint, torch.float32, pieces=True)
+    found = dict(output_gradients(model, ROWS, 5, Memory()))
+    naive = naive_gradients(checkpoint, 5)
+    assert found.keys() == naive.keys() == {0, 1}
+    for index, (y, g) in naive.items():
+        if checkpoint.family.mixture_norm:
+            g = g * y.square().mean(1, keepdim=True).sqrt()
+        wanted = g.double().T @ g.double()
+        assert (found[index] - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)
+def test_gradients_pass_dense_layers(checkpoint):
+    model = DifferentiableModel(checkpoint, torch.float32, pieces=True)
+    assert not dict(output_gradients(model, ROWS, 5, memory := Memory()))
+    assert not memory
+    h = model.embed(ROWS)
+    gradient = torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
+    model.load_layer(0)
+    _, found = model.back(0, Kept(h, None), gradient)
+    h.requires_grad_()
+    (wanted,) = torch.autograd.grad(model.run_part(0, h, 0), h, gradient)
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_labels_follow_the_predictions(tiny_release):
+    """The mean gradient over many draws is that of a sure prediction: nothing."""
+    model = DifferentiableModel(open_checkpoint(tiny_release), torch.float32)
+    hidden = model.embed(ROWS[:1, :8])
+    draws = [model.label_gradients(hidden, seed) for seed in range(200)]
+    assert sum(draws).norm() < 3 * torch.stack(draws).norm()  # as of a random walk
+    assert torch.equal(draws[3], model.label_gradients(hidden, 3))
+    assert not torch.equal(draws[3], draws[4])
+
+
+def test_the_metric_is_that_of_the_gradients(tiny_recipe):
+    class LastLayer:
+        mixture_gain = torch.full((16,), 7.0)  # the gradients have passed it already
+        output_gradients = torch.randn(16, 16).square().diag_embed().sum(0)
+
+        def later_routers(self):
+            return iter(())
+
+    M = metric_of_sum(LastLayer(), 16, gradients=True)  # type: ignore[arg-type]
+    P = LastLayer.output_gradients / LastLayer.output_gradients.diagonal().mean()
+    wanted = (P + 0.05 * torch.eye(16)) / 1.05 + 0.1 * torch.eye(16)
+    assert torch.allclose(M, wanted, atol=1e-6)
+
+
+@pytest.fixture
+def recipe(tiny_recipe, tmp_path):
+    def make(name: str):
+        sections = {"path": str(tmp_path / name), "shard": "20KB"}
+        return tiny_recipe(TWO_SIDED, ATTENTION, output=sections)
+
+    return make
+
+
+@pytest.mark.parametrize("where", ["layer 1", "backward pass", "first matrices"])
+def test_a_run_stopped_in_the_gradients_is_resumed_with_the_same_bytes(recipe, where, monkeypatch):
+    whole = pipeline.quantize(recipe("whole"))
+    again = recipe("again")
+    places = {
+        "layer 1": (GradientFiles, "put"),
+        "backward pass": (GradientFiles, "take"),
+        "first matrices": (pipeline.Run, "emit"),
+    }
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*places[where], fail)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.quantize(again)
+    resumed = pipeline.quantize(again)
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (resumed / path.name).read_bytes()
+    assert not (resumed / "gradients").exists()
+
+
+def test_gradients_are_made_once_and_again_if_damaged(recipe, tmp_path, monkeypatch):
+    plan = build_plan(recipe("out"))
+    work = WorkDirectory(tmp_path, tmp_path / "out")
+    made: list[str] = []
+    files = make_gradients(plan, work, ROWS, made.append)
+    assert made[0].endswith("forward: layer 0") and made[-1].endswith("backward: layer 0")
+    metrics = [files.metric(index) for index in range(2)]
+    assert sorted(path.name for path in files.path.iterdir()) == [
+        "metric-0",
+        "metric-1",
+        "record.json",
+    ]
+    with monkeypatch.context() as patch:
+        patch.delattr(job_gradients, "output_gradients")
+        make_gradients(plan, work, ROWS, made.append)  # they are there
+    damaged = files.path / "metric-1"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\7")
+    again = make_gradients(plan, work, ROWS, made.append)
+    assert all(torch.equal(metrics[index], again.metric(index)) for index in range(2))
+
+
+def test_a_plan_counts_the_backward_pass(tiny_recipe, monkeypatch):
+    monkeypatch.setattr(timing, "_SMALL_LAYER", 0)
+    head = TWO_SIDED | {"metric": "head"}
+    plans = [build_plan(tiny_recipe(rule, ATTENTION)) for rule in (head, TWO_SIDED)]
+    assert [plan.needs_gradients for plan in plans] == [False, True]
+    states = 2 * 16 * 64 * 128 * 2  # two layers, all 16 rows of 64 tokens, bfloat16
+    assert plans[0].gradient_bytes == 0
+    assert plans[1].gradient_bytes == 2 * states + 2 * 128 * 128 * 4
+    assert peak_step(plans[1]).bytes >= peak_step(plans[0]).bytes
+    assert differentiated_tokens(1000, 512) == 16 * 512 and differentiated_tokens(2, 9999) == 9999
+    assert timing._differentiating(plans[1]) > 0
