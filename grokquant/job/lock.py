@@ -27,7 +27,7 @@ def work_directory(output: Path, identity: dict) -> Iterator[WorkDirectory]:
     _check_path(path)
     work = WorkDirectory(path, output)
     try:
-        with _locked(path):
+        with locked(path):
             try:
                 _begin(work, identity)
                 yield work
@@ -68,7 +68,7 @@ def _begin(work: WorkDirectory, identity: dict) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Creates and locks a work directory. Without file locks, two runs may do the same work."""
     descriptor = _open_lock(path)
     try:
