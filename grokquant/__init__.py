@@ -14,8 +14,10 @@ from grokquant.version import __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from grokquant.evaluation.report import Report
-    from grokquant.recipe import Recipe
+    from grokquant.recipe import BudgetRecipe, Recipe
     from grokquant.reporting.shown import (
         ModelSummary,
         ShownPlan,
@@ -86,13 +88,14 @@ def plan(recipe: "Recipe | str | Path | Mapping") -> "ShownPlan":
 
 
 def quantize(
-    recipe: "Recipe | str | Path | Mapping",
+    recipe: "Recipe | BudgetRecipe | str | Path | Mapping",
     device: str = "auto",
     overwrite: bool = False,
     repair: bool = False,
 ) -> "Path":
     """Quantizes as described by a recipe (file, mapping or object); returns the output directory.
 
+    Of a recipe with a budget, the grids are chosen first, as `grokquant budget` does.
     A model, such as its directory, stands for `recipe_for(model)`.
     The same call resumes an interrupted run, and returns at once if its result is finished. A
     result of something else raises InputError, unless `overwrite`: then it is replaced once the new
@@ -110,10 +113,11 @@ def quantize(
 
     progress = run_progress()
     place = device_of(device)
+    made = _solved(_as_any_recipe(recipe), place)
     if repair:
-        output = pipeline.repair(_as_recipe(recipe), progress, place)
+        output = pipeline.repair(made, progress, place)
     else:
-        output = pipeline.quantize(_as_recipe(recipe), progress, place, overwrite)
+        output = pipeline.quantize(made, progress, place, overwrite)
     if progress.asked_to_stop:  # when nothing was left to stop
         raise Stopped(f"{output}: is finished; a signal came while it was published")
     return output
@@ -206,11 +210,34 @@ def compare(runs: "Sequence[str | Path | Report]") -> "ShownRanking":
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":
-    from grokquant.job.default_recipe import is_recipe
-    from grokquant.recipe import Recipe, load_recipe, parse_recipe
+    from grokquant.errors import InputError
+    from grokquant.recipe import BudgetRecipe
 
-    if isinstance(recipe, Recipe):
+    given = _as_any_recipe(recipe)
+    if isinstance(given, BudgetRecipe):
+        raise InputError("recipe: quantize: has a budget, whose grids `quantize` chooses first")
+    return given
+
+
+def _as_any_recipe(
+    recipe: "Recipe | BudgetRecipe | str | Path | Mapping",
+) -> "Recipe | BudgetRecipe":
+    from grokquant.job.default_recipe import is_recipe
+    from grokquant.recipe import BudgetRecipe, Recipe, load_any_recipe, parse_any_recipe
+
+    if isinstance(recipe, (Recipe, BudgetRecipe)):
         return recipe
     if isinstance(recipe, Mapping):
-        return parse_recipe(recipe)
-    return load_recipe(recipe) if is_recipe(recipe) else recipe_for(recipe)
+        return parse_any_recipe(recipe)
+    return load_any_recipe(recipe) if is_recipe(recipe) else recipe_for(recipe)
+
+
+def _solved(recipe: "Recipe | BudgetRecipe", device: "torch.device") -> "Recipe":
+    """The recipe, its budget solved if it has one."""
+    from grokquant.recipe import BudgetRecipe
+
+    if not isinstance(recipe, BudgetRecipe):
+        return recipe
+    from grokquant.job.allocation.allocate import allocate
+
+    return allocate(recipe, lambda line: None, device).recipe

@@ -22,10 +22,12 @@ from grokquant.version import __version__
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from rich.table import Table
 
     from grokquant.evaluation.report import Report
-    from grokquant.recipe import Recipe
+    from grokquant.job.allocation.allocate import Allocation
+    from grokquant.recipe import BudgetRecipe, Recipe
 
 _EXIT_CODES = """
 Exit codes: 0 success; 1 a quality or verification gate failed; 2 invalid command, recipe or input,
@@ -62,6 +64,7 @@ _SHARED = ("quantize",)
 # What a command does first, and it can take long.
 _BEGINNINGS = {
     "quantize": "loading torch and reading the model",
+    "budget": "loading torch and reading the model",
     "plan": "reading the model and timing small pieces of the run",
     "eval": "reading both models and the text",
     "generate": "loading the model",
@@ -306,7 +309,7 @@ def quantize(
     place = device_of(parallel.own_device(device))
     team = parallel.join(place, lambda line: _say_error(f"grokquant: {line}"))
     context.meta[_TEAM] = team
-    loaded, shown = _recipe_of(model, asked)
+    loaded, shown = _recipe_of(model, asked, None if dry_run else place)
     if dry_run:
         team.once(lambda: _show_plan(loaded, as_json, shown=shown))
         return
@@ -368,6 +371,43 @@ def plan(
 
 
 @main.command()
+@click.argument("recipe", type=_PATH)
+@_overrides
+@_device
+def budget(recipe: str, overrides: tuple[str, ...], device: str) -> None:
+    """Choose the grid of each matrix within a budget of bits, and print the recipe.
+
+    RECIPE has `budget` in place of rules; `quantize` does the same with it before it begins. What
+    each grid costs each matrix is measured in one pass of the model. The recipe and the
+    measurements are kept in OUTPUT.budget, so that another budget needs no other pass; change the
+    recipe there as you like, and quantize it.
+    """
+    from grokquant.devices import device_of
+    from grokquant.recipe import BudgetRecipe, load_any_recipe
+
+    loaded = load_any_recipe(recipe, overrides)
+    if not isinstance(loaded, BudgetRecipe):
+        raise InputError(f"{recipe}: quantize: has no budget; `grokquant quantize` takes it")
+    click.echo(escaping.lines(_allocated(loaded, device_of(device)).text), nl=False)
+
+
+def _allocated(recipe: "BudgetRecipe", device: "torch.device") -> "Allocation":
+    """A budget solved, and a line about it on stderr."""
+    from grokquant.job.allocation.allocate import allocate
+
+    signs = click.get_current_context().obj
+
+    def note(line: str) -> None:
+        signs.doing = line
+        signs.heard()
+        _say(line, err=True)
+
+    found = allocate(recipe, note, device)
+    _say(f"budget: {found.bits_per_weight:.4f} bits per weight; recipe: {found.path}", err=True)
+    return found
+
+
+@main.command()
 @click.argument("model", type=_PATH, required=False)
 @_asks
 def recipes(
@@ -391,11 +431,13 @@ def recipes(
     click.echo(escaping.lines(to_yaml(values)), nl=False)
 
 
-def _recipe_of(model: str, asked: _Asked) -> "tuple[Recipe, list[str]]":
+def _recipe_of(
+    model: str, asked: _Asked, device: "torch.device | None" = None
+) -> "tuple[Recipe, list[str]]":
     """The recipe in the file `model`, or the one made for the model of this name and the lines that
-    show it. Raises InputError."""
+    show it. A budget is solved on `device`. Raises InputError."""
     from grokquant.job.default_recipe import is_recipe
-    from grokquant.recipe import load_recipe, parse_recipe, to_yaml
+    from grokquant.recipe import BudgetRecipe, load_any_recipe, parse_recipe, to_yaml
 
     if is_recipe(model):
         given = {"bits": asked.bits, "grid": asked.grid, "recipe": asked.shipped}
@@ -403,7 +445,14 @@ def _recipe_of(model: str, asked: _Asked) -> "tuple[Recipe, list[str]]":
             if value is not None:
                 text = f"{model} is a recipe, whose rules decide it"
                 raise InputError(f"{text}: change them, as with --set quantize[0].bits=8", key)
-        return load_recipe(model, (*asked.overrides, *_as_overrides(asked))), []
+        loaded = load_any_recipe(model, (*asked.overrides, *_as_overrides(asked)))
+        if not isinstance(loaded, BudgetRecipe):
+            return loaded, []
+        if device is None:
+            text = "has a budget, whose grids are to be chosen first: grokquant budget"
+            raise InputError(f"{model}: quantize: {text} {model}")
+        found = _allocated(loaded, device)
+        return found.recipe, [f"recipe for {model}:", *found.text.splitlines()]
     values = asked.values(model)
     lines = (f"  {line}" for line in to_yaml(values).splitlines())
     return parse_recipe(values), [f"recipe for {model}:", *lines]

@@ -6,13 +6,16 @@ Matrices are always [out, in] here, whatever a checkpoint stores.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from grokquant.grids import Scheme
 
+# What has one grid where matrices share a budget of bits: each matrix; each kind of matrix in a
+# layer, all experts alike; all experts of a layer, or all of its attention.
+BudgetUnit = Literal["expert", "projection", "layer"]
 # Of a tensor that is carried over as it is, at once.
 ROW_BLOCK_BYTES = 1 << 26
 

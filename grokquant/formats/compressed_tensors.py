@@ -185,4 +185,5 @@ FORMAT = Format(
     unpacked=unpacked,
     activations=compressed_config.activations,
     quantization_config=quantization_config,
+    budget_units=("layer", "projection", "expert"),  # vLLM fuses the matrices of a layer
 )

@@ -5,12 +5,13 @@ A row that lacks a function, or a function of another signature, does not pass m
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
 from grokquant.grids import Scheme
-from grokquant.types import QTensor, Source, Unit
+from grokquant.types import BudgetUnit, QTensor, Source, Unit
 
 # Dtype and shape of each packed tensor by its name in the checkpoint.
 PackedLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -65,6 +66,9 @@ class Format(ReadableFormat):
 
     `grid_name(scheme)` is what the users of the format call a grid that it can hold.
 
+    `budget_units` are the parts of a model that may have grids of their own (see `BudgetUnit`),
+    first the smallest that readers of the format take.
+
     `scale_dtype` is the dtype of scales if the recipe names none. `holds_quantized` is False where
     `refusal` refuses every matrix. `holds_dense` is True where an output may have no quantized
     matrix at all. `needs_own_loader` is True where transformers by itself does not find the files,
@@ -83,6 +87,12 @@ class Format(ReadableFormat):
     holds_quantized: bool = True
     holds_dense: bool = False
     needs_own_loader: bool = False
+    budget_units: tuple[BudgetUnit, ...] = ("expert", "projection", "layer")
+
+    def packed_bytes(self, unit: Unit) -> int:
+        """Bytes of the tensors that stand for a matrix."""
+        layout = self.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
+        return sum(prod(shape) * dtype.itemsize for dtype, shape in layout)
 
     def pack(self, tensor: str, quantized: QTensor) -> dict[str, Tensor]:
         """The tensors that stand for a whole matrix, in new memory on the device of its codes."""

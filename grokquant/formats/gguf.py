@@ -137,4 +137,5 @@ FORMAT = Format(
     grid_name=grid_name,
     holds_dense=True,
     needs_own_loader=True,
+    budget_units=("projection", "layer"),  # a part of all experts of a layer is one tensor
 )

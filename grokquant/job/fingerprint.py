@@ -24,7 +24,7 @@ from grokquant.text.tokenizer import tokenizer_digest
 # The key of the identity that holds the digest of the calibration rows.
 CALIBRATION = "calibration text"
 # Their versions may change roundings.
-_PACKAGES = ("grokquant", "numba", "torch", "transformers")
+PACKAGES = ("grokquant", "numba", "torch", "transformers")
 # A source up to this size is hashed whole: that takes a second or two.
 _HASHED_WHOLE = 512 * 2**20
 # Of each file of a larger source, the start is hashed, a sample in every stride, and the end. Of
@@ -45,7 +45,7 @@ def identity_of(plan: Plan) -> dict:
         "recipe": settings_of(plan.recipe),
         **contents_of(plan.checkpoint),
         "first file": plan.files[0].name,  # of GGUF files the name says which model it is
-        "version": {package: version(package) for package in _PACKAGES},
+        "version": {package: version(package) for package in PACKAGES},
     }
 
 

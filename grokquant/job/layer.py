@@ -115,11 +115,7 @@ class LayerQuantizer:
         return self.model.head_directions
 
     def later_routers(self) -> Iterator[Tensor]:
-        config = self.model.config
-        for later in range(self.index + 1, config.num_hidden_layers):
-            if names := self.model.family.router(config, later):
-                router, gain = (self.original(name).float() for name in names)
-                yield router * gain
+        return self.model.later_routers(self.index)
 
     def _run_reference(self, hidden: Tensor | None) -> Tensor | None:
         """The states after this layer of the original model, before anything is quantized."""

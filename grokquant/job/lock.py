@@ -29,7 +29,7 @@ def work_directory(output: Path, identity: dict, team: Team = ALONE) -> Iterator
     output = output.resolve()
     team.once(partial(_check_path, path))
     work = WorkDirectory(path, output)
-    lock: AbstractContextManager[None] = team.only_first(_locked(path), nullcontext())
+    lock: AbstractContextManager[None] = team.only_first(locked(path), nullcontext())
     remove = team.only_first(work.remove, lambda: None)
     try:
         with lock:
@@ -84,7 +84,7 @@ def _check_shared(work: WorkDirectory, identity: dict) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Creates and locks a work directory. Without file locks, two runs may do the same work."""
     descriptor = _open_lock(path)
     try:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from math import prod
 from pathlib import Path
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
@@ -169,8 +168,7 @@ class Plan:
         return {part: unit for tensor, unit in units.items() for part in self.parts_of(tensor)}
 
     def packed_bytes(self, unit: Unit) -> int:
-        layout = self.format.packed_layout(unit.tensor, unit.shape, unit.scheme).values()
-        return sum(prod(shape) * dtype.itemsize for dtype, shape in layout)
+        return self.format.packed_bytes(unit)
 
     def parts_of(self, tensor: str) -> list[str]:
         """The names of the parts that store a tensor of the checkpoint."""

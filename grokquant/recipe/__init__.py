@@ -1,14 +1,18 @@
 """What to make: the recipe of a run, read from YAML or Python values."""
 
 from grokquant.recipe.reading import (
+    load_any_recipe,
     load_recipe,
     load_sections,
     load_values,
+    parse_any_recipe,
     parse_recipe,
     with_overrides,
 )
 from grokquant.recipe.schema import (
     TEXT_SUFFIXES,
+    BudgetRecipe,
+    BudgetSection,
     CalibrationSection,
     EvalSection,
     ExpertsSection,
@@ -31,6 +35,8 @@ from grokquant.recipe.schema import (
 
 __all__ = [
     "TEXT_SUFFIXES",
+    "BudgetRecipe",
+    "BudgetSection",
     "CalibrationSection",
     "EvalSection",
     "ExpertsSection",
@@ -46,9 +52,11 @@ __all__ = [
     "check_text",
     "is_file",
     "is_repository_text",
+    "load_any_recipe",
     "load_recipe",
     "load_sections",
     "load_values",
+    "parse_any_recipe",
     "parse_recipe",
     "parse_size",
     "text_suffix",

@@ -4,7 +4,7 @@ key and what was expected there."""
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from grokquant.errors import InputError
 from grokquant.files.regular import read_regular
 from grokquant.recipe.located_yaml import Document, Loc, Mark, YamlProblem, read_yaml
-from grokquant.recipe.schema import FORMER_KEYS, Recipe, Section
+from grokquant.recipe.schema import FORMER_KEYS, BudgetRecipe, Recipe, Section
 
 # Recipes are short; a larger file was named by mistake, such as one with weights.
 _MAX_BYTES = 250_000
@@ -32,12 +32,34 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return load_sections(path, Recipe, overrides)
 
 
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | BudgetRecipe:
+    """As `load_recipe`, but the recipe may have a budget."""
+    return _load(path, overrides, _schema_for)
+
+
+def parse_any_recipe(mapping: Mapping[str, Any]) -> Recipe | BudgetRecipe:
+    """As `parse_recipe`, but the recipe may have a budget."""
+    if not isinstance(mapping, Mapping):
+        return parse_recipe(mapping)
+    return _validated(dict(mapping), _schema_for(mapping), _Origin("recipe"))
+
+
+def _schema_for(values: Mapping[str, Any]) -> type[Recipe] | type[BudgetRecipe]:
+    quantize = values.get("quantize")
+    has_budget = isinstance(quantize, Mapping) and "budget" in quantize
+    return BudgetRecipe if has_budget else Recipe
+
+
 def load_sections(path: str | Path, schema: type[S], overrides: Sequence[str] = ()) -> S:
     """Reads a YAML file with the keys of `schema`; overrides and errors as in `load_recipe`."""
+    return _load(path, overrides, lambda values: schema)
+
+
+def _load(path: str | Path, overrides: Sequence[str], schema_for: Callable[[dict], type[S]]) -> S:
     document = _read_document(path)
     values = document.value
     overridden = tuple(_apply_override(values, override) for override in overrides)
-    return _validated(values, schema, _Origin(str(path), document, overridden))
+    return _validated(values, schema_for(values), _Origin(str(path), document, overridden))
 
 
 def load_values(path: str | Path) -> dict[str, Any]:
@@ -188,6 +210,11 @@ def _explanation(error: ErrorDetails, loc: Loc, schema: type[Section]) -> str:
             return _missing(error, schema)
         case "model_type":
             return "expected a mapping of keys"
+        case "tuple_type" if loc == ("quantize",) and isinstance(error["input"], dict):
+            return (
+                "expected a list of rules; a mapping with a budget goes to `grokquant budget` or "
+                "`grokquant quantize`"
+            )
         case "tuple_type":
             return "expected a list, each entry of which begins with a dash"
         case "too_short":
@@ -220,11 +247,12 @@ def _choice(error: ErrorDetails) -> str:
 
 def _section_at(loc: Loc, schema: type[Section]) -> type[Section]:
     """The section that holds the keys at `loc`: (), ("model",) or ("quantize", 1)."""
-    if not loc:
-        return schema
-    annotation = schema.model_fields[str(loc[0])].annotation
-    section = get_args(annotation)[0] if len(loc) > 1 else annotation
-    assert isinstance(section, type) and issubclass(section, Section)
+    section = schema
+    for key in loc:
+        if isinstance(key, str):  # a number is a place in a list of sections
+            annotation = section.model_fields[key].annotation
+            kinds = (annotation, *get_args(annotation))
+            section = next(k for k in kinds if isinstance(k, type) and issubclass(k, Section))
     return section
 
 

@@ -6,7 +6,7 @@ No key names a device, rank or work directory: a recipe means the same on every 
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
 from fnmatch import fnmatchcase
@@ -21,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationError,
     create_model,
     field_validator,
     model_serializer,
@@ -34,6 +35,7 @@ from grokquant.files.published import is_repository, published_path
 from grokquant.files.typed_paths import expanded
 from grokquant.grids import GRIDS
 from grokquant.methods import METHODS
+from grokquant.types import BudgetUnit
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 # Of compressed texts; parquet files are compressed inside.
@@ -340,6 +342,72 @@ else:
     )
 
 
+class BudgetSection(Section):
+    """Matrices that share a number of bits: each part of them gets the grid that serves the model
+    best."""
+
+    bits_per_weight: Annotated[float, Field(gt=0, le=16, strict=False)]
+    """The average over these matrices, as stored: codes, scales and all else in their tensors."""
+    grids: Annotated[tuple[Any, ...], Field(strict=False, min_length=2)]
+    """The grids to choose from: names such as `q3_k`, or the keys of a rule about its grid, such as
+    `{bits: 3, group: 64}`."""
+    method: str = "gptq"
+    """The method that rounds these matrices, as in a rule."""
+    match: Annotated[str, Field(min_length=1, max_length=200)] = "layers.*.experts.*"
+    """A glob over matrix names, as in a rule. Matrices that `rules` match are left to them."""
+    unit: BudgetUnit | None = None
+    """What has one grid: `layer` (all experts of a layer, all of its attention), `projection` (gate
+    of all experts of a layer) or `expert` (each matrix). Unset: the smallest unit that the readers
+    of the output format take."""
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rule that gives all these matrices each of the grids."""
+        return tuple(Rule(**values) for values in map(self._rule, self.grids))
+
+    def _rule(self, grid: Any) -> dict[str, Any]:
+        keys = {"grid": grid.lower()} if isinstance(grid, str) else dict(grid)
+        return {"match": self.match, "method": self.method} | keys
+
+    @model_validator(mode="after")
+    def _check_grids(self) -> "BudgetSection":
+        """Each grid must make a rule, and another one than those before it."""
+        rounding = [name for name, method in METHODS.items() if "grid" in method.grid_keys]
+        if self.method not in rounding:
+            text = f"expected one of {', '.join(rounding)}, not {self.method!r}"
+            raise _rule_error("method", text)
+        seen: list[Rule] = []
+        for index, grid in enumerate(self.grids):
+            rule = self._checked(index, grid)
+            if rule in seen:
+                raise _rule_error("grids", f"{grid} is named twice")
+            seen.append(rule)
+        return self
+
+    def _checked(self, index: int, grid: Any) -> Rule:
+        place = f"entry {index}"
+        if isinstance(grid, str) and grid.lower() not in GRIDS:
+            raise _rule_error("grids", f"{place}: expected one of {', '.join(GRIDS)}, not {grid!r}")
+        if not isinstance(grid, str | dict) or {"match", "method"} & {*grid}:
+            text = f"{place}: expected the name of a grid, or keys such as {{bits: 3, group: 64}}"
+            raise _rule_error("grids", text)
+        try:
+            return Rule(**self._rule(grid))
+        except ValidationError as invalid:
+            error = invalid.errors(include_url=False)[0]
+        key = error["ctx"]["key"] if error["type"] == "rule" else error["loc"][-1]
+        text = "unknown key" if error["type"] == "extra_forbidden" else error["msg"]
+        raise _rule_error("grids", f"{place}: {key}: {text}")
+
+
+class BudgetedRules(Section):
+    """`quantize` of a recipe with a budget: the budget, and rules for other matrices."""
+
+    budget: BudgetSection
+    rules: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
+    """Rules as in a recipe without a budget. They come first."""
+
+
 class ExpertsSection(Section):
     """How experts with few calibration tokens are handled."""
 
@@ -406,12 +474,12 @@ class EvalSection(Section):
     """Tokens per sequence."""
 
 
-class Recipe(Section):
-    """One run: the model, how each matrix is quantized, the output and its evaluation."""
+class _AnyRecipe(Section):
+    """The keys of recipes with and without a budget."""
 
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
-    quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
+    quantize: Any
     experts: ExpertsSection = ExpertsSection()
     max_fallbacks: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Largest share of the matrices of a kind, such as `experts.down`, that may fall back to a
@@ -419,6 +487,12 @@ class Recipe(Section):
     although an average one gets 4 times `experts.min_tokens` are named, but not counted."""
     output: OutputSection
     eval: EvalSection = EvalSection()
+
+
+class Recipe(_AnyRecipe):
+    """One run: the model, how each matrix is quantized, the output and its evaluation."""
+
+    quantize: Annotated[tuple[Rule, ...], Field(strict=False, min_length=1)]
 
     def rule_index(self, unit_name: str) -> int | None:
         """The index of the first rule that matches `unit_name`, None if none does."""
@@ -440,6 +514,18 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The recipe as YAML with all defaults; `load_recipe` reads the same recipe from it."""
         return to_yaml(self.model_dump(exclude_none=True))
+
+
+class BudgetRecipe(_AnyRecipe):
+    """A recipe whose grids are still to be chosen within a budget."""
+
+    quantize: BudgetedRules
+
+    def with_rules(self, rules: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        """The keys of the recipe that has these rules, after its own: those that were given."""
+        values = self.model_dump(mode="json", exclude_unset=True)
+        own = values["quantize"].get("rules", [])
+        return values | {"quantize": [*own, *rules]}
 
 
 def to_yaml(values: dict[str, Any]) -> str:

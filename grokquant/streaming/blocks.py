@@ -246,6 +246,15 @@ class BlockwiseModel:
         gram = accumulate(scaled(), len(gain)).H
         return gram.sub_(total.outer(total).div_(head.shape[0]))
 
+    def later_routers(self, index: int) -> Iterator[Tensor]:
+        """The router of each layer after `index`, times the gain of its norm: float32 [experts,
+        hidden]."""
+        for later in range(index + 1, self.config.num_hidden_layers):
+            if names := self.family.router(self.config, later):
+                tensors = self.source.tensors
+                router, gain = (tensors[name].load_on(self.device).float() for name in names)
+                yield router * gain
+
     def free_embedding(self) -> None:
         """Frees everything outside the layers; `embed` and `logits` no longer work."""
         nn.Module.to(self.model, "meta")

@@ -99,7 +99,7 @@ def _one_layer(plan: Plan, rows: Tensor) -> float:
     states = States(hidden, hidden if plan.needs_reference else None)
     # Any metric takes the same time.
     metric = torch.eye(hidden.shape[-1]) if plan.needs_gradients else None
-    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None, metric).run(states)
+    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None, output_gradients=metric).run(states)
     return perf_counter() - start
 
 
