@@ -107,7 +107,7 @@ class LayerQuantizer:
 
     def later_routers(self) -> Iterator[Tensor]:
         config = self.model.config
-        for later in range(self.index + 1, config.num_hidden_layers):
+        for later in range(self.index + 1, len(self.model.layers)):
             if names := self.model.family.router(config, later):
                 router, gain = (self.original(name).float() for name in names)
                 yield router * gain
@@ -150,6 +150,8 @@ class LayerQuantizer:
     def _run_quantized(self, hidden: Tensor) -> Tensor:
         self.tokens_per_expert = []
         self._quantize_outside_experts(hidden)
+        if not self.model.family.runs_experts:
+            self._quantize_experts_at_once()
         combine = self.model.combine_experts(self.index, self._make_expert)
         original = self._original
         if original is None:
@@ -180,6 +182,13 @@ class LayerQuantizer:
                 quantized = known[unit.name] or self._round(unit, own)
                 self.model.replace(self.index, unit.tensor, quantized.dequantize())
 
+    def _quantize_experts_at_once(self) -> None:
+        """Experts of a model whose code computes them all at once, by methods that need no data."""
+        for unit in self.units:
+            if unit.expert is not None:
+                quantized = self._known(unit) or self._round(unit, None)
+                self.model.replace_expert(unit, quantized.dequantize())
+
     def _make_expert(self, expert: int, given: Routed) -> Expert:
         """Quantizes gate and up on one site, then down on the hidden units that they make."""
         x = given.x
@@ -188,9 +197,10 @@ class LayerQuantizer:
         to_inner, to_down = self._aims(expert, given)
         routed = self._inputs(x, token)
         everyone = partial(self._everyones_hessian, x)
-        site = self._site(expert, "gate", routed, len(token), x.shape[1], everyone)
+        first = "gate" if "gate" in self.expert_tensors(expert) else "up"
+        site = self._site(expert, first, routed, len(token), x.shape[1], everyone)
         site.aim = to_inner
-        W_gate = self._expert_weight(expert, "gate", site)
+        W_gate = self._expert_weight(expert, "gate", site) if first == "gate" else None
         W_up = self._expert_weight(expert, "up", site)
         hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
 

@@ -48,7 +48,8 @@ from grokquant.job.verify import verify_against_plan
 from grokquant.job.workdir import States, WorkDirectory
 from grokquant.memory import memory_for
 from grokquant.recipe import Recipe, load_recipe
-from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.streaming.blocks import CALIBRATION_DTYPE
+from grokquant.streaming.whole import running
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import QTensor, TensorRef, Unit, UnitReport
@@ -349,8 +350,8 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     run.progress.calibrating(*rows.shape)
     plan = run.plan
     work = run.work
-    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
-    layers = plan.checkpoint.config.num_hidden_layers
+    model = running(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
+    layers = plan.checkpoint.num_layers
     with memory_for("embedding"):
         hidden = model.embed(rows)  # (rows, time, hidden)
     states = States(hidden, hidden if plan.needs_reference else None)
@@ -379,7 +380,7 @@ def _without_data(run: Run) -> None:
     """Reading, computing and writing overlap, so that the disk is the bottleneck."""
     left = [unit for unit in run.plan.units.values() if unit.name not in run.work.reports]
     with closing(run.read_ahead(left)) as stored:
-        for index in range(run.plan.checkpoint.config.num_hidden_layers):
+        for index in range(run.plan.checkpoint.num_layers):
             run.write_kept(run.plan.kept_in_layer(index), {})
             for unit in run.plan.units_of(index):
                 if unit.name not in run.work.reports:
@@ -396,7 +397,7 @@ def _calibration_rows(plan: Plan) -> Tensor | None:
 
 def _open_layers(plan: Plan, work: WorkDirectory) -> set[int]:
     """The unfinished layers. Tensors outside the layers count as 0."""
-    layers = plan.checkpoint.config.num_hidden_layers
+    layers = plan.checkpoint.num_layers
     left = {file.layer or 0 for file in plan.files if not work.committed(file)}
     if plan.needs_calibration:
         left |= set(range(len(work.tokens_per_expert), layers))

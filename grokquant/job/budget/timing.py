@@ -23,7 +23,8 @@ from grokquant.job.unit import round_without_data
 from grokquant.job.workdir import States
 from grokquant.methods import METHODS
 from grokquant.methods.method import Cost
-from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.streaming.blocks import CALIBRATION_DTYPE
+from grokquant.streaming.whole import running
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import Matrix, QTensor, TensorRef, Unit
@@ -54,7 +55,7 @@ def _calibrating(plan: Plan) -> float:
     tokenizer = load_tokenizer(plan.checkpoint)
     rows = calibration_rows(plan.recipe.calibration, tokenizer, plan.checkpoint)
     text = perf_counter() - start
-    layers = plan.checkpoint.config.num_hidden_layers
+    layers = plan.checkpoint.num_layers
     if is_small(plan):
         return text + layers * _one_layer(plan, rows)
     return text + _by_pieces(plan, rows.numel())
@@ -70,7 +71,7 @@ def is_small(plan: Plan) -> bool:
 def _one_layer(plan: Plan, rows: Tensor) -> float:
     """Seconds of the first layer, quantized as in the run and discarded."""
     start = perf_counter()
-    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
+    model = running(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
     hidden = model.embed(rows)
     states = States(hidden, hidden if plan.needs_reference else None)
     LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None).run(states)
