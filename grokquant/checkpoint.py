@@ -7,14 +7,14 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from grokquant import containers, formats
 from grokquant.errors import InputError
 from grokquant.families import family_of
+from grokquant.families.config import positions_of
 from grokquant.families.family import Family
-from grokquant.families.naming import HEAD, matrix_of, renamed, with_tied_head, without_biases
+from grokquant.families.naming import matrix_of, renamed, with_tied_head, without_biases
 from grokquant.memory import refused
 from grokquant.sources import open_source
 from grokquant.sources.located import located
@@ -22,6 +22,7 @@ from grokquant.toy import TOY, TOY_PATH
 from grokquant.types import Matrix, Source, TensorRef
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.bool)
 _NAMED = 20  # keys of a config in a note
 # Tensors that older versions of transformers stored although they follow from the config.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
@@ -53,8 +54,18 @@ class Checkpoint:
     @property
     def num_experts(self) -> int:
         """Routed experts of the layers that have any, 0 in a dense model."""
-        layers = range(self.config.num_hidden_layers)
+        layers = range(self.num_layers)
         return max(self.family.num_experts(self.config, layer) for layer in layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return self.family.num_layers(self.config)
+
+    @property
+    def positions(self) -> int:
+        """The most tokens that a text for the model may have."""
+        return positions_of(self.config)
 
     @property
     def parameters(self) -> int:
@@ -120,7 +131,7 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
     for name, shape in shapes.items():
         if name not in source.tensors:
             raise InputError(f"{path}: tensor {name} is missing")
-        _check(path, source.tensors[name], shape)
+        _check(path, source.tensors[name], shape, name in checkpoint.family.integers)
     source = _without_unused(checkpoint, shapes.keys())
     return replace(checkpoint, source=source)
 
@@ -133,8 +144,9 @@ def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Source:
     """
     source = checkpoint.source
     model = checkpoint.family.name
-    if HEAD in source.tensors and HEAD not in known:
-        source = with_tied_head(source)
+    for name, of in checkpoint.family.tied.items():
+        if name in source.tensors and name not in known:
+            source = with_tied_head(source, name, of)
     unknown = source.tensors.keys() - known
     biases = {name for name in unknown if _is_beside_packed(source, name)}
     computed = {name for name in unknown if _COMPUTED.search(name)}
@@ -153,45 +165,19 @@ def _is_beside_packed(source: Source, name: str) -> bool:
     return packed and name.endswith(".bias") and matrix_of(name) in source.tensors
 
 
-def _check(path: Path, ref: TensorRef, shape: tuple[int, ...]) -> None:
+def _check(path: Path, ref: TensorRef, shape: tuple[int, ...], whole: bool) -> None:
     if ref.shape != shape:
         raise InputError(
             f"{path}: {ref.name} has shape {list(ref.shape)}, config.json says {list(shape)}"
         )
-    if ref.dtype not in _DTYPES:
+    if ref.dtype not in (_INTEGERS if whole else _DTYPES):
         raise InputError(
             f"{path}: {ref.name} is {ref.dtype}, but config.json describes no scales for it"
         )
 
 
 def _expected_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Checkpoint names and shapes of the parameters of the family's model, experts one by one."""
-    family = checkpoint.family
-    config = checkpoint.config
-    model = _empty_model(checkpoint)
-    layers = family.layers(model)
-    fused = {id(p) for layer in layers for p in _experts_parameters(family, layer)}
-    shapes = {
-        family.tensor_name(name): tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in fused and name not in model.all_tied_weights_keys
-    }
-    for layer, block in enumerate(layers):
-        for expert in range(family.num_experts(config, layer)):
-            inner, hidden = family.expert_shape(block)
-            for part, name in family.expert_tensors(layer, expert).items():
-                shapes[name] = (hidden, inner) if part == "down" else (inner, hidden)  # [out, in]
-            for part, name in family.expert_biases(layer, expert).items():
-                shapes[name] = (hidden,) if part == "down" else (inner,)
-    return shapes
-
-
-def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Checkpoint names and shapes of the tensors of the family's model."""
     # Values may fit one by one, and yet make no model.
     with refused(f"{checkpoint.source.path}: transformers makes no model of config.json"):
-        return checkpoint.family.empty_model(checkpoint.config)
-
-
-def _experts_parameters(family: Family, layer: nn.Module) -> list[nn.Parameter]:
-    experts = family.experts_of(layer)
-    return [] if experts is None else list(experts.parameters())
+        return checkpoint.family.shapes(checkpoint.config)

@@ -395,6 +395,7 @@ def _allocated(recipe: "BudgetRecipe", device: "torch.device") -> "Allocation":
     """A budget solved, and a line about it on stderr."""
     from grokquant.job.allocation.allocate import allocate
 
+    parallel.refuse_to_share("a budget")
     signs = click.get_current_context().obj
 
     def note(line: str) -> None:

@@ -32,6 +32,7 @@ class Contents:
     own_head: bool = False
     remote_code: bool = False
     names: str = "published"
+    names_experts: bool = False
 
     @property
     def quantized(self) -> list[Stored]:
@@ -230,6 +231,11 @@ def _gpt_oss(contents: Contents) -> list[Stored]:
     return contents.quantized if contents.family == "gpt-oss" else []
 
 
+def _experts_of_one_tensor(contents: Contents) -> list[Stored]:
+    """Experts for which files of transformers have no single tensors."""
+    return contents.experts if contents.names_experts else []
+
+
 _PUBLISHED_NAMES = Limit(
     "the names that GPTQModel looks for",
     _mixtral_named("gptqmodel"),
@@ -246,6 +252,12 @@ _TRANSFORMERS_ALONE = (
     ),
     _NO_GROK_2,
     Limit("gpt-oss, whose experts stay random", _gpt_oss, _IMPORT, wrong=True),
+    Limit(
+        "experts that its own files hold as one tensor, which stay random",
+        _experts_of_one_tensor,
+        _IMPORT,
+        wrong=True,
+    ),
     Limit(
         "experts in gptq, which stay random",
         _in_format("gptq", _quantized_experts),

@@ -21,6 +21,7 @@ from grokquant.evaluation.teacher_forcing import (
 )
 from grokquant.streaming.blocks import BlockwiseModel, Rows
 from grokquant.streaming.stream import Stream
+from grokquant.streaming.whole import running
 
 # Windows that the reference runs a second time, in another batch order: the noise floor.
 _REPEATED = 4
@@ -78,8 +79,8 @@ def compare_texts(
     layer; with a `cache`, layers of the reference are read only if they are not in it. Arithmetic
     is float32.
     """
-    base = BlockwiseModel(reference, device=device)
-    model = BlockwiseModel(quantized, device=device, twin=base)
+    base = running(reference, device=device)
+    model = running(quantized, device=device, twin=base)
     rows = texts[0].rows
     traced = rows[: max(1, _FORCED // rows.shape[1]) if forced else 0]
     batches = [*(Rows(text.rows) for text in texts), *(batch.rows for batch in requests)]
@@ -105,7 +106,7 @@ def _run_layers(
     """Takes both models through all layers side by side."""
     layers: list[Layer] = []
     changes = _Changes()
-    total = theirs.model.config.num_hidden_layers
+    total = len(theirs.model.layers)
     for index in range(total):
         theirs.run_layer(index)
         alone = _run_layer(own, index, theirs)

@@ -53,7 +53,7 @@ def described(checkpoint: Checkpoint, path: str | Path, rows: tuple[UnitRow, ...
     return ComparedModel(
         path=published_path(str(path)),
         family=checkpoint.family.name,
-        layers=checkpoint.config.num_hidden_layers,
+        layers=checkpoint.num_layers,
         experts=max(checkpoint.num_experts, 1),
         parameters=checkpoint.parameters,
         bytes=checkpoint.file_bytes,

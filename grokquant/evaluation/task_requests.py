@@ -71,7 +71,7 @@ def opened_tasks(
     if not suite.tasks:
         yield NoTasks()
         return
-    longest = min(suite.max_length, base.config.max_position_embeddings)
+    longest = min(suite.max_length, base.positions)
     with _extra_needed(), tempfile.TemporaryDirectory(prefix="grokquant-tasks-") as directory:
         from grokquant.evaluation import lm_tasks
 

@@ -37,7 +37,7 @@ def read_text(section: TextSection, base: Checkpoint, key: str) -> TextWindows:
     """
     documents = load_documents(section.text, "heldout", section.field)
     tokenizer = load_tokenizer(base)
-    length = min(section.row_length, base.config.max_position_embeddings)
+    length = min(section.row_length, base.positions)
     try:
         cut = rows_of(documents, tokenizer, section.samples, length, None)
     except InputError as error:

@@ -54,6 +54,10 @@ def family_of(source: "Source") -> "Family":
         case [str(name)] if name in FAMILIES:
             return _grok_2_or(FAMILIES[name], source)
         case [str(name)]:
+            from grokquant.families.derived import derived_family
+
+            if (family := derived_family(source)) is not None:
+                return family
             found = f"the architecture {name!r} is not known"
         case _:
             found = "architectures must be a list of one name"

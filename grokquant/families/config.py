@@ -50,7 +50,10 @@ _READ_TOO = {
 _REFUSED = ("per_layer_config",)
 
 # Far above any model, and far below numbers that fill the memory before missing tensors are noted.
-Layers = Annotated[int, Field(ge=1, le=4096)]
+_MOST_LAYERS = 4096
+# Of models that carry a state from token to token.
+_UNLIMITED = 2**20
+Layers = Annotated[int, Field(ge=1, le=_MOST_LAYERS)]
 Experts = Annotated[int, Field(ge=0, le=65_536)]
 HeadSize = Annotated[int, Field(ge=1, le=65_536)]
 Size = Annotated[int, Field(ge=1, le=2**24)]
@@ -224,6 +227,18 @@ def check_fields(path: Path, content: dict) -> dict:
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {key}: {message}{_found(first)}") from None
     return content
+
+
+def check_bounds(path: Path, content: dict) -> None:
+    """Raises InputError for numbers in a config.json, of any key, that would fill the memory."""
+    layers = content.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise InputError(f"{path}: num_hidden_layers is {layers}, more than {_MOST_LAYERS}")
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """The most tokens that a text may have; models without positions set no limit."""
+    return getattr(config, "max_position_embeddings", None) or _UNLIMITED
 
 
 # Keys in the location of an error; it also holds the names of types.

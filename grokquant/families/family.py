@@ -1,7 +1,7 @@
 """What a model family is: a table of tensor names plus transformers' classes that run it."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
 from grokquant.families.remote_code import RemoteCode
 from grokquant.memory import refused
-from grokquant.types import Matrix
+from grokquant.types import Matrix, TensorRef
 
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 # (config, layer) -> names of its quantizable matrices, part -> end of the tensor's name
 Matrices = Callable[[PreTrainedConfig, int], Mapping[str, str]]
 # Parts that read the same input, whatever the family: the first of each names it.
@@ -62,7 +64,10 @@ class Family:
     name there, by default that of its class. `engine_fields` gives what engines also ask of an
     output's config.json, though the model does not. `remote_code` is the file that lets
     transformers alone open an output, None where it needs none or there is none. `notice` is a line
-    to show to every user of the family.
+    to show to every user of the family. `tied` names tensors that may be stored although they equal
+    another one, `integers` those that hold integers. Layers run one by one if the family `streams`:
+    a layer depends on the states that the one before it returned, which is `in_tuples` in some
+    models, and on what all rows share, or, `by_row`, on the tokens.
     """
 
     name: str
@@ -88,6 +93,11 @@ class Family:
     remote_code: RemoteCode | None = None
     notice: str | None = None
     layer_prefix: str = "model.layers.{layer}."
+    integers: frozenset[str] = frozenset()
+    streams: bool = True
+    in_tuples: bool = False
+    by_row: bool = False
+    tied: Mapping[str, str] = field(default_factory=lambda: {HEAD: EMBEDDING})
 
     def config(self, path: Path, content: dict) -> PreTrainedConfig:
         """The transformers config for the `content` of the config.json at `path`.
@@ -119,24 +129,58 @@ class Family:
         known = carried_keys(self.config_class) | self.other_fields
         return [key for key in content if key not in known]
 
+    def num_layers(self, config: PreTrainedConfig) -> int:
+        """Decoder layers."""
+        return config.num_hidden_layers
+
     def num_experts(self, config: PreTrainedConfig, layer: int) -> int:
         """Routed experts of a layer, 0 where it is dense."""
         return config.num_experts if self.experts and self.routed(config, layer) else 0
 
     def units(self, config: PreTrainedConfig) -> Iterator[Matrix]:
         """Every quantizable matrix, layer by layer."""
-        for layer in range(config.num_hidden_layers):
-            prefix = self.layer_prefix.format(layer=layer)
-            for part, end in self.matrices(config, layer).items():
-                yield _matrix(f"layers.{layer}", prefix + end, layer, part)
+        for layer in range(self.num_layers(config)):
+            for part, tensor in self.matrix_tensors(config, layer).items():
+                reads = self.reads(layer, part)
+                yield Matrix(f"layers.{layer}.{part}", tensor, layer, part, reads)
             for expert in range(self.num_experts(config, layer)):
                 for part, tensor in self.expert_tensors(layer, expert).items():
-                    yield _matrix(f"layers.{layer}.experts.{expert}", tensor, layer, part, expert)
+                    name = f"layers.{layer}.experts.{expert}.{part}"
+                    yield Matrix(name, tensor, layer, part, _READS.get(part, part), expert)
+
+    def reads(self, layer: int, part: str) -> str:
+        """The first part of a layer that reads the same input as `part`."""
+        return _READS.get(part, part)
+
+    def matrix_tensors(self, config: PreTrainedConfig, layer: int) -> dict[str, str]:
+        """Checkpoint names of the matrices of a layer outside its routed experts, by part."""
+        prefix = self.layer_prefix.format(layer=layer)
+        return {part: prefix + end for part, end in self.matrices(config, layer).items()}
+
+    def attention_output(self, config: PreTrainedConfig, layer: int) -> str:
+        """Checkpoint name of the matrix that projects a layer's attention to the residual."""
+        return self.matrix_tensors(config, layer)["attention.o"]
+
+    def layer_of(self, tensor: str) -> int | None:
+        """The layer to which a checkpoint tensor belongs, None for those outside the layers."""
+        pattern = re.escape(self.layer_prefix).replace(r"\{layer\}", r"(\d+)")
+        found = re.match(pattern, tensor)
+        return int(found[1]) if found else None
 
     def expert_tensors(self, layer: int, expert: int) -> dict[str, str]:
         """Checkpoint names of an expert's matrices by part: gate, up, down."""
         prefix = self.layer_prefix.format(layer=layer)
         return {part: prefix + end.format(expert=expert) for part, end in self.experts.items()}
+
+    @property
+    def names_experts(self) -> bool:
+        """Whether the names of single experts are our own, since files hold them as one tensor."""
+        return self.biased
+
+    @property
+    def runs_experts(self) -> bool:
+        """Whether experts can run one by one, on the tokens that are routed to them."""
+        return True
 
     def expert_biases(self, layer: int, expert: int) -> dict[str, str]:
         """Checkpoint names of an expert's biases by part; empty if it has none."""
@@ -149,7 +193,7 @@ class Family:
         """Checkpoint names of router weights, and of other gates in front of experts."""
         return [
             f"{self.layer_prefix.format(layer=layer)}{module}.weight"
-            for layer in range(config.num_hidden_layers)
+            for layer in range(self.num_layers(config))
             if self.num_experts(config, layer)
             for module in self.unquantized
         ]
@@ -163,9 +207,13 @@ class Family:
 
     def parameter_name(self, layer: nn.Module, index: int, tensor: str) -> str:
         """The name of the parameter in decoder layer `index` that holds a checkpoint tensor."""
-        prefix = self.layer_prefix.format(layer=index)
-        names = (name for name, _ in layer.named_parameters())
+        prefix = self.module_prefix(index)
+        names = (name for name, _ in stored_values(layer))
         return next(name for name in names if self.tensor_name(prefix + name) == tensor)
+
+    def module_prefix(self, layer: int) -> str:
+        """What the names of the parameters of a decoder layer begin with in its model."""
+        return self.layer_prefix.format(layer=layer)
 
     def tensor_name(self, name: str) -> str:
         """The family's own name for the tensor that a file or transformers calls `name`."""
@@ -184,6 +232,52 @@ class Family:
         """The decoder layers of a model."""
         return cast(nn.ModuleList, model.base_model.layers)
 
+    def set_layers(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        """Puts other modules in the place of the decoder layers of a model."""
+        model.base_model.layers = layers
+
+    def read(self, tensors: Mapping[str, TensorRef], name: str) -> Tensor:
+        """The value of the parameter that transformers calls `name`."""
+        return tensors[self.tensor_name(name)].read()
+
+    def holds(self, tensors: Container[str], name: str) -> bool:
+        """Whether `tensors` have what the parameter that transformers calls `name` is made of."""
+        return self.tensor_name(name) in tensors
+
+    def fused_experts(self, name: str) -> "FusedExperts | None":
+        """What the tensor with the family's name `name` holds of all experts of a layer."""
+        if not self.experts:
+            return None
+        module, _, _ = self.experts["gate"].partition("{expert}")
+        layer = re.escape(self.layer_prefix).replace(r"\{layer\}", r"(\d+)")
+        found = re.fullmatch(f"{layer}{re.escape(module)}({'|'.join(FUSED_PARTS)})", name)
+        if found is None:
+            return None
+        return FusedExperts(int(found[1]), found[2], self.transposed, self.interleaved)
+
+    def shapes(self, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+        """Checkpoint names and shapes of all tensors of a model, experts one by one."""
+        model = self.empty_model(config)
+        layers = self.layers(model)
+        fused = {id(p) for layer in layers for p in self._experts_parameters(layer)}
+        shapes = {
+            self.tensor_name(name): tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in fused and name not in model.all_tied_weights_keys
+        }
+        for layer, block in enumerate(layers):
+            for expert in range(self.num_experts(config, layer)):
+                inner, hidden = self.expert_shape(block)
+                for part, name in self.expert_tensors(layer, expert).items():
+                    shapes[name] = (hidden, inner) if part == "down" else (inner, hidden)
+                for part, name in self.expert_biases(layer, expert).items():
+                    shapes[name] = (hidden,) if part == "down" else (inner,)
+        return shapes
+
+    def _experts_parameters(self, layer: nn.Module) -> list[nn.Parameter]:
+        experts = self.experts_of(layer)
+        return [] if experts is None else list(experts.parameters())
+
     def experts_of(self, layer: nn.Module) -> Any:
         """The module of a decoder layer's experts (fused 3-D weights), or None if it is dense."""
         try:
@@ -191,13 +285,35 @@ class Family:
         except AttributeError:
             return None
 
+    def expert_view(self, layer: nn.Module, matrix: Matrix) -> Tensor:
+        """A view [out, in] of a matrix of an expert in the parameter that holds those of all."""
+        assert matrix.expert is not None
+        experts = layer.get_submodule(self.experts_path(matrix.layer))
+        kind = next(
+            k for k, parts in FUSED_PARTS.items() if matrix.part in parts and hasattr(experts, k)
+        )
+        parts = FUSED_PARTS[kind]
+        whole = getattr(experts, kind).data[matrix.expert]
+        rows = whole.T if self.transposed else whole  # (out, in)
+        place = parts.index(matrix.part)
+        if self.interleaved:
+            return rows[place :: len(parts)]
+        return rows.chunk(len(parts))[place]
+
+    def experts_path(self, layer: int) -> str:
+        """The path of the experts' module in a decoder layer."""
+        return self.fused
+
     def expert_shape(self, layer: nn.Module) -> tuple[int, int]:
         """(inner, hidden) features of the experts of a decoder layer."""
         hidden, inner = self.experts_of(layer).down_proj.shape[1:]
         return (hidden, inner) if self.transposed else (inner, hidden)
 
-    def join(self, gate: Tensor, up: Tensor) -> Tensor:
-        """gate and up [..., inner] as one [..., 2 * inner], in the order of fused parameters."""
+    def join(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """gate and up [..., inner] as one [..., 2 * inner], in the order of fused parameters; up
+        alone where experts have no gate."""
+        if gate is None:
+            return up
         if self.interleaved:
             return torch.stack((gate, up), dim=-1).flatten(-2)
         return torch.cat((gate, up), dim=-1)
@@ -218,20 +334,49 @@ class Family:
         return model
 
 
+@dataclass(frozen=True)
+class FusedExperts:
+    """A tensor of all experts of `layer`: a key of FUSED_PARTS, and how its axes are ordered."""
+
+    layer: int
+    kind: str
+    transposed: bool
+    interleaved: bool
+
+
+# Parts of each expert in a fused tensor.
+FUSED_PARTS = {
+    "gate_up_proj": ("gate", "up"),
+    "up_proj": ("up",),
+    "down_proj": ("down",),
+    "gate_up_proj_bias": ("gate", "up"),
+    "up_proj_bias": ("up",),
+    "down_proj_bias": ("down",),
+}
+
+
+def stored_values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of what checkpoints store of a module: parameters and some buffers."""
+    yield from module.named_parameters()
+    for path, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
 def _replaced(name: str, replacements: Mapping[str, str]) -> str:
     for pattern, replacement in replacements.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _matrix(place: str, tensor: str, layer: int, part: str, expert: int | None = None) -> Matrix:
-    return Matrix(f"{place}.{part}", tensor, layer, part, _READS.get(part, part), expert)
-
-
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replaces the parameter called `name` by `value`."""
+    """Replaces the parameter or buffer called `name` by `value`."""
     parent, last = parameter_parent(module, name)
-    setattr(parent, last, nn.Parameter(value, requires_grad=False))
+    if last in parent._buffers:
+        parent._buffers[last] = value
+    else:
+        setattr(parent, last, nn.Parameter(value, requires_grad=False))
 
 
 def parameter_parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:

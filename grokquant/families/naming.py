@@ -9,7 +9,6 @@ the file:
       transposed   the last two axes are swapped
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,19 +18,10 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
-from grokquant.families.family import Family
+from grokquant.families.family import EMBEDDING, FUSED_PARTS, HEAD, Family, FusedExperts
 from grokquant.types import QTensor, Source, TensorRef
 
 _TIED = "but config.json ties the two"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-# Parts of each expert in a fused tensor.
-_FUSED = {
-    "gate_up_proj": ("gate", "up"),
-    "down_proj": ("down",),
-    "gate_up_proj_bias": ("gate", "up"),
-    "down_proj_bias": ("down",),
-}
 
 
 def renamed(source: Source, family: Family) -> Source:
@@ -39,12 +29,11 @@ def renamed(source: Source, family: Family) -> Source:
 
     Raises InputError if two tensors get the same name or fused experts have an impossible shape.
     """
-    fused = _fused_names(family)
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         known = replace(ref, name=family.tensor_name(name))
-        found = fused.fullmatch(known.name) if fused else None
-        parts = _split(source, family, known, int(found[1]), found[2]) if found else [known]
+        fused = family.fused_experts(known.name)
+        parts = _split(source, family, known, fused) if fused else [known]
         for part in parts:
             if part.name in tensors:
                 raise InputError(f"{source.path}: {part.name} occurs under two names")
@@ -52,22 +41,13 @@ def renamed(source: Source, family: Family) -> Source:
     return replace(source, tensors=tensors)
 
 
-def _fused_names(family: Family) -> re.Pattern | None:
-    """A pattern for the names of fused experts; its groups are layer and kind."""
-    if not family.experts:
-        return None
-    layer = re.escape(family.layer_prefix).replace(r"\{layer\}", r"(\d+)")
-    module, _, _ = family.experts["gate"].partition("{expert}")
-    return re.compile(f"{layer}{re.escape(module)}({'|'.join(_FUSED)})")
-
-
 def _split(
-    source: Source, family: Family, ref: TensorRef, layer: int, kind: str
+    source: Source, family: Family, ref: TensorRef, fused: FusedExperts
 ) -> Iterator[TensorRef]:
     """The matrices [out, in] or biases [out] of single experts."""
-    parts = _FUSED[kind]
-    bias = kind.endswith("_bias")
-    axis = 2 if family.transposed and not bias else 1  # of the output features
+    parts = FUSED_PARTS[fused.kind]
+    bias = fused.kind.endswith("_bias")
+    axis = 2 if fused.transposed and not bias else 1  # of the output features
     if len(ref.shape) != (2 if bias else 3) or ref.shape[axis] % len(parts):
         raise InputError(
             f"{source.path}: {ref.name} has shape {list(ref.shape)}, which is not one of experts"
@@ -75,9 +55,9 @@ def _split(
     rows = ref.shape[axis] // len(parts)
     shape = (rows,) if bias else (rows, ref.shape[3 - axis])
     for expert in range(ref.shape[0]):
-        names = (family.expert_biases if bias else family.expert_tensors)(layer, expert)
+        names = (family.expert_biases if bias else family.expert_tensors)(fused.layer, expert)
         for number, part in enumerate(parts):
-            step = len(parts) if family.interleaved else 1
+            step = len(parts) if fused.interleaved else 1
             first = number if step > 1 else number * rows  # this part's first row
             load = _Part(ref, expert, axis, first, rows, step)
             size = prod(shape) * ref.dtype.itemsize
@@ -122,22 +102,22 @@ def with_own_head(source: Source) -> Source:
     return replace(source, tensors={HEAD: head} | source.tensors)
 
 
-def with_tied_head(source: Source) -> Source:
-    """`source` without its head, for a model that uses the embedding in its place.
+def with_tied_head(source: Source, name: str = HEAD, of: str = EMBEDDING) -> Source:
+    """`source` without its head `name`, for a model that uses the embedding `of` in its place.
 
     Reading the embedding compares the two and raises InputError if they differ.
     """
     tensors = dict(source.tensors)
-    embedding = tensors[EMBEDDING]
-    head = tensors.pop(HEAD)
+    embedding = tensors[of]
+    head = tensors.pop(name)
     if embedding.shape != head.shape:
-        raise InputError(f"{source.path}: {HEAD} has shape {list(head.shape)}, {_TIED}")
+        raise InputError(f"{source.path}: {name} has shape {list(head.shape)}, {_TIED}")
 
     def load_rows(first: int, stop: int) -> Tensor:
         rows = _rows(embedding, first, stop)
         head_rows = _rows(head, first, stop)
         if not torch.equal(rows.to(head_rows.dtype), head_rows):
-            raise InputError(f"{source.path}: {HEAD} differs from {EMBEDDING}, {_TIED}")
+            raise InputError(f"{source.path}: {name} differs from {of}, {_TIED}")
         return rows
 
     tied = replace(
@@ -148,7 +128,7 @@ def with_tied_head(source: Source) -> Source:
         load_into=None,
         scheme=None,
     )
-    return replace(source, tensors=tensors | {EMBEDDING: tied})
+    return replace(source, tensors=tensors | {of: tied})
 
 
 def without_biases(source: Source, names: list[str]) -> Source:

@@ -270,13 +270,19 @@ def _best(
     stored = [ref.scheme.bits if ref.scheme else None for ref in refs]
     widest = None if None in stored else max(bits for bits in stored if bits is not None)
     columns = max(ref.shape[1] for ref in refs)
-    for rule in candidates(goal, widest, has_tokenizer(checkpoint.source)):
+    can_calibrate = has_tokenizer(checkpoint.source) and _is_run(checkpoint, matrices[0])
+    for rule in candidates(goal, widest, can_calibrate):
         if rule["method"] == "gptq" and columns > _WIDE:
             rule = rule | {"hessian_block": _HESSIAN_BLOCK}
         schemes = [_taken(checkpoint, matrix, rule, goal.format) for matrix in kinds.values()]
         if None not in schemes and (len({*schemes}) == 1 or not _must_agree(matrices[0], rule)):
             return rule
     return _AS_IT_IS
+
+
+def _is_run(checkpoint: Checkpoint, matrix: Matrix) -> bool:
+    """Whether the inputs of a matrix can be seen."""
+    return matrix.expert is None or checkpoint.family.runs_experts
 
 
 def _must_agree(matrix: Matrix, rule: Values) -> bool:
@@ -339,7 +345,7 @@ def _taken(checkpoint: Checkpoint, matrix: Matrix, values: Values, format: str) 
 def _row_length(checkpoint: Checkpoint) -> int:
     if checkpoint.source.path == TOY_PATH:
         return TOY_LENGTH
-    return min(_ROW_LENGTH, checkpoint.config.max_position_embeddings)
+    return min(_ROW_LENGTH, checkpoint.positions)
 
 
 def _place(model: str, name: str) -> str:

@@ -155,6 +155,8 @@ class LayerQuantizer:
     def _run_quantized(self, hidden: Tensor) -> Tensor:
         self.tokens_per_expert = []
         self._quantize_outside_experts(hidden)
+        if not self.model.family.runs_experts:
+            self._quantize_experts_at_once()
         combine = self._combine_quantized()
         original = self._original
         if original is None:
@@ -213,6 +215,13 @@ class LayerQuantizer:
         made = self._round(unit, site) if self.division.is_made_here(unit) else None
         return self.division.shared(unit, made, self.model.device)
 
+    def _quantize_experts_at_once(self) -> None:
+        """Experts of a model whose code computes them all at once, by methods that need no data."""
+        for unit in self.units:
+            if unit.expert is not None:
+                quantized = self._known(unit) or self._made_by_its_maker(unit, None)
+                self.model.replace_expert(unit, quantized.dequantize())
+
     def _make_expert(self, expert: int, given: Routed) -> Expert:
         """Quantizes gate and up on one site, then down on the hidden units that they make."""
         x = given.x
@@ -220,9 +229,10 @@ class LayerQuantizer:
         to_inner, to_down = self._aims(expert, given)
         routed = self._inputs(x, token)
         everyone = self._everyones_hessian
-        site = self._site(expert, "gate", routed, len(token), x.shape[1], everyone)
+        first = "gate" if "gate" in self.expert_tensors(expert) else "up"
+        site = self._site(expert, first, routed, len(token), x.shape[1], everyone)
         site.aim = to_inner
-        W_gate = self._expert_weight(expert, "gate", site)
+        W_gate = self._expert_weight(expert, "gate", site) if first == "gate" else None
         W_up = self._expert_weight(expert, "up", site)
         hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
 

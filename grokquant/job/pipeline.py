@@ -52,7 +52,8 @@ from grokquant.job.workdir import States, WorkDirectory, report_from
 from grokquant.memory import memory_for
 from grokquant.parallel import ALONE, Team
 from grokquant.recipe import Recipe, load_recipe
-from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.streaming.blocks import CALIBRATION_DTYPE
+from grokquant.streaming.whole import running
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import QTensor, TensorRef, Unit, UnitReport
@@ -425,8 +426,8 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     if plan.needs_gradients:
         with memory_for("gradients"):
             gradients = make_gradients(plan, work, rows, run.progress.doing)
-    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
-    layers = plan.checkpoint.config.num_hidden_layers
+    model = running(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
+    layers = plan.checkpoint.num_layers
     team = run.division.team
     own = team.rows(len(rows), model.rows_at_once(rows.shape[1]))
     with memory_for("embedding"):
@@ -465,7 +466,7 @@ def _without_data(run: Run) -> None:
     left = [unit for unit in own if unit.name not in run.work.reports]
     waiting = deque(left)
     with closing(run.read_ahead(left)) as stored:
-        for index in range(run.plan.checkpoint.config.num_hidden_layers):
+        for index in range(run.plan.checkpoint.num_layers):
             run.write_kept(run.plan.kept_in_layer(index), {})
             while waiting and waiting[0].layer == index:
                 run.round(waiting.popleft(), next(stored))
@@ -481,7 +482,7 @@ def _calibration_rows(plan: Plan) -> Tensor | None:
 
 def _open_layers(plan: Plan, work: WorkDirectory) -> set[int]:
     """The unfinished layers. Tensors outside the layers count as 0."""
-    layers = plan.checkpoint.config.num_hidden_layers
+    layers = plan.checkpoint.num_layers
     left = {file.layer or 0 for file in plan.files if not work.committed(file)}
     if plan.needs_calibration:
         left |= set(range(len(work.tokens_per_expert), layers))

@@ -105,6 +105,7 @@ class Plan:
             own_head=HEAD in tensors,
             remote_code=self.remote_code is not None,
             names=self.recipe.output.names,
+            names_experts=self.checkpoint.family.names_experts,
         )
 
     @cached_property
@@ -222,6 +223,7 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         checkpoint = replace(checkpoint, source=source)
     output_format = FORMATS[recipe.output.format]
     units = planned_units(recipe, checkpoint, output_format)
+    _check_experts_run(checkpoint, units)
     kept = tuple(matrix.name for matrix in checkpoint.matrices() if matrix.name not in units)
     if not units and not output_format.holds_dense:
         raise InputError("recipe: quantize: no rule rounds a matrix, there is nothing to quantize")
@@ -245,6 +247,20 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     if recipe.output.remote_code:
         _check_remote_code(plan)
     return plan
+
+
+def _check_experts_run(checkpoint: Checkpoint, units: dict[str, Unit]) -> None:
+    """Raises InputError for a method that would have to see the inputs of single experts, where
+    the model's code computes all experts at once."""
+    if checkpoint.family.runs_experts:
+        return
+    for unit in units.values():
+        if unit.expert is not None and METHODS[unit.method].needs_site:
+            name = checkpoint.family.name
+            raise InputError(
+                f"recipe: quantize[{unit.rule}].method: {unit.method} needs the inputs of "
+                f"{unit.name}, but experts of {name} do not run one by one; use rtn"
+            )
 
 
 def _stored_names(recipe: Recipe, family: Family, parts: Iterable[str]) -> dict[str, str]:
@@ -334,13 +350,11 @@ def _stored_as(
 
 def tensors_by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
     """Checkpoint names by layer, in the order of writing; None stands for outside the layers."""
-    layers = range(checkpoint.config.num_hidden_layers)
-    owners = {checkpoint.family.layer_prefix.format(layer=layer): layer for layer in layers}
-    depth = checkpoint.family.layer_prefix.count(".")
+    layers = range(checkpoint.num_layers)
     by_layer: dict[int | None, list[str]] = {layer: [] for layer in [None, *layers]}
     for name in checkpoint.source.tensors:
-        prefix = ".".join(name.split(".")[:depth]) + "."
-        by_layer[owners.get(prefix)].append(name)
+        layer = checkpoint.family.layer_of(name)
+        by_layer[layer if layer in layers else None].append(name)
     return by_layer
 
 

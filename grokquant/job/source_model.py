@@ -176,7 +176,7 @@ def _kept(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 
 def _matrices(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """A corner of each matrix, but for other experts, of three layers."""
-    last = checkpoint.config.num_hidden_layers - 1
+    last = checkpoint.num_layers - 1
     layers = {0, last // 2, last}
     for matrix in checkpoint.matrices():
         if matrix.layer in layers and not matrix.expert:
@@ -199,6 +199,8 @@ def _spread(ref: TensorRef) -> Tensor:
 def _part(ref: TensorRef, index: tuple[slice, ...]) -> Tensor:
     """Part of a tensor, read by itself where the source can; integers are dequantized in
     float32, which is exact, so that nothing is rounded twice."""
+    if not index:  # a scalar
+        return ref.read()
     if ref.load_part:
         return ref.load_part(index)
     rows, *columns = index

@@ -24,7 +24,7 @@ def describe(path: str | Path) -> dict:
         "family": checkpoint.family.name,
         "notice": checkpoint.family.notice,
         "notes": list(source.notes),
-        "layers": config.num_hidden_layers,
+        "layers": checkpoint.num_layers,
         "experts": checkpoint.num_experts,
         "experts_per_token": getattr(config, "num_experts_per_tok", None),
         "parameters": checkpoint.parameters,
@@ -63,6 +63,7 @@ def _contents(checkpoint: Checkpoint) -> Contents | None:
         own_head=HEAD in source.tensors,
         remote_code=code is not None and (source.path / code.file).is_file(),
         names=_names(checkpoint),
+        names_experts=checkpoint.family.names_experts,
     )
 
 

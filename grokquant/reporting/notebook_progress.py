@@ -59,11 +59,11 @@ class RunBar(Silence):
 
     def planned(self, plan: Plan) -> None:
         self.bar = _Bar(f"quantizing {plan.recipe.output.path}")
-        self.total = plan.checkpoint.config.num_hidden_layers
+        self.total = plan.checkpoint.num_layers
         self.bar.show(0, self.total, f"{self.total} layers")
 
     def found(self, plan: Plan) -> None:
-        total = plan.checkpoint.config.num_hidden_layers
+        total = plan.checkpoint.num_layers
         _Bar(plan.recipe.output.path).show(total, total, "was finished already")
 
     def layer_done(self, index: int, reports: list[UnitReport], tokens: list[int]) -> None:

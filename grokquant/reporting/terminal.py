@@ -243,7 +243,7 @@ class RunProgress(_LayerBar):
         for line in self.shown:
             self.note(line)
         print_plan(plan, self.console)
-        self.begin("quantizing", plan.checkpoint.config.num_hidden_layers)
+        self.begin("quantizing", plan.checkpoint.num_layers)
         if plan.needs_calibration:
             self.doing("quantizing: reading the calibration text")
 
@@ -285,7 +285,7 @@ class RunProgress(_LayerBar):
         unit = self.plan.units[name]
         self.done[unit.layer] = self.done.get(unit.layer, 0) + 1
         units = len(self.plan.units_of(unit.layer))
-        layers = self.plan.checkpoint.config.num_hidden_layers
+        layers = self.plan.checkpoint.num_layers
         part = f"{min(self.done[unit.layer], units)} of {units} matrices"
         self.doing(f"quantizing layer {unit.layer} of {layers}, {part}")
 

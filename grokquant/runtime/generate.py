@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from grokquant.errors import InputError
+from grokquant.families.config import positions_of
 from grokquant.memory import refused
 from grokquant.runtime.load import load
 
@@ -64,7 +65,7 @@ def generate_text(
         raise InputError(f"{path}: has no tokenizer, so it cannot generate text")
     ids = _ids(path, tokenizer, prompt, chat).to(model.device)
     length = ids.shape[1]
-    positions = model.config.max_position_embeddings
+    positions = positions_of(model.config)
     if length + tokens > positions:
         raise InputError(
             f"{tokens} after a prompt of {length} exceed the model's {positions} positions",

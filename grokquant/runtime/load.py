@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import device_of
 from grokquant.errors import InputError
-from grokquant.families.family import set_parameter
+from grokquant.families.family import set_parameter, stored_values
 from grokquant.files.json_objects import read_json_object
 from grokquant.memory import refused
 from grokquant.recipe.schema import parse_size
@@ -99,16 +99,15 @@ def fill_model(
     for module in model.modules():
         if isinstance(module, PackedMatrix):
             module.open(device)
-    for name, parameter in list(model.named_parameters()):
-        ref = tensors.get(family.tensor_name(name))
-        if ref is None:
+    for name, parameter in list(stored_values(model)):
+        if not family.holds(tensors, name):
             continue  # part of fused experts
-        kind = family.working_dtype(name, dtype)
-        if parameter.dtype == kind and not parameter.is_meta:
-            parameter.copy_(ref.read())
+        kind = family.working_dtype(name, dtype) if parameter.is_floating_point() else None
+        if not parameter.is_meta and kind in (parameter.dtype, None):
+            parameter.copy_(family.read(tensors, name))
         else:
             place = device if parameter.is_meta else parameter.device
-            set_parameter(model, name, ref.read().to(place, kind))
+            set_parameter(model, name, family.read(tensors, name).to(place, kind))
 
 
 def absent_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
@@ -124,7 +123,7 @@ def absent_parameters(model: PreTrainedModel, checkpoint: Checkpoint) -> list[st
         for name, parameter in model.named_parameters()
         if id(parameter) not in fused
         and name not in model.all_tied_weights_keys
-        and family.tensor_name(name) not in checkpoint.source.tensors
+        and not family.holds(checkpoint.source.tensors, name)
     ]
 
 
@@ -144,8 +143,8 @@ def _fill_experts(
     for end, names in names_of.items():
         if f"down_{end}" not in held:
             continue  # packed
-        for name in (f"gate_up_{end}", f"down_{end}"):
-            if held[name].is_meta:
+        for name in (f"gate_up_{end}", f"up_{end}", f"down_{end}"):
+            if name in held and held[name].is_meta:
                 value = torch.empty_like(held[name], dtype=dtype, device=device)
                 set_parameter(experts, name, value)
         for expert in range(count):
@@ -158,9 +157,10 @@ def _fused(checkpoint: Checkpoint, names: dict[str, str], end: str) -> dict[str,
     family = checkpoint.family
     part = {key: checkpoint.source.tensors[name].read() for key, name in names.items()}
     turned = {key: value.T if value.ndim == 2 else value for key, value in part.items()}
-    gate_up = family.join(turned["gate"], turned["up"])  # (.., out)
+    gate_up = family.join(turned.get("gate"), turned["up"])  # (.., out)
     down = turned["down"]
     if not family.transposed and gate_up.ndim == 2:
         gate_up = gate_up.T
         down = down.T
-    return {f"gate_up_{end}": gate_up, f"down_{end}": down}
+    first = f"gate_up_{end}" if "gate" in part else f"up_{end}"
+    return {first: gate_up, f"down_{end}": down}

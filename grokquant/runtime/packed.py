@@ -167,6 +167,11 @@ class PackedLinear(nn.Module):
         self.bias = bias
         self.out_features, self.in_features = packed.shape
 
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized matrix, for models that do not call their layers."""
+        return self.packed.dense(self.packed.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.packed.product(x)
         return out if self.bias is None else out + self.bias
@@ -294,6 +299,8 @@ def _pack_experts(layer: nn.Module, index: int, packing: Packing) -> None:
     if all(ref.scheme is None for of_one in refs for ref in of_one.values()):
         return
     experts = family.experts_of(layer)
+    if experts is None:
+        return  # of code that multiplies with all experts at once
     for fused, parts, join in _fused(family):
         matrices = [[packing.matrix(of_one[part]) for part in parts] for of_one in refs]
         delattr(experts, fused)
@@ -302,5 +309,8 @@ def _pack_experts(layer: nn.Module, index: int, packing: Packing) -> None:
 
 def _fused(family: Family) -> Iterator[tuple[str, tuple[str, ...], Join]]:
     """(fused parameter, its parts, how their outputs make its outputs) of an expert."""
-    yield "gate_up_proj", ("gate", "up"), family.join
+    if "gate" in family.experts:
+        yield "gate_up_proj", ("gate", "up"), family.join
+    else:
+        yield "up_proj", ("up",), lambda up: up
     yield "down_proj", ("down",), lambda down: down

@@ -28,10 +28,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from grokquant.calibration.hessian import accumulate
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
-from grokquant.families.family import parameter_parent, set_parameter
+from grokquant.families.family import parameter_parent, set_parameter, stored_values
+from grokquant.families.taps import Tap
 from grokquant.parallel import ALONE, Take, Team
 from grokquant.threads import alone, in_order, in_pieces, slices
-from grokquant.types import Routed
+from grokquant.types import Matrix, Routed
 
 STREAMED = "grokquant-streamed"  # the name of our experts in transformers' registry
 # The dtype of hidden states and weights in calibration. Its products are exact in float32, in which
@@ -144,24 +145,6 @@ class Rows:
         return Rows(change(self.tokens), change(self.branches), change(self.positions))
 
 
-class Tap(nn.Module):
-    """Takes the place of a decoder layer: notes its arguments, returns `hidden` if that is set.
-
-    There is one for each layer, since models give other masks to layers with a sliding window.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.arguments: tuple[tuple, dict] = ((), {})
-        self.hidden: Tensor | None = None
-        self.entered = torch.empty(0)
-
-    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.entered = h
-        self.arguments = (args, kwargs)
-        return h if self.hidden is None else self.hidden
-
-
 class BlockwiseModel:
     """A checkpoint that runs block by block, computing in `dtype` on `device`.
 
@@ -195,15 +178,17 @@ class BlockwiseModel:
         self.config.use_cache = False
         self.model = self.family.empty_model(self.config)
         self.layers = self.family.layers(self.model)
-        self.taps = [Tap() for _ in self.layers]
-        self.model.base_model.layers = nn.ModuleList(self.taps)
+        self.taps = [Tap(layer, self.family.in_tuples) for layer in self.layers]
+        self.family.set_layers(self.model, nn.ModuleList(self.taps))
         self._fill_outside_layers(twin)
 
     def _fill_outside_layers(self, twin: "BlockwiseModel | None") -> None:
         """Reads the parameters of the model with taps: all but those of its layers."""
         others = dict(twin.model.named_parameters()) if twin else {}
-        for name, _ in list(self.model.named_parameters()):
-            self._fill(self.model, name, self.family.tensor_name(name))
+        for name, value in list(stored_values(self.model)):
+            self._fill(self.model, name, name)
+            if not isinstance(value, nn.Parameter):
+                continue
             if name in others and torch.equal(self.model.get_parameter(name), others[name]):
                 set_parameter(self.model, name, others[name])
         self.model.tie_weights()
@@ -219,6 +204,7 @@ class BlockwiseModel:
 
     def _embed(self, tokens: Tensor) -> Tensor:
         entered = []
+        self._embedded = tokens
         for rows in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
             self.model.base_model.forward(input_ids=rows.to(self.device))
             entered.append(self.taps[0].entered.cpu())
@@ -249,7 +235,7 @@ class BlockwiseModel:
     def later_routers(self, index: int) -> Iterator[Tensor]:
         """The router of each layer after `index`, times the gain of its norm: float32 [experts,
         hidden]."""
-        for later in range(index + 1, self.config.num_hidden_layers):
+        for later in range(index + 1, len(self.layers)):
             if names := self.family.router(self.config, later):
                 tensors = self.source.tensors
                 router, gain = (tensors[name].load_on(self.device).float() for name in names)
@@ -257,23 +243,26 @@ class BlockwiseModel:
 
     def free_embedding(self) -> None:
         """Frees everything outside the layers; `embed` and `logits` no longer work."""
-        nn.Module.to(self.model, "meta")
+        if not self.family.by_row:  # else the layers need what it makes of each row
+            nn.Module.to(self.model, "meta")
 
     @torch.no_grad()
     def load_layer(self, index: int) -> nn.Module:
         """Loads layer `index` but for its routed experts, which stay on the meta device."""
         layer = self.layers[index]
-        prefix = self.family.layer_prefix.format(layer=index)
+        prefix = self.family.module_prefix(index)
         experts = self.family.experts_of(layer)
         theirs = set() if experts is None else {id(p) for p in experts.parameters()}
-        for name, parameter in list(layer.named_parameters()):
-            if id(parameter) not in theirs:
-                self._fill(layer, name, self.family.tensor_name(prefix + name))
+        for name, value in list(stored_values(layer)):
+            if id(value) not in theirs:
+                self._fill(layer, name, prefix + name)
         return layer
 
     def free_layer(self, index: int) -> None:
         """Frees the memory of layer `index`."""
-        self.layers[index].to("meta")
+        layer = self.layers[index]
+        for name, value in list(stored_values(layer)):
+            set_parameter(layer, name, value.to("meta"))
 
     def run_layer(
         self, index: int, hidden: Tensor, combine: Combine, keep: Keep | None = None
@@ -351,6 +340,12 @@ class BlockwiseModel:
         self._set(layer, self.family.parameter_name(layer, index, tensor), value)
 
     @torch.no_grad()
+    def replace_expert(self, matrix: Matrix, value: Tensor) -> None:
+        """Replaces a matrix [out, in] in the parameter that holds those of all experts."""
+        view = self.family.expert_view(self.layers[matrix.layer], matrix)
+        view.copy_(value)
+
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [rows, time, vocabulary] from the last block's hidden states."""
         return self.logits_of(hidden.to(self.device)).cpu()
@@ -421,7 +416,8 @@ class BlockwiseModel:
     def stored_expert(self, index: int, number: int) -> Expert:
         """An expert as the checkpoint holds it; reads its three matrices."""
         names = self.family.expert_tensors(index, number)
-        W_gate, W_up, W_down = (self.expert_weight(names[p]) for p in ("gate", "up", "down"))
+        W_gate = self.expert_weight(names["gate"]) if "gate" in names else None
+        W_up, W_down = (self.expert_weight(names[part]) for part in ("up", "down"))
         inner = self.hidden_units(index, number, W_gate, W_up)
         bias = self.expert_bias(index, number, "down")
         return lambda x: F.linear(inner(x), W_down, bias)
@@ -429,18 +425,19 @@ class BlockwiseModel:
     def attention_output(self, index: int) -> nn.Module:
         """The module of layer `index` that projects the attention's output to the residual."""
         layer = self.layers[index]
-        prefix = self.family.layer_prefix.format(layer=index)
-        tensor = prefix + self.family.matrices(self.config, index)["attention.o"]
+        tensor = self.family.attention_output(self.config, index)
         return parameter_parent(layer, self.family.parameter_name(layer, index, tensor))[0]
 
-    def hidden_units(self, index: int, number: int, W_gate: Tensor, W_up: Tensor) -> Expert:
+    def hidden_units(self, index: int, number: int, W_gate: Tensor | None, W_up: Tensor) -> Expert:
         """The part of an expert before its down projection: [tokens, hidden] to [tokens, inner]."""
         gate_bias, up_bias = (self.expert_bias(index, number, part) for part in ("gate", "up"))
         experts = self.family.experts_of(self.layers[index])
 
         def inner(x: Tensor) -> Tensor:
-            gate = F.linear(x, W_gate, gate_bias)
             up = F.linear(x, W_up, up_bias)
+            if W_gate is None:
+                return experts.act_fn(up)
+            gate = F.linear(x, W_gate, gate_bias)
             return experts._apply_gate(self.family.join(gate, up))
 
         return inner
@@ -491,6 +488,8 @@ class BlockwiseModel:
     ) -> list[Tensor]:
         """The layer's outputs, some rows in each part. `rows` default to the last embedded; `start`
         is the number of their first token."""
+        if self.family.by_row and rows is None:
+            rows = Rows(self._embedded)
 
         def run(part: slice, first: int) -> Tensor:
             if rows is not None:
@@ -522,7 +521,8 @@ class BlockwiseModel:
         """Has the taps note what the model hands to its layers for these rows."""
         if rows.branches is None:
             # Masks and positions of plain text depend on its length only, so one row will do.
-            self.model.base_model.forward(input_ids=rows.tokens[:1])
+            tokens = rows.tokens if self.family.by_row else rows.tokens[:1]
+            self.model.base_model.forward(input_ids=tokens)
             return
         window = getattr(self.config, "sliding_window", None) or None
         mask: Any = rows.mask(window, self.dtype)
@@ -532,9 +532,10 @@ class BlockwiseModel:
             input_ids=rows.tokens, attention_mask=mask, position_ids=rows.positions
         )
 
-    def _fill(self, module: nn.Module, name: str, tensor: str) -> None:
-        self._set(module, name, self.source.tensors[tensor].read())
+    def _fill(self, module: nn.Module, name: str, whole: str) -> None:
+        """Reads the parameter `name` of a module, which the model calls `whole`."""
+        self._set(module, name, self.family.read(self.source.tensors, whole))
 
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
-        dtype = self.family.working_dtype(name, self.dtype)
+        dtype = self.family.working_dtype(name, self.dtype) if value.is_floating_point() else None
         set_parameter(module, name, value.to(self.device, dtype))

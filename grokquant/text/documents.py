@@ -117,7 +117,7 @@ def calibration_rows(
 
     `length` is limited to the positions of the model.
     """
-    length = min(settings.length, checkpoint.config.max_position_embeddings)
+    length = min(settings.length, checkpoint.positions)
     parts = []
     for text, samples in settings.samples_of.items():
         documents = _calibration_documents(settings, text, samples * length)

@@ -84,7 +84,7 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
     """The embedding; then each unit of a layer, beside all that calibration holds throughout."""
     settings = plan.recipe.calibration
     config = plan.checkpoint.config
-    tokens = settings.samples * min(settings.length, config.max_position_embeddings)
+    tokens = settings.samples * min(settings.length, plan.checkpoint.positions)
     size = CALIBRATION_DTYPE.itemsize
     states = tokens * config.hidden_size * size
     outside = sum(prod(_shape(plan, name)) * (size + FLOAT) for name in plan.kept_outside_layers)

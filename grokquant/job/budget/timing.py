@@ -23,8 +23,9 @@ from grokquant.job.unit import round_without_data
 from grokquant.job.workdir import States
 from grokquant.methods import METHODS
 from grokquant.methods.method import Cost
-from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.streaming.blocks import CALIBRATION_DTYPE
 from grokquant.streaming.gradients import DTYPE, differentiated_tokens
+from grokquant.streaming.whole import running
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import Matrix, QTensor, TensorRef, Unit
@@ -58,7 +59,7 @@ def _calibrating(plan: Plan) -> float:
     text = perf_counter() - start
     if plan.needs_gradients:
         text += _differentiating(plan)
-    layers = plan.checkpoint.config.num_hidden_layers
+    layers = plan.checkpoint.num_layers
     if is_small(plan):
         return text + layers * _one_layer(plan, rows)
     return text + _by_pieces(plan, rows.numel())
@@ -94,12 +95,15 @@ def is_small(plan: Plan) -> bool:
 def _one_layer(plan: Plan, rows: Tensor) -> float:
     """Seconds of the first layer, quantized as in the run and discarded."""
     start = perf_counter()
-    model = BlockwiseModel(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
+    model = running(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
     hidden = model.embed(rows)
     states = States(hidden, hidden if plan.needs_reference else None)
     # Any metric takes the same time.
     metric = torch.eye(hidden.shape[-1]) if plan.needs_gradients else None
-    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None, output_gradients=metric).run(states)
+    quantizer = LayerQuantizer(
+        plan, model, 0, lambda *_: None, lambda _: None, output_gradients=metric
+    )
+    quantizer.run(states)
     return perf_counter() - start
 
 

@@ -1,0 +1,268 @@
+"""Tries the families that are derived from transformers, on random models of their architectures.
+
+    python eval/try_families.py [--json FILE] [ARCHITECTURE ...]
+
+For each architecture of a causal language model, a tiny model with random weights is saved by
+transformers, and then
+
+    loaded       `load` computes transformers' logits
+    streamed     so does the model that evaluation and calibration run, layer by layer if it can
+    rtn, gptq    its output in int4 passes `verify`, loads packed, is streamed, and loads in
+                 transformers without grokquant where that is possible
+    planned      the default recipe can be planned
+
+Prints a line for each, and writes what was found to FILE.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers import auto
+
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.job import pipeline
+from grokquant.job.default_recipe import values_for
+from grokquant.job.plan import build_plan
+from grokquant.job.verify import verify
+from grokquant.methods import METHODS
+from grokquant.recipe import parse_recipe
+from grokquant.runtime.load import load
+from grokquant.streaming.blocks import Rows
+from grokquant.streaming.stream import Stream
+from grokquant.streaming.whole import running
+from grokquant.toy import TOY_PATH
+
+# What config fields of each meaning are in a tiny model.
+SIZES = {
+    2048: "vocab_size",
+    64: "hidden_size n_embd d_model dim embed_dim n_embed embedding_size "
+    "shared_expert_intermediate_size shared_intermediate_size",
+    96: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size block_ff_dim intermediate_size_mlp "
+    "dense_intermediate_size mlp_intermediate_size",
+    32: "moe_intermediate_size expert_ffn_hidden_size expert_intermediate_size kv_lora_rank "
+    "q_lora_rank qk_head_dim index_head_dim mamba_d_head moe_shared_expert_intermediate_size "
+    "hidden_size_per_layer_input",
+    3: "num_hidden_layers n_layer n_layers num_layers",
+    4: "num_attention_heads n_head n_heads num_heads num_experts num_local_experts "
+    "n_routed_experts moe_num_experts index_n_heads linear_num_value_heads mamba_n_heads "
+    "mamba_num_heads",
+    2: "num_key_value_heads num_experts_per_tok moe_topk num_experts_per_token moe_k "
+    "top_k_experts linear_num_key_heads mamba_expand eos_token_id",
+    16: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window linear_key_head_dim "
+    "linear_value_head_dim mamba_d_state mamba_head_dim ssm_state_size state_size",
+    1: "n_group topk_group n_shared_experts num_shared_experts bos_token_id first_k_dense_replace "
+    "mamba_n_groups",
+    128: "max_position_embeddings n_positions max_seq_len mamba_d_ssm",
+    0: "pad_token_id",
+    # Tokens that an index keeps: more than there are, so that it keeps the same ones in bf16.
+    256: "index_topk",
+}
+# Fields of single architectures that must fit to others.
+OWN: dict[str, dict[str, Any]] = {}
+TOKENS = torch.randint(3, 2048, (3, 48), generator=torch.Generator().manual_seed(1))
+CLOSE = 1e-5
+# Of logits in float32 of a packed model: its products keep more digits than dequantized weights.
+PACKED_CLOSE = 0.05
+
+
+def tiny_config(kind: str) -> Any:
+    """The config of a tiny model of this `model_type`."""
+    config_class = CONFIG_MAPPING[kind]
+    fields = set(config_class.__dataclass_fields__)
+    sizes = {
+        name: size for size, names in SIZES.items() for name in names.split() if name in fields
+    }
+    if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
+        sizes["num_key_value_heads"] = 4  # one for each head of queries
+    return config_class(**sizes | OWN.get(kind, {}))
+
+
+def save_tiny_model(kind: str, directory: Path) -> PreTrainedModel:
+    """A random model, saved in `directory` with a tokenizer beside it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32).eval()
+    for parameter in model.parameters():  # norms and biases of their own, too
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(directory)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "tokenizer.model")
+    return model
+
+
+def eager(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its own code for experts, where transformers has several."""
+    with suppress(ValueError, AttributeError):
+        model.set_experts_implementation("eager")
+    return model
+
+
+@contextmanager
+def without_us() -> Iterator[None]:
+    """transformers as it is where grokquant is not imported."""
+    configs = auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    ours = configs["compressed-tensors"]
+    configs["compressed-tensors"] = ours.__base__
+    try:
+        yield
+    finally:
+        configs["compressed-tensors"] = ours
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted||."""
+    return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+@torch.no_grad()
+def streamed_logits(directory: Path) -> Tensor:
+    model = running(open_checkpoint(directory))
+    stream = Stream(model, [Rows(TOKENS)])
+    for index in range(len(model.layers)):
+        stream.run_layer(index)
+    return model.logits(stream.hidden[0])
+
+
+def rules_of(checkpoint: Checkpoint, method: str) -> list[dict[str, Any]]:
+    """Rules for int4 in groups of 32: all matrices that have whole groups."""
+    rules: dict[str, dict[str, Any] | None] = {}
+    for matrix in checkpoint.matrices():
+        match = f"layers.*.{matrix.kind.replace('experts.', 'experts.*.')}"
+        is_seen = matrix.expert is None or checkpoint.family.runs_experts
+        own = method if is_seen or not METHODS[method].needs_site else "rtn"
+        if checkpoint.source.tensors[matrix.tensor].shape[1] % 32:
+            rules[match] = None
+        rules.setdefault(match, {"match": match, "method": own, "bits": 4, "group": 32})
+    return [rule for rule in rules.values() if rule]
+
+
+@torch.no_grad()
+def quantized(directory: Path, method: str, text: Path) -> dict[str, float | str]:
+    """Quantizes with `method` and checks what comes out."""
+    output = directory.with_name(f"{directory.name}-{method}")
+    checkpoint = open_checkpoint(directory)
+    content = {
+        "model": {"path": str(directory)},
+        "calibration": {"text": str(text), "samples": 8, "length": 64},
+        "quantize": rules_of(checkpoint, method),
+        "max_fallbacks": 1,
+        "output": {"path": str(output)},
+    }
+    if method == "rtn":
+        content.pop("calibration")
+    pipeline.quantize(parse_recipe(content))
+    verify(output)
+    dense = load(output, dtype=torch.float32, packed=False)[0](TOKENS).logits
+    packed = load(output, dtype=torch.float32)[0](TOKENS).logits
+    found: dict[str, float | str] = {
+        "packed": relative(packed, dense),
+        "streamed": relative(streamed_logits(output), dense),
+    }
+    if not checkpoint.family.names_experts:
+        found["alone"] = attempt(lambda: alone(output))
+    shutil.rmtree(output)
+    return found
+
+
+def alone(output: Path) -> float:
+    """How far the logits of transformers without grokquant are from ours, in bfloat16."""
+    wanted = load(output, packed=False)[0](TOKENS).logits
+    with without_us():
+        model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.bfloat16)
+    return relative(eager(model)(TOKENS).logits, wanted)
+
+
+def attempt(check: Callable[[], Any]) -> Any:
+    """What a check finds, or the error that it meets."""
+    try:
+        return check()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+
+
+@torch.no_grad()
+def try_family(kind: str, directory: Path) -> dict[str, Any]:
+    """What holds for the architecture of this `model_type`; `directory` takes files."""
+    place = directory / kind
+    text = directory / "text.txt"
+    text.write_text(" ".join(f"word{i * 7919 % 1000} and then {i * 31 % 97}." for i in range(2000)))
+    save_tiny_model(kind, place)
+    original = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    wanted = eager(original)(TOKENS).logits
+    checkpoint = open_checkpoint(place)
+    found = {
+        "architecture": type(original).__name__,
+        "family": checkpoint.family.name,
+        "derived": type(checkpoint.family).__name__ == "DerivedFamily",
+        "experts": checkpoint.num_experts,
+        "runs": "by layers" if checkpoint.family.streams else "whole",
+        "one_by_one": checkpoint.family.runs_experts,
+        "matrices": sorted({matrix.kind for matrix in checkpoint.matrices()}),
+        "loaded": attempt(
+            lambda: relative(load(place, dtype=torch.float32)[0](TOKENS).logits, wanted)
+        ),
+        "streamed": attempt(lambda: relative(streamed_logits(place), wanted)),
+        "rtn": attempt(lambda: quantized(place, "rtn", text)),
+        "gptq": attempt(lambda: quantized(place, "gptq", text)),
+        "planned": attempt(lambda: planned(place)),
+    }
+    shutil.rmtree(place)
+    return found
+
+
+def planned(directory: Path) -> float:
+    """Bits per weight of the default recipe's result."""
+    return build_plan(parse_recipe(values_for(directory))).bits_per_weight
+
+
+def passes(found: dict[str, Any]) -> bool:
+    """Whether everything holds that can for the architecture."""
+    outputs = [found.get("rtn"), found.get("gptq")]
+    return (
+        _is_close(found.get("loaded"))
+        and _is_close(found.get("streamed"))
+        and isinstance(found.get("planned"), float)
+        and all(
+            isinstance(output, dict)
+            and _is_close(output["packed"], PACKED_CLOSE)
+            and _is_close(output["streamed"])
+            and _is_close(output.get("alone", 0.0))
+            for output in outputs
+        )
+    )
+
+
+def _is_close(value: Any, limit: float = CLOSE) -> bool:
+    return isinstance(value, float) and value < limit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kinds", nargs="*", help="values of model_type [default: all]")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    results: dict[str, Any] = {}
+    for kind in options.kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        with tempfile.TemporaryDirectory() as place:
+            found = attempt(lambda: try_family(kind, Path(place)))  # noqa: B023
+        found = found if isinstance(found, dict) else {"refused": found}
+        results[kind] = found | {"passes": passes(found)}
+        print(json.dumps({"kind": kind} | results[kind]), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + os.linesep)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,550 @@
+"""Families that nobody has written down: derived from transformers' own model and its names.
+
+    config.json      architectures: [Qwen3NextForCausalLM]
+    transformers     the model on the meta device, and the names of its tensors in files
+    = a table        decoder layers, their linear modules, experts, shared experts, routers
+
+Only code of the installed transformers is used, never any beside the weights.
+"""
+
+import re
+from collections.abc import Container, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+
+from grokquant.errors import InputError
+from grokquant.families.config import check_bounds, defines_the_model
+from grokquant.families.family import FUSED_PARTS, Family, FusedExperts
+from grokquant.families.stored_names import Conversion, Shapes, StoredNames
+from grokquant.families.traced import Passing, Trace, passing, traced
+from grokquant.memory import refused
+from grokquant.types import Source, TensorRef
+
+# Words in the names of modules, and the roles of the matrices in them; the first that fits counts.
+_ROLES = (
+    ("shared", "shared"),
+    ("attn", "attention"),
+    ("attention", "attention"),
+    ("mlp", "mlp"),
+    ("feed_forward", "mlp"),
+    ("ffn", "mlp"),
+    ("moe", "mlp"),
+)
+# A linear module with far fewer outputs than inputs is a gate or a router: it weighs nothing, and
+# its errors decide where tokens go.
+_FEWEST_OUTPUTS = 32
+_WHOLE = (
+    "the layers of this model depend on more than the layer before them: to calibrate or evaluate "
+    "it, all of it has to fit into memory"
+)
+_UNUSED = ("auto_map",)  # names code beside the weights
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a layer, in the submodule `module`.
+
+    `tensors` and `biases` are checkpoint names by part, in the order of the experts; `own_names`
+    are those of ours, since files hold all experts as one tensor. `takes_turns`: transformers lets
+    others compute the experts, so they can run one by one.
+    """
+
+    module: str
+    count: int
+    tensors: Mapping[str, list[str]]
+    biases: Mapping[str, list[str]]
+    shapes: Mapping[str, tuple[int, int]]  # part -> [out, in]
+    transposed: bool
+    interleaved: bool
+    own_names: bool
+    takes_turns: bool
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """A decoder layer: its path in the model, checkpoint names of its matrices by part in the order
+    of computation, the first part that `reads` the same input, the paths of linear modules that
+    stay as they are, and its experts."""
+
+    path: str
+    matrices: Mapping[str, str]
+    reads: Mapping[str, str]
+    others: tuple[str, ...]
+    experts: Experts | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A model: checkpoint names by those of its parameters, and all that is read of a file."""
+
+    layers_path: str
+    layers: tuple[LayerTable, ...]
+    names: Mapping[str, str]
+    joined: Mapping[str, Conversion]
+    fused: Mapping[str, FusedExperts]
+    shapes: Shapes
+    tied: Mapping[str, str]
+    integers: frozenset[str]
+    passing: Passing
+    stored: StoredNames = field(repr=False)
+
+    @cached_property
+    def layer_of(self) -> dict[str, int]:
+        """The layer of each checkpoint tensor that belongs to one."""
+        return dict(self._layers_of_tensors())
+
+    def _layers_of_tensors(self) -> Iterator[tuple[str, int]]:
+        numbers = {layer.path: number for number, layer in enumerate(self.layers)}
+        depth = self.layers_path.count(".") + 2
+        for name, tensor in self.names.items():
+            place = ".".join(name.split(".")[:depth])
+            if place in numbers:
+                yield tensor, numbers[place]
+        for name, conversion in self.joined.items():
+            place = ".".join(name.split(".")[:depth])
+            if place in numbers:
+                yield from ((tensor, numbers[place]) for tensor in conversion.tensors)
+        for number, layer in enumerate(self.layers):
+            if layer.experts:
+                for names in (*layer.experts.tensors.values(), *layer.experts.biases.values()):
+                    yield from ((tensor, number) for tensor in names)
+
+    @cached_property
+    def on_the_way(self) -> dict[str, str]:
+        """Checkpoint names by those that transformers gives them while it reads a file."""
+        return {self.stored.of_model(tensor): tensor for tensor in self.shapes}
+
+
+@dataclass(frozen=True)
+class DerivedFamily(Family):
+    """A family that is made for one model; `table` takes the place of names and patterns."""
+
+    table: Table = field(kw_only=True, repr=False)
+
+    def config(self, path: Path, content: dict) -> PreTrainedConfig:
+        with refused(str(path)):
+            return _config_of(self.config_class, content)
+
+    def left_out(self, content: dict) -> list[str]:
+        return [key for key in _UNUSED if key in content]
+
+    def num_layers(self, config: PreTrainedConfig) -> int:
+        return len(self.table.layers)
+
+    def num_experts(self, config: PreTrainedConfig, layer: int) -> int:
+        experts = self.table.layers[layer].experts
+        return experts.count if experts else 0
+
+    def matrix_tensors(self, config: PreTrainedConfig, layer: int) -> dict[str, str]:
+        return dict(self.table.layers[layer].matrices)
+
+    def reads(self, layer: int, part: str) -> str:
+        return self.table.layers[layer].reads.get(part, super().reads(layer, part))
+
+    def attention_output(self, config: PreTrainedConfig, layer: int) -> str:
+        matrices = self.table.layers[layer].matrices
+        attention = [part for part in matrices if part.startswith("attention.")]
+        outputs = [part for part in attention if part.rpartition(".")[2] in ("o", "out", "dense")]
+        return matrices[(outputs or attention or list(matrices))[-1]]
+
+    def layer_of(self, tensor: str) -> int | None:
+        return self.table.layer_of.get(tensor)
+
+    def expert_tensors(self, layer: int, expert: int) -> dict[str, str]:
+        experts = self.table.layers[layer].experts
+        return {part: names[expert] for part, names in experts.tensors.items()} if experts else {}
+
+    def expert_biases(self, layer: int, expert: int) -> dict[str, str]:
+        experts = self.table.layers[layer].experts
+        return {part: names[expert] for part, names in experts.biases.items()} if experts else {}
+
+    @property
+    def names_experts(self) -> bool:
+        return any(layer.experts.own_names for layer in self.table.layers if layer.experts)
+
+    @property
+    def runs_experts(self) -> bool:
+        experts = [layer.experts for layer in self.table.layers if layer.experts]
+        return self.streams and all(e.takes_turns for e in experts)
+
+    def routers(self, config: PreTrainedConfig) -> list[str]:
+        return [
+            f"{layer.path}.{other}.weight" for layer in self.table.layers for other in layer.others
+        ]
+
+    def router(self, config: PreTrainedConfig, layer: int) -> tuple[str, str] | None:
+        return None  # which norm comes before it is not derived
+
+    def module_prefix(self, layer: int) -> str:
+        return self.table.layers[layer].path + "."
+
+    def tensor_name(self, name: str) -> str:
+        table = self.table
+        for known in table.stored.with_and_without_prefix(name):
+            if known in table.shapes or known in table.fused:
+                return known
+            if known in table.names:
+                return table.names[known]
+            on_the_way = table.stored.of_model(known)
+            if on_the_way in table.on_the_way:
+                return table.on_the_way[on_the_way]
+            if on_the_way in table.names:
+                return table.names[on_the_way]
+            if on_the_way in table.fused:
+                return on_the_way
+        return name
+
+    def read(self, tensors: Mapping[str, TensorRef], name: str) -> Tensor:
+        if name in self.table.joined:
+            conversion = self.table.joined[name]
+            return self.table.stored.joined(conversion, lambda tensor: tensors[tensor].read())
+        if name in self.table.fused and name not in tensors:
+            return self._stacked(tensors, self.table.fused[name])
+        return tensors[self.tensor_name(name)].read()
+
+    def _stacked(self, tensors: Mapping[str, TensorRef], fused: FusedExperts) -> Tensor:
+        """The parameter of all experts of a layer, in the order of its class."""
+        experts = self.table.layers[fused.layer].experts
+        assert experts is not None
+        is_bias = fused.kind.endswith("_bias")
+        names = experts.biases if is_bias else experts.tensors
+        made = []
+        for number in range(experts.count):
+            parts = [tensors[names[part][number]].read().T for part in FUSED_PARTS[fused.kind]]
+            joined = self.join(*parts) if len(parts) == 2 else parts[0]  # (.., out)
+            made.append(joined if experts.transposed or is_bias else joined.T)
+        return torch.stack(made)
+
+    def holds(self, tensors: Container[str], name: str) -> bool:
+        if name in self.table.joined:
+            return all(tensor in tensors for tensor in self.table.joined[name].tensors)
+        if name in self.table.fused:
+            return not self._takes_turns(self.table.fused[name].layer)
+        return self.tensor_name(name) in tensors
+
+    def _takes_turns(self, layer: int) -> bool:
+        experts = self.table.layers[layer].experts
+        return experts is not None and experts.takes_turns
+
+    def fused_experts(self, name: str) -> FusedExperts | None:
+        return self.table.fused.get(name)
+
+    def shapes(self, config: PreTrainedConfig) -> Shapes:
+        return dict(self.table.shapes)
+
+    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
+        return cast(nn.ModuleList, model.get_submodule(self.table.layers_path))
+
+    def set_layers(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        path, _, last = self.table.layers_path.rpartition(".")
+        setattr(model.get_submodule(path), last, layers)
+
+    def experts_path(self, layer: int) -> str:
+        experts = self.table.layers[layer].experts
+        assert experts is not None
+        return experts.module
+
+    def experts_of(self, layer: nn.Module) -> Any:
+        return next((m for m in layer.modules() if _takes_turns(m)), None)
+
+
+def derived_family(source: Source) -> Family | None:
+    """The family of a checkpoint that transformers runs; None if it does not know the architecture.
+
+    Raises InputError if it makes no such model, or one that is not like others in what matters.
+    """
+    config_class = _config_class(source.config)
+    if config_class is None:
+        return None
+    path = source.path / "config.json"
+    check_bounds(path, source.config)
+    with refused(f"{path}: transformers makes no model of it"):
+        config = _config_of(config_class, source.config)
+        model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        with torch.device("meta"):
+            model = model_class(config).eval()
+    table = _table(path, model)
+    experts = [layer.experts for layer in table.layers if layer.experts]
+    first = experts[0] if experts else None
+    return DerivedFamily(
+        name=config.model_type.replace("_", "-"),
+        config_class=type(config),
+        model_class=model_class,
+        matrices=lambda config, layer: {},
+        fields=lambda path, content: content,
+        experts={part: part for part in first.tensors} if first else {},
+        transposed=first is not None and first.transposed,
+        interleaved=first is not None and first.interleaved,
+        biased=first is not None and bool(first.biases),
+        mixture_norm=None,
+        tied=table.tied,
+        integers=table.integers,
+        streams=table.passing.streams,
+        in_tuples=table.passing.in_tuples,
+        by_row=table.passing.by_row,
+        notice=None if table.passing.streams else _WHOLE,
+        table=table,
+    )
+
+
+def _config_class(content: dict) -> type[PreTrainedConfig] | None:
+    kind = content.get("model_type")
+    match content.get("architectures"):
+        case [str(name)] if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ())
+            names = (known,) if isinstance(known, str) else known
+            return CONFIG_MAPPING[kind] if name in names else None
+    return None
+
+
+def _config_of(config_class: type[PreTrainedConfig], content: dict) -> PreTrainedConfig:
+    given = {key: value for key, value in content.items() if defines_the_model(key)}
+    return config_class.from_dict(PreTrainedConfig._decode_special_floats(given))
+
+
+# --- the table of a model
+
+
+def _table(path: Path, model: PreTrainedModel) -> Table:
+    stored = StoredNames(model)
+    with refused(f"{path}: the names of its tensors in files are not known"):
+        conversions = stored.conversions
+    layers_path = _layers_path(path, model)
+    layers = cast(nn.ModuleList, model.get_submodule(layers_path))
+    trace = traced(model, layers)
+    by_parameter = {name: c for c in conversions for name in c.parameters}
+    names: dict[str, str] = {}
+    joined: dict[str, Conversion] = {}
+    fused: dict[str, FusedExperts] = {}
+    shapes: Shapes = {}
+    tables = []
+    in_experts: set[str] = set()
+    found: list[Experts | None] = []
+    for number, layer in enumerate(layers):
+        experts = _experts(f"{layers_path}.{number}", layer, by_parameter)
+        found.append(experts)
+        if experts:
+            in_experts |= set(
+                _fuse(f"{layers_path}.{number}", number, layer, experts, by_parameter, fused)
+            )
+            shapes |= _shapes_of(experts)
+    for conversion in conversions:
+        if in_experts.intersection(conversion.parameters):
+            continue
+        if len(conversion.parameters) > 1:
+            raise InputError(
+                f"{path}: {conversion.parameters[0]} and others of {model.config.model_type} are "
+                "one tensor in files, which is not supported"
+            )
+        shapes |= conversion.tensors
+        (name,) = conversion.parameters
+        if conversion.operations:
+            joined[name] = conversion
+        else:
+            (names[name],) = conversion.tensors
+    for number, layer in enumerate(layers):
+        place = f"{layers_path}.{number}"
+        tables.append(_layer_table(place, layer, names, found[number], trace))
+    tied = {
+        name: names.get(of, of)
+        for name, of in model.all_tied_weights_keys.items()
+        if names.get(of, of) in shapes
+    }
+    names |= tied
+    if not any(table.matrices or table.experts for table in tables):
+        raise InputError(f"{path}: {model.config.model_type} has no linear layers to quantize")
+    state = model.state_dict()
+    integers = frozenset(t for name, t in names.items() if not state[name].is_floating_point())
+    how = passing(model, layers_path, trace)
+    return Table(
+        layers_path, tuple(tables), names, joined, fused, shapes, tied, integers, how, stored
+    )
+
+
+def _layers_path(path: Path, model: PreTrainedModel) -> str:
+    """The list of decoder layers: the outermost one, and the largest of those."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    if not found:
+        raise InputError(f"{path}: {type(model).__name__} of transformers has no list of layers")
+    return min(found, key=lambda n: (n.count("."), -sum(p.numel() for p in found[n].parameters())))
+
+
+def _layer_table(
+    place: str,
+    layer: nn.Module,
+    names: Mapping[str, str],
+    experts: Experts | None,
+    trace: Trace | None,
+) -> LayerTable:
+    linears = {path: m for path, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    kept = {
+        path
+        for path, module in linears.items()
+        if f"{place}.{path}.weight" not in names
+        or (trace and f"{place}.{path}" not in trace.reads)
+        or _is_gate(path, module, experts)
+        or not _multiplies(module)
+    }
+    paths = [path for path in linears if path not in kept]
+    if trace:
+        order = list(trace.reads)
+        paths.sort(key=lambda path: order.index(f"{place}.{path}"))
+    parts: dict[str, str] = {}
+    for path in paths:
+        parts[_part(path, parts)] = path
+    matrices = {part: names[f"{place}.{path}.weight"] for part, path in parts.items()}
+    first: dict[int, str] = {}
+    reads = {
+        part: first.setdefault(trace.reads[f"{place}.{path}"], part) if trace else part
+        for part, path in parts.items()
+    }
+    return LayerTable(place, matrices, reads, tuple(sorted(kept)), experts)
+
+
+def _is_gate(path: str, module: nn.Linear, experts: Experts | None) -> bool:
+    """Whether a linear module chooses or weighs what others compute."""
+    if module.out_features * _FEWEST_OUTPUTS <= module.in_features:
+        return True
+    if experts is None:
+        return False
+    block = experts.module.rpartition(".")[0]
+    return path.startswith(block) and module.out_features in (1, experts.count)
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a module of a subclass of Linear does what a linear module does, by trying it."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    tried = copy(module)
+    tried._parameters = {"weight": nn.Parameter(torch.randn(6, 4)), "bias": None}
+    tried.in_features, tried.out_features = 4, 6
+    x = torch.randn(1, 3, 4)
+    try:
+        return torch.allclose(tried(x), F.linear(x, tried.weight))
+    except Exception:  # of any class, from code that expects other shapes
+        return False
+
+
+def _part(path: str, taken: Container[str]) -> str:
+    """What a linear module is called in recipes: its role, and the rest of its name."""
+    words = path.split(".")
+    role, place = next(
+        (
+            (role, place)
+            for sign, role in _ROLES
+            for place, word in reversed(list(enumerate(words)))
+            if sign in word
+        ),
+        (words[0], 0),
+    )
+    rest = words[place + 1 :] or words[place:]
+    short = f"{role}.{_short(rest)}"
+    return short if short not in taken else f"{role}.{_short(words)}"
+
+
+def _short(words: list[str]) -> str:
+    return "_".join(re.sub(r"_proj$|^proj_", "", word) for word in words)
+
+
+def _takes_turns(module: nn.Module) -> bool:
+    """Whether a module is one of experts that transformers lets others compute."""
+    own = getattr(module, "has_gate", None) is not None and hasattr(module, "is_concatenated")
+    return own and not getattr(module, "has_post_expert_norm", False)
+
+
+def _experts(place: str, layer: nn.Module, conversions: Mapping[str, Conversion]) -> Experts | None:
+    """The experts of a layer, if it has any: a module with a 3-D parameter called down_proj."""
+    for path, module in layer.named_modules():
+        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3:
+            return _experts_in(f"{place}.{path}", path, module, conversions)
+    return None
+
+
+def _experts_in(
+    place: str, path: str, module: Any, conversions: Mapping[str, Conversion]
+) -> Experts:
+    parts = ("gate", "up") if hasattr(module, "gate_up_proj") else ("up",)
+    first = module.gate_up_proj if "gate" in parts else module.up_proj
+    count, *sizes = module.down_proj.shape
+    #   down [experts, hidden, inner] beside [experts, 2 * inner, hidden], else both transposed
+    transposed = first.shape[1:] != (len(parts) * sizes[1], sizes[0])
+    inner, hidden = sizes if transposed else sizes[::-1]
+    tensors: dict[str, list[str]] = {}
+    biases: dict[str, list[str]] = {}
+    for kind, of_kind in FUSED_PARTS.items():
+        if isinstance(getattr(module, kind, None), Tensor):
+            names = biases if kind.endswith("_bias") else tensors
+            names |= _single_names(place, kind, of_kind, count, conversions[f"{place}.{kind}"])
+    shapes = {part: (inner, hidden) for part in parts} | {"down": (hidden, inner)}
+    return Experts(
+        module=path,
+        count=count,
+        tensors={part: tensors[part] for part in (*parts, "down")},
+        biases=biases,
+        shapes=shapes,
+        transposed=transposed,
+        interleaved=getattr(module, "is_concatenated", True) is False,
+        own_names=len(conversions[f"{place}.down_proj"].tensors) == 1,
+        takes_turns=_takes_turns(module),
+    )
+
+
+def _single_names(
+    place: str, kind: str, parts: tuple[str, ...], count: int, conversion: Conversion
+) -> dict[str, list[str]]:
+    """Checkpoint names by part of what `kind` holds of each expert: those of files, if they hold
+    experts one by one, else names like those of modules."""
+    stored = list(conversion.tensors)
+    if len(stored) == count * len(parts):
+        return {p: stored[i * count : (i + 1) * count] for i, p in enumerate(parts)}
+    end = "bias" if kind.endswith("_bias") else "weight"
+    return {p: [f"{place}.{n}.{p}_proj.{end}" for n in range(count)] for p in parts}
+
+
+def _fuse(
+    place: str,
+    number: int,
+    layer: nn.Module,
+    experts: Experts,
+    conversions: Mapping[str, Conversion],
+    fused: dict[str, FusedExperts],
+) -> Iterator[str]:
+    """Yields the parameters of experts, and notes their names, in the model and in files."""
+    module = layer.get_submodule(experts.module)
+    for kind in FUSED_PARTS:
+        if not isinstance(getattr(module, kind, None), Tensor):
+            continue
+        name = f"{place}.{experts.module}.{kind}"
+        own = FusedExperts(number, kind, experts.transposed, experts.interleaved)
+        fused[name] = own
+        conversion = conversions[name]
+        if len(conversion.tensors) == 1:
+            (stored,) = conversion.tensors
+            changed = conversion.operations
+            fused[stored] = replace(
+                own,
+                transposed=own.transposed != ("Transpose" in changed),
+                interleaved=own.interleaved != ("Interleave" in changed),
+            )
+        yield name
+
+
+def _shapes_of(experts: Experts) -> Shapes:
+    shapes: Shapes = {}
+    for part, names in experts.tensors.items():
+        shapes |= dict.fromkeys(names, experts.shapes[part])
+    for part, names in experts.biases.items():
+        shapes |= dict.fromkeys(names, experts.shapes[part][:1])
+    return shapes
