@@ -242,3 +242,21 @@ def block_grid(scheme: Scheme) -> Grid | None:
 
 
 _BLOCK_GRIDS = {grid.scheme: grid for grid in GRIDS.values() if grid.ggml_type is not None}
+
+# Blocks of llama.cpp that are only read: ggml's number, columns and bytes by name. The gguf package
+# multiplies them out.
+OTHER_BLOCKS = {
+    "Q5_0": (6, 32, 22),
+    "Q5_1": (7, 32, 24),
+    "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74),
+    "IQ3_XXS": (18, 256, 98),
+    "IQ1_S": (19, 256, 50),
+    "IQ3_S": (21, 256, 110),
+    "IQ2_S": (22, 256, 82),
+    "IQ1_M": (29, 256, 56),
+    "TQ1_0": (34, 256, 54),
+    "TQ2_0": (35, 256, 66),
+    "MXFP4": (39, 32, 17),
+    "NVFP4": (40, 64, 36),
+}

@@ -47,9 +47,10 @@ class QTensor:
     def device(self) -> torch.device:
         return self.codes.device
 
-    def dequantize(self) -> Tensor:
-        """(codes - zero_points) * scales + offsets, in the scale dtype as engines do. [out, in]"""
-        dtype = self.scales.dtype
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(codes - zero_points) * scales + offsets, computed in `dtype`, by default the scale dtype
+        as in most engines. [out, in]"""
+        dtype = dtype or self.scales.dtype
         groups = (self.scales.shape[1], -1)
         table = self.scheme.row.table
         unit = self.scheme.row.unit
@@ -60,11 +61,11 @@ class QTensor:
             values = self.codes.unflatten(1, groups).to(dtype)
         if self.zero_points is not None:
             values = values - self.zero_points.to(dtype).unsqueeze(-1)
-        values = values * self.scales.unsqueeze(-1)
+        values = values * self.scales.to(dtype).unsqueeze(-1)
         if unit != 1:
             values = values * unit  # at last, as bitsandbytes does
         if self.offsets is not None:
-            values = values + self.offsets.unsqueeze(-1)
+            values = values + self.offsets.to(dtype).unsqueeze(-1)
         return values.flatten(1)
 
     @staticmethod
@@ -149,14 +150,14 @@ class TensorRef:
         return self.grid_name or str(self.scheme or self.dtype).removeprefix("torch.")
 
     def read(self) -> Tensor:
-        """The dense tensor; integers are dequantized in their scales' dtype."""
+        """The dense tensor; integers are dequantized in the dtype that this has."""
         tensor = self.load()
-        return tensor.dequantize() if isinstance(tensor, QTensor) else tensor
+        return tensor.dequantize(self.dtype) if isinstance(tensor, QTensor) else tensor
 
     def load_on(self, device: torch.device) -> Tensor:
         """As `read`, but dequantized on `device`, to which only the integers are copied."""
         tensor = self.load().to(device)
-        return tensor.dequantize() if isinstance(tensor, QTensor) else tensor
+        return tensor.dequantize(self.dtype) if isinstance(tensor, QTensor) else tensor
 
     def row_blocks(self) -> Iterator[tuple[int, Tensor]]:
         """The dense tensor from first row to last, in blocks that fit the memory of any machine."""
@@ -196,6 +197,7 @@ class Source:
 
     `kind` is the form on disk ("release", "safetensors", "gguf"), `config` is a transformers-style
     config dict, `tensors` maps Hugging Face tensor names (experts one by one) to references.
+    `path` is a directory, or the file that holds all of the model.
     """
 
     path: Path
@@ -209,6 +211,10 @@ class Source:
     beside: Mapping[str, Path] = field(default_factory=dict)
     # Lines for people: weights in `path` that are not read.
     notes: tuple[str, ...] = ()
+    # What files of weights that describe their model say of it, where no config.json does.
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    # A directory of files made for this source, which is deleted with its last copy.
+    held: object = field(default=None, repr=False, compare=False)
 
     @property
     def licence(self) -> str | None:

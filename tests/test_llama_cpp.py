@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
-from grokquant.containers.gguf_vocabulary import _PATTERNS
+from grokquant.containers.gguf_vocabulary import CUTS, DIGITS, GPT_2
 from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.text.documents import load_documents, token_rows
@@ -181,12 +181,18 @@ def test_other_families_run_too(family, rules, rows, tmp_path):
     check_logits(theirs, output, rows[:2], 2e-2 if rules is MIXED else rounding(output, rows[:2]))
 
 
-def byte_level(cut: str, path: Path) -> None:
-    """A small byte-level BPE tokenizer that cuts texts as models do: `cut` is their pattern."""
+def byte_level(cut: tuple[str, ...], path: Path) -> None:
+    """A small byte-level BPE tokenizer that cuts texts as models do, in these steps."""
     tokenizer = Tokenizer(models.BPE())
-    alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not cut)
-    split = pre_tokenizers.Split(Regex(cut), "isolated") if cut else None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, alone]) if cut else alone
+    alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut[-1] == GPT_2)
+    steps = [
+        pre_tokenizers.Digits(True)
+        if step == DIGITS
+        else pre_tokenizers.Split(Regex(step), "isolated")
+        for step in cut
+        if step != GPT_2
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, alone])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
@@ -200,7 +206,7 @@ def byte_level(cut: str, path: Path) -> None:
     tokenizer.save(str(path))
 
 
-@pytest.mark.parametrize("cut", ["", *_PATTERNS], ids=["gpt-2", *_PATTERNS.values()])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_byte_level_tokenizers_are_theirs_too(cut, rows, tmp_path):
     config = AutoConfig.for_model("llama", **SIZES)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "in")

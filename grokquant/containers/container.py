@@ -46,23 +46,27 @@ class PlannedFile:
 class Slot:
     """Where a part is stored: in rows of `tensor`, from `first_row` on.
 
-    Values are converted to `dtype` unless it is None. With `heads`, the rows of that number of
-    heads are stored with the two halves of each head interleaved, as ggml rotates them.
+    Values are converted to `dtype` unless it is None, and `shift` is added. With `heads`, the rows
+    of that number of heads are stored with the two halves of each head interleaved, as ggml rotates
+    them.
     """
 
     tensor: str
     first_row: int = 0
     dtype: torch.dtype | None = None
     heads: int | None = None
+    shift: int = 0
 
     def stored(self, rows: Tensor) -> Tensor:
         """Rows of a part as the file holds them; with `heads`, all rows must be given."""
         rows = rows if self.dtype is None else rows.to(self.dtype)
+        rows = rows + self.shift if self.shift else rows
         return rows if self.heads is None else _swap_axes(rows, (self.heads, 2, -1))
 
     def restored(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of `stored`, in `dtype`."""
         rows = rows if self.heads is None else _swap_axes(rows, (self.heads, -1, 2))
+        rows = rows - self.shift if self.shift else rows
         return rows.to(dtype)
 
 

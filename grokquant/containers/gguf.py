@@ -3,7 +3,7 @@
 Several files are a split as llama.cpp makes them; it loads the first and finds the others.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,12 +19,16 @@ from grokquant.containers.container import (
     Slot,
     split,
 )
+from grokquant.containers.gguf_config import described
 from grokquant.containers.gguf_general import file_name, general
 from grokquant.containers.gguf_names import (
+    EXPERT,
     LAYER,
     OUTSIDE,
+    VECTORS,
     Architecture,
     architecture_of,
+    known_architecture,
     setting,
 )
 from grokquant.containers.gguf_vocabulary import vocabulary
@@ -50,13 +54,15 @@ _TYPE_OF = {dtype: name for name, dtype in DENSE.items()}
 class _Location:
     """Where llama.cpp stores a tensor: in `name`, alone or as number `expert` of `experts`.
 
-    With `heads`, its rows are interleaved as `Slot` says.
+    `heads` and `shift` are as in `Slot`. With `vector`, a matrix of one row has no rows there.
     """
 
     name: str
     expert: int | None = None
     experts: int = 1
     heads: int | None = None
+    shift: int = 0
+    vector: bool = False
 
 
 def lay_out(
@@ -89,9 +95,14 @@ def lay_out(
 
 
 def opened(source: Source) -> Source:
-    """`source` with the usual names and matrices instead of llama.cpp's names and stacks."""
+    """`source` with the usual names and matrices instead of llama.cpp's names and stacks.
+
+    Metadata give the config and the tokenizer where nothing beside the files does.
+    """
+    if source.metadata:
+        source = described(source)
     refs = {}
-    for name, location in _locations(architecture_of(source), source.config).items():
+    for name, location in _locations(known_architecture(source), source.config).items():
         if location.name in source.tensors:
             ref = _ref(name, location, source.tensors[location.name])
             refs[ref.name] = ref
@@ -100,20 +111,31 @@ def opened(source: Source) -> Source:
 
 def _locations(architecture: Architecture, config: dict) -> dict[str, _Location]:
     """Where llama.cpp stores each tensor of a model with this config, by usual name."""
-    locations = {name: _Location(stored) for name, stored in OUTSIDE.items()}
+    outside = OUTSIDE.items()
+    locations = {name: _location(architecture, config, name, file) for name, file in outside}
     experts = _experts(architecture, config)
     for layer in range(config["num_hidden_layers"]):
         for ending, stored_ending in architecture.within.items():
             name = LAYER.format(layer=layer) + ending
             stored = f"blk.{layer}.{stored_ending}"
-            if "{expert}" in ending:
+            if EXPERT in ending:
                 for expert in range(experts):
                     locations[name.format(expert=expert)] = _Location(stored, expert, experts)
             else:
-                heads = architecture.rotated.get(ending)
-                count = setting(config, heads) if heads else None
-                locations[name] = _Location(stored, heads=None if count is None else int(count))
+                locations[name] = _location(architecture, config, ending, stored)
     return locations
+
+
+def _location(architecture: Architecture, config: dict, ending: str, stored: str) -> _Location:
+    """Where a tensor lies whose name has this ending in its layer, or outside the layers."""
+    heads = architecture.heads_field(ending)
+    count = setting(config, heads) if heads else None
+    return _Location(
+        stored,
+        heads=None if count is None else int(count),
+        shift=int(ending in architecture.shifted),
+        vector=ending in VECTORS,
+    )
 
 
 def _experts(architecture: Architecture, config: dict) -> int:
@@ -139,6 +161,7 @@ def _stacked(part: PlannedTensor, location: _Location, schemes: Mapping[str, Sch
         # Like llama.cpp's converter: vectors and routers in single precision.
         single = len(shape) == 1 or "ffn_gate_inp" in location.name
         kind = "F32" if single else _TYPE_OF[part.dtype]
+    shape = shape[-1:] if location.vector else shape
     stacked = shape if location.expert is None else (location.experts, *shape)
     return GgufTensor(location.name, kind, stacked)
 
@@ -146,7 +169,7 @@ def _stacked(part: PlannedTensor, location: _Location, schemes: Mapping[str, Sch
 def _slot(part: PlannedTensor, location: _Location, stored: PlannedTensor) -> Slot:
     dtype = None if part.name.endswith(_BLOCKS) else stored.dtype
     first_row = (location.expert or 0) * (stored.shape[0] // location.experts)
-    return Slot(location.name, first_row, dtype, location.heads)
+    return Slot(location.name, first_row, dtype, location.heads, location.shift)
 
 
 def _type_of(scheme: Scheme) -> str:
@@ -196,20 +219,27 @@ def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
     """The tensor `name`: a whole stored tensor, or one expert of it."""
     dense = stored.dtype != torch.uint8
     name = name if dense else name + _BLOCKS
-    slot = Slot(location.name, heads=location.heads)
+    slot = Slot(location.name, heads=location.heads, shift=location.shift)
     if location.expert is None:
-        load = partial(_restored, slot, stored.load, stored.dtype)
-        return replace(stored, name=name, load=load, load_rows=None)
+        shape = (1, *stored.shape) if location.vector else stored.shape
+        load = partial(_restored, slot, stored, shape)
+        return replace(stored, name=name, shape=shape, load=load, load_rows=None)
     assert stored.load_rows is not None
     rows = stored.shape[0] // location.experts
-    columns = stored.shape[1]
-    load = partial(stored.load_rows, location.expert * rows, (location.expert + 1) * rows)
+    # The biases of all experts are one matrix.
+    shape = stored.shape[1:] if name.endswith(".bias") else (rows, *stored.shape[1:])
+    load = partial(_expert, stored, location.expert * rows, rows, shape)
     size = stored.stored_bytes // location.experts
-    return TensorRef(name, (rows, columns), stored.dtype, size, load)
+    return replace(stored, name=name, shape=shape, stored_bytes=size, load=load, load_rows=None)
 
 
-def _restored(slot: Slot, load: Callable, dtype: torch.dtype) -> Tensor:
-    return slot.restored(load(), dtype)
+def _restored(slot: Slot, stored: TensorRef, shape: tuple[int, ...]) -> Tensor:
+    return slot.restored(stored.read(), stored.dtype).view(shape)
+
+
+def _expert(stored: TensorRef, first: int, rows: int, shape: tuple[int, ...]) -> Tensor:
+    assert stored.load_rows is not None
+    return stored.load_rows(first, first + rows).view(shape)
 
 
 CONTAINER = Container(lay_out=lay_out, listed=read_listing, opened=opened, holds_tokenizer=True)

@@ -21,23 +21,45 @@ from grokquant.files.json_objects import read_json_object
 from grokquant.types import Source
 
 # llama.cpp's numbers for kinds of tokens (enum llama_token_type).
-_NORMAL = 1
-_UNKNOWN = 2
-_CONTROL = 3
-_USER_DEFINED = 4
-_UNUSED = 5
-_BYTE = 6
+NORMAL = 1
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6
 # Scores of tokens that SentencePiece does not know, as the converter of llama.cpp has them.
 _ADDED_SCORE = -1000.0
 _PADDING_SCORE = -10000.0
 _SPACE = "▁"  # SentencePiece's sign for a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
-# How texts are split before merging: patterns of tokenizer.json files and llama.cpp's names
-# (src/llama-vocab.cpp). ByteLevel alone has GPT-2's built in.
+# How texts are split before merging: llama.cpp's names (src/llama-vocab.cpp) and the steps of a
+# tokenizer.json before its bytes: patterns, each digit alone, or the pattern of GPT-2, which
+# ByteLevel has built in.
+GPT_2 = "GPT-2"
+DIGITS = "digits"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PATTERNS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+_CASES = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+)
+_CASES_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT_FORMS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_DEEPSEEK_V3 = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+CUTS: dict[str, tuple[str, ...]] = {
+    "gpt-2": (GPT_2,),
+    "smollm": (DIGITS, GPT_2),
+    "llama-bpe": (_WORDS + r"\p{N}{1,3}" + _REST,),
+    "qwen2": (_WORDS + r"\p{N}" + _REST,),
+    "tekken": (_CASES % ("", "") + r"\p{N}" + _CASES_REST,),
+    "gpt-4o": (_CASES % (_SHORT_FORMS, _SHORT_FORMS) + r"\p{N}{1,3}" + _CASES_REST,),
+    "deepseek-v3": (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK_V3),
+}
+_NAMES = {steps: name for name, steps in CUTS.items()}
 
 # A file names up to three tokens that end a text: eos, eot and eom. llama.cpp knows these by their
 # texts as well (src/llama-vocab.cpp, special_eog_ids).
@@ -204,10 +226,10 @@ def _byte_fallback(content: dict, tokenizer: Any, size: int) -> dict[str, Value]
     joined = [left + right for left, right in merges]
     ranks = {token: rank for rank, token in enumerate(dict.fromkeys(joined))}
     unknown = model.get("unk_token")
-    kinds = {t: _BYTE if _BYTE_TOKEN.fullmatch(t) else _NORMAL for t in model["vocab"]}
-    kinds |= {unknown: _UNKNOWN} if unknown in kinds else {}
+    kinds = {t: BYTE if _BYTE_TOKEN.fullmatch(t) else NORMAL for t in model["vocab"]}
+    kinds |= {unknown: UNKNOWN} if unknown in kinds else {}
     added = {str(token["content"]) for token in content.get("added_tokens") or []}
-    plain = {token for token, kind in kinds.items() if kind == _NORMAL and token not in added}
+    plain = {token for token, kind in kinds.items() if kind == NORMAL and token not in added}
     ways = {(t[:k], t[k:]) for t in plain for k in range(1, len(t))}
     possible = {way for way in ways if plain.issuperset(way)}
     if not possible <= set(merges) or len(ranks) != sum(1 for _ in groupby(joined)):
@@ -239,14 +261,14 @@ def _scored(
     """The metadata of a SentencePiece vocabulary; `known` are its own tokens, others were added."""
     tokens = [f"[PAD{number}]" for number in range(size)]
     scores = [_PADDING_SCORE] * size
-    kinds = [_UNUSED] * size
+    kinds = [UNUSED] * size
     for token, number in tokenizer.get_vocab().items():
         tokens[number] = token
         scores[number] = known_scores.get(token, _ADDED_SCORE)
-        kinds[number] = known_kinds.get(token, _NORMAL)
+        kinds[number] = known_kinds.get(token, NORMAL)
     for number, added in tokenizer.added_tokens_decoder.items():
-        if kinds[number] == _NORMAL:
-            kinds[number] = _CONTROL if added.special else _USER_DEFINED
+        if kinds[number] == NORMAL:
+            kinds[number] = CONTROL if added.special else USER_DEFINED
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
@@ -258,12 +280,12 @@ def _scored(
 
 def _kind(model: sentencepiece.SentencePieceProcessor, number: int) -> int:
     checks = {
-        _UNKNOWN: model.is_unknown,
-        _CONTROL: model.is_control,
-        _BYTE: model.is_byte,
-        _UNUSED: model.is_unused,
+        UNKNOWN: model.is_unknown,
+        CONTROL: model.is_control,
+        BYTE: model.is_byte,
+        UNUSED: model.is_unused,
     }
-    return next((kind for kind, holds in checks.items() if holds(number)), _NORMAL)
+    return next((kind for kind, holds in checks.items() if holds(number)), NORMAL)
 
 
 def _byte_level(content: dict, size: int) -> dict[str, Value]:
@@ -279,17 +301,17 @@ def _byte_level(content: dict, size: int) -> dict[str, Value]:
             "gguf supports byte-level BPE and SentencePiece's BPE, and this is neither"
         ) from None
     if cut is None:
-        known = ", ".join(("gpt-2", *_PATTERNS.values()))
+        known = ", ".join(CUTS)
         raise _Unsupported(f"pre_tokenizer: gguf supports only those of {known}")
-    kinds = dict.fromkeys(numbers, _NORMAL)
+    kinds = dict.fromkeys(numbers, NORMAL)
     for token in added:
         numbers[int(token["id"])] = str(token["content"])
-        kinds[int(token["id"])] = _CONTROL if token.get("special") else _USER_DEFINED
+        kinds[int(token["id"])] = CONTROL if token.get("special") else USER_DEFINED
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": cut,
         "tokenizer.ggml.tokens": [numbers.get(n, f"[PAD{n}]") for n in range(size)],
-        "tokenizer.ggml.token_type": [kinds.get(n, _UNUSED) for n in range(size)],
+        "tokenizer.ggml.token_type": [kinds.get(n, UNUSED) for n in range(size)],
         "tokenizer.ggml.merges": merges,
     }
 
@@ -304,8 +326,15 @@ def _cut(pre_tokenizer: dict) -> str | None:
     *before, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         return None
-    if not before:
-        return "gpt-2" if last.get("use_regex", True) else None
-    if len(before) > 1 or before[0]["type"] != "Split" or last.get("use_regex", True):
+    steps = [_step(step) for step in before]
+    steps += [GPT_2] if last.get("use_regex", True) else []
+    return _NAMES.get(tuple(str(step) for step in steps))
+
+
+def _step(step: dict) -> str | None:
+    if step["type"] == "Digits" and step.get("individual_digits"):
+        return DIGITS
+    isolated = step["type"] == "Split" and step.get("behavior", "Isolated") == "Isolated"
+    if not isolated or step.get("invert"):
         return None
-    return _PATTERNS.get(str(before[0]["pattern"].get("Regex")))
+    return step["pattern"].get("Regex")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -24,7 +24,7 @@ from grokquant.errors import InputError
 from grokquant.files.impostors import impostor
 from grokquant.files.regular import open_regular
 from grokquant.files.safetensors_header import FileLayout
-from grokquant.grids import GRIDS
+from grokquant.grids import GRIDS, OTHER_BLOCKS
 
 ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
@@ -35,7 +35,8 @@ TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2)} | {
     if grid.ggml_type is not None
 }
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BY_NUMBER = {number: name for name, (number, _, _) in TYPES.items()}
+READABLE = TYPES | OTHER_BLOCKS
+_BY_NUMBER = {number: name for name, (number, _, _) in READABLE.items()}
 # Types of metadata values, by GGUF's numbers.
 _UINT16 = 2
 _UINT32 = 4
@@ -83,7 +84,7 @@ class GgufTensor:
 
     @property
     def row_bytes(self) -> int:
-        _, values, size = TYPES[self.type]
+        _, values, size = READABLE[self.type]
         return self.shape[-1] // values * size
 
     @property
@@ -119,22 +120,36 @@ def read_tensors(path: Path) -> list[GgufTensor]:
         return parse_header(file, str(path))
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a file: numbers, strings and lists of them. Raises InputError for a damaged
+    header."""
+    with open_regular(path) as file:
+        header = _Header(file, keep=True)
+        _parse(header, file, str(path))
+    return header.values
+
+
 def parse_header(file: BinaryIO, name: str) -> list[GgufTensor]:
     """`read_tensors` of an open file, which errors call `name`."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     header = _Header(file)
+    tensors = _parse(header, file, name)
+    start = _aligned(file.tell(), header.alignment)
+    placed = [replace(tensor, offset=start + tensor.offset) for tensor in tensors]
+    _check_places(name, placed, start, header.alignment, size)
+    return placed
+
+
+def _parse(header: "_Header", file: BinaryIO, name: str) -> list[GgufTensor]:
+    """The tensors of a header, which ends at the place of `file`. Raises InputError."""
     try:
-        tensors = header.read()
+        return header.read()
     except (struct.error, ValueError, OverflowError) as error:
         file.seek(0)
         if what := impostor(file.read(200)):
             raise InputError(f"{name}: {what}") from None
         raise InputError(f"{name}: not a readable GGUF file: {error}") from None
-    start = _aligned(file.tell(), header.alignment)
-    placed = [replace(tensor, offset=start + tensor.offset) for tensor in tensors]
-    _check_places(name, placed, start, header.alignment, size)
-    return placed
 
 
 def read_listing(file: BinaryIO, name: str) -> dict[str, str]:
@@ -166,13 +181,17 @@ def _check_places(
 
 
 class _Header:
-    """Reads a header from its first byte. Raises ValueError and struct.error for damage."""
+    """Reads a header from its first byte. Raises ValueError and struct.error for damage.
 
-    def __init__(self, file: BinaryIO) -> None:
+    `values` are those of the metadata as they are with `keep`, else what can be compared of them.
+    """
+
+    def __init__(self, file: BinaryIO, keep: bool = False) -> None:
         self.file = file
+        self.keep = keep
         self.alignment = ALIGNMENT
         self.strings = 0
-        self.values: dict[str, str] = {}
+        self.values: dict[str, Any] = {}
 
     def read(self) -> list[GgufTensor]:
         """All tensors, with offsets that count from the data."""
@@ -192,7 +211,7 @@ class _Header:
         return found
 
     def read_pairs(self, count: int) -> None:
-        """Reads the alignment; of all other values only what `values` says of them."""
+        """Reads the alignment and the `values`."""
         keys: set[str] = set()
         for _ in range(count):
             key = self.read_string(_LONGEST_KEY)
@@ -203,7 +222,7 @@ class _Header:
             if key == ALIGNMENT_KEY:
                 self.alignment = self.read_alignment(kind)
             else:
-                self.values[key] = self.described(kind)
+                self.values[key] = self.value(kind) if self.keep else self.described(kind)
 
     def read_alignment(self, kind: int) -> int:
         if kind != _UINT32:
@@ -223,12 +242,27 @@ class _Header:
         shape = self.unpack(f"<{dims}Q")
         number, offset = self.unpack("<IQ")
         if number not in _BY_NUMBER:
-            raise ValueError(f"{name!r} has unknown type {number} (known: {', '.join(TYPES)})")
+            raise ValueError(f"{name!r} has unknown type {number} (known: {', '.join(READABLE)})")
         if 0 in shape or prod(shape) >= 1 << 63:
             raise ValueError(f"{name!r} has shape {list(shape)}")
-        if shape[0] % TYPES[_BY_NUMBER[number]][1]:
+        if shape[0] % READABLE[_BY_NUMBER[number]][1]:
             raise ValueError(f"{name!r}: rows of {shape[0]} values do not divide into blocks")
         return GgufTensor(name, _BY_NUMBER[number], tuple(reversed(shape)), offset)
+
+    def value(self, kind: int) -> Any:
+        """A value of type `kind` as it is."""
+        if kind == _STRING:
+            return self.read_string()
+        if kind in _NUMBERS:
+            return self.unpack("<" + _NUMBERS[kind])[0]
+        if kind != _ARRAY:
+            raise ValueError(f"it has a value of unknown type {kind}")
+        inner, count = self.unpack("<IQ")
+        if inner == _STRING:
+            return [self.read_string() for _ in range(_counted(count, _MOST_STRINGS, "strings"))]
+        if inner not in _NUMBERS:
+            raise ValueError(f"it has an array of type {inner}, which is not supported")
+        return list(self.unpack(f"<{_counted(count, _MOST_ITEMS, 'items')}{_NUMBERS[inner]}"))
 
     def described(self, kind: int) -> str:
         """A number as it is, of other values a digest."""

@@ -6,7 +6,8 @@ into files.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,12 +15,13 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.gguf_blocks import pack_blocks, unpack_blocks
-from grokquant.formats.targets import first_match, own_config
-from grokquant.grids import GRIDS, SCALE_DTYPES, Grid, Scheme, block_grid
+from grokquant.formats.targets import own_config
+from grokquant.grids import GRIDS, OTHER_BLOCKS, Grid, Scheme, block_grid
 from grokquant.types import QTensor, Source, TensorRef, Unit
 
 NAME = "gguf"
 
+_BLOCKS = "_blocks"
 _NAMES = tuple(name for name, grid in GRIDS.items() if grid.ggml_type is not None)
 
 
@@ -37,12 +39,12 @@ def packed_layout(tensor: str, shape: tuple[int, int], scheme: Scheme) -> Packed
     """Names, dtypes and shapes of what `pack` will return, known before anything is read."""
     grid = _grid_of(scheme)
     row_bytes = shape[1] // grid.block_columns * grid.block_bytes
-    return {f"{tensor}_blocks": (torch.uint8, (shape[0], row_bytes))}
+    return {tensor + _BLOCKS: (torch.uint8, (shape[0], row_bytes))}
 
 
 def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: QTensor) -> None:
     """Writes some rows of a matrix to their place; tiles may be written concurrently."""
-    packed = parts[f"{tensor}_blocks"]
+    packed = parts[tensor + _BLOCKS]
     grid = _grid_of(quantized.scheme)
     blocks = pack_blocks(grid.name, quantized, grid.block_columns)
     packed[rows] = blocks.flatten(1).to(packed.device)
@@ -51,7 +53,7 @@ def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: 
 def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
     """The inverse of `pack`, bit by bit."""
     grid = _grid_of(scheme)
-    blocks = packed[f"{tensor}_blocks"].unflatten(1, (-1, grid.block_bytes))
+    blocks = packed[tensor + _BLOCKS].unflatten(1, (-1, grid.block_bytes))
     return unpack_blocks(grid.name, blocks, scheme)
 
 
@@ -73,49 +75,51 @@ def grid_name(scheme: Scheme) -> str:
 
 
 def unpacked(source: Source) -> Source:
-    """`source` with each matrix of blocks presented as one `X.weight` that reads as a QTensor."""
-    types = _types_of(source)
+    """`source` with each matrix of blocks presented as one `X.weight`.
+
+    It reads as a QTensor if its type is a grid, else as what the gguf package makes of it; both are
+    multiplied out in float32, as llama.cpp does.
+    """
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
-        if name.endswith(".weight_blocks"):
-            tensor = name.removesuffix("_blocks")
-            tensors[tensor] = _unpacked_ref(source, tensor, ref, types)
-        else:
-            tensors[name] = ref
+        if name.endswith(_BLOCKS):
+            ref = _unpacked_ref(source, name.removesuffix(_BLOCKS), ref)
+        tensors[ref.name] = ref
     return replace(source, tensors=tensors)
 
 
-def _unpacked_ref(
-    source: Source, tensor: str, ref: TensorRef, types: list[tuple[str, str]]
-) -> TensorRef:
-    name = first_match(tensor.removesuffix(".weight"), types)
-    if name is None:
-        raise InputError(f"{source.path / 'config.json'}: no config group targets {tensor}")
-    grid = GRIDS[name]
-    if ref.dtype != torch.uint8 or len(ref.shape) != 2 or ref.shape[1] % grid.block_bytes:
-        raise InputError(f"{source.path}: {tensor} does not consist of blocks of {name}")
+def _unpacked_ref(source: Source, tensor: str, ref: TensorRef) -> TensorRef:
+    assert ref.grid_name is not None
+    kind = ref.grid_name
+    grid = GRIDS.get(kind.lower())
+    if grid is None:
+        _, columns, size = OTHER_BLOCKS[kind]
+        shape = (ref.shape[0], ref.shape[1] // size * columns)
+        load = partial(_multiplied_out, source.path, ref, kind)
+        return TensorRef(tensor, shape, torch.float32, ref.stored_bytes, load, grid_name=kind)
     scheme = grid.scheme
     shape = (ref.shape[0], ref.shape[1] // grid.block_bytes * grid.block_columns)
 
-    def load() -> QTensor:
-        return unpack(tensor, {f"{tensor}_blocks": ref.read()}, scheme)
+    def load_quantized() -> QTensor:
+        return unpack(tensor, {tensor + _BLOCKS: ref.read()}, scheme)
 
-    dtype = SCALE_DTYPES[scheme.scale_dtype]
-    called = grid_name(scheme)
-    return TensorRef(tensor, shape, dtype, ref.stored_bytes, load, scheme, grid_name=called)
+    return TensorRef(
+        tensor, shape, torch.float32, ref.stored_bytes, load_quantized, scheme, grid_name=kind
+    )
 
 
-def _types_of(source: Source) -> list[tuple[str, str]]:
-    """Targets and their block types. Raises InputError where the config does not tell them."""
-    groups: Any = source.config["quantization_config"].get("config_groups")
-    try:
-        found = [(str(t), str(name)) for name, group in groups.items() for t in group["targets"]]
-    except (AttributeError, KeyError, TypeError):
-        found = [("", "nothing")]
-    if unknown := [name for _, name in found if name not in _NAMES]:
-        where = f"{source.path / 'config.json'}: quantization_config.config_groups"
-        raise InputError(f"{where}: {unknown[0]!r} is none of {', '.join(_NAMES)}")
-    return found
+def _multiplied_out(path: Path, ref: TensorRef, kind: str) -> Tensor:
+    """The float32 values of blocks of a type that is no grid [rows, columns]."""
+    # Imported here: it takes as long as many commands.
+    from gguf import GGMLQuantizationType, dequantize
+
+    blocks = ref.read().numpy()
+    values = torch.from_numpy(dequantize(blocks, GGMLQuantizationType[kind]))
+    if not values.isfinite().all():
+        raise InputError(
+            f"{path}: tensor {ref.name.removesuffix(_BLOCKS)!r} holds non-finite scales"
+        )
+    return values
 
 
 def _grid_of(scheme: Scheme) -> Grid:

@@ -350,5 +350,6 @@ def _row_length(checkpoint: Checkpoint) -> int:
 
 def _place(model: str, name: str) -> str:
     """The directory in which a command leaves its result: called as the model is."""
-    directory = os.path.abspath(located(model))
-    return f"{Path(published_path(directory)).name}-{name}"
+    place = located(model)
+    place = place.with_suffix("") if place.is_file() else place
+    return f"{Path(published_path(os.path.abspath(place))).name}-{name}"

@@ -282,9 +282,10 @@ def _pack_linears(model: nn.Module, packing: Packing) -> None:
     checkpoint = packing.checkpoint
     for name in [name for name, _ in model.named_parameters()]:
         ref = checkpoint.source.tensors.get(checkpoint.family.tensor_name(name))
-        if ref is not None and ref.scheme is not None:
+        linear: Any = parameter_parent(model, name)[0]
+        # llama.cpp stores embeddings in blocks, too; their rows are looked up, not multiplied.
+        if ref is not None and ref.scheme is not None and isinstance(linear, nn.Linear):
             path, _, last = name.removesuffix(".weight").rpartition(".")
-            linear: Any = parameter_parent(model, name)[0]
             packed = PackedLinear(packing.matrix(ref), linear.bias)
             setattr(model.get_submodule(path), last, packed)
 

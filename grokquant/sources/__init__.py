@@ -23,12 +23,15 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def open_source(path: Path, config_path: Path | None = None) -> Source:
-    """Opens the checkpoint in directory `path`; `config_path` replaces its config.json.
+    """Opens the checkpoint in directory `path`, or the .gguf file `path`; `config_path` replaces
+    its config.json.
 
     Raises InputError where `path` is not a checkpoint of a known kind or is a broken one, and where
     a link in it leads elsewhere.
     """
     try:
+        if path.is_file() and path.suffix == gguf_directory.SUFFIX:
+            return gguf_directory.open_source(path, config_path)
         check_directory(path)
         refuse_links_out(path)
         for kind in SOURCE_KINDS:

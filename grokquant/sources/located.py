@@ -5,20 +5,23 @@ from pathlib import Path
 from grokquant.errors import InputError
 from grokquant.files.published import is_repository
 from grokquant.files.unfinished import work_path
+from grokquant.sources.gguf_directory import is_own
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 
 
 def located(name: str | Path) -> Path:
-    """The directory of the model that `name` means.
+    """The directory of the model that `name` means, or the .gguf file that describes it alone.
 
-    `name` is that directory, its one file of weights, or ORGANIZATION/NAME of a model in the local
-    cache of the Hugging Face hub; nothing is downloaded. Any other path is returned as it is.
+    `name` is that directory, its one file of weights, a .gguf file of any program, or
+    ORGANIZATION/NAME of a model in the local cache of the Hugging Face hub; nothing is downloaded.
+    Any other path is returned as it is.
     Raises InputError for a file that is only a part of a model.
     """
     path = Path(name)
     if path.is_file() and path.suffix in WEIGHT_SUFFIXES:
-        return _directory_of(path)
+        described = path.suffix == ".gguf" and not is_own(path.parent)
+        return path if described else _directory_of(path)
     is_path = path.exists() or work_path(path).exists()
     if is_path or not is_repository(str(name)):
         return path
@@ -34,10 +37,7 @@ def _directory_of(file: Path) -> Path:
             f"directory of the model, {file.parent}"
         )
     if not (file.parent / "config.json").is_file():
-        more = ""
-        if file.suffix == ".gguf":
-            more = "; a .gguf of other programs is not read, so use the model that it was made from"
-        raise InputError(f"{file}: there is no config.json beside it, which says what it is{more}")
+        raise InputError(f"{file}: there is no config.json beside it, which says what it is")
     return file.parent
 
 

@@ -16,8 +16,8 @@ from grokquant.types import Origin
 
 CARD = "README.md"
 _FRONT_BYTES = 65_536  # of a model card: its front matter has a few hundred
-_LICENCE_KEYS = ("license", "license_name", "license_link")
-_KEYS = {*_LICENCE_KEYS, "language", "base_model", "base_model_relation"}
+LICENCE_KEYS = ("license", "license_name", "license_link")
+_KEYS = {*LICENCE_KEYS, "language", "base_model", "base_model_relation"}
 _KEY = re.compile(r"([a-z_]+):")
 # What the hub takes as an identifier of a licence.
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
@@ -42,7 +42,7 @@ def origin_of(path: Path, config: Mapping[str, Any], beside: Mapping[str, Path])
         base_model=own or _base_of(card),
         languages=tuple(x for x in listed if isinstance(x, str) and _LANGUAGE.fullmatch(x)),
     )
-    return _with_licence(origin, card, beside)
+    return with_licence(origin, card, beside)
 
 
 def front_matter(card: Path) -> dict[str, Any]:
@@ -92,8 +92,9 @@ def _base_of(card: Mapping[str, Any]) -> str | None:
     return str(base) if quantized and is_repository(base) else None
 
 
-def _with_licence(origin: Origin, card: Mapping[str, Any], beside: Mapping[str, Path]) -> Origin:
-    stated, name, link = (card.get(key) for key in _LICENCE_KEYS)
+def with_licence(origin: Origin, card: Mapping[str, Any], beside: Mapping[str, Path]) -> Origin:
+    """`origin` with the licence that a card states under `license` and the keys that go with it."""
+    stated, name, link = (card.get(key) for key in LICENCE_KEYS)
     files = [file for file in beside if file.upper().startswith(("LICENSE", "LICENCE"))]
     if not isinstance(stated, str):
         if not files:

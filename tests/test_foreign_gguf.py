@@ -1,0 +1,176 @@
+"""GGUF files of other programs are opened, and are the models that they were made from."""
+
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from foreign_gguf import MODELS, random_model, rows, write_gguf
+
+import grokquant
+from grokquant.checkpoint import open_checkpoint
+from grokquant.errors import InputError
+from grokquant.families.tokenizer import read_tokenizer
+from grokquant.files.gguf_header import DENSE, OTHER_BLOCKS, TYPES
+from grokquant.job import pipeline
+from grokquant.job.default_recipe import values_for
+from grokquant.recipe import parse_recipe
+from grokquant.toy import TOY_PATH
+
+TEXTS = [
+    "def read(path):\n    with open(path) as file:\n\treturn file.read()\n\n\n",
+    "In 1998, 3.14159 and 2_000_000 were numbers: 0x7F, -12e-3.",
+    "Zażółć gęślą jaźń — 漢字かな交じり文 🦙🚀 ½ µ \u00a0 é e\u0301",
+    "  two   spaces  and a tab\tend  ",
+    "<s>[BOS]</s> [EOS] [PAD] are words here",
+    "x",
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_dequantized_weights(name, tmp_path):
+    model = random_model(name)
+    path = tmp_path / "Some-Q8_0.gguf"
+    write_gguf(path, name, model)
+    loaded, _ = grokquant.load(path, dtype=torch.float32, packed=False)
+    assert (loaded(rows()).logits - model(rows()).logits).abs().max() < 1e-5
+
+
+# --- types
+
+
+@pytest.mark.parametrize("kind", [*TYPES, *OTHER_BLOCKS])
+def test_values_are_those_of_the_gguf_package(kind, tmp_path):
+    number = gguf.GGMLQuantizationType[kind]
+    assert (TYPES | OTHER_BLOCKS)[kind] == (number, *gguf.GGML_QUANT_SIZES[number])
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    model = random_model("llama", **sizes)
+    write_gguf(tmp_path / "x.gguf", "llama", model, kind)
+    source = open_checkpoint(tmp_path / "x.gguf").source
+    for name, parameter in model.named_parameters():
+        assert torch.equal(source.tensors[name].read().float(), parameter.data), name
+        if parameter.ndim == 2 and kind not in DENSE:
+            assert source.tensors[name].stored_as == kind
+
+
+# --- tokenizers
+
+
+def tokenizer_keys(directory: Path, kind: str) -> dict:
+    """The metadata of the tokenizer in a directory, as the gguf package makes them."""
+    vocabulary = {"llama": gguf.vocab.SentencePieceVocab, "gpt2": gguf.vocab.BpeVocab}[kind]
+    found = list(vocabulary(directory).all_tokens())
+    keys = {
+        "model": kind,
+        "tokens": [token.decode() for token, _, _ in found],
+        "token_type": [int(kind) for _, _, kind in found],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "padding_token_id": 0,
+    }
+    if kind == "llama":
+        keys |= {"scores": [float(score) for _, score, _ in found], "unknown_token_id": 3}
+    return {f"tokenizer__ggml__{key}": value for key, value in keys.items()}
+
+
+@pytest.fixture(scope="module")
+def with_toy_tokenizer(tmp_path_factory) -> Path:
+    """A directory with src, a Mixtral in bf16, and Some-Q8_0.gguf, what another program made of
+    it."""
+    directory = tmp_path_factory.mktemp("foreign")
+    model = random_model("mixtral", vocab_size=2048).bfloat16()
+    model.save_pretrained(directory / "src")
+    shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "src" / "tokenizer.model")
+    keys = tokenizer_keys(directory / "src", "llama")
+    keys |= {"tokenizer__ggml__add_bos_token": False, "tokenizer__chat_template": "{{ messages }}"}
+    keys |= {"general__license": "apache-2.0"}
+    write_gguf(directory / "Some-Q8_0.gguf", "mixtral", model.float(), "Q8_0", **keys)
+    return directory
+
+
+def test_the_tokenizer_is_the_one_in_the_metadata(with_toy_tokenizer):
+    own = open_checkpoint(with_toy_tokenizer / "src").source
+    source = open_checkpoint(with_toy_tokenizer / "Some-Q8_0.gguf").source
+    theirs, ours = read_tokenizer(own), read_tokenizer(source)
+    for text in TEXTS:
+        assert ours(text).input_ids == theirs(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
+    assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("[BOS]", "[EOS]", "[PAD]")
+    assert ours.chat_template == "{{ messages }}"
+    assert source.licence == "apache-2.0"
+    held = source.tokenizer_files[0]
+    del source
+    assert not held.exists()
+
+
+# --- files
+
+
+def test_a_result_of_such_a_file_is_like_any_other(with_toy_tokenizer, tmp_path):
+    file = with_toy_tokenizer / "Some-Q8_0.gguf"
+    values = values_for(file, output=tmp_path / "out", grid="q4_0", format="gguf")
+    values["calibration"] |= {"samples": 4, "length": 32}
+    output = pipeline.quantize(parse_recipe(values | {"max_fallbacks": 1.0}))
+    made = open_checkpoint(output).source
+    assert {made.tensors[name].stored_as for name in made.tensors} == {"Q4_0", "Q8_0", "float32"}
+    assert read_tokenizer(made)("def f(x):").input_ids
+
+
+def test_the_directory_of_such_files_is_one_model(with_toy_tokenizer, tmp_path):
+    file = with_toy_tokenizer / "Some-Q8_0.gguf"
+    shutil.copyfile(file, tmp_path / file.name)
+    bare = open_checkpoint(tmp_path)
+    for name in ("config.json", "tokenizer.model"):
+        shutil.copyfile(with_toy_tokenizer / "src" / name, tmp_path / name)
+    described = open_checkpoint(tmp_path)
+    assert bare.source.tensors == described.source.tensors
+    assert bare.config.to_dict() == described.config.to_dict()
+    shutil.copyfile(file, tmp_path / "Other.gguf")
+    with pytest.raises(InputError, match="holds 2 models, give one of its files: Other.gguf"):
+        open_checkpoint(tmp_path)
+    assert open_checkpoint(tmp_path / file.name).source.tensors == bare.source.tensors
+
+
+def damaged(path: Path, damage) -> Path:
+    raw = path.read_bytes()
+    place = path.with_name("damaged.gguf")
+    place.write_bytes(damage(raw))
+    return place
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda raw: raw[:-64], "damaged.gguf: truncated: '.*' ends after the file$"),
+        (lambda raw: raw[:300], "damaged.gguf: not a readable GGUF file: it ends within its"),
+        (lambda raw: raw.replace(b"general.architecture", b"general.architectura", 1), "no gen"),
+        (lambda raw: raw.replace(b"llama.block_count", b"llama.block_kount", 1), "block_count"),
+        (lambda raw: raw.replace(b"blk.1.attn_q.weight", b"blk.1.attn_u.weight", 1), "q_proj.* is"),
+        (lambda raw: b"<html>" + raw[6:], "damaged.gguf: "),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(with_toy_tokenizer, damage, complaint):
+    path = damaged(with_toy_tokenizer / "Some-Q8_0.gguf", damage)
+    with pytest.raises(InputError, match=complaint) as error:
+        open_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_all_files_of_a_split_are_read(tmp_path):
+    model = random_model("llama")
+    whole = tmp_path / "Some.gguf"
+    write_gguf(whole, "llama", model)
+    write_gguf(tmp_path / "Split.gguf", "llama", model, split_max_tensors=8)
+    parts = sorted(tmp_path.glob("Split-*.gguf"))
+    assert len(parts) == 3
+    expected = open_checkpoint(whole).source.tensors
+    for part in parts:
+        found = open_checkpoint(part).source
+        assert found.weight_files == tuple(parts)
+        for name, ref in expected.items():
+            assert torch.equal(found.tensors[name].read(), ref.read()), name
+    parts[1].unlink()
+    with pytest.raises(InputError, match="Split-00002-of-00003.gguf: no such file"):
+        open_checkpoint(parts[0])
