@@ -29,7 +29,7 @@ class Division:
         self._owners: dict[int, list[int]] = {}  # of the experts of each layer
         self._maker: dict[str, int] = {}
         if plan.needs_calibration:
-            for layer in range(plan.checkpoint.config.num_hidden_layers):
+            for layer in range(plan.checkpoint.num_layers):
                 self._assign_experts(layer)
         self._writer = self._writers()
         for unit in plan.units.values():
@@ -133,6 +133,6 @@ class Division:
     def _join_sites(self) -> None:
         """Has all units of a layer that read the same input, outside experts, made by one member:
         it alone needs their Hessian."""
-        for layer in range(self.plan.checkpoint.config.num_hidden_layers):
+        for layer in range(self.plan.checkpoint.num_layers):
             for units in self.plan.sites_outside_experts(layer):
                 self._maker |= dict.fromkeys((u.name for u in units), self.writer_of(units[0]))

@@ -137,7 +137,7 @@ class Plan:
         config = self.checkpoint.config
         asked = self.recipe.calibration
         tokens = differentiated_tokens(asked.samples, asked.length)
-        return config.num_hidden_layers * kept_bytes(tokens, config.hidden_size)
+        return self.checkpoint.num_layers * kept_bytes(tokens, config.hidden_size)
 
     def units_of(self, layer: int) -> list[Unit]:
         """The units of a layer in the order of the computation."""

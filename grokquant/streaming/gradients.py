@@ -92,7 +92,7 @@ def output_gradients(
     hidden = _forward(model, rows, store)
     gradient = model.label_gradients(hidden, seed)
     del hidden
-    for index in reversed(range(model.config.num_hidden_layers)):
+    for index in reversed(range(len(model.layers))):
         model.load_layer(index)
         kept = store.take(index)
         by_outputs, gradient = model.back(index, kept, gradient)
@@ -107,7 +107,7 @@ def output_gradients(
 def _forward(model: "DifferentiableModel", rows: Tensor, store: Store) -> Tensor:
     """The states after the last layer; the others go to `store`."""
     hidden = model.embed(rows)
-    for index in range(model.config.num_hidden_layers):
+    for index in range(len(model.layers)):
         model.load_layer(index)
         outputs, experts = _layer_forward(model, index, hidden)
         model.free_layer(index)

@@ -150,7 +150,7 @@ def _measure(
     if measured.kld is not None:
         return measured
     options = _options_of(choices)
-    layers = checkpoint.config.num_hidden_layers
+    layers = checkpoint.num_layers
     model = BlockwiseModel(checkpoint, CALIBRATION_DTYPE, device, pieces=True)
     with memory_for("embedding"), torch.no_grad():
         hidden = model.embed(rows)
