@@ -146,9 +146,9 @@ class Team:
         for task, routed in enumerate(given):
             yield task, routed, partial(add, task)
 
-    def speaks(self, text: str) -> str | None:
-        """An error as this process must say it; None if another one has said what was wrong."""
-        return text
+    def say(self, error: str, say: Callable[[str], None]) -> None:
+        """Gives `say` an error, unless another member has said what is wrong."""
+        say(error)
 
     def leave(self) -> None:
         """Ends the work in common."""
@@ -313,12 +313,17 @@ class Members(Team):
         for task, y in sorted(zip(order, by_task, strict=True), key=lambda pair: pair[0]):
             add(task, slice(0, len(y)), y)
 
-    def speaks(self, text: str) -> str | None:
+    def say(self, error: str, say: Callable[[str], None]) -> None:
         time.sleep(_FIRST_WORD * bool(self.rank))
-        with suppress(RuntimeError):  # the store is gone: then nobody else is sure to have spoken
-            if self._store.add("said", 1) > 1:
-                return None
-        return f"{self._names[self.rank]}: {text}" if self.rank else text
+        spoken = 0
+        with suppress(RuntimeError):  # the store is gone, and who kept it may not have spoken
+            spoken = self._store.add("spoken", 1)
+        if spoken <= 1:
+            say(f"{self._names[self.rank]}: {error}" if self.rank else error)
+        end = time.monotonic() + 3 * _FIRST_WORD * (not self.rank)
+        with suppress(RuntimeError):  # the first one may keep the store
+            while time.monotonic() < end and self._store.add("spoken", 0) < self.size:
+                time.sleep(0.02)
 
     def leave(self) -> None:
         self._watch.end()
@@ -502,8 +507,7 @@ def join(device: "torch.device", say: Callable[[str], None]) -> Team:
     team = Members(PrefixStore(f"grokquant/{attempt}", store), rank, size, device)
 
     def lost(what: str) -> None:
-        if line := team.speaks(what):
-            say(line)
+        team.say(what, say)
         os._exit(Elsewhere.exit_code)  # the main thread waits inside a library, for the lost one
 
     team.watch(lost)

@@ -177,7 +177,15 @@ def _background() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells do for what ends with &
 
 
+def _impatient() -> None:
+    from grokquant import parallel
+
+    parallel._BEAT = 0.1
+    parallel._SILENCE = 2.0
+
+
 CHANGES = {
+    "impatient": _impatient,
     "lying lock": _lying_lock,
     "endless disk": _endless_disk,
     "other torch": _other_torch,
@@ -239,6 +247,7 @@ def _fork(request: dict) -> int:
             where = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(where, number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.environ |= request["environment"]
         for change in request["changes"]:
             CHANGES[change]()
         log = Path(request["log"]) if request["log"] else None
