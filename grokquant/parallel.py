@@ -403,8 +403,11 @@ class Members(Team):
         try:
             yield
         except RuntimeError as error:
-            late = self._watch.late() or "another process of the run has ended"
-            raise Elsewhere(f"{late} ({said_by(error)})") from None
+            reason = said_by(error)
+            if "timed out" in reason.lower():
+                text = f"{self._watch.late()} has not come to an exchange within {_PATIENCE}"
+                raise Elsewhere(text) from None
+            raise Elsewhere(f"another process of the run has ended ({reason})") from None
         finally:
             self.traffic.sent_bytes += sent_bytes
             self.traffic.seconds += time.monotonic() - begun
@@ -421,40 +424,50 @@ class _Watch:
         self.calls = 0
         self._names = names
         self._rank = rank
+        self._others = [member for member in range(len(names)) if member != rank]
         self._signs: dict[int, str] = {}
+        self._answers = 0  # of the store
         self._over = threading.Event()
 
     def begin(self, store: "Store", lost: Callable[[str], None]) -> None:
-        threading.Thread(target=self._run, args=(store, lost), name="watch", daemon=True).start()
+        for work in (partial(self._exchange_signs, store), partial(self._judge, lost)):
+            threading.Thread(target=work, name="watch", daemon=True).start()
 
     def end(self) -> None:
         self._over.set()
 
-    def late(self) -> str | None:
-        """The members that have not come to the last exchange, if it is known."""
+    def late(self) -> str:
+        """Who has not come to the last exchange, as far as it is known."""
         calls = {member: int(sign.split()[1]) for member, sign in self._signs.items()}
         late = [self._names[member] for member, count in calls.items() if count < self.calls]
-        return f"{', '.join(late)} has not come to an exchange with the others" if late else None
+        return ", ".join(late) or "another process of the run"
 
-    def _run(self, store: "Store", lost: Callable[[str], None]) -> None:
-        others = [member for member in range(len(self._names)) if member != self._rank]
-        heard = dict.fromkeys(others, time.monotonic())
+    def _exchange_signs(self, store: "Store") -> None:
+        """Writes own signs and reads those of others, until the store does not answer: without an
+        answer this thread may wait for ever."""
         number = 0
-        while not self._over.wait(_BEAT):
-            number += 1
-            try:
+        with suppress(RuntimeError):
+            while not self._over.wait(_BEAT):
+                number += 1
                 store.set(f"sign/{self._rank}", f"{number} {self.calls}")
-                known = {m: f"sign/{m}" for m in others if store.check([f"sign/{m}"])}
-                signs = {m: store.get(key).decode() for m, key in known.items()}
-            except RuntimeError as error:
-                return lost(f"no contact with the first host: {said_by(error)}")
+                known = [m for m in self._others if store.check([f"sign/{m}"])]
+                self._signs = {m: store.get(f"sign/{m}").decode() for m in known}
+                self._answers += 1
+
+    def _judge(self, lost: Callable[[str], None]) -> None:
+        """Calls `lost` once for whoever has been silent for too long, the store first: where that
+        is silent, nothing is known of the members."""
+        last: dict[str, object] = {}
+        heard: dict[str, float] = {}
+        while not self._over.wait(_BEAT):
             now = time.monotonic()
-            heard |= {m: now for m, sign in signs.items() if sign != self._signs.get(m)}
-            self._signs = signs
-            for member, last in heard.items():
-                if now - last > _SILENCE:
-                    silent = f"has given no sign of life for {now - last:.0f} seconds"
-                    return lost(f"{self._names[member]} {silent}")
+            signs: dict[str, object] = {"the store, on the first host,": self._answers}
+            signs |= {self._names[m]: self._signs.get(m) or "none" for m in self._others}
+            heard |= {name: now for name, sign in signs.items() if last.get(name) != sign}
+            last = signs
+            for name, time_heard in heard.items():
+                if now - time_heard > _SILENCE:
+                    return lost(f"{name} has given no sign of life for {_SILENCE:g} seconds")
 
 
 def is_shared() -> bool:
@@ -503,8 +516,11 @@ def join(device: "torch.device", say: Callable[[str], None]) -> Team:
         store, rank, size = next(rendezvous("env://", timeout=_START))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of torchrun do not meet: {said_by(error)}") from None
+    # Processes that were started again, and programs that join again, begin with an empty store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    team = Members(PrefixStore(f"grokquant/{attempt}", store), rank, size, device)
+    time_joined = store.add(f"grokquant/{attempt}/{rank}", 1)
+    prefix = f"grokquant/{attempt}/{time_joined}"
+    team = Members(PrefixStore(prefix, store), rank, size, device)
 
     def lost(what: str) -> None:
         team.say(what, say)

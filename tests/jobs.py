@@ -143,18 +143,22 @@ class Job:
     def start_ranks(
         self, size: int, of: dict[int, dict] | None = None, **options: Any
     ) -> list[int]:
-        """Processes that make this run together, as torchrun starts them. `of` has options of
-        single ranks."""
+        """Processes that make this run together, as torchrun starts them.
+
+        `of` has options of single ranks, which begin last: the launcher waits for them to pause.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = []
-        for rank in range(size):
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            place |= {"RANK": str(rank), "WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
-            own = {"streams": f"-{rank}", "environment": place} | options | (of or {}).get(rank, {})
-            processes.append(self.start(*own.pop("settings", ()), **own))
-        return processes
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        common |= {"GLOO_SOCKET_IFNAME": "lo"}
+        of = of or {}
+        processes = {}
+        for rank in sorted(range(size), key=lambda rank: rank in of):
+            own = {"streams": f"-{rank}"} | options | of.get(rank, {})
+            own["environment"] = common | {"RANK": str(rank)} | own.get("environment", {})
+            processes[rank] = self.start(*own.pop("settings", ()), **own)
+        return [processes[rank] for rank in range(size)]
 
     def run_ranks(self, size: int, of: dict[int, dict] | None = None, **options: Any) -> list[int]:
         """The exit status of each rank."""
