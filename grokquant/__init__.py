@@ -119,7 +119,7 @@ def quantize(
     place = device_of(parallel.own_device(device))
     made = _solved(_as_any_recipe(recipe), place)
     if repair:
-        parallel.refuse_to_share("quantize(repair=True)")
+        parallel.refuse_to_share("quantize(repair=True): does not run")
         output = pipeline.repair(made, progress, place)
     else:
         team = parallel.join(place, lambda line: print(line, file=sys.stderr))
@@ -245,6 +245,8 @@ def _solved(recipe: "Recipe | BudgetRecipe", device: "torch.device") -> "Recipe"
 
     if not isinstance(recipe, BudgetRecipe):
         return recipe
+    from grokquant import parallel
     from grokquant.job.allocation.allocate import allocate
 
+    parallel.refuse_to_share("recipe: quantize: a budget is not solved")
     return allocate(recipe, lambda line: None, device).recipe

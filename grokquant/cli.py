@@ -51,7 +51,7 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> object:
         name = self.name or "grokquant"
         if name not in _SHARED:
-            parallel.refuse_to_share(name)
+            parallel.refuse_to_share(f"{name}: does not run")
         doing = f"{name}: {_BEGINNINGS.get(name, 'working')}"
         say = _say_error if parallel.is_first() else _say_nothing
         ctx.obj = SignsOfLife(doing, say, silence())
@@ -318,7 +318,7 @@ def quantize(
         team.once(lambda: _show_plan(loaded, as_json, shown=shown))
         return
     if repair:
-        parallel.refuse_to_share("quantize --repair")
+        parallel.refuse_to_share("quantize --repair: does not run")
     if overwrite and repair:
         raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
     with RunProgress(shown, context.obj) as progress:
@@ -399,7 +399,7 @@ def _allocated(recipe: "BudgetRecipe", device: "torch.device") -> "Allocation":
     """A budget solved, and a line about it on stderr."""
     from grokquant.job.allocation.allocate import allocate
 
-    parallel.refuse_to_share("a budget")
+    parallel.refuse_to_share("recipe: quantize: a budget is not solved")
     signs = click.get_current_context().obj
 
     def note(line: str) -> None:

@@ -481,13 +481,13 @@ def is_first() -> bool:
     return not is_shared() or os.environ["RANK"] == "0"
 
 
-def refuse_to_share(command: str) -> None:
-    """Raises InputError where torchrun runs a command that one process must carry out; all
-    processes but the first end without a word."""
+def refuse_to_share(text: str) -> None:
+    """Raises InputError where torchrun has started several processes for what one must do; all but
+    the first end without a word. `text` says what is not done."""
     if is_shared() and not is_first():
         raise SystemExit(InputError.exit_code)
     if is_shared():
-        raise InputError(f"{command}: does not run under torchrun; run it as one process")
+        raise InputError(f"{text} under torchrun; run it as one process")
 
 
 def own_device(name: str) -> str:
