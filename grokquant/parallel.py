@@ -160,11 +160,17 @@ ALONE = Team()
 class Members(Team):
     """Member `rank` of `size`, which find each other through `store`.
 
-    What they exchange passes `device`: a GPU of its own, or main memory.
+    What they exchange passes `device`: a GPU of its own, or main memory. `lost` is called with a
+    line about a member that gives no sign of life, from another thread.
     """
 
     def __init__(
-        self, store: "Store", rank: int, size: int, device: "torch.device | None" = None
+        self,
+        store: "Store",
+        rank: int,
+        size: int,
+        device: "torch.device | None" = None,
+        lost: "Callable[[Members, str], None] | None" = None,
     ) -> None:
         import torch
         from torch.distributed import PrefixStore, ProcessGroupGloo
@@ -176,17 +182,15 @@ class Members(Team):
         self._device = device or torch.device("cpu")
         self._names = _names_of_all(store, rank, size)
         self._watch = _Watch(self._names, rank)
+        if lost is not None:  # now, since one may be lost before all are connected
+            connection = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+            self._watch.begin(connection, partial(lost, self))
         with self._waiting():
             gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, _PATIENCE)
         self._control: Any = gloo  # numbers, which are in main memory
         self._bulk: Any = gloo
         if self._device.type == "cuda":
             self._bulk = _nccl(PrefixStore("nccl", store), rank, size)
-
-    def watch(self, lost: Callable[[str], None]) -> None:
-        """From now on, `lost` is called with the name of a member that gives no sign of life."""
-        connection = self._store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-        self._watch.begin(connection, lost)
 
     @property
     def is_divided(self) -> bool:
@@ -520,14 +524,12 @@ def join(device: "torch.device", say: Callable[[str], None]) -> Team:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     time_joined = store.add(f"grokquant/{attempt}/{rank}", 1)
     prefix = f"grokquant/{attempt}/{time_joined}"
-    team = Members(PrefixStore(prefix, store), rank, size, device)
 
-    def lost(what: str) -> None:
+    def lost(team: Members, what: str) -> None:
         team.say(what, say)
         os._exit(Elsewhere.exit_code)  # the main thread waits inside a library, for the lost one
 
-    team.watch(lost)
-    return team
+    return Members(PrefixStore(prefix, store), rank, size, device, lost)
 
 
 def _nccl(store: "Store", rank: int, size: int) -> Any:

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 TEMPORARY = re.compile(r"\.(.+)\.[^.]+\.\d+\.[0-9a-f]{32}\.tmp$")
@@ -182,6 +183,7 @@ def _impatient() -> None:
 
     parallel._BEAT = 0.1
     parallel._SILENCE = 2.0
+    parallel._START = timedelta(seconds=10)
 
 
 def _own_network() -> None:

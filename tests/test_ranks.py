@@ -169,7 +169,7 @@ def test_ranks_killed_at_random_moments(jobs, kind):
         job.clear()
         size = draw.randint(2, 4)
         victim = {draw.randrange(size): {"seconds": draw.uniform(0, 2)}}
-        kills += KILLED in job.run_ranks(size, victim)
+        kills += KILLED in job.run_ranks(size, victim, changes=("impatient",))
         if not job.out.exists():
             size = draw.randint(2, 4)
             assert job.run_ranks(size) == [0] * size, job.said_by(0)
