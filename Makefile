@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test fuzz test-browser test-kill test-readers test-engines check docs bench bench-real clean
+.PHONY: install demo test fuzz test-browser test-kill test-ranks test-readers test-engines check docs bench bench-real clean
 
 install: .venv/installed
 
@@ -30,6 +30,10 @@ test-browser: install
 # Kills and starves a small run at every step: half an hour.
 test-kill: install
 	$(BIN)/python -m pytest -m kill
+
+# Runs under torchrun on 1 to 8 ranks, some of them killed or cut off: a quarter of an hour.
+test-ranks: install
+	$(BIN)/python -m pytest -m ranks
 
 # Has llama.cpp and gptqmodel load what we write, each from an environment of its own. Building them
 # takes half an hour and 4 GB the first time.
@@ -69,7 +73,7 @@ docs: install
 # Prints a JSON line per case: what runs in minutes, and what needs Grok-1's real shapes (30 GB of
 # disk, an hour; the programs take peers and places as options, see eval/bench/README.md).
 bench: install
-	for name in quality rtn_kernel hessian gptq_solver planning import_cost; do \
+	for name in quality rtn_kernel hessian gptq_solver planning import_cost ranks; do \
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 bench-real: install

@@ -100,24 +100,31 @@ def quantize(
     The same call resumes an interrupted run, and returns at once if its result is finished. A
     result of something else raises InputError, unless `overwrite`: then it is replaced once the new
     one is complete. `repair` only makes the files of a finished result again that `verify` rejects.
-    A notebook shows a progress bar; elsewhere nothing is printed.
+    A notebook shows a progress bar; elsewhere nothing is printed. Processes that torchrun has
+    started make the result together.
 
     In the main thread Ctrl-C and SIGTERM let the current file finish, then raise
     `errors.Stopped`, a KeyboardInterrupt; a second one does so at once. Afterwards signals have the
     handlers that they had before.
     """
+    import sys
+
+    from grokquant import parallel
     from grokquant.devices import device_of
     from grokquant.errors import Stopped
     from grokquant.job import pipeline
     from grokquant.reporting.notebook_progress import run_progress
 
     progress = run_progress()
-    place = device_of(device)
+    place = device_of(parallel.own_device(device))
     made = _solved(_as_any_recipe(recipe), place)
     if repair:
+        parallel.refuse_to_share("quantize(repair=True): does not run")
         output = pipeline.repair(made, progress, place)
     else:
-        output = pipeline.quantize(made, progress, place, overwrite)
+        team = parallel.join(place, lambda line: print(line, file=sys.stderr))
+        output = pipeline.quantize(made, progress, place, overwrite, team)
+        team.leave()
     if progress.asked_to_stop:  # when nothing was left to stop
         raise Stopped(f"{output}: is finished; a signal came while it was published")
     return output
@@ -238,6 +245,8 @@ def _solved(recipe: "Recipe | BudgetRecipe", device: "torch.device") -> "Recipe"
 
     if not isinstance(recipe, BudgetRecipe):
         return recipe
+    from grokquant import parallel
     from grokquant.job.allocation.allocate import allocate
 
+    parallel.refuse_to_share("recipe: quantize: a budget is not solved")
     return allocate(recipe, lambda line: None, device).recipe

@@ -51,7 +51,7 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> object:
         name = self.name or "grokquant"
         if name not in _SHARED:
-            parallel.refuse_to_share(name)
+            parallel.refuse_to_share(f"{name}: does not run")
         doing = f"{name}: {_BEGINNINGS.get(name, 'working')}"
         say = _say_error if parallel.is_first() else _say_nothing
         ctx.obj = SignsOfLife(doing, say, silence())
@@ -97,8 +97,7 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             code, text = 130, "interrupted; no output was written"
         team = ctx.meta.get(_TEAM) or parallel.Team()
-        if line := team.speaks(_bounded(text)):
-            _say_error(f"grokquant: {line}")
+        team.say(_bounded(text), _say_own)
         ctx.exit(code)
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
@@ -125,6 +124,10 @@ class _Commands(click.Group):
 
 def _say_error(line: str) -> None:
     _say(line, err=True)
+
+
+def _say_own(line: str) -> None:
+    _say_error(f"grokquant: {line}")
 
 
 def _say_nothing(line: str) -> None: ...
@@ -158,6 +161,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore SIGINT in the background
         signal.signal(number, signal.default_int_handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it at import
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # traces of processes that were lost
 
 
 class _Path(click.ParamType):
@@ -307,14 +311,14 @@ def quantize(
 
     context = click.get_current_context()
     place = device_of(parallel.own_device(device))
-    team = parallel.join(place, lambda line: _say_error(f"grokquant: {line}"))
+    team = parallel.join(place, _say_own)
     context.meta[_TEAM] = team
     loaded, shown = _recipe_of(model, asked, None if dry_run else place)
     if dry_run:
         team.once(lambda: _show_plan(loaded, as_json, shown=shown))
         return
     if repair:
-        parallel.refuse_to_share("quantize --repair")
+        parallel.refuse_to_share("quantize --repair: does not run")
     if overwrite and repair:
         raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
     with RunProgress(shown, context.obj) as progress:
@@ -395,7 +399,7 @@ def _allocated(recipe: "BudgetRecipe", device: "torch.device") -> "Allocation":
     """A budget solved, and a line about it on stderr."""
     from grokquant.job.allocation.allocate import allocate
 
-    parallel.refuse_to_share("a budget")
+    parallel.refuse_to_share("recipe: quantize: a budget is not solved")
     signs = click.get_current_context().obj
 
     def note(line: str) -> None:

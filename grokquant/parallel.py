@@ -146,9 +146,9 @@ class Team:
         for task, routed in enumerate(given):
             yield task, routed, partial(add, task)
 
-    def speaks(self, text: str) -> str | None:
-        """An error as this process must say it; None if another one has said what was wrong."""
-        return text
+    def say(self, error: str, say: Callable[[str], None]) -> None:
+        """Gives `say` an error, unless another member has said what is wrong."""
+        say(error)
 
     def leave(self) -> None:
         """Ends the work in common."""
@@ -160,11 +160,17 @@ ALONE = Team()
 class Members(Team):
     """Member `rank` of `size`, which find each other through `store`.
 
-    What they exchange passes `device`: a GPU of its own, or main memory.
+    What they exchange passes `device`: a GPU of its own, or main memory. `lost` is called with a
+    line about a member that gives no sign of life, from another thread.
     """
 
     def __init__(
-        self, store: "Store", rank: int, size: int, device: "torch.device | None" = None
+        self,
+        store: "Store",
+        rank: int,
+        size: int,
+        device: "torch.device | None" = None,
+        lost: "Callable[[Members, str], None] | None" = None,
     ) -> None:
         import torch
         from torch.distributed import PrefixStore, ProcessGroupGloo
@@ -176,17 +182,15 @@ class Members(Team):
         self._device = device or torch.device("cpu")
         self._names = _names_of_all(store, rank, size)
         self._watch = _Watch(self._names, rank)
+        if lost is not None:  # now, since one may be lost before all are connected
+            connection = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+            self._watch.begin(connection, partial(lost, self))
         with self._waiting():
             gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, _PATIENCE)
         self._control: Any = gloo  # numbers, which are in main memory
         self._bulk: Any = gloo
         if self._device.type == "cuda":
             self._bulk = _nccl(PrefixStore("nccl", store), rank, size)
-
-    def watch(self, lost: Callable[[str], None]) -> None:
-        """From now on, `lost` is called with the name of a member that gives no sign of life."""
-        connection = self._store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-        self._watch.begin(connection, lost)
 
     @property
     def is_divided(self) -> bool:
@@ -313,12 +317,17 @@ class Members(Team):
         for task, y in sorted(zip(order, by_task, strict=True), key=lambda pair: pair[0]):
             add(task, slice(0, len(y)), y)
 
-    def speaks(self, text: str) -> str | None:
+    def say(self, error: str, say: Callable[[str], None]) -> None:
         time.sleep(_FIRST_WORD * bool(self.rank))
-        with suppress(RuntimeError):  # the store is gone: then nobody else is sure to have spoken
-            if self._store.add("said", 1) > 1:
-                return None
-        return f"{self._names[self.rank]}: {text}" if self.rank else text
+        spoken = 0
+        with suppress(RuntimeError):  # the store is gone, and who kept it may not have spoken
+            spoken = self._store.add("spoken", 1)
+        if spoken <= 1:
+            say(f"{self._names[self.rank]}: {error}" if self.rank else error)
+        end = time.monotonic() + 3 * _FIRST_WORD * (not self.rank)
+        with suppress(RuntimeError):  # the first one may keep the store
+            while time.monotonic() < end and self._store.add("spoken", 0) < self.size:
+                time.sleep(0.02)
 
     def leave(self) -> None:
         self._watch.end()
@@ -398,8 +407,11 @@ class Members(Team):
         try:
             yield
         except RuntimeError as error:
-            late = self._watch.late() or "another process of the run has ended"
-            raise Elsewhere(f"{late} ({said_by(error)})") from None
+            reason = said_by(error)
+            if "timed out" in reason.lower():
+                text = f"{self._watch.late()} has not come to an exchange within {_PATIENCE}"
+                raise Elsewhere(text) from None
+            raise Elsewhere(f"another process of the run has ended ({reason})") from None
         finally:
             self.traffic.sent_bytes += sent_bytes
             self.traffic.seconds += time.monotonic() - begun
@@ -416,40 +428,50 @@ class _Watch:
         self.calls = 0
         self._names = names
         self._rank = rank
+        self._others = [member for member in range(len(names)) if member != rank]
         self._signs: dict[int, str] = {}
+        self._answers = 0  # of the store
         self._over = threading.Event()
 
     def begin(self, store: "Store", lost: Callable[[str], None]) -> None:
-        threading.Thread(target=self._run, args=(store, lost), name="watch", daemon=True).start()
+        for work in (partial(self._exchange_signs, store), partial(self._judge, lost)):
+            threading.Thread(target=work, name="watch", daemon=True).start()
 
     def end(self) -> None:
         self._over.set()
 
-    def late(self) -> str | None:
-        """The members that have not come to the last exchange, if it is known."""
+    def late(self) -> str:
+        """Who has not come to the last exchange, as far as it is known."""
         calls = {member: int(sign.split()[1]) for member, sign in self._signs.items()}
         late = [self._names[member] for member, count in calls.items() if count < self.calls]
-        return f"{', '.join(late)} has not come to an exchange with the others" if late else None
+        return ", ".join(late) or "another process of the run"
 
-    def _run(self, store: "Store", lost: Callable[[str], None]) -> None:
-        others = [member for member in range(len(self._names)) if member != self._rank]
-        heard = dict.fromkeys(others, time.monotonic())
+    def _exchange_signs(self, store: "Store") -> None:
+        """Writes own signs and reads those of others, until the store does not answer: without an
+        answer this thread may wait for ever."""
         number = 0
-        while not self._over.wait(_BEAT):
-            number += 1
-            try:
+        with suppress(RuntimeError):
+            while not self._over.wait(_BEAT):
+                number += 1
                 store.set(f"sign/{self._rank}", f"{number} {self.calls}")
-                known = {m: f"sign/{m}" for m in others if store.check([f"sign/{m}"])}
-                signs = {m: store.get(key).decode() for m, key in known.items()}
-            except RuntimeError as error:
-                return lost(f"no contact with the first host: {said_by(error)}")
+                known = [m for m in self._others if store.check([f"sign/{m}"])]
+                self._signs = {m: store.get(f"sign/{m}").decode() for m in known}
+                self._answers += 1
+
+    def _judge(self, lost: Callable[[str], None]) -> None:
+        """Calls `lost` once for whoever has been silent for too long, the store first: where that
+        is silent, nothing is known of the members."""
+        last: dict[str, object] = {}
+        heard: dict[str, float] = {}
+        while not self._over.wait(_BEAT):
             now = time.monotonic()
-            heard |= {m: now for m, sign in signs.items() if sign != self._signs.get(m)}
-            self._signs = signs
-            for member, last in heard.items():
-                if now - last > _SILENCE:
-                    silent = f"has given no sign of life for {now - last:.0f} seconds"
-                    return lost(f"{self._names[member]} {silent}")
+            signs: dict[str, object] = {"the store, on the first host,": self._answers}
+            signs |= {self._names[m]: self._signs.get(m) or "none" for m in self._others}
+            heard |= {name: now for name, sign in signs.items() if last.get(name) != sign}
+            last = signs
+            for name, time_heard in heard.items():
+                if now - time_heard > _SILENCE:
+                    return lost(f"{name} has given no sign of life for {_SILENCE:g} seconds")
 
 
 def is_shared() -> bool:
@@ -463,13 +485,13 @@ def is_first() -> bool:
     return not is_shared() or os.environ["RANK"] == "0"
 
 
-def refuse_to_share(command: str) -> None:
-    """Raises InputError where torchrun runs a command that one process must carry out; all
-    processes but the first end without a word."""
+def refuse_to_share(text: str) -> None:
+    """Raises InputError where torchrun has started several processes for what one must do; all but
+    the first end without a word. `text` says what is not done."""
     if is_shared() and not is_first():
         raise SystemExit(InputError.exit_code)
     if is_shared():
-        raise InputError(f"{command}: does not run under torchrun; run it as one process")
+        raise InputError(f"{text} under torchrun; run it as one process")
 
 
 def own_device(name: str) -> str:
@@ -498,16 +520,16 @@ def join(device: "torch.device", say: Callable[[str], None]) -> Team:
         store, rank, size = next(rendezvous("env://", timeout=_START))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of torchrun do not meet: {said_by(error)}") from None
+    # Processes that were started again, and programs that join again, begin with an empty store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    team = Members(PrefixStore(f"grokquant/{attempt}", store), rank, size, device)
+    time_joined = store.add(f"grokquant/{attempt}/{rank}", 1)
+    prefix = f"grokquant/{attempt}/{time_joined}"
 
-    def lost(what: str) -> None:
-        if line := team.speaks(what):
-            say(line)
+    def lost(team: Members, what: str) -> None:
+        team.say(what, say)
         os._exit(Elsewhere.exit_code)  # the main thread waits inside a library, for the lost one
 
-    team.watch(lost)
-    return team
+    return Members(PrefixStore(prefix, store), rank, size, device, lost)
 
 
 def _nccl(store: "Store", rank: int, size: int) -> Any:

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ DRIVER = Path(__file__).parent / "kill_driver.py"
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(grokquant.__file__).parents[1]),
     "OMP_NUM_THREADS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # as the command line sets it, which forks are too late for
 }
 KILLED = -signal.SIGKILL
 # The file for everything that is committed is small, so that there are many.
@@ -29,8 +32,11 @@ EXPERTS = {"match": "layers.*.experts.*", "method": "gptq", "bits": 4, "group": 
 ATTENTION = {"match": "layers.*.attention.*", "method": "copy"}
 RULES = {
     "gptq": [EXPERTS, ATTENTION],
+    "ranks": [EXPERTS, ATTENTION],
     "rtn": [{"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "symmetric": False}],
 }
+
+SAMPLES = {"ranks": 32}  # rows for several forward passes, which ranks may share
 
 
 class Launcher:
@@ -110,6 +116,7 @@ class Job:
         log: Path | None = None,
         streams: str = "",
         flags: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
     ) -> int:
         """A process with this run in it, which dies (or what else `how` is) at `step`."""
         options = [part for setting in settings for part in ("--set", setting)]
@@ -120,6 +127,7 @@ class Job:
             how=how,
             seconds=seconds,
             changes=changes,
+            environment=environment or {},
             log=log and str(log),
             stdout=str(self.home / f"stdout{streams}"),
             stderr=str(self.home / f"stderr{streams}"),
@@ -131,6 +139,33 @@ class Job:
     def run(self, *settings: str, **options: object) -> int:
         """The exit status."""
         return self.wait(self.start(*settings, **options))  # type: ignore[arg-type]
+
+    def start_ranks(
+        self, size: int, of: dict[int, dict] | None = None, **options: Any
+    ) -> list[int]:
+        """Processes that make this run together, as torchrun starts them.
+
+        `of` has options of single ranks, which begin last: the launcher waits for them to pause.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+        common |= {"GLOO_SOCKET_IFNAME": "lo"}
+        of = of or {}
+        processes = {}
+        for rank in sorted(range(size), key=lambda rank: rank in of):
+            own = {"streams": f"-{rank}"} | options | of.get(rank, {})
+            own["environment"] = common | {"RANK": str(rank)} | own.get("environment", {})
+            processes[rank] = self.start(*own.pop("settings", ()), **own)
+        return [processes[rank] for rank in range(size)]
+
+    def run_ranks(self, size: int, of: dict[int, dict] | None = None, **options: Any) -> list[int]:
+        """The exit status of each rank."""
+        return [self.wait(process) for process in self.start_ranks(size, of, **options)]
+
+    def said_by(self, rank: int) -> str:
+        return (self.home / f"stderr-{rank}").read_text()
 
     def learn(self) -> None:
         """Fills `steps`, `whole` and `size`."""
@@ -187,7 +222,7 @@ def new_job(launcher: Launcher, home: Path, source: Path, text: Path, kind: str)
     job = Job(launcher, home, home / "recipe.yaml")
     values = {
         "model": {"path": str(source)},
-        "calibration": {"text": str(text), "samples": 8, "length": 32},
+        "calibration": {"text": str(text), "samples": SAMPLES.get(kind, 8), "length": 32},
         "quantize": RULES[kind],
         "experts": {"min_tokens": 1},
         "output": {"path": str(job.out), "shard": SHARD},

@@ -11,7 +11,9 @@ from grokquant.parallel import Members, Team
 T = TypeVar("T")
 
 
-def together(size: int, work: Callable[[Team], T]) -> list[T]:
+def together(
+    size: int, work: Callable[[Team], T], lost: Callable[[Members, str], None] | None = None
+) -> list[T]:
     """What `work` returns on each of `size` members; raises the first error of any."""
     store = HashStore()
     results: dict[int, T] = {}
@@ -19,7 +21,7 @@ def together(size: int, work: Callable[[Team], T]) -> list[T]:
 
     def run(number: int) -> None:
         try:
-            results[number] = work(Members(store, number, size))
+            results[number] = work(Members(store, number, size, lost=lost))
         except BaseException as error:
             errors[number] = error
 

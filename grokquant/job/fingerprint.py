@@ -87,22 +87,25 @@ def text_digest(plan: Plan) -> str | None:
     return atomic.sha256(Path(str(text))) if known else None
 
 
-def difference(before: dict, now: dict) -> str | None:
-    """The first place at which two identities differ: recipe.quantize[0].bits was 4, now 8."""
+def difference(before: dict, now: dict, words: str = "{} was {}, now {}") -> str | None:
+    """The first place at which two identities differ: recipe.quantize[0].bits was 4, now 8.
+
+    `words` are given the place and both values.
+    """
     for field in now:
         if before.get(field) != now[field]:
-            return _difference(field, before.get(field), now[field])
+            return words.format(*_difference(field, before.get(field), now[field]))
     return None
 
 
-def _difference(name: str, before: object, now: object) -> str:
+def _difference(name: str, before: object, now: object) -> tuple[str, object, object]:
     if isinstance(before, dict) and isinstance(now, dict):
         key = next(k for k in {**before, **now} if before.get(k) != now.get(k))
         return _difference(f"{name}.{key}", before.get(key), now.get(key))
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         index = next(i for i in range(len(now)) if before[i] != now[i])
         return _difference(f"{name}[{index}]", before[index], now[index])
-    return f"{name} was {before}, now {now}"
+    return name, before, now
 
 
 def content(path: Path, stride: int | None) -> str:

@@ -128,9 +128,13 @@ def quantize(
     make_rows = lru_cache(partial(_calibration_rows, plan))
     stamps = stamps_of(plan)
     identity = identity_of(plan)
-    team.agree(identity, difference)
-    begun = work_path(output).exists()
-    if not begun and not overwrite and already_made(output, plan, identity, make_rows):
+    differs = partial(difference, words="{0} is {2}, not {1}")
+    team.agree(identity, differs)
+
+    def is_made() -> bool:
+        return not overwrite and already_made(output, plan, identity, make_rows)
+
+    if team.once(lambda: not work_path(output).exists() and is_made()):
         progress.found(plan)
         return output  # nothing was written, not even a lock
     check_disk(plan)
@@ -138,16 +142,15 @@ def quantize(
     with memory_for("calibration.text"):
         rows = make_rows()
     identity |= {CALIBRATION: rows_digest(rows)}
-    team.agree(identity, difference)
+    team.agree(identity, differs)
     with (
         stopping(progress.stopping) as stop,
         work_directory(output, identity, team) as work,
     ):
-        if team.once(
-            lambda: work.published
-        ):  # by a run that was killed before it had removed this directory
+        # By a run that was killed before it had removed this directory.
+        if team.once(lambda: work.published):
             return output
-        if not overwrite and already_made(output, plan, identity, make_rows):
+        if team.once(is_made):
             if work.started:
                 progress.note(f"{work.path}: holds an interrupted run that was to replace {output}")
             progress.found(plan)

@@ -149,7 +149,7 @@ class WorkDirectory:
 
     def _recover_states(self, team: Team) -> None:
         record_path = self.journal / f"{HIDDEN}.json"
-        record = atomic.read_record(record_path)
+        record = team.once(partial(atomic.read_record, record_path))
         if record is None:
             self.damaged += [HIDDEN] if record_path.exists() else []
             return

@@ -330,7 +330,7 @@ class BlockwiseModel:
         )
         self._run_rows(index, hidden)
         hook.remove()
-        none = hidden.new_empty(0, self.source.tensors[tensor].shape[1])
+        none = torch.empty(0, self.source.tensors[tensor].shape[1], dtype=hidden.dtype)
         return torch.cat([inputs[start] for start in sorted(inputs)] or [none])
 
     @torch.no_grad()
