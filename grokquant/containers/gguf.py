@@ -199,7 +199,7 @@ def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
     slot = Slot(location.name, heads=location.heads)
     if location.expert is None:
         load = partial(_restored, slot, stored.load, stored.dtype)
-        return replace(stored, name=name, load=load, load_rows=None)
+        return replace(stored.loaded_by(load), name=name)
     assert stored.load_rows is not None
     rows = stored.shape[0] // location.experts
     columns = stored.shape[1]

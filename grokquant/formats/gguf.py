@@ -6,6 +6,7 @@ into files.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.gguf_blocks import pack_blocks, unpack_blocks
+from grokquant.formats.reading import packed_matrix
 from grokquant.formats.targets import first_match, own_config
 from grokquant.grids import GRIDS, SCALE_DTYPES, Grid, Scheme, block_grid
-from grokquant.types import QTensor, Source, TensorRef, Unit
+from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef, Unit
 
 NAME = "gguf"
 
@@ -48,10 +50,12 @@ def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: 
     packed[rows] = blocks.flatten(1).to(packed.device)
 
 
-def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-    """The inverse of `pack`, bit by bit."""
+def unpack(
+    tensor: str, packed: Mapping[str, Tensor], scheme: Scheme, rows: slice = ALL_ROWS
+) -> QTensor:
+    """The inverse of `pack`, bit by bit, for some rows."""
     grid = _grid_of(scheme)
-    blocks = packed[f"{tensor}_blocks"].unflatten(1, (-1, grid.block_bytes))
+    blocks = packed[f"{tensor}_blocks"][rows].unflatten(1, (-1, grid.block_bytes))
     return unpack_blocks(grid.name, blocks, scheme)
 
 
@@ -97,12 +101,12 @@ def _unpacked_ref(
     scheme = grid.scheme
     shape = (ref.shape[0], ref.shape[1] // grid.block_bytes * grid.block_columns)
 
-    def load() -> QTensor:
-        return unpack(tensor, {f"{tensor}_blocks": ref.read()}, scheme)
+    def open_rows() -> QuantizedRows:
+        return partial(unpack, tensor, {f"{tensor}_blocks": ref.read()}, scheme)
 
     dtype = SCALE_DTYPES[scheme.scale_dtype]
-    called = grid_name(scheme)
-    return TensorRef(tensor, shape, dtype, ref.stored_bytes, load, scheme, grid_name=called)
+    matrix = packed_matrix(tensor, shape, dtype, ref.stored_bytes, open_rows, scheme)
+    return replace(matrix, grid_name=grid_name(scheme))
 
 
 def _types_of(source: Source) -> list[tuple[str, str]]:
