@@ -27,7 +27,7 @@ from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job.default_recipe import GOALS
 from grokquant.methods import METHODS
-from grokquant.recipe import Recipe, Rule
+from grokquant.recipe import BudgetSection, Recipe, Rule
 
 ROOT = Path(__file__).parents[1]
 DOWN = (6144, 32768)  # the largest matrix of an expert of Grok-1, [out, in]
@@ -283,6 +283,7 @@ def _rooms() -> list[set[str]]:
 
 PARTS = {
     "recipe": lambda: fields_of(Recipe, "recipe", "; required"),
+    "budget": lambda: fields_of(BudgetSection, "budget", "; required"),
     "methods": keys_by_method,
     "report": lambda: fields_of(Report, "report"),
     "grids": grids_by_format,
