@@ -24,6 +24,7 @@ from subprocess import CalledProcessError, run
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # where measure is
 
 import measure
+from comparison import table
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
@@ -64,10 +65,11 @@ LINES = {
 
 @dataclass(frozen=True)
 class Job:
-    """The directory `work` of a comparison of `model` on `text`."""
+    """A comparison of `model` on `text`, in the directory `work`."""
 
     model: str
     work: Path
+    calibration: str
     text: str
     peers: Path
     samples: int
@@ -80,7 +82,8 @@ class Job:
     def write_tokens(self) -> None:
         """The calibration sequences, which every entrant gets as token numbers."""
         checkpoint = open_checkpoint(self.model)
-        section = CalibrationSection(samples=self.samples, length=self.length)
+        how = {"samples": self.samples, "length": self.length}
+        section = CalibrationSection(text=self.calibration, **how)
         rows = calibration_rows(section, load_tokenizer(checkpoint), checkpoint)
         lines = (json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows)
         self.tokens.write_text("".join(lines))
@@ -223,39 +226,12 @@ def rows(job: Job, name: str) -> Iterator[tuple[dict, Report]]:
         yield row(job, name, entrant, costs, report, ours), report
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as Markdown."""
-    heads = (
-        "line", "entrant", "bits", "mean KLD", "99 % KLD", "same top, %", "router, %",
-        "KLD behind the first", "CPU s", "GB",
-    )  # fmt: skip
-    cells = [heads, ["---", "---", *["--:"] * (len(heads) - 2)], *map(_cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
-def _cells(row: dict) -> tuple[str, ...]:
-    value, low, high = row["behind"]
-    first = low == high == 0
-    shares = (f"{100 * share:.2f}" for share in row["router_set"] if share is not None)
-    return (
-        row["line"],
-        f"{row['entrant']} {row['version']}",
-        f"{row['bits_per_weight']:.3f}",
-        f"{row['kld']:.6f} ± {row['kld_error']:.6f}",
-        f"{row['kld_99']:.5f}",
-        f"{100 * row['same_top']:.2f}",
-        ", ".join(shares),
-        "–" if first else f"{value:+.6f} ({low:+.6f} to {high:+.6f})",
-        f"{row['cpu_seconds']:.0f}",
-        f"{row['peak_rss'] / 1e9:.2f}",
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("work", type=Path)
     parser.add_argument("--text", required=True, help="a text that calibration does not use")
+    parser.add_argument("--calibration", default="python-docs", help="what all calibrate on")
     parser.add_argument("--line", action="append", choices=LINES)
     parser.add_argument("--peers", type=Path, default=HERE.parents[1] / ".peers")
     parser.add_argument("--samples", type=int, default=128)
@@ -264,7 +240,8 @@ def main() -> None:
     work = options.work.absolute()
     model = options.model if options.model == TOY else str(Path(options.model).absolute())
     text = str(Path(options.text).absolute())
-    job = Job(model, work, text, options.peers.absolute(), options.samples, options.length)
+    places = (model, work, options.calibration, text, options.peers.absolute())
+    job = Job(*places, options.samples, options.length)
     work.mkdir(parents=True, exist_ok=True)
     if not job.tokens.exists():
         job.write_tokens()
