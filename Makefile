@@ -59,7 +59,16 @@ $(READERS)/%/installed: tests/readers/requirements-%.txt
 # The peers of eval/compare/compare.py, each in an environment of its own: 5 GB. torch's CPU build
 # must be in reach of pip, as for test-engines.
 PEERS := .peers
-peers: $(addprefix $(PEERS)/,$(addsuffix /installed,gptqmodel llm-compressor auto-round))
+peers: $(addprefix $(PEERS)/,$(addsuffix /installed,gptqmodel llm-compressor auto-round llama-cpp))
+
+# llama.cpp's own programs: a quarter of an hour of cmake.
+$(PEERS)/llama-cpp/installed: eval/compare/peers/requirements-llama-cpp.txt
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: -d $(@D) -r $<
+	tar -xzf $(@D)/*.tar.gz -C $(@D)
+	cmake -S $(@D)/*/vendor/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF \
+		-DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DBUILD_SHARED_LIBS=OFF
+	cmake --build $(@D)/build --target llama-quantize llama-imatrix
+	touch $@
 
 $(PEERS)/%/installed: eval/compare/peers/requirements-%.txt
 	$(PYTHON) -m venv $(@D)

@@ -41,25 +41,36 @@ PEERS = {
     "gptqmodel": "gptqmodel",
     "llm-compressor": "llmcompressor",
     "auto-round": "auto-round",
+    "llama-cpp": "llama-cpp-python",
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """A grid that all `entrants` round to, and the `format` in which ours is written."""
+    """A grid that all `entrants` round to, integers of `bits` in groups or a named one, and the
+    `format` in which ours is written."""
 
     entrants: tuple[str, ...]
-    bits: int
-    group: int
     format: str
+    bits: int = 0
+    group: int = 0
+    grid: str = ""
+
+    @property
+    def rule(self) -> dict:
+        """The grid as keys of a rule."""
+        return {"grid": self.grid} if self.grid else {"bits": self.bits, "group": self.group}
 
 
 _INTEGERS = ("grokquant-gptq", "grokquant-two-sided", "gptqmodel", "llm-compressor", "auto-round")
+_BLOCKS = ("grokquant-gptq", "grokquant-two-sided", "llama-cpp", "llama-cpp-imatrix")
 LINES = {
-    "int4-g128": Line(_INTEGERS, 4, 128, "compressed-tensors"),
-    "int4-g32": Line(_INTEGERS, 4, 32, "compressed-tensors"),
+    "int4-g128": Line(_INTEGERS, "compressed-tensors", 4, 128),
+    "int4-g32": Line(_INTEGERS, "compressed-tensors", 4, 32),
     # llm-compressor's 3 bits are packed in a way of their own, which no engine reads.
-    "int3-g128": Line(tuple(e for e in _INTEGERS if e != "llm-compressor"), 3, 128, "gptq"),
+    "int3-g128": Line(tuple(e for e in _INTEGERS if e != "llm-compressor"), "gptq", 3, 128),
+    "q4_k": Line(_BLOCKS, "gguf", grid="q4_k"),
+    "q3_k": Line(_BLOCKS, "gguf", grid="q3_k"),
 }
 
 
@@ -92,7 +103,6 @@ class Job:
 def grokquant_command(job: Job, line: Line, entrant: str, output: Path) -> list[str]:
     """Ours. The recipe is written beside the output."""
     method = entrant.removeprefix("grokquant-")
-    grid = {"bits": line.bits, "group": line.group}
     recipe = {
         "model": {"path": job.model},
         "calibration": {
@@ -100,7 +110,7 @@ def grokquant_command(job: Job, line: Line, entrant: str, output: Path) -> list[
             "samples": job.samples,
             "length": job.length,
         },
-        "quantize": [{"match": "layers.*.experts.*", "method": method, **grid}],
+        "quantize": [{"match": "layers.*.experts.*", "method": method, **line.rule}],
         "output": {"path": str(output), "format": line.format},
     }
     path = output.with_suffix(".json")
@@ -110,6 +120,8 @@ def grokquant_command(job: Job, line: Line, entrant: str, output: Path) -> list[
 
 def peer_command(job: Job, line: Line, entrant: str, output: Path) -> list[str] | None:
     """A peer's program in the environment of the peer, None if that is not installed."""
+    if entrant.startswith("llama-cpp"):
+        return llama_cpp_command(job, line, entrant, output)
     python = job.peers / entrant / "bin" / "python"
     if not python.exists():
         return None
@@ -118,9 +130,23 @@ def peer_command(job: Job, line: Line, entrant: str, output: Path) -> list[str] 
     return [str(python), str(program), *map(str, given)]
 
 
+def llama_cpp_command(job: Job, line: Line, entrant: str, output: Path) -> list[str] | None:
+    """llama.cpp's programs, by a program that runs with this package."""
+    binaries = job.peers / "llama-cpp" / "build" / "bin"
+    if not (binaries / "llama-imatrix").exists():
+        return None
+    how = "imatrix" if entrant.endswith("imatrix") else "plain"
+    program = HERE / "peers" / "run_llama_cpp.py"
+    given = (job.model, job.tokens, output, line.grid, how, binaries)
+    return [sys.executable, str(program), *map(str, given)]
+
+
 def version_of(job: Job, entrant: str) -> str:
     if entrant.startswith("grokquant"):
         return grokquant.__version__
+    if entrant.startswith("llama-cpp"):
+        text = (HERE / "peers" / "requirements-llama-cpp.txt").read_text()
+        return text.strip().rpartition("==")[2]
     python = job.peers / entrant / "bin" / "python"
     text = f"from importlib.metadata import version; print(version({PEERS[entrant]!r}))"
     done = run([python, "-c", text], capture_output=True, text=True, check=False)
