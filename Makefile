@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test fuzz test-browser test-kill test-ranks test-readers test-engines check docs bench bench-real clean
+.PHONY: install demo test fuzz test-browser test-kill test-ranks test-readers test-engines peers check docs bench bench-real clean
 
 install: .venv/installed
 
@@ -60,6 +60,25 @@ $(READERS)/%/installed: tests/readers/requirements-%.txt
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" $(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
 
+# The peers of eval/compare/compare.py, each in an environment of its own: 5 GB. torch's CPU build
+# must be in reach of pip, as for test-engines.
+PEERS := .peers
+peers: $(addprefix $(PEERS)/,$(addsuffix /installed,gptqmodel llm-compressor auto-round llama-cpp))
+
+# llama.cpp's own programs: a quarter of an hour of cmake.
+$(PEERS)/llama-cpp/installed: eval/compare/peers/requirements-llama-cpp.txt
+	$(PYTHON) -m pip download --quiet --no-deps --no-binary :all: -d $(@D) -r $<
+	tar -xzf $(@D)/*.tar.gz -C $(@D)
+	cmake -S $(@D)/*/vendor/llama.cpp -B $(@D)/build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF \
+		-DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DBUILD_SHARED_LIBS=OFF
+	cmake --build $(@D)/build --target llama-quantize llama-imatrix
+	touch $@
+
+$(PEERS)/%/installed: eval/compare/peers/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
+
 # Style and types.
 check: install
 	$(BIN)/ruff check .
@@ -81,4 +100,4 @@ bench-real: install
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 clean:
-	rm -rf .venv .readers runs notebooks/runs build *.egg-info
+	rm -rf .venv .readers .peers runs notebooks/runs build *.egg-info

@@ -8,6 +8,7 @@ import ast
 import inspect
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,10 @@ from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job.default_recipe import GOALS
 from grokquant.methods import METHODS
-from grokquant.recipe import Recipe, Rule
+from grokquant.recipe import BudgetSection, Recipe, Rule
 
 ROOT = Path(__file__).parents[1]
+COMPARE = ROOT / "eval" / "compare"
 DOWN = (6144, 32768)  # the largest matrix of an expert of Grok-1, [out, in]
 
 
@@ -281,8 +283,23 @@ def _rooms() -> list[set[str]]:
     raise ExtensionError("tests/test_architecture.py has no ROOMS")
 
 
+def comparison() -> str:
+    """What `eval/compare/compare.py` found, a table for each model."""
+    sys.path.insert(0, str(COMPARE))
+    from comparison import table
+
+    lines = (ROOT / "eval" / "baselines" / "compare.jsonl").read_text().splitlines()
+    models: dict[tuple[str, str], list[dict]] = {}
+    for row in map(json.loads, lines):
+        models.setdefault((row["model"], row["text"]), []).append(row)
+    return "\n\n".join(
+        f"### {model}, on {text}\n\n{table(rows)}" for (model, text), rows in models.items()
+    )
+
+
 PARTS = {
     "recipe": lambda: fields_of(Recipe, "recipe", "; required"),
+    "budget": lambda: fields_of(BudgetSection, "budget", "; required"),
     "methods": keys_by_method,
     "report": lambda: fields_of(Report, "report"),
     "grids": grids_by_format,
@@ -293,6 +310,7 @@ PARTS = {
     "python": python,
     "suites": suites,
     "rooms": rooms,
+    "comparison": comparison,
 }
 MARK = re.compile(r"<!-- generated: ([\w-]+) -->")
 

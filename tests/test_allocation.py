@@ -2,19 +2,27 @@
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 from conftest import ATTENTION
 
+from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.job.allocation import allocate as step
+from grokquant.job.allocation import measure
 from grokquant.job.allocation.allocate import Allocation, allocate, budget_path
-from grokquant.job.allocation.measure import Errors, Probe, costs
+from grokquant.job.allocation.choices import choices_of, options_of
+from grokquant.job.allocation.measure import Errors, LayerErrors, Probe, costs
 from grokquant.job.allocation.solver import solve
 from grokquant.job.plan import build_plan
+from grokquant.methods.rtn import quantize_rtn
 from grokquant.recipe import BudgetRecipe, load_any_recipe, parse_any_recipe
+from grokquant.streaming.blocks import BlockwiseModel, Expert, Routed
+from grokquant.text.documents import calibration_rows
+from grokquant.text.tokenizer import load_tokenizer
 
 GRIDS = [{"bits": bits, "group": 32} for bits in (2, 3, 4)]
 BUDGET = {"bits_per_weight": 3.5, "grids": GRIDS, "unit": "projection", "method": "rtn"}
@@ -68,12 +76,14 @@ def test_costs_of_a_kind_add_up_to_its_divergence():
 def budgeted(tiny_release, text_file, tmp_path) -> Callable[..., BudgetRecipe]:
     """A recipe with a budget for the tiny release; keywords replace keys of the budget."""
 
-    def make(format: str = "gptq", **keys: object) -> BudgetRecipe:
+    def make(
+        format: str = "gptq", rules: Sequence[dict] = (ATTENTION,), **keys: object
+    ) -> BudgetRecipe:
         recipe = parse_any_recipe(
             {
                 "model": {"path": str(tiny_release)},
                 "calibration": {"text": str(text_file), "samples": 8, "length": 32},
-                "quantize": {"budget": BUDGET | keys, "rules": [ATTENTION]},
+                "quantize": {"budget": BUDGET | keys, "rules": list(rules)},
                 "output": {"path": str(tmp_path / "out"), "format": format},
             }
         )
@@ -201,3 +211,67 @@ def test_mistakes_name_their_key(budgeted, keys, line):
     with pytest.raises(InputError) as error:
         budgeted(**keys)
     assert str(error.value).startswith(f"recipe: {line}")
+
+
+@pytest.fixture
+def measured(budgeted, monkeypatch) -> tuple[LayerErrors, torch.Tensor, torch.Tensor]:
+    """The first layer measured on all tokens of its experts, the states before it and after it."""
+    monkeypatch.setattr(measure, "_held_out", lambda tokens: (torch.arange(tokens),) * 2)
+    recipe = budgeted(match="layers.0.*", bits_per_weight=8, rules=[])
+    checkpoint = open_checkpoint(recipe.model.path)
+    rows = calibration_rows(recipe.calibration, load_tokenizer(checkpoint), checkpoint)
+    model = BlockwiseModel(checkpoint, torch.float32)
+    layer = LayerErrors(model, 0, options_of(choices_of(recipe, checkpoint)), min_tokens=0)
+    with torch.no_grad():
+        hidden = model.embed(rows)
+        after = layer.run(hidden, len(hidden), 2)
+    return layer, hidden, after
+
+
+def run_with(layer: LayerErrors, hidden: torch.Tensor, values: dict) -> torch.Tensor:
+    """The states after the layer with other values of some tensors."""
+    model = layer.model
+    model.load_layer(0)
+    for tensor, value in values.items():
+        if "self_attn" in tensor:
+            model.replace(0, tensor, value)
+
+    def expert(number: int, routed: Routed) -> Expert:
+        names = model.family.expert_tensors(0, number)
+        W = {part: values.get(t, model.expert_weight(t)) for part, t in names.items()}
+        inner = model.hidden_units(0, number, W["gate"], W["up"])
+        return lambda x: inner(x) @ W["down"].T
+
+    after = model.run_layer(0, hidden, model.combine_experts(0, expert))
+    model.free_layer(0)
+    return after
+
+
+def rounded(layer: LayerErrors, name: str, grid: int) -> dict[str, torch.Tensor]:
+    unit = layer.options[name][grid]
+    W = layer.model.source.tensors[unit.tensor].read().float()
+    return {unit.tensor: quantize_rtn(W, unit.scheme).dequantize().float()}
+
+
+@pytest.mark.parametrize("part", ["gate", "up", "down"])
+def test_errors_are_those_of_the_layer_with_one_matrix_rounded(measured, part):
+    layer, hidden, _ = measured
+    name = f"layers.0.experts.1.{part}"
+    before = run_with(layer, hidden, {})
+    for grid, error in layer.errors[name].outputs.items():
+        lost = (run_with(layer, hidden, rounded(layer, name, grid)) - before).flatten(0, 1)
+        naive = ((lost @ layer._metric) * lost).sum().item() / len(lost)
+        assert error == pytest.approx(naive, rel=1e-2)
+
+
+def test_probes_follow_the_states_of_the_original(measured):
+    layer, hidden, after = measured
+    rows = len(hidden)
+    assert len(after) == rows + 2 * len(layer.probes) == rows + 2 * 7
+    torch.testing.assert_close(after[:rows], run_with(layer, hidden, {}))
+    for place, probe in enumerate(layer.probes):
+        values: dict[str, torch.Tensor] = {}
+        for name, grid in probe.grids.items():
+            values |= rounded(layer, name, grid)
+        ours = after[rows + 2 * place : rows + 2 * place + 2]
+        torch.testing.assert_close(ours, run_with(layer, hidden[:2], values))

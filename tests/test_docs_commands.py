@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 from test_default_recipe import WIDE, saved
 
-from grokquant.recipe import parse_recipe
+from grokquant.recipe import parse_any_recipe
 
 ROOT = Path(__file__).parents[1]
 # In the order in which a newcomer reads them; the others show parts of what these have made.
@@ -106,4 +106,4 @@ def test_parts_of_recipes_that_are_shown_are_valid():
         "output": {"path": "out"},
     }
     for part in shown:
-        parse_recipe(rest | part)
+        parse_any_recipe(rest | part)

@@ -103,6 +103,11 @@ def test_plots_of_a_quantization_have_a_cell_for_each_expert(output):
         if (title := rect.findtext("title"))
     }
     assert shades == {"layer 0": "c q7", "layer 1": "c q0"}
+    (kinds,) = drawings(found.plot("bits_by_kind").html)
+    titles = [title for rect in kinds.iter("rect") if (title := rect.findtext("title"))]
+    # Four matrices of attention, and gate, up and down of all experts.
+    assert len(titles) == 2 * 7
+    assert "layer 0, down: 8.50" in titles and "layer 1, down: 4.50" in titles
     (layers,) = drawings(found.plot().html)
     assert len([rect for rect in layers.iter("rect") if rect.findtext("title")]) == 2
 

@@ -210,11 +210,8 @@ def _explanation(error: ErrorDetails, loc: Loc, schema: type[Section]) -> str:
             return _missing(error, schema)
         case "model_type":
             return "expected a mapping of keys"
-        case "tuple_type" if loc == ("quantize",) and isinstance(error["input"], dict):
-            return (
-                "expected a list of rules; a mapping with a budget goes to `grokquant budget` or "
-                "`grokquant quantize`"
-            )
+        case "tuple_type" if isinstance(error["input"], dict) and "budget" in error["input"]:
+            return "expected a list of rules; `grokquant budget` makes one of a budget"
         case "tuple_type":
             return "expected a list, each entry of which begins with a dash"
         case "too_short":

@@ -43,6 +43,7 @@ EVALUATION: Plots[Report] = {
     "weight_error": lambda report: layer_sections.weight_error(report.units),
     "output_error": lambda report: layer_sections.output_error(report.units),
     "bits": lambda report: layer_sections.bits(report.units),
+    "bits_by_kind": lambda report: layer_sections.bits_by_kind(report.units),
     "size": sections.size_figure,
 }
 
@@ -51,6 +52,7 @@ QUANTIZATION: Plots[QuantizationReport] = {
     "weight_error": lambda report: layer_sections.weight_error(report.units),
     "output_error": lambda report: layer_sections.output_error(report.units),
     "bits": lambda report: layer_sections.bits(report.units),
+    "bits_by_kind": lambda report: layer_sections.bits_by_kind(report.units),
     "load": quantization_figures.calibration_load,
 }
 

@@ -80,7 +80,7 @@ class ShownReport(Report):
 
     def plot(self, name: str = "layers") -> Plot:
         """A chart by name: kld, delta_p, layers, isolated, routing, load, load_shift, moved,
-        damage, weight_error, output_error, bits or size. Raises InputError."""
+        damage, weight_error, output_error, bits, bits_by_kind or size. Raises InputError."""
         return draw(plots.EVALUATION, self, name)
 
     def _repr_html_(self) -> str:
@@ -108,7 +108,7 @@ class ShownQuantization(QuantizationReport):
         return ShownQuantization(**dict(read_quantization(path)))
 
     def plot(self, name: str = "layers") -> Plot:
-        """A chart by name: layers, weight_error, output_error, bits or load (calibration tokens).
+        """A chart by name: layers, weight_error, output_error, bits, bits_by_kind or load (tokens).
         Raises InputError."""
         return draw(plots.QUANTIZATION, self, name)
 

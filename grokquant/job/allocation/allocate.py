@@ -28,7 +28,7 @@ from grokquant.escaping import one_line
 from grokquant.families.tokenizer import has_tokenizer, no_tokenizer
 from grokquant.files import atomic
 from grokquant.formats import FORMATS
-from grokquant.job.allocation.choices import Choice, choices_of, rules_of
+from grokquant.job.allocation.choices import Choice, choices_of, options_of, rules_of
 from grokquant.job.allocation.measure import Errors, LayerErrors, Probe, costs, divergences
 from grokquant.job.allocation.solver import solve
 from grokquant.job.fingerprint import PACKAGES, contents_of, difference, rows_digest
@@ -40,7 +40,6 @@ from grokquant.recipe import BudgetRecipe, Recipe, parse_recipe, to_yaml
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
-from grokquant.types import Unit
 
 _MEASURED = "measured.json"
 _WRITTEN = "written.json"
@@ -49,8 +48,6 @@ _RECIPE = "recipe.yaml"
 _PROBED_ROWS = 1.0
 
 Note = Callable[[str], None]
-# By the name of a matrix and the number of a grid.
-Options = Mapping[str, Mapping[int, Unit]]
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def _measure(
     measured = _recovered(place, identity)
     if measured.kld is not None:
         return measured
-    options = _options_of(choices)
+    options = options_of(choices)
     layers = checkpoint.num_layers
     model = BlockwiseModel(checkpoint, CALIBRATION_DTYPE, device, pieces=True)
     with memory_for("embedding"), torch.no_grad():
@@ -160,7 +157,7 @@ def _measure(
         hidden = load_file(_states(place, measured.layers))["hidden"].clone()
     for index in range(measured.layers, layers):
         note(f"budget: measuring layer {index} of {layers}")
-        layer = LayerErrors(model, index, options)
+        layer = LayerErrors(model, index, options, recipe.experts.min_tokens)
         with memory_for(f"layer {index}"), torch.no_grad():
             hidden = layer.run(hidden, len(rows), probed)
         measured = Measured(
@@ -174,15 +171,6 @@ def _measure(
     return measured
 
 
-def _options_of(choices: Sequence[Choice]) -> Options:
-    options: dict[str, dict[int, Unit]] = {}
-    for choice in choices:
-        for option in choice.options:
-            for unit in option.units:
-                options.setdefault(unit.name, {})[option.grid] = unit
-    return options
-
-
 def _identity(recipe: BudgetRecipe, checkpoint: Checkpoint, rows: Tensor) -> dict[str, Any]:
     """What determines the measurements. JSON values only."""
     budget = recipe.quantize.budget.model_dump(mode="json")
@@ -192,6 +180,7 @@ def _identity(recipe: BudgetRecipe, checkpoint: Checkpoint, rows: Tensor) -> dic
         "budget": budget,
         "rules": [rule.match for rule in recipe.quantize.rules],
         "format": recipe.output.format,
+        "experts": recipe.experts.model_dump(),
         "calibration text": rows_digest(rows),
         **contents_of(checkpoint),
         "version": {package: version(package) for package in PACKAGES},
@@ -299,6 +288,6 @@ def _headed(
     lines = (
         f"{bits:.4f} of {budget.bits_per_weight:g} bits per weight in {budget.match}",
         f"matrices: {shares}",
-        f"expected divergence if rounded to nearest: {kld:.2g} nats a token",
+        f"expected divergence: {kld:.2g} nats a token",
     )
     return "\n".join(f"# {one_line(line)}" for line in lines)

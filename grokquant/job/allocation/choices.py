@@ -67,6 +67,16 @@ def choices_of(recipe: BudgetRecipe, checkpoint: Checkpoint) -> list[Choice]:
     ]
 
 
+def options_of(choices: Sequence[Choice]) -> dict[str, dict[int, Unit]]:
+    """The units that a matrix may become, by its name and the number of a grid."""
+    options: dict[str, dict[int, Unit]] = {}
+    for choice in choices:
+        for option in choice.options:
+            for unit in option.units:
+                options.setdefault(unit.name, {})[option.grid] = unit
+    return options
+
+
 def rules_of(recipe: BudgetRecipe, choices: Sequence[Choice], taken: Sequence[int]) -> list[dict]:
     """The rules that give each choice the grid of its option of number `taken`.
 

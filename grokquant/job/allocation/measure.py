@@ -1,7 +1,8 @@
 """What rounding each matrix costs the model: one pass of the original, layer by layer.
 
-For each matrix and grid the matrix alone is rounded to nearest, and the layer runs with it. With d
-the change of the layer's output, of the tokens that reach the matrix,
+For each matrix and grid the matrix alone is rounded, by the method of the budget, and the layer
+runs with it. With d the change of the layer's output for tokens that reach the matrix and that its
+rounding has not seen,
 
     error[matrix, grid] = sum of d^T M d / tokens in all        M see `methods/output_metric`
 
@@ -19,6 +20,7 @@ to the end with all matrices of the kind rounded to a middle grid, beside the un
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -27,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grokquant.calibration.site import Site
 from grokquant.methods import METHODS
-from grokquant.methods.method import Layer, dense, errors_of
+from grokquant.methods.method import Layer, UnusableHessian, dense, errors_of
 from grokquant.methods.output_metric import metric_of_sum
 from grokquant.streaming.blocks import TOKENS_IN_PIECE, BlockwiseModel, Combine, Expert, Routed
 from grokquant.threads import in_pieces, slices
@@ -36,6 +39,8 @@ from grokquant.types import QTensor, Unit
 
 # Tokens of an expert on which its errors are measured: an average over more would hardly differ.
 _TOKENS = 2048
+# Of so many tokens of an expert one is kept from its Hessian, to measure errors on.
+_HELD_OUT = 8
 # The smallest cost of a matrix, as a share of what its weights' error costs the others of its kind
 # on average: calibration that does not reach an expert does not show that nothing will.
 _UNSEEN = 0.02
@@ -64,7 +69,8 @@ class LayerErrors:
     """Measures layer `index` of the original model.
 
     `options` are the units to measure by the name of their matrix and the number of their grid.
-    `run` fills `errors` by the same names, and `probes`.
+    Matrices that fewer than `min_tokens` reach are rounded to nearest. `run` fills `errors` by the
+    same names.
     """
 
     def __init__(
@@ -72,9 +78,11 @@ class LayerErrors:
         model: BlockwiseModel,
         index: int,
         options: Mapping[str, Mapping[int, Unit]],
+        min_tokens: int,
     ) -> None:
         self.model = model
         self.index = index
+        self.min_tokens = min_tokens
         self.options = {
             name: units
             for name, units in options.items()
@@ -85,6 +93,7 @@ class LayerErrors:
             Probe(index, kind, {name: middle(self.options[name]) for name in names})
             for kind, names in self._kinds().items()
         ]
+        self._probed: dict[str, QTensor] = {}  # matrices as the probes have them
 
     def run(self, hidden: Tensor, rows: int, probed: int) -> Tensor:
         """The states [rows and those of probes, time, hidden] after the layer; new probes follow.
@@ -145,8 +154,10 @@ class LayerErrors:
         before = run().flatten(0, 1)
         for name, units in outside.items():
             W = self._original(_of(units).tensor)
+            x = self.model.inputs_of(self.index, _of(units).tensor, hidden)
+            site = self._site(x, torch.arange(len(x)))
             for grid, unit in units.items():
-                self.model.replace(self.index, unit.tensor, self._rounded(W, unit, grid))
+                self.model.replace(self.index, unit.tensor, self._rounded(W, unit, grid, site))
                 lost = self._cost(run().flatten(0, 1), before)
                 self.errors[name].outputs[grid] = lost / len(before)
             self.model.replace(self.index, _of(units).tensor, W)
@@ -172,15 +183,18 @@ class LayerErrors:
         if not owned:
             return torch.zeros_like
         stored = {part: self._original(names[part]) for part in ("gate", "up", "down")}
-        chosen = slice(None, None, -(-len(routed.token) // _TOKENS) or 1)
-        token = routed.token[chosen]
-        gate = routed.gate[chosen]
+        seen, unseen = _held_out(len(routed.token))
+        outer = self._site(routed.x, routed.token[seen])
+        inner = self._inner_site(expert, stored, routed.x, routed.token[seen])
+        token = routed.token[unseen]
+        gate = routed.gate[unseen]
         x = routed.x[token].to(self.model.device)
         y = self._outputs(expert, stored, x)
         share = len(routed.token) / max(len(token), 1) / len(routed.x)
         for part, (name, units) in owned.items():
+            site = inner if part == "down" else outer
             for grid, unit in units.items():
-                rounded = stored | {part: self._rounded(stored[part], unit, grid)}
+                rounded = stored | {part: self._rounded(stored[part], unit, grid, site)}
                 lost = (self._outputs(expert, rounded, x).float() - y.float()).cpu() * gate
                 cost = self._cost_in_sum(lost, self._combined[token])
                 self.errors[name].outputs[grid] = cost * share
@@ -188,12 +202,13 @@ class LayerErrors:
 
     def _outputs(self, expert: int, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs of an expert with these matrices for x [tokens, hidden]."""
-        if not len(x):
-            return x
+        return self.model.by_rows(self._expert(expert, weights), x) if len(x) else x
+
+    def _expert(self, expert: int, weights: Mapping[str, Tensor]) -> Expert:
         W = {part: weight.to(self.model.dtype) for part, weight in weights.items()}
         inner = self.model.hidden_units(self.index, expert, W["gate"], W["up"])
         bias = self.model.expert_bias(self.index, expert, "down")
-        return self.model.by_rows(lambda part: F.linear(inner(part), W["down"], bias), x)
+        return lambda x: F.linear(inner(x), W["down"], bias)
 
     def _cost_in_sum(self, lost: Tensor, combined: Tensor) -> float:
         """Sum of d^T M d where `lost` [tokens, hidden] is added to the sum of all experts, which
@@ -221,20 +236,19 @@ class LayerErrors:
 
     def _run_probe(self, probe: Probe, hidden: Tensor) -> Tensor:
         """The states after the layer with all matrices of a kind rounded."""
-        units = {self.options[name][grid].tensor: name for name, grid in probe.grids.items()}
-        outside = {t: n for t, n in units.items() if _of(self.options[n]).expert is None}
-        for tensor, name in outside.items():
-            self.model.replace(self.index, tensor, self._probed(probe, name))
+        units = [self.options[name][grid] for name, grid in probe.grids.items()]
+        rounded = {unit.tensor: self._probed.pop(unit.name) for unit in units}
+        outside = [unit.tensor for unit in units if unit.expert is None]
+        for tensor in outside:
+            self.model.replace(self.index, tensor, rounded[tensor].dequantize())
 
         def expert(number: int, routed: Routed) -> Expert:
             names = self.model.family.expert_tensors(self.index, number)
             weights = {
-                part: self._probed(probe, units[tensor])
-                if tensor in units
-                else self._original(tensor)
-                for part, tensor in names.items()
+                part: rounded[t].dequantize() if t in rounded else self._original(t)
+                for part, t in names.items()
             }
-            return lambda x: self._outputs_of_piece(number, weights, x)
+            return self._expert(number, weights)
 
         combine = self.model.combine_experts(self.index, expert)
         after = self.model.run_layer(self.index, hidden, combine)
@@ -242,28 +256,38 @@ class LayerErrors:
             self.model.replace(self.index, tensor, self._original(tensor))
         return after
 
-    def _outputs_of_piece(self, expert: int, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        W = {part: weight.to(self.model.dtype) for part, weight in weights.items()}
-        inner = self.model.hidden_units(self.index, expert, W["gate"], W["up"])
-        bias = self.model.expert_bias(self.index, expert, "down")
-        return F.linear(inner(x), W["down"], bias)
-
-    def _probed(self, probe: Probe, name: str) -> Tensor:
-        grid = probe.grids[name]
-        unit = self.options[name][grid]
-        return self._rounded(self._original(unit.tensor), unit, grid)
-
     # --- matrices
 
     def _original(self, tensor: str) -> Tensor:
         return self.model.source.tensors[tensor].load_on(self.model.device)
 
-    def _rounded(self, W: Tensor, unit: Unit, grid: int) -> Tensor:
-        """W rounded to nearest, dequantized; notes the error of its weights."""
-        rounded = _nearest(W, unit)
-        errors = self.errors[unit.name].weights
-        if grid not in errors:
-            errors[grid] = errors_of(W, rounded).relative ** 2
+    def _site(self, x: Tensor, token: Tensor) -> Site:
+        """The rows `token` of x [tokens, features] as the input of matrices."""
+        return self._site_of(x.shape[1], token, lambda part: x[part].to(self.model.device))
+
+    def _inner_site(
+        self, expert: int, stored: Mapping[str, Tensor], x: Tensor, token: Tensor
+    ) -> Site:
+        """The hidden units of an expert for the rows `token` of x, the input of down."""
+        gate, up = (stored[part].to(self.model.dtype) for part in ("gate", "up"))
+        inner = self.model.hidden_units(self.index, expert, gate, up)
+
+        def units(part: Tensor) -> Tensor:
+            return self.model.by_rows(inner, x[part].to(self.model.device))
+
+        return self._site_of(len(gate), token, units)
+
+    def _site_of(self, features: int, token: Tensor, read: Callable[[Tensor], Tensor]) -> Site:
+        few = f"{len(token)} tokens" if len(token) < self.min_tokens else None
+        parts = partial(self.model.inputs_at_once, token)
+        return Site(len(token), features, lambda: map(read, parts()), refusal=few)
+
+    def _rounded(self, W: Tensor, unit: Unit, grid: int, site: Site) -> Tensor:
+        """W rounded and dequantized; notes the error of its weights, and keeps what probes need."""
+        rounded = _round(dense(W), unit, site)
+        self.errors[unit.name].weights[grid] = errors_of(W, rounded).relative ** 2
+        if grid == middle(self.options[unit.name]):
+            self._probed[unit.name] = rounded
         return rounded.dequantize()
 
 
@@ -327,8 +351,23 @@ def _kld(before: Tensor, after: Tensor, part: slice) -> float:
     return (p.exp() * (p - q)).sum(dtype=torch.float64).item()
 
 
-def _nearest(W: Tensor, unit: Unit) -> QTensor:
-    return METHODS["rtn"].round(dense(W), unit.scheme, unit.settings, None).quantized
+def _round(W: Tensor, unit: Unit, site: Site) -> QTensor:
+    """W rounded as planned, or to nearest where the site cannot be used."""
+    method = METHODS[unit.method]
+    with suppress(UnusableHessian):
+        return method.round(W, unit.scheme, unit.settings, site).quantized
+    assert method.fallback is not None, f"{unit.method} needs data and has no fallback"
+    return method.fallback.round(W, unit.scheme, unit.settings, None).quantized
+
+
+def _held_out(tokens: int) -> tuple[Tensor, Tensor]:
+    """Which of the tokens of an expert make its Hessian, and on which errors are measured."""
+    numbers = torch.arange(tokens)
+    if tokens < _HELD_OUT:
+        return numbers, numbers
+    held_out = numbers[_HELD_OUT - 1 :: _HELD_OUT]
+    seen = numbers[numbers % _HELD_OUT != _HELD_OUT - 1]
+    return seen, held_out[:: -(-len(held_out) // _TOKENS)]
 
 
 def _without_experts(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:

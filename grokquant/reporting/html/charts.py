@@ -214,18 +214,24 @@ def heat_map(
     show: Show,
     palette: str,
     names: tuple[str, str] = ("layer", "expert"),
+    rows: Sequence[str] = (),
 ) -> str:
-    """Cells coloured by value: a column per layer, a row per expert; None stays empty."""
+    """Cells coloured by value: a column per layer, a row per expert; None stays empty.
+
+    `rows` name the rows, which otherwise have numbers.
+    """
     grid = _Grid(len(columns), max(len(column) for column in columns))
     values = [mark.value for column in columns for mark in column if mark]
     scale = _ColourScale.of(values, palette)
-    elements = grid.row_labels()
+    elements = grid.row_labels(rows)
     for i, column in enumerate(columns):
         for e, mark in enumerate(column):
             if mark is not None:
-                label = f"{names[0]} {i}, {names[1]} {e}: {show(mark.value)}{mark.note}"
+                row = rows[e] if rows else f"{names[1]} {e}"
+                label = f"{names[0]} {i}, {row}: {show(mark.value)}{mark.note}"
                 elements += _cell(grid.cell(i, e), mark, scale, label, show(mark.value))
-    elements.append(text(13, (grid.TOP + grid.bottom) / 2, names[1], "mid", turned=True))
+    if not rows:
+        elements.append(text(13, (grid.TOP + grid.bottom) / 2, names[1], "mid", turned=True))
     elements += layer_ticks(range(len(columns)), grid.bottom, names[0])
     elements += _colour_legend(scale, show, grid.bottom + 56)
     return drawing(title, grid.bottom + 78, elements)
@@ -256,11 +262,12 @@ class _Grid:
         x = LEFT + column * self.width
         return Box(x, self.TOP + row * self.height, self.width, self.height)
 
-    def row_labels(self) -> list[str]:
-        """Numbers of rows, few enough not to touch."""
+    def row_labels(self, names: Sequence[str] = ()) -> list[str]:
+        """Names or numbers of rows, few enough not to touch."""
         every = ceil(_ROW_LABELS / self.height)
+        shown = names or [str(row) for row in range(self.rows)]
         return [
-            text(LEFT - 8, self.TOP + self.height * (row + 0.5) + TEXT_DROP, str(row), "end")
+            text(LEFT - 8, self.TOP + self.height * (row + 0.5) + TEXT_DROP, shown[row], "end")
             for row in range(0, self.rows, every)
         ]
 

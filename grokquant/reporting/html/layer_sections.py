@@ -264,5 +264,13 @@ def bits(units: Sequence[UnitRow]) -> str:
     )
 
 
+def bits_by_kind(units: Sequence[UnitRow]) -> str:
+    return _expert_figure(
+        "Bits of each kind of matrix",
+        "Stored bits per weight, averaged over the matrices of a kind in a layer.",
+        report_charts.kind_bits_map(units),
+    )
+
+
 def _expert_figure(title: str, words: str, drawing: str | None) -> str:
     return figure(title, words, drawing) if drawing else ""

@@ -184,6 +184,21 @@ def expert_bits_map(units: Sequence[UnitRow]) -> str | None:
     return heat_map("Bits per weight by layer and expert", columns, _two_decimals, BLUES)
 
 
+def kind_bits_map(units: Sequence[UnitRow]) -> str | None:
+    """Mean bits per weight of each kind of matrix in each layer; None without layers."""
+    values: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for unit in units:
+        if unit.layer is not None:
+            values[unit.layer, unit.name.rpartition(".")[2]].append(unit.bits_per_weight)
+    kinds = list(dict.fromkeys(kind for _, kind in values))
+    if not kinds:
+        return None
+    layers = range(1 + max(layer for layer, _ in values))
+    columns = [[_mean_mark(values.get((layer, kind))) for kind in kinds] for layer in layers]
+    title = "Bits per weight by layer and kind of matrix"
+    return heat_map(title, columns, _two_decimals, BLUES, ("layer", "kind"), kinds)
+
+
 def _by_expert(units: Sequence[UnitRow], field: str) -> list[list[Mark | None]] | None:
     """Mean `field` of the matrices of each expert: a column per layer; None without experts."""
     values: dict[tuple[int, int], list[float]] = defaultdict(list)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from grokquant.escaping import html_text
 from grokquant.evaluation.report import Report, UnitRow
 from grokquant.humanize import NBSP, number, percent, rough, unbroken_size
-from grokquant.reporting.html import report_charts
+from grokquant.reporting.html import layer_sections, report_charts
 from grokquant.reporting.html.anchors import scale_of_divergence
 from grokquant.reporting.html.markup import (
     card,
@@ -144,6 +144,10 @@ def weights_section(report: Report) -> str:
                 table(heads("Grid", "Matrices", numeric=1), "".join(grids)),
             )
         )
+    of_experts = {unit.bits_per_weight for unit in report.units if unit.expert is not None}
+    if len(of_experts) > 1:
+        drawn = (layer_sections.bits_by_kind(report.units), layer_sections.bits(report.units))
+        charts += filter(None, drawn)
     worst = sorted(report.units, key=lambda unit: -unit.relative_error)[:_WORST_MATRICES]
     folded = details("Matrices with the largest error", card(_matrix_table(worst)))
     return section(
