@@ -279,9 +279,21 @@ CONSUMERS = (
     Consumer(
         "llama.cpp",
         "llama.cpp",
-        "b11434",
+        "b11434 and 0.5.0",
         (_formats("gguf"),),
-        ("grok-1", "mixtral", "llama", "mistral", "qwen3-moe"),
+        (
+            "grok-1",
+            "mixtral",
+            "llama",
+            "mistral",
+            "qwen2-moe",
+            "qwen3-moe",
+            "olmoe",
+            "deepseek-v2",
+            "gpt-oss",
+            "gemma-2",
+            "gemma-3",
+        ),
     ),
     Consumer(
         "vllm",
