@@ -293,6 +293,11 @@ CONSUMERS = (
             "gpt-oss",
             "gemma-2",
             "gemma-3",
+            "qwen2",
+            "qwen3",
+            "deepseek-v3",
+            "glm4-moe",
+            "gemma",
         ),
     ),
     Consumer(

@@ -31,7 +31,7 @@ _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 _GEMMA |= {"tie_word_embeddings": True}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 64}
-_LATENT = {
+LATENT = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
@@ -47,6 +47,17 @@ _LATENT = {
     "topk_group": 1,
     "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
 }
+_GLM = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "head_dim": 32,
+    "use_qk_norm": True,
+    "attention_bias": True,
+}
 # Name for llama.cpp, type of model for transformers, sizes, metadata keys of its own.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "llama", {}),
@@ -61,6 +72,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "qwen3_moe",
         _EXPERTS | {"moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 32},
     ),
+    "qwen2": ("qwen2", "qwen2", {}),
+    "qwen3": ("qwen3", "qwen3", {"head_dim": 32}),
+    "deepseek_v3": (
+        "deepseek2",
+        "deepseek_v3",
+        LATENT | {"q_lora_rank": 32, "n_group": 2, "norm_topk_prob": True},
+    ),
+    "glm4_moe": ("glm4moe", "glm4_moe", _GLM),
+    "gemma": ("gemma", "gemma", {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", "gemma2", _GEMMA),
     "gemma3": ("gemma3", "gemma3_text", _GEMMA | {"num_hidden_layers": 6}),
     "gpt_oss": (
@@ -69,7 +89,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 16}
         | {"rope_parameters": YARN | {"truncate": False}},
     ),
-    "deepseek_v2": ("deepseek2", "deepseek_v2", _LATENT | {"q_lora_rank": 32}),
+    "deepseek_v2": ("deepseek2", "deepseek_v2", LATENT | {"q_lora_rank": 32}),
     "olmoe": ("olmoe", "olmoe", _EXPERTS | {"num_key_value_heads": 4}),
 }
 
@@ -155,6 +175,13 @@ def _write_settings(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     if found := [getattr(config, field) for field in experts if hasattr(config, field)]:
         writer.add_expert_count(found[0])
+    if MODELS[name][0] == "glm4moe":
+        writer.add_rope_dimension_count(config.head_dim // 2)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if getattr(config, "n_group", 1) > 1:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
     if MODELS[name][0] == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
     if MODELS[name][0] == "deepseek2":

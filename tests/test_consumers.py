@@ -77,7 +77,8 @@ TRIED = [
         ("llama.cpp", contents("gguf", family), "yes")
         for family in (
             *("grok-1", "mixtral", "llama", "mistral", "qwen2-moe", "qwen3-moe", "olmoe"),
-            *("deepseek-v2", "gpt-oss", "gemma-2", "gemma-3"),
+            *("deepseek-v2", "deepseek-v3", "glm4-moe", "gpt-oss"),
+            *("gemma", "gemma-2", "gemma-3", "qwen2", "qwen3"),
         )
     ),
     ("llama.cpp", contents("gguf", "grok-2"), "not tried"),

@@ -33,13 +33,13 @@ from grokquant.containers.gguf_names import (
     known_architecture,
 )
 from grokquant.containers.gguf_settings import (
-    model_config,
     setting,
     settings_of,
     with_rotary_factors,
 )
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
+from grokquant.families import config_of
 from grokquant.files.gguf_header import (
     DENSE,
     TYPES,
@@ -82,7 +82,7 @@ def lay_out(
     different grids.
     """
     settings = settings_of(source)
-    locations = dict(_locations(known_architecture(source), model_config(source)))
+    locations = dict(_locations(known_architecture(source), config_of(source)))
     slots: dict[str, Slot] = {}
     tensors: dict[str, GgufTensor] = {}
     stacks: list[Group] = []
@@ -112,7 +112,7 @@ def opened(source: Source) -> Source:
     if source.metadata:
         source = described(source)
     architecture = known_architecture(source)
-    config = model_config(source)
+    config = config_of(source)
     refs = {}
     used = {ROPE_FREQS}
     for name, location in _locations(architecture, config, read=True):

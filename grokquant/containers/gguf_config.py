@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from grokquant.containers.gguf_names import (
     ROPE_FREQS,
@@ -80,6 +81,8 @@ def _row(source: Source) -> Architecture:
 def _config(source: Source, row: Architecture) -> dict[str, Any]:
     """The config of a file. Raises InputError naming a key that is missing or makes no sense."""
     found: dict[str, Any] = {"architectures": [row.models[0]]}
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    found["model_type"] = next((kind for kind, name in kinds if name == row.models[0]), None)
     found |= {field: wanted[0] for field, wanted in row.required.items() if wanted[0] is not None}
     found |= dict(_fields(source, row))
     embedding = source.tensors.get(_EMBEDDING)
@@ -137,6 +140,7 @@ def _derived(source: Source, row: Architecture, found: dict[str, Any]) -> dict[s
     if row.name == "deepseek2":
         fields |= _latent(source, row)
     if row.name == "glm4moe":
+        fields["attention_bias"] = "blk.0.attn_q.bias" in source.tensors
         fields["use_qk_norm"] = "blk.0.attn_q_norm.weight" in source.tensors
         share = (_value(source, row, "rope.dimension_count") or 0) / max(found["head_dim"], 1)
         fields["rope_parameters"]["partial_rotary_factor"] = share or 0.5

@@ -259,6 +259,15 @@ _GPT_OSS = Architecture(
     required={"swiglu_limit": (7.0, None), "swiglu_alpha": (1.702, None)},
     window_pattern=2,
 )
+_GEMMA = Architecture(
+    "gemma",
+    ("GemmaForCausalLM",),
+    _ATTENTION + _NORMS + _MLP,
+    _SETTINGS,
+    shifted=(*(f"{norm}.weight" for norm in _NORMS), _FINAL_NORM),
+    required={"use_bidirectional_attention": (False, None)},
+    scalings=(),
+)
 _GEMMA_2 = Architecture(
     "gemma2",
     ("Gemma2ForCausalLM",),
@@ -305,6 +314,7 @@ ROWS = (
     _DEEPSEEK_V2,
     _DEEPSEEK_V3,
     _GPT_OSS,
+    _GEMMA,
     _GEMMA_2,
     _GEMMA_3,
     _GLM_4_MOE,

@@ -19,7 +19,7 @@ from grokquant.containers.gguf_names import (
     known_architecture,
 )
 from grokquant.errors import InputError
-from grokquant.families import family_of
+from grokquant.families import config_of
 from grokquant.files.gguf_header import Value
 from grokquant.types import Source, TensorRef
 
@@ -46,18 +46,13 @@ LOG_MULTIPLIER = 0.1
 LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def model_config(source: Source) -> PreTrainedConfig:
-    """The config of a source as transformers has it, with all defaults. Raises InputError."""
-    return family_of(source).config(source.path / "config.json", source.config)
-
-
 def settings_of(source: Source) -> dict[str, Value]:
     """The pairs of metadata that describe the model.
 
     Raises InputError if llama.cpp does not know it or would compute it differently.
     """
     row = known_architecture(source)
-    config = model_config(source)
+    config = config_of(source)
     for key, wanted in row.required.items():
         found = getattr(config, key, source.config.get(key))
         if found not in wanted:
@@ -91,7 +86,7 @@ def with_rotary_factors(source: Source) -> Source:
     """`source` with the tensor that says how Llama 3 slows its rotations, if the model does."""
     if source.config.get("architectures", [None])[0] not in ARCHITECTURES:
         return source
-    config = model_config(source)
+    config = config_of(source)
     rope = _positions(config)
     if rope["rope_type"] != "llama3":
         return source
@@ -133,7 +128,7 @@ def _check_layers(source: Source, row: Architecture, config: PreTrainedConfig) -
 
 
 def _activations(row: Architecture) -> tuple[str | None, ...]:
-    if row.name in ("grok", *WIDE_LAYERS):
+    if row.name in ("grok", "gemma", *WIDE_LAYERS):
         return ("gelu_pytorch_tanh", "gelu", "gelu_new", None)
     return ("silu", "swish", None)
 
