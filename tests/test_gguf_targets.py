@@ -1,20 +1,35 @@
 """Models that llama.cpp runs are written to GGUF files that describe them wholly: such a file alone
 is the same model again. `make test-readers` has llama.cpp itself compute some of them."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from foreign_gguf import MODELS, YARN, random_model, rows
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoModelForCausalLM
 
 import grokquant
+from grokquant.containers.gguf_tokenizer import with_tokenizer
+from grokquant.containers.gguf_vocabulary import CUTS, DIGITS, GPT_2, vocabulary
 from grokquant.errors import InputError
+from grokquant.families.tokenizer import read_tokenizer
 from grokquant.files.gguf_header import read_metadata
 from grokquant.job import pipeline
 from grokquant.job.plan import build_plan
 from grokquant.recipe import Recipe, parse_recipe
+from grokquant.types import Source
 
 LLAMA_3 = {
     "rope_type": "llama3",
@@ -93,3 +108,73 @@ def test_what_llama_cpp_computes_otherwise_is_refused_in_the_plan(name, more, co
     source = saved(tmp_path / "in", name, **more)
     with pytest.raises(InputError, match=complaint):
         build_plan(recipe_of(source, tmp_path / "out", KEEP))
+
+
+# --- tokenizers: what is written is read again
+
+TEXTS = [
+    "def read(path):\n    with open(path) as file:\n\treturn file.read()\n\n\n",
+    "In 1998, 3.14159 and 2_000_000 were numbers: 0x7F, -12e-3. It's what WE'LL see.",
+    "Zażółć gęślą jaźń — 漢字かな交じり文 🦙🚀 ½ µ \u00a0 é e\u0301",
+    "  two   spaces  and a tab\tend  ",
+    "<bos><eos> <pad><think> camelCase HTTPServer /a/b//c",
+]
+
+
+def byte_level(cut: tuple[str, ...], path: Path, begins: bool) -> None:
+    """A small byte-level tokenizer that cuts texts in these steps."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut[-1] == GPT_2)
+    steps: list = [pre_tokenizers.Digits(True)] if DIGITS in cut else []
+    patterns = [step for step in cut if step not in (DIGITS, GPT_2)]
+    steps += [pre_tokenizers.Split(Regex(step), "isolated") for step in patterns]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, alone])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 2, trainer)
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False)])
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    tokenizer.save(str(path / "tokenizer.json"))
+    names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    config = names | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ x }}"}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_a_byte_level_tokenizer_is_the_same_again(cut, begins, tmp_path):
+    byte_level(cut, tmp_path, begins)
+    files = tuple(sorted(tmp_path.iterdir()))
+    config = {"vocab_size": 512, "model_type": "llama"}
+    source = Source(tmp_path, "safetensors", config, {}, tokenizer_files=files)
+    again = with_tokenizer(Source(tmp_path / "x.gguf", "gguf", {}, {}, metadata=vocabulary(source)))
+    theirs, ours = read_tokenizer(source), read_tokenizer(again)
+    for text in TEXTS:
+        assert ours(text).input_ids == theirs(text).input_ids, text
+        assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
+    assert ours.chat_template == "{{ x }}" and ours.eos_token == "<eos>"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"tokenizer.ggml.pre": "somebody's"}, 'pre is "somebody\'s"'),
+        ({"tokenizer.ggml.model": "rwkv"}, "model is 'rwkv'"),
+        ({"tokenizer.ggml.tokens": ["a"] * 512}, "has a token twice"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_made_is_named(change, complaint, tmp_path):
+    byte_level(CUTS["gpt-2"], tmp_path, False)
+    files = tuple(sorted(tmp_path.iterdir()))
+    config = {"vocab_size": 512, "model_type": "llama"}
+    metadata = vocabulary(Source(tmp_path, "safetensors", config, {}, tokenizer_files=files))
+    again = with_tokenizer(Source(tmp_path / "x.gguf", "gguf", {}, {}, metadata=metadata | change))
+    assert not again.tokenizer_files
+    assert complaint in again.notes[0]
