@@ -3,6 +3,7 @@
 Names, keys and changed values are those of llama.cpp's converter (convert_hf_to_gguf.py).
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,37 @@ SIZES = {
     "rms_norm_eps": 1e-5,
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+_GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+_GEMMA |= {"tie_word_embeddings": True}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 64}
+LATENT = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}
+_GLM = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "head_dim": 32,
+    "use_qk_norm": True,
+    "attention_bias": True,
+}
 # Name for llama.cpp, type of model for transformers, sizes, metadata keys of its own.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "llama", {}),
@@ -40,7 +72,25 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "qwen3_moe",
         _EXPERTS | {"moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 32},
     ),
-    "olmoe": ("olmoe", "olmoe", _EXPERTS),
+    "qwen2": ("qwen2", "qwen2", {}),
+    "qwen3": ("qwen3", "qwen3", {"head_dim": 32}),
+    "deepseek_v3": (
+        "deepseek2",
+        "deepseek_v3",
+        LATENT | {"q_lora_rank": 32, "n_group": 2, "norm_topk_prob": True},
+    ),
+    "glm4_moe": ("glm4moe", "glm4_moe", _GLM),
+    "gemma": ("gemma", "gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", "gemma2", _GEMMA),
+    "gemma3": ("gemma3", "gemma3_text", _GEMMA | {"num_hidden_layers": 6}),
+    "gpt_oss": (
+        "gpt-oss",
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 16}
+        | {"rope_parameters": YARN | {"truncate": False}},
+    ),
+    "deepseek_v2": ("deepseek2", "deepseek_v2", LATENT | {"q_lora_rank": 32}),
+    "olmoe": ("olmoe", "olmoe", _EXPERTS | {"num_key_value_heads": 4}),
 }
 
 
@@ -64,11 +114,11 @@ def write_gguf(
 ) -> None:
     """Writes `model` with matrices of `kind`; its own weights become what that makes of them."""
     writer = gguf.GGUFWriter(path, MODELS[name][0], split_max_tensors=split_max_tensors)
-    _write_settings(writer, model.config)
+    _write_settings(writer, name, model.config)
     for key, value in keys.items():
         _add(writer, key.replace("__", "."), value)
     for tensor, values in _tensors(name, model):
-        is_matrix = values.ndim > 1 and "ffn_gate_inp" not in tensor
+        is_matrix = values.ndim > 1 and tensor.endswith("weight") and "ffn_gate_inp" not in tensor
         chosen = gguf.GGMLQuantizationType[kind if is_matrix else "F32"]
         packed = packed_as(chosen, np.ascontiguousarray(values.numpy()))
         writer.add_tensor(tensor, packed, raw_dtype=chosen)
@@ -98,62 +148,125 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     getattr(writer, add.get(type(value), "add_array"))(key, value)
 
 
-def _write_settings(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    if experts:
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if getattr(config, "moe_intermediate_size", None):
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    if getattr(config, "shared_expert_intermediate_size", None):
-        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+def _write_settings(writer: gguf.GGUFWriter, name: str, config: Any) -> None:
+    """The pairs that llama.cpp's converter writes for the model."""
+    add = {
+        "max_position_embeddings": writer.add_context_length,
+        "hidden_size": writer.add_embedding_length,
+        "num_hidden_layers": writer.add_block_count,
+        "intermediate_size": writer.add_feed_forward_length,
+        "num_attention_heads": writer.add_head_count,
+        "rms_norm_eps": writer.add_layer_norm_rms_eps,
+        "num_experts_per_tok": writer.add_expert_used_count,
+        "moe_intermediate_size": writer.add_expert_feed_forward_length,
+        "shared_expert_intermediate_size": writer.add_expert_shared_feed_forward_length,
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        "final_logit_softcapping": writer.add_final_logit_softcapping,
+        "sliding_window": writer.add_sliding_window,
+        "n_shared_experts": writer.add_expert_shared_count,
+        "first_k_dense_replace": writer.add_leading_dense_block_count,
+        "routed_scaling_factor": writer.add_expert_weights_scale,
+        "q_lora_rank": writer.add_q_lora_rank,
+        "kv_lora_rank": writer.add_kv_lora_rank,
+    }
+    for field, write in add.items():
+        if getattr(config, field, None):
+            write(getattr(config, field))
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if found := [getattr(config, field) for field in experts if hasattr(config, field)]:
+        writer.add_expert_count(found[0])
+    if MODELS[name][0] == "glm4moe":
+        writer.add_rope_dimension_count(config.head_dim // 2)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if getattr(config, "n_group", 1) > 1:
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
+    if MODELS[name][0] == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    if MODELS[name][0] == "deepseek2":
+        writer.add_head_count_kv(1)
+        writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+        writer.add_value_length(config.kv_lora_rank)
+        writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+        writer.add_value_length_mla(config.v_head_dim)
+        writer.add_rope_dimension_count(config.qk_rope_head_dim)
+        v3 = name == "deepseek_v3"
+        writer.add_expert_weights_norm(v3)
+        kinds = gguf.ExpertGatingFuncType
+        writer.add_expert_gating_func(kinds.SIGMOID if v3 else kinds.SOFTMAX)
+    else:
+        writer.add_head_count_kv(config.num_key_value_heads)
+        if getattr(config, "head_dim", None):
+            writer.add_key_length(config.head_dim)
+            writer.add_value_length(config.head_dim)
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope["rope_type"] in ("yarn", "linear"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "mscale_all_dim" in rope:
+            writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
 
 
-def _tensors(name: str, model: PreTrainedModel):
-    """(name, values) of each tensor; the values are views of the model's own or written back."""
+def _tensors(name: str, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of each tensor; what becomes of the values becomes of the model's own."""
     arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[MODELS[name][0]]
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
-    for full, parameter in model.named_parameters():
-        if full == "lm_head.weight" and model.config.tie_word_embeddings:
+    for full, parameter in [*model.named_parameters(), *model.named_buffers()]:
+        tied = full == "lm_head.weight" and model.config.tie_word_embeddings
+        if tied or "rotary" in full or full.endswith("embed_scale"):
             continue
-        for module, values, back in _stored(name, full, parameter.data, model.config):
-            stem, _, suffix = module.rpartition(".")
+        for stored, values, back in _stored(name, full, parameter.data, model.config):
+            stem, suffix = stored, "weight"
+            if stored.endswith((".weight", ".bias")):
+                stem, _, suffix = stored.rpartition(".")
+            values = values.clone()
             yield f"{names.get_name(stem)}.{suffix}", values
             back(values)
 
 
-def _stored(name: str, full: str, values: Tensor, config: Any):
-    """(usual name, values, what puts changed values back) of what the converter stores."""
-    keep = lambda changed: None  # noqa: E731
-    if full.endswith("experts.gate_up_proj"):
-        inner = values.shape[1] // 2
-        yield full.replace("gate_up_proj", "gate_proj.weight"), values[:, :inner], keep
-        yield full.replace("gate_up_proj", "up_proj.weight"), values[:, inner:], keep
-    elif full.endswith("experts.down_proj"):
-        yield full + ".weight", values, keep
-    elif MODELS[name][0] == "llama" and (".q_proj." in full or ".k_proj." in full):
+def _stored(
+    name: str, full: str, values: Tensor, config: Any
+) -> Iterator[tuple[str, Tensor, Callable[[Tensor], object]]]:
+    """(usual name, values, what puts them back) of what the converter stores of a parameter."""
+    arch = MODELS[name][0]
+    gate, up = _halves(values, arch) if "gate_up_proj" in full else (values, values)
+    stem, suffix = (full[:-5], ".bias") if full.endswith("_bias") else (full, ".weight")
+    if "mlp.experts.gate_up_proj" in full:
+        yield stem.replace("gate_up_proj", "gate_proj") + suffix, gate, gate.copy_
+        yield stem.replace("gate_up_proj", "up_proj") + suffix, up, up.copy_
+    elif "mlp.experts.down_proj" in full:
+        down = values.transpose(1, 2) if arch == "gpt-oss" and values.ndim == 3 else values
+        yield stem + suffix, down, down.copy_
+    elif arch == "llama" and (".q_proj." in full or ".k_proj." in full):
         heads = config.num_attention_heads if ".q_" in full else config.num_key_value_heads
-        mixed = values.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        yield (
-            full,
-            mixed,
-            lambda c: values.copy_(c.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)),
-        )
+        view = values.unflatten(0, (heads, 2, -1)).transpose(1, 2)
+        yield full, view.flatten(0, 2), lambda mixed: view.copy_(mixed.view(view.shape))
+    elif arch.startswith("gemma") and "norm" in full:
+        yield full, values + 1, lambda stored: values.copy_(stored - 1)
     elif full.endswith("shared_expert_gate.weight"):
-        yield full, values[0], keep
+        yield full, values[0], values[0].copy_
+    elif full.endswith("kv_b_proj.weight"):
+        heads = values.unflatten(0, (config.num_attention_heads, -1))
+        k, v = heads.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
+        yield full.replace("kv_b", "k_b"), k.transpose(1, 2), k.transpose(1, 2).copy_
+        yield full.replace("kv_b", "v_b"), v, v.copy_
+    elif full.endswith("e_score_correction_bias"):
+        yield full.removesuffix("_bias") + ".bias", values, values.copy_
     else:
-        yield full, values, keep
+        yield full, values, values.copy_
+
+
+def _halves(values: Tensor, arch: str) -> tuple[Tensor, Tensor]:
+    """gate and up of fused experts, as views: rows of gate first, or in turn and transposed."""
+    if arch != "gpt-oss":
+        return values.chunk(2, dim=1)  # type: ignore[return-value]
+    pairs = (values[..., half::2] for half in (0, 1))
+    return tuple(pair.transpose(1, 2) if pair.ndim == 3 else pair for pair in pairs)  # type: ignore[return-value]
 
 
 def rows(count: int = 2, length: int = 24) -> Tensor:

@@ -75,9 +75,13 @@ TRIED = [
     ("sglang", contents(CT, "mixtral"), "not tried"),
     *(
         ("llama.cpp", contents("gguf", family), "yes")
-        for family in ("grok-1", "mixtral", "llama", "mistral", "qwen3-moe")
+        for family in (
+            *("grok-1", "mixtral", "llama", "mistral", "qwen2-moe", "qwen3-moe", "olmoe"),
+            *("deepseek-v2", "deepseek-v3", "glm4-moe", "gpt-oss"),
+            *("gemma", "gemma-2", "gemma-3", "qwen2", "qwen3"),
+        )
     ),
-    ("llama.cpp", contents("gguf", "gemma-2"), "not tried"),
+    ("llama.cpp", contents("gguf", "grok-2"), "not tried"),
     ("llama.cpp", contents(CT, "grok-1"), "no: formats other"),
     ("gptqmodel", contents("gptq", "mixtral"), "no: Mixtral under its published names"),
     ("gptqmodel", contents("gptq", "mixtral", names="gptqmodel"), "yes"),

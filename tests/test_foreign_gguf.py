@@ -110,11 +110,14 @@ def test_the_tokenizer_is_the_one_in_the_metadata(with_toy_tokenizer):
 
 def test_a_result_of_such_a_file_is_like_any_other(with_toy_tokenizer, tmp_path):
     file = with_toy_tokenizer / "Some-Q8_0.gguf"
-    values = values_for(file, output=tmp_path / "out", grid="q4_0", format="gguf")
-    values["calibration"] |= {"samples": 4, "length": 32}
-    output = pipeline.quantize(parse_recipe(values | {"max_fallbacks": 1.0}))
+    rules = [{"match": "layers.*.experts.*", "method": "rtn", "grid": "q4_0"}]
+    rules += [{"match": "layers.*.attention.*", "method": "copy"}]
+    written = {"path": str(tmp_path / "out"), "format": "gguf"}
+    values = {"model": {"path": str(file)}, "quantize": rules, "output": written}
+    output = pipeline.quantize(parse_recipe(values))
     made = open_checkpoint(output).source
     assert {made.tensors[name].stored_as for name in made.tensors} == {"Q4_0", "Q8_0", "float32"}
+    assert values_for(file)["output"]["path"] == "Some-Q8_0-int4"
     assert read_tokenizer(made)("def f(x):").input_ids
 
 

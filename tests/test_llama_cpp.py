@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign_gguf import YARN
 from reader_envs import only_with_readers, run_reader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -137,12 +138,24 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 MODELS = {
     "llama": {},
     "mistral": {"head_dim": 128, "sliding_window": None},
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
     | {"head_dim": 128, "norm_topk_prob": True, "rms_norm_eps": 1e-5},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 512},
+    "olmoe": _EXPERTS | {"num_key_value_heads": 4},
+    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 64},
+    "gemma3_text": {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 64}
+    | {"num_hidden_layers": 6},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 4, "head_dim": 64}
+    | {"sliding_window": 64, "rope_parameters": YARN},
+    "deepseek_v2": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    | {"moe_intermediate_size": 256, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    | {"q_lora_rank": 256, "kv_lora_rank": 256, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64}
+    | {"v_head_dim": 64, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}},
 }
 MIXED = [
     {"match": "*.v", "method": "rtn", "grid": "q6_k"},

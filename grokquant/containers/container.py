@@ -88,7 +88,8 @@ def _no_sidecar_files(layout: OutputLayout) -> dict[str, dict]:
 
 
 def _as_it_is(source: Source) -> Source:
-    """The `opened` of containers that call tensors by their usual names."""
+    """The `opened` and `prepared` of containers that call tensors by their usual names and need no
+    others."""
     return source
 
 
@@ -103,6 +104,7 @@ class Container:
     and shape of each tensor by its name, in the order of their bytes, and metadata. It raises
     InputError that begins with `name` for a damaged header.
     `sidecar_files(layout)` are the JSON files beside the weights, by name.
+    `prepared(source)` adds tensors to what is written that follow from the config.
     `holds_tokenizer` is True where the weight files hold the tokenizer as well.
     `opened(source)` presents the tensors of such files under their usual names.
     """
@@ -111,6 +113,7 @@ class Container:
     listed: Callable[[BinaryIO, str], dict[str, str]]
     sidecar_files: Callable[[OutputLayout], dict[str, dict]] = _no_sidecar_files
     opened: Callable[[Source], Source] = _as_it_is
+    prepared: Callable[[Source], Source] = _as_it_is
     holds_tokenizer: bool = False
 
 

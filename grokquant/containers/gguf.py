@@ -3,12 +3,14 @@
 Several files are a split as llama.cpp makes them; it loads the first and finds the others.
 """
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from grokquant.containers.container import (
     Container,
@@ -25,14 +27,19 @@ from grokquant.containers.gguf_names import (
     EXPERT,
     LAYER,
     OUTSIDE,
+    ROPE_FREQS,
     VECTORS,
     Architecture,
-    architecture_of,
     known_architecture,
+)
+from grokquant.containers.gguf_settings import (
     setting,
+    settings_of,
+    with_rotary_factors,
 )
 from grokquant.containers.gguf_vocabulary import vocabulary
 from grokquant.errors import InputError
+from grokquant.families import config_of
 from grokquant.files.gguf_header import (
     DENSE,
     TYPES,
@@ -44,6 +51,7 @@ from grokquant.files.gguf_header import (
     read_listing,
 )
 from grokquant.grids import Scheme, block_grid
+from grokquant.sources.left_aside import named
 from grokquant.types import Source, TensorRef
 
 _BLOCKS = "_blocks"  # the ending of packed matrices, see formats/gguf.py
@@ -73,7 +81,8 @@ def lay_out(
     Raises InputError if llama.cpp does not know the family, or if the experts of a layer have
     different grids.
     """
-    locations = _locations(architecture_of(source), source.config)
+    settings = settings_of(source)
+    locations = dict(_locations(known_architecture(source), config_of(source)))
     slots: dict[str, Slot] = {}
     tensors: dict[str, GgufTensor] = {}
     stacks: list[Group] = []
@@ -91,7 +100,8 @@ def lay_out(
             if known is tensor:
                 stacks.append((layer, [stored]))
             slots[part.name] = _slot(part, location, stored)
-    return OutputLayout(_files(source, split(stacks, shard, over_layers=True), tensors), slots)
+    files = _files(source, settings, split(stacks, shard, over_layers=True), tensors)
+    return OutputLayout(files, slots)
 
 
 def opened(source: Source) -> Source:
@@ -101,46 +111,66 @@ def opened(source: Source) -> Source:
     """
     if source.metadata:
         source = described(source)
+    architecture = known_architecture(source)
+    config = config_of(source)
     refs = {}
-    for name, location in _locations(known_architecture(source), source.config).items():
+    used = {ROPE_FREQS}
+    for name, location in _locations(architecture, config, read=True):
         if location.name in source.tensors:
             ref = _ref(name, location, source.tensors[location.name])
             refs[ref.name] = ref
-    return replace(source, tensors=refs)
+            used.add(location.name)
+    others = {name: source.tensors[name] for name in source.tensors if name not in used}
+    further = [name for name in others if _layer_of(name) >= config.num_hidden_layers]
+    notes = source.notes
+    if further:
+        notes += (f"{source.path}: layers that predict further tokens, not read: {named(further)}",)
+    # What is left is no part of the model, and refused as such.
+    refs |= {name: ref for name, ref in others.items() if name not in further}
+    return replace(source, tensors=refs, notes=notes)
 
 
-def _locations(architecture: Architecture, config: dict) -> dict[str, _Location]:
-    """Where llama.cpp stores each tensor of a model with this config, by usual name."""
-    outside = OUTSIDE.items()
-    locations = {name: _location(architecture, config, name, file) for name, file in outside}
-    experts = _experts(architecture, config)
-    for layer in range(config["num_hidden_layers"]):
-        for ending, stored_ending in architecture.within.items():
+def _layer_of(stored: str) -> int:
+    """The layer of a tensor by llama.cpp's name, -1 outside the layers."""
+    found = re.match(r"blk\.(\d{1,6})\.", stored)
+    return int(found[1]) if found else -1
+
+
+def _locations(
+    architecture: Architecture, config: PreTrainedConfig, read: bool = False
+) -> Iterator[tuple[str, _Location]]:
+    """Where llama.cpp stores each tensor of a model with this config, by usual name.
+
+    Other places, where files of others have tensors, come first if `read`.
+    """
+    outside = {**OUTSIDE, **({} if read else {ROPE_FREQS: ROPE_FREQS})}
+    for name, stored in outside.items():
+        yield name, _location(architecture, config, name, stored)
+    field = architecture.settings.get("expert_count")
+    experts = setting(config, field) if field else 0
+    endings = [*(architecture.read_too.items() if read else ()), *architecture.within.items()]
+    for layer in range(config.num_hidden_layers):
+        for ending, stored_ending in endings:
             name = LAYER.format(layer=layer) + ending
             stored = f"blk.{layer}.{stored_ending}"
-            if EXPERT in ending:
-                for expert in range(experts):
-                    locations[name.format(expert=expert)] = _Location(stored, expert, experts)
-            else:
-                locations[name] = _location(architecture, config, ending, stored)
-    return locations
+            if EXPERT not in ending:
+                yield name, _location(architecture, config, ending, stored)
+                continue
+            for expert in range(experts):
+                yield name.format(expert=expert), _Location(stored, expert, experts)
 
 
-def _location(architecture: Architecture, config: dict, ending: str, stored: str) -> _Location:
+def _location(
+    architecture: Architecture, config: PreTrainedConfig, ending: str, stored: str
+) -> _Location:
     """Where a tensor lies whose name has this ending in its layer, or outside the layers."""
     heads = architecture.heads_field(ending)
-    count = setting(config, heads) if heads else None
     return _Location(
         stored,
-        heads=None if count is None else int(count),
+        heads=setting(config, heads) if heads else None,
         shift=int(ending in architecture.shifted),
         vector=ending in VECTORS,
     )
-
-
-def _experts(architecture: Architecture, config: dict) -> int:
-    field = architecture.settings.get("expert_count")
-    return int(setting(config, field) or 0) if field else 0
 
 
 def _location_of(part: PlannedTensor, locations: Mapping[str, _Location]) -> _Location:
@@ -188,13 +218,16 @@ def _planned(tensor: GgufTensor) -> PlannedTensor:
 
 
 def _files(
-    source: Source, parts: list[Group], tensors: Mapping[str, GgufTensor]
+    source: Source,
+    settings: Mapping[str, Value],
+    parts: list[Group],
+    tensors: Mapping[str, GgufTensor],
 ) -> tuple[PlannedFile, ...]:
     count = len(parts)
     files = []
     for number, (layer, planned) in enumerate(parts):
         name = file_name(source, tensors.values(), number, count)
-        metadata = _metadata(source, tensors.values()) if number == 0 else {}
+        metadata = _metadata(source, settings, tensors.values()) if number == 0 else {}
         if count > 1:
             metadata["split.no"] = Short(number)
             metadata["split.count"] = Short(count)
@@ -204,15 +237,11 @@ def _files(
     return tuple(files)
 
 
-def _metadata(source: Source, tensors: Collection[GgufTensor]) -> dict[str, Value]:
-    architecture = architecture_of(source)
-    found: dict[str, Value] = {"general.architecture": architecture.name}
-    found |= general(source, tensors)
-    for key, name in architecture.settings.items():
-        value = setting(source.config, name)
-        if value is not None:
-            found[f"{architecture.name}.{key}"] = value
-    return found | vocabulary(source)
+def _metadata(
+    source: Source, settings: Mapping[str, Value], tensors: Collection[GgufTensor]
+) -> dict[str, Value]:
+    name: dict[str, Value] = {"general.architecture": known_architecture(source).name}
+    return {**name, **general(source, tensors), **settings, **vocabulary(source)}
 
 
 def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
@@ -242,4 +271,10 @@ def _expert(stored: TensorRef, first: int, rows: int, shape: tuple[int, ...]) ->
     return stored.load_rows(first, first + rows).view(shape)
 
 
-CONTAINER = Container(lay_out=lay_out, listed=read_listing, opened=opened, holds_tokenizer=True)
+CONTAINER = Container(
+    lay_out=lay_out,
+    listed=read_listing,
+    opened=opened,
+    prepared=with_rotary_factors,
+    holds_tokenizer=True,
+)

@@ -26,7 +26,6 @@ from grokquant.containers.gguf_vocabulary import (
 )
 from grokquant.errors import InputError
 from grokquant.families.tokenizer import VOCABULARIES
-from grokquant.memory import refused
 from grokquant.types import Source
 
 _KEY = "tokenizer.ggml."
@@ -80,8 +79,7 @@ def with_tokenizer(source: Source) -> Source:
     held = TemporaryDirectory(prefix="grokquant-")
     directory = Path(held.name)
     try:
-        with refused(f"{source.path}: the tokenizer in its metadata cannot be read"):
-            _write(source, str(kind), directory)
+        _write(source, str(kind), directory)
     except _Unknown as reason:
         note = f"{source.path}: has no tokenizer that can be read: {reason}"
         return replace(source, notes=(*source.notes, note))

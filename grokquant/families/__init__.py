@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from grokquant.errors import InputError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from grokquant.families.family import Family
     from grokquant.types import Source
 
@@ -64,6 +66,18 @@ def family_of(source: "Source") -> "Family":
     if isinstance(source.config.get("text_config"), dict):
         found += "; multimodal checkpoints are not supported"
     raise InputError(f"{source.path / 'config.json'}: {found} (known: {', '.join(FAMILIES)})")
+
+
+def config_of(source: "Source") -> "PreTrainedConfig":
+    """The config of an opened checkpoint as transformers has it; no model is made. Raises
+    InputError."""
+    names = source.config.get("architectures")
+    if isinstance(names, list) and len(names) == 1 and names[0] not in FAMILIES:
+        from grokquant.families.derived import derived_config
+
+        if (config := derived_config(source)) is not None:
+            return config
+    return family_of(source).config(source.path / "config.json", source.config)
 
 
 def _grok_2_or(family: "Family", source: "Source") -> "Family":

@@ -265,13 +265,11 @@ def derived_family(source: Source) -> Family | None:
 
     Raises InputError if it makes no such model, or one that is not like others in what matters.
     """
-    config_class = _config_class(source.config)
-    if config_class is None:
+    config = derived_config(source)
+    if config is None:
         return None
     path = source.path / "config.json"
-    check_bounds(path, source.config)
     with refused(f"{path}: transformers makes no model of it"):
-        config = _config_of(config_class, source.config)
         model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         with torch.device("meta"):
             model = model_class(config).eval()
@@ -297,6 +295,17 @@ def derived_family(source: Source) -> Family | None:
         notice=None if table.passing.streams else _WHOLE,
         table=table,
     )
+
+
+def derived_config(source: Source) -> PreTrainedConfig | None:
+    """The config of such a checkpoint, None as in `derived_family`. Raises InputError."""
+    config_class = _config_class(source.config)
+    if config_class is None:
+        return None
+    path = source.path / "config.json"
+    check_bounds(path, source.config)
+    with refused(f"{path}: transformers makes no model of it"):
+        return _config_of(config_class, source.config)
 
 
 def _config_class(content: dict) -> type[PreTrainedConfig] | None:

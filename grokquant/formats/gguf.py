@@ -23,6 +23,7 @@ from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef,
 NAME = "gguf"
 
 _BLOCKS = "_blocks"
+_K_B, _V_B, _KV_B = (f".{part}_b_proj.weight" for part in ("k", "v", "kv"))
 _NAMES = tuple(name for name, grid in GRIDS.items() if grid.ggml_type is not None)
 
 
@@ -88,7 +89,39 @@ def unpacked(source: Source) -> Source:
         if name.endswith(_BLOCKS):
             ref = _unpacked_ref(source, name.removesuffix(_BLOCKS), ref)
         tensors[ref.name] = ref
-    return replace(source, tensors=tensors)
+    return replace(source, tensors=_joined(tensors))
+
+
+def _joined(tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """`tensors` with each kv_b of latent attention whole, which newer files have in two:
+
+    kv_b   [heads x (keys + values), latent]
+    k_b    [heads x latent, keys]               the part of each head transposed
+    v_b    [heads x values, latent]
+    """
+    found = {}
+    for name, ref in tensors.items():
+        if name.endswith(_V_B):
+            continue
+        if name.endswith(_K_B) and (values := tensors.get(name.replace(_K_B, _V_B))):
+            ref = _kv_b(name.replace(_K_B, _KV_B), ref, values)
+        found[ref.name] = ref
+    return found
+
+
+def _kv_b(name: str, keys: TensorRef, values: TensorRef) -> TensorRef:
+    latent = values.shape[1]
+    heads = keys.shape[0] // latent
+
+    def load() -> Tensor:
+        k_b = keys.read().float().view(heads, latent, -1).transpose(1, 2)
+        v_b = values.read().float().view(heads, -1, latent)
+        return torch.cat((k_b, v_b), dim=1).flatten(0, 1)
+
+    shape = (heads * keys.shape[1] + values.shape[0], latent)
+    size = keys.stored_bytes + values.stored_bytes
+    called = keys.grid_name
+    return TensorRef(name, shape, torch.float32, size, load, grid_name=called)
 
 
 def _unpacked_ref(source: Source, tensor: str, ref: TensorRef) -> TensorRef:

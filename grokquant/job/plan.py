@@ -222,6 +222,8 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
         source = with_own_head(checkpoint.source)
         checkpoint = replace(checkpoint, source=source)
     output_format = FORMATS[recipe.output.format]
+    prepared = container_of(recipe.output.format).prepared(checkpoint.source)
+    checkpoint = replace(checkpoint, source=prepared)
     units = planned_units(recipe, checkpoint, output_format)
     _check_experts_run(checkpoint, units)
     kept = tuple(matrix.name for matrix in checkpoint.matrices() if matrix.name not in units)

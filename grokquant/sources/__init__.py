@@ -30,7 +30,7 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
     a link in it leads elsewhere.
     """
     try:
-        if path.is_file() and path.suffix == gguf_directory.SUFFIX:
+        if path.suffix == gguf_directory.SUFFIX and not path.is_dir():
             return gguf_directory.open_source(path, config_path)
         check_directory(path)
         refuse_links_out(path)

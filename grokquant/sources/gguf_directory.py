@@ -56,7 +56,7 @@ def recognizes(path: Path) -> bool:
 
 def open_source(path: Path, config_path: Path | None = None) -> Source:
     """Opens a directory or a file; only headers are read. Raises InputError for damaged files."""
-    if path.is_file():
+    if not path.is_dir():
         return _open_file(path, config_path)
     if is_own(path) or config_path:
         files = sorted(path.glob(f"*{SUFFIX}"))
@@ -135,12 +135,14 @@ def _parts(file: Path) -> list[Path]:
     """All files of the split that `file` is one of. Raises InputError if one is missing."""
     split = _SPLIT.fullmatch(file.name)
     if not split:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file")
         return [file]
     stem, _, count = split.groups()
     names = [f"{stem}-{number:05d}-of-{count}{SUFFIX}" for number in range(1, int(count) + 1)]
     files = [file.with_name(name) for name in names]
     if missing := [part for part in files if not part.is_file()]:
-        raise InputError(f"{missing[0]}: no such file, which is one of the {count} of {stem}")
+        raise InputError(f"{missing[0]}: no such file, one of the {int(count)} of {stem}")
     return files
 
 
