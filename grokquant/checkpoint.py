@@ -139,24 +139,37 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
 def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Source:
     """The source without tensors that are not `known`.
 
-    Drops only what carries no information: a tied head, biases of zeros, computed buffers. Raises
-    InputError for any other tensor.
+    Drops only what carries no information: a tied head, biases of zeros, computed buffers. What the
+    family names as beyond the model is kept. Raises InputError for any other tensor.
     """
     source = checkpoint.source
-    model = checkpoint.family.name
-    for name, of in checkpoint.family.tied.items():
+    family = checkpoint.family
+    for name, of in family.tied.items():
         if name in source.tensors and name not in known:
             source = with_tied_head(source, name, of)
     unknown = source.tensors.keys() - known
     biases = {name for name in unknown if _is_beside_packed(source, name)}
     computed = {name for name in unknown if _COMPUTED.search(name)}
-    if others := sorted(unknown - biases - computed):
+    beyond = {name for name in unknown if any(re.search(p, name) for p in family.beyond)}
+    if others := sorted(unknown - biases - computed - beyond):
         raise InputError(
-            f"{source.path}: unexpected tensor {others[0]}: {model} has no such parameter"
+            f"{source.path}: unexpected tensor {others[0]}: {family.name} has no such parameter"
         )
     source = without_biases(source, sorted(biases))
-    tensors = {name: ref for name, ref in source.tensors.items() if name in known}
-    return replace(source, tensors=tensors)
+    kept = known | beyond
+    tensors = {name: ref for name, ref in source.tensors.items() if name in kept}
+    notes = (*source.notes, *_beyond(source.path, family, beyond))
+    return replace(source, tensors=tensors, notes=notes)
+
+
+def _beyond(path: Path, family: Family, names: Set[str]) -> Iterator[str]:
+    """A line about tensors that the model does not use, if there are any."""
+    if names:
+        first = min(names)
+        yield (
+            f"{path}: {len(names)} tensors are no part of {family.name} in transformers, and are "
+            f"carried over as they are: {first} and the like"
+        )
 
 
 def _is_beside_packed(source: Source, name: str) -> bool:

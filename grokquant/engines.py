@@ -33,6 +33,7 @@ class Contents:
     remote_code: bool = False
     names: str = "published"
     names_experts: bool = False
+    joins: bool = False
 
     @property
     def quantized(self) -> list[Stored]:
@@ -239,6 +240,10 @@ def _experts_of_one_tensor(contents: Contents) -> list[Stored]:
     return contents.experts if contents.names_experts else []
 
 
+def _joined(contents: Contents) -> list[Stored]:
+    return contents.quantized if contents.joins else []
+
+
 _PUBLISHED_NAMES = Limit(
     "the names that GPTQModel looks for",
     _mixtral_named("gptqmodel"),
@@ -261,6 +266,7 @@ _TRANSFORMERS_ALONE = (
         _IMPORT,
         wrong=True,
     ),
+    Limit("tensors that it joins, beside quantized ones", _joined, _IMPORT),
     Limit(
         "experts in gptq, which stay random",
         _in_format("gptq", _quantized_experts),

@@ -30,6 +30,7 @@ def contents(
     hidden=256,
     dense=False,
     names_experts=False,
+    joins=False,
     **others,
 ) -> Contents:
     """A model of one layer; `others` are grids of matrices by their names, `_` for dots."""
@@ -44,7 +45,7 @@ def contents(
         reads = "attention.q" if part in ("attention.k", "attention.v") else part
         shape = (256, hidden if part in ("gate", "up") else 256)
         stored.append(Stored(Matrix(name, name, 0, part, reads, expert), shape, scheme))
-    return Contents(form, family, tuple(stored), head, remote_code, names, names_experts)
+    return Contents(form, family, tuple(stored), head, remote_code, names, names_experts, joins)
 
 
 CT, BNB = "compressed-tensors", "bitsandbytes"
@@ -104,6 +105,7 @@ TRIED = [
     ("transformers", contents(BNB, "mixtral", NF4, NF4), "no: experts in nf4"),
     ("transformers", contents(CT, "gpt-oss"), "wrong results: gpt-oss"),
     ("transformers", contents(CT, "aria-text", names_experts=True), "wrong results: experts that"),
+    ("transformers", contents(CT, "kimi-linear", joins=True), "no: tensors that it joins"),
     ("transformers", contents(CT, "grok-2"), "no: Grok-2"),
     ("transformers", contents(CT, "mixtral", None), "no: experts that are kept"),
     ("transformers", contents("gguf", "llama"), "no: formats other"),

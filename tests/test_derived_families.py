@@ -1,13 +1,37 @@
-"""Families that are derived from transformers' own models: a sample; `make families` tries all."""
+"""Families derived from transformers' own models: a sample; `make test-families` tries all."""
+
+import json
+import shutil
 
 import pytest
-from try_families import passes, try_family
+import torch
+from safetensors.torch import load_file, save_file
+from try_families import (
+    TOKENS,
+    passes,
+    relative,
+    rules_of,
+    save_tiny_model,
+    streamed_logits,
+    try_family,
+)
 
-# One of each kind: how layers pass their states, what their experts are like, how files name them.
+from grokquant.checkpoint import open_checkpoint
+from grokquant.errors import InputError
+from grokquant.job import pipeline
+from grokquant.job.plan import build_plan
+from grokquant.recipe import parse_recipe
+from grokquant.runtime.load import load
+from grokquant.streaming.whole import WholeModel, running
+
+# One of each kind.
 SAMPLE = {
     "olmo2": "dense",
-    "bloom": "layers return tuples",
-    "deepseek_v3": "shared experts, buffers in files",
+    "bloom": "layers return tuples and get an own mask for each row",
+    "deepseek_v3": "shared experts, buffers in files, low-rank attention",
+    "qwen3_next": "layers with linear attention",
+    "granitemoe": "files hold all experts of a layer as one tensor",
+    "llama4_text": "experts that do not run one by one",
 }
 
 
@@ -15,3 +39,80 @@ SAMPLE = {
 def test_a_derived_family_does_all_that_a_family_does(kind, tmp_path):
     found = try_family(kind, tmp_path)
     assert found["derived"] and passes(found), found
+
+
+@torch.no_grad()
+def test_a_model_runs_whole_if_its_layers_get_more_than_states(tmp_path):
+    """Of inkling2, the head reads what entered earlier layers."""
+    model = save_tiny_model("inkling2_text", tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert isinstance(running(checkpoint), WholeModel) and not checkpoint.family.runs_experts
+    assert "fit into memory" in checkpoint.family.notice
+    wanted = load(tmp_path / "model", dtype=torch.float32)[0](TOKENS).logits
+    assert relative(streamed_logits(tmp_path / "model"), wanted) < 1e-5
+    assert model.config.num_hidden_layers == checkpoint.num_layers
+
+
+def test_gptq_is_refused_where_experts_do_not_run_one_by_one(tmp_path):
+    save_tiny_model("llama4_text", tmp_path / "model")
+    rule = {"match": "layers.*.experts.*", "method": "gptq", "bits": 4, "group": 32}
+    output = {"path": str(tmp_path / "out")}
+    content = {"model": {"path": str(tmp_path / "model")}, "quantize": [rule], "output": output}
+    with pytest.raises(InputError, match=r"quantize\[0\]\.method: gptq needs .* use rtn"):
+        build_plan(parse_recipe(content))
+
+
+def test_tensors_beyond_the_model_are_named_and_carried_over(tmp_path):
+    """Those for predicting several tokens, which transformers does not read."""
+    source = tmp_path / "model"
+    save_tiny_model("deepseek_v3", source)
+    tensors = load_file(source / "model.safetensors")
+    extra = {"model.layers.61.eh_proj.weight": torch.randn(8, 16).bfloat16()}
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(source)
+    (note,) = (note for note in checkpoint.notices if "layers.61" in note)
+    assert "1 tensors are no part of deepseek-v3" in note and "carried over" in note
+    rules = rules_of(checkpoint, "rtn")
+    output = {"path": str(tmp_path / "out")}
+    content = {"model": {"path": str(source)}, "quantize": rules, "output": output}
+    made = open_checkpoint(pipeline.quantize(parse_recipe(content)))
+    for name, value in extra.items():
+        assert torch.equal(made.source.tensors[name].read(), value)
+
+
+def test_other_unknown_tensors_are_refused(tmp_path):
+    save_tiny_model("olmo2", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"model.extra": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"unexpected tensor model\.extra: olmo2 has no such"):
+        open_checkpoint(tmp_path)
+
+
+def test_code_beside_the_weights_is_not_used(tmp_path):
+    save_tiny_model("olmo2", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    path.write_text(json.dumps(config))
+    (tmp_path / "model" / "modeling_evil.py").write_text("raise SystemExit('ran')")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    assert "auto_map" not in checkpoint.source.config
+    assert any("auto_map" in note for note in checkpoint.notices)
+    shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("num_hidden_layers", 10**6, "num_hidden_layers is 1000000, more than 4096"),
+        ("hidden_size", -3, "transformers makes no model of it"),
+        ("model_type", "nothing", "'Olmo2ForCausalLM' is not known .*extending.md"),
+    ],
+)
+def test_a_wrong_config_is_refused_in_one_line(tmp_path, field, value, complaint):
+    save_tiny_model("olmo2", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+    with pytest.raises(InputError, match=complaint) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)

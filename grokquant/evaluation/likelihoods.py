@@ -83,17 +83,17 @@ class _Row:
             end += read
 
 
-def pack(pairs: Iterable[Pair], longest: int) -> list[Batch]:
+def pack(pairs: Iterable[Pair], longest: int, branches: bool = True) -> list[Batch]:
     """Batches that hold every pair once, in rows of at most `longest` tokens.
 
-    A row is longer only where a single pair is.
+    A row is longer only where a single pair is. Without `branches` each pair has a row of its own.
     """
     by_context: dict[Tokens, dict[Tokens, None]] = {}
     for context, continuation in pairs:
         by_context.setdefault(context, {})[continuation] = None
     by_shape: dict[tuple[int, bool], list[_Row]] = {}
     for context, continuations in by_context.items():
-        for row in _rows(context, list(continuations), longest):
+        for row in _rows(context, list(continuations), longest if branches else 0):
             by_shape.setdefault((row.length, row.branched), []).append(row)
     return [_batch(rows) for _, rows in sorted(by_shape.items(), key=lambda item: item[0])]
 

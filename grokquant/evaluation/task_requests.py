@@ -78,7 +78,7 @@ def opened_tasks(
         tokenizer = load_tokenizer(base)
         tasks = lm_tasks.open_tasks(suite.tasks, tokenizer, longest, Path(directory))
         texts = _generated(tasks, candidate, base, device)
-        yield OpenedTasks(tasks, pack(tasks.pairs, longest), texts)
+        yield OpenedTasks(tasks, pack(tasks.pairs, longest, base.family.branches), texts)
 
 
 def _generated(

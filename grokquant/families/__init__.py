@@ -65,7 +65,15 @@ def family_of(source: "Source") -> "Family":
             found = "architectures must be a list of one name"
     if isinstance(source.config.get("text_config"), dict):
         found += "; multimodal checkpoints are not supported"
-    raise InputError(f"{source.path / 'config.json'}: {found} (known: {', '.join(FAMILIES)})")
+    from transformers import __version__
+
+    known = (
+        f"known: {', '.join(FAMILIES)}, and causal language models of transformers {__version__}"
+    )
+    raise InputError(
+        f"{source.path / 'config.json'}: {found} ({known}); docs/extending.md shows how to add a "
+        "family in one file"
+    )
 
 
 def config_of(source: "Source") -> "PreTrainedConfig":

@@ -9,7 +9,7 @@ Only code of the installed transformers is used, never any beside the weights.
 
 import re
 from collections.abc import Container, Iterator, Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -87,16 +87,21 @@ class LayerTable:
 
 @dataclass(frozen=True)
 class Table:
-    """A model: checkpoint names by those of its parameters, and all that is read of a file."""
+    """A model: checkpoint names by those of its parameters, and all that is read of a file.
+
+    `outside` are the paths of linear modules that belong to no layer.
+    """
 
     layers_path: str
     layers: tuple[LayerTable, ...]
+    outside: tuple[str, ...]
     names: Mapping[str, str]
     joined: Mapping[str, Conversion]
     fused: Mapping[str, FusedExperts]
     shapes: Shapes
     tied: Mapping[str, str]
     integers: frozenset[str]
+    wide: frozenset[str]
     passing: Passing
     stored: StoredNames = field(repr=False)
 
@@ -120,6 +125,11 @@ class Table:
             if layer.experts:
                 for names in (*layer.experts.tensors.values(), *layer.experts.biases.values()):
                     yield from ((tensor, number) for tensor in names)
+
+    @cached_property
+    def module_names(self) -> dict[str, str]:
+        """Names of parameters by those of the checkpoint."""
+        return {tensor: name for name, tensor in self.names.items()}
 
     @cached_property
     def on_the_way(self) -> dict[str, str]:
@@ -175,20 +185,31 @@ class DerivedFamily(Family):
         return any(layer.experts.own_names for layer in self.table.layers if layer.experts)
 
     @property
+    def joins(self) -> bool:
+        return bool(self.table.joined)
+
+    @property
     def runs_experts(self) -> bool:
         experts = [layer.experts for layer in self.table.layers if layer.experts]
         return self.streams and all(e.takes_turns for e in experts)
 
     def routers(self, config: PreTrainedConfig) -> list[str]:
-        return [
-            f"{layer.path}.{other}.weight" for layer in self.table.layers for other in layer.others
-        ]
+        """The weights of all linear modules that are no matrices, as their model calls them."""
+        layers = self.table.layers
+        others = [f"{layer.path}.{other}" for layer in layers for other in layer.others]
+        return [f"{path}.weight" for path in (*others, *self.table.outside)]
+
+    def module_weight(self, tensor: str) -> str:
+        return self.table.module_names.get(tensor, tensor)
 
     def router(self, config: PreTrainedConfig, layer: int) -> tuple[str, str] | None:
         return None  # which norm comes before it is not derived
 
     def module_prefix(self, layer: int) -> str:
         return self.table.layers[layer].path + "."
+
+    def working_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        return torch.float32 if name in self.table.wide else super().working_dtype(name, dtype)
 
     def tensor_name(self, name: str) -> str:
         table = self.table
@@ -272,7 +293,9 @@ def derived_family(source: Source) -> Family | None:
     with refused(f"{path}: transformers makes no model of it"):
         model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
         with torch.device("meta"):
-            model = model_class(config).eval()
+            # Parameters that are not in this dtype stay in their own, whatever a model computes in.
+            model = model_class._from_config(config, dtype=torch.bfloat16).eval()
+        model.requires_grad_(False)
     table = _table(path, model)
     experts = [layer.experts for layer in table.layers if layer.experts]
     first = experts[0] if experts else None
@@ -289,8 +312,10 @@ def derived_family(source: Source) -> Family | None:
         mixture_norm=None,
         tied=table.tied,
         integers=table.integers,
+        beyond=tuple(model_class._keys_to_ignore_on_load_unexpected or ()),
         streams=table.passing.streams,
-        in_tuples=table.passing.in_tuples,
+        branches=False,
+        returned=table.passing.returned,
         by_row=table.passing.by_row,
         notice=None if table.passing.streams else _WHOLE,
         table=table,
@@ -320,7 +345,8 @@ def _config_class(content: dict) -> type[PreTrainedConfig] | None:
 
 def _config_of(config_class: type[PreTrainedConfig], content: dict) -> PreTrainedConfig:
     given = {key: value for key, value in content.items() if defines_the_model(key)}
-    return config_class.from_dict(PreTrainedConfig._decode_special_floats(given))
+    given = PreTrainedConfig._decode_special_floats(deepcopy(given))  # it changes what it is given
+    return config_class.from_dict(given)
 
 
 # --- the table of a model
@@ -329,57 +355,72 @@ def _config_of(config_class: type[PreTrainedConfig], content: dict) -> PreTraine
 def _table(path: Path, model: PreTrainedModel) -> Table:
     stored = StoredNames(model)
     with refused(f"{path}: the names of its tensors in files are not known"):
-        conversions = stored.conversions
+        conversions = {name: c for c in stored.conversions for name in c.parameters}
     layers_path = _layers_path(path, model)
     layers = cast(nn.ModuleList, model.get_submodule(layers_path))
-    trace = traced(model, layers)
-    by_parameter = {name: c for c in conversions for name in c.parameters}
-    names: dict[str, str] = {}
-    joined: dict[str, Conversion] = {}
+    places = {f"{layers_path}.{number}": layer for number, layer in enumerate(layers)}
+    experts = [_experts(place, layer, conversions) for place, layer in places.items()]
     fused: dict[str, FusedExperts] = {}
     shapes: Shapes = {}
-    tables = []
-    in_experts: set[str] = set()
-    found: list[Experts | None] = []
-    for number, layer in enumerate(layers):
-        experts = _experts(f"{layers_path}.{number}", layer, by_parameter)
-        found.append(experts)
-        if experts:
-            in_experts |= set(
-                _fuse(f"{layers_path}.{number}", number, layer, experts, by_parameter, fused)
-            )
-            shapes |= _shapes_of(experts)
-    for conversion in conversions:
-        if in_experts.intersection(conversion.parameters):
-            continue
+    for number, (place, found) in enumerate(zip(places, experts, strict=True)):
+        if found:
+            fused |= dict(_fused(place, number, found, conversions))
+            shapes |= _shapes_of(found)
+    others = {name: c for name, c in conversions.items() if name not in fused}
+    shapes |= {tensor: size for c in others.values() for tensor, size in c.tensors.items()}
+    joined = {name: c for name, c in others.items() if c.operations}
+    _refuse_split(path, model, joined)
+    names = {name: next(iter(c.tensors)) for name, c in others.items() if not c.operations}
+    trace = traced(model, layers)
+    tables = tuple(
+        _layer_table(place, layer, names, found, trace)
+        for (place, layer), found in zip(places.items(), experts, strict=True)
+    )
+    if not any(table.matrices or table.experts for table in tables):
+        raise InputError(f"{path}: {model.config.model_type} has no linear layers to quantize")
+    state = model.state_dict()
+    ties = {name: names[of] for name, of in model.all_tied_weights_keys.items() if of in names}
+    return Table(
+        layers_path=layers_path,
+        layers=tables,
+        outside=tuple(_linears_outside(model, layers_path)),
+        names=names | ties,
+        joined=joined,
+        fused=fused,
+        shapes=shapes,
+        tied=ties,
+        integers=frozenset(t for n, t in names.items() if not state[n].is_floating_point()),
+        wide=frozenset(_wide(model, tuple(places))),
+        passing=passing(model, layers_path, trace),
+        stored=stored,
+    )
+
+
+def _refuse_split(path: Path, model: PreTrainedModel, joined: Mapping[str, Conversion]) -> None:
+    """Raises InputError for parameters that files join: a matrix there is not one here."""
+    for conversion in joined.values():
         if len(conversion.parameters) > 1:
             raise InputError(
                 f"{path}: {conversion.parameters[0]} and others of {model.config.model_type} are "
                 "one tensor in files, which is not supported"
             )
-        shapes |= conversion.tensors
-        (name,) = conversion.parameters
-        if conversion.operations:
-            joined[name] = conversion
-        else:
-            (names[name],) = conversion.tensors
-    for number, layer in enumerate(layers):
-        place = f"{layers_path}.{number}"
-        tables.append(_layer_table(place, layer, names, found[number], trace))
-    tied = {
-        name: names.get(of, of)
-        for name, of in model.all_tied_weights_keys.items()
-        if names.get(of, of) in shapes
-    }
-    names |= tied
-    if not any(table.matrices or table.experts for table in tables):
-        raise InputError(f"{path}: {model.config.model_type} has no linear layers to quantize")
-    state = model.state_dict()
-    integers = frozenset(t for name, t in names.items() if not state[name].is_floating_point())
-    how = passing(model, layers_path, trace)
-    return Table(
-        layers_path, tuple(tables), names, joined, fused, shapes, tied, integers, how, stored
-    )
+
+
+def _wide(model: PreTrainedModel, places: tuple[str, ...]) -> Iterator[str]:
+    """Parameters that are always float32, by their names in the model and in their layers."""
+    fixed = model._keep_in_fp32_modules_strict or ()
+    for name, value in model.state_dict().items():
+        if value.dtype == torch.float32 or any(part in name for part in fixed):
+            yield name
+            depth = places[0].count(".") + 1
+            if ".".join(name.split(".")[:depth]) in places:
+                yield ".".join(name.split(".")[depth:])
+
+
+def _linears_outside(model: nn.Module, layers_path: str) -> Iterator[str]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not path.startswith(f"{layers_path}."):
+            yield path
 
 
 def _layers_path(path: Path, model: PreTrainedModel) -> str:
@@ -522,32 +563,29 @@ def _single_names(
     return {p: [f"{place}.{n}.{p}_proj.{end}" for n in range(count)] for p in parts}
 
 
-def _fuse(
-    place: str,
-    number: int,
-    layer: nn.Module,
-    experts: Experts,
-    conversions: Mapping[str, Conversion],
-    fused: dict[str, FusedExperts],
-) -> Iterator[str]:
-    """Yields the parameters of experts, and notes their names, in the model and in files."""
-    module = layer.get_submodule(experts.module)
+def _fused(
+    place: str, number: int, experts: Experts, conversions: Mapping[str, Conversion]
+) -> Iterator[tuple[str, FusedExperts]]:
+    """Names of the parameters that hold all experts of layer `number`, in the model and in files.
+
+    A file may have the axes of one in another order.
+    """
     for kind in FUSED_PARTS:
-        if not isinstance(getattr(module, kind, None), Tensor):
-            continue
         name = f"{place}.{experts.module}.{kind}"
+        if name not in conversions:
+            continue
         own = FusedExperts(number, kind, experts.transposed, experts.interleaved)
-        fused[name] = own
+        yield name, own
         conversion = conversions[name]
         if len(conversion.tensors) == 1:
-            (stored,) = conversion.tensors
-            changed = conversion.operations
-            fused[stored] = replace(
-                own,
-                transposed=own.transposed != ("Transpose" in changed),
-                interleaved=own.interleaved != ("Interleave" in changed),
+            yield (
+                next(iter(conversion.tensors)),
+                replace(
+                    own,
+                    transposed=own.transposed != ("Transpose" in conversion.operations),
+                    interleaved=own.interleaved != ("Interleave" in conversion.operations),
+                ),
             )
-        yield name
 
 
 def _shapes_of(experts: Experts) -> Shapes:

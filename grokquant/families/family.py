@@ -66,8 +66,10 @@ class Family:
     transformers alone open an output, None where it needs none or there is none. `notice` is a line
     to show to every user of the family. `tied` names tensors that may be stored although they equal
     another one, `integers` those that hold integers. Layers run one by one if the family `streams`:
-    a layer depends on the states that the one before it returned, which is `in_tuples` in some
-    models, and on what all rows share, or, `by_row`, on the tokens.
+    a layer depends on the states that the one before it returned, first of `returned` items if
+    they are in a tuple, and on what all rows share, or, `by_row`, on the tokens. `branches`: tokens
+    that a mask keeps apart are apart. `beyond` are patterns of tensors that files may have and the
+    model does not, such as those for predicting several tokens.
     """
 
     name: str
@@ -94,8 +96,10 @@ class Family:
     notice: str | None = None
     layer_prefix: str = "model.layers.{layer}."
     integers: frozenset[str] = frozenset()
+    beyond: tuple[str, ...] = ()
     streams: bool = True
-    in_tuples: bool = False
+    branches: bool = True
+    returned: int = 0
     by_row: bool = False
     tied: Mapping[str, str] = field(default_factory=lambda: {HEAD: EMBEDDING})
 
@@ -178,6 +182,11 @@ class Family:
         return self.biased
 
     @property
+    def joins(self) -> bool:
+        """Whether transformers makes some parameters of several tensors, beside experts."""
+        return False
+
+    @property
     def runs_experts(self) -> bool:
         """Whether experts can run one by one, on the tokens that are routed to them."""
         return True
@@ -218,6 +227,10 @@ class Family:
     def tensor_name(self, name: str) -> str:
         """The family's own name for the tensor that a file or transformers calls `name`."""
         return _replaced(name, self.aliases)
+
+    def module_weight(self, tensor: str) -> str:
+        """The name in transformers' model of the weight that the family calls `tensor`."""
+        return tensor
 
     def gptqmodel_name(self, name: str) -> str:
         """The name that GPTQModel looks for, of the tensor that the family calls `name`."""
@@ -326,11 +339,11 @@ class Family:
         with torch.device("meta"):
             model = self.model_class(config).eval()
         for module in model.modules():
-            buffers = dict(module.named_buffers(recurse=False))
-            for name, buffer in buffers.items():
+            for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-            if buffers:
-                model._init_weights(module)  # fills buffers from the config
+        for module in model.modules():  # which fill buffers from the config, a model those below it
+            if module._buffers or isinstance(module, PreTrainedModel):
+                model._init_weights(module)
         return model
 
 

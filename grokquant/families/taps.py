@@ -10,14 +10,15 @@ class Tap(nn.Module):
     """Takes the place of a decoder layer: notes its arguments, returns `hidden` if that is set.
 
     There is one for each layer, since models give other masks to layers with a sliding window.
-    Models that read attributes of their layers find those of `layer`. With `in_tuple` the states
-    are returned in a tuple, as the layers of some models do.
+    Models that read attributes of their layers find those of `layer`. Layers of some models return
+    a tuple that begins with the states; `returned` is the number of its items, 0 where it is none.
     """
 
-    def __init__(self, layer: nn.Module, in_tuple: bool = False) -> None:
+    def __init__(self, layer: nn.Module, returned: int = 0) -> None:
         super().__init__()
         object.__setattr__(self, "layer", layer)  # no child: its parameters are not the tap's
-        self.in_tuple = in_tuple
+        self.returned = returned
+        self.beside: Any = None  # what else is returned
         self.arguments: tuple[tuple, dict] = ((), {})
         self.hidden: Tensor | None = None
         self.entered = torch.empty(0)
@@ -33,4 +34,4 @@ class Tap(nn.Module):
         self.entered = args[0] if named is None else named
         self.arguments = (args[1:] if named is None else args, kwargs)
         out = self.entered if self.hidden is None else self.hidden
-        return (out,) if self.in_tuple else out
+        return (out, *[self.beside] * (self.returned - 1)) if self.returned else out

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from grokquant.families.taps import Tap
@@ -20,6 +20,7 @@ _SILENT = "grokquant-silent"  # the name of experts without weights in transform
 # Sizes of no axis in a model, so that an axis of rows can be told by its size.
 _ROWS = 13
 _TOKENS = 11
+_LONGEST_TUPLE = 4
 
 
 def _no_experts(self: nn.Module, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -44,12 +45,12 @@ class Passing:
     """How a model hands hidden states from layer to layer.
 
     `streams`: a layer gets what the one before it returned, and nothing else that depends on that.
-    `in_tuples`: layers return a tuple that begins with it. `by_row`: what they are also given
-    depends on the tokens, so each row has its own.
+    `returned`: the items of the tuple that a layer returns, 0 where it is none. `by_row`: what
+    layers are also given depends on the tokens, so each row has its own.
     """
 
     streams: bool
-    in_tuples: bool = False
+    returned: int = 0
     by_row: bool = False
 
 
@@ -74,7 +75,8 @@ def traced(model: PreTrainedModel, layers: nn.ModuleList) -> Trace | None:
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears]
     hooks += [layer.register_forward_pre_hook(note_given, with_kwargs=True) for layer in layers]
     try:
-        _run(model)
+        with torch.no_grad():
+            _run(model)
     except Exception:  # of any class, from deep in the model
         return None
     finally:
@@ -86,32 +88,50 @@ def traced(model: PreTrainedModel, layers: nn.ModuleList) -> Trace | None:
 
 def passing(model: PreTrainedModel, path: str, trace: Trace | None) -> Passing:
     """How `model`, on the meta device, runs the layers in its list `path`."""
-    for in_tuples in (False, True):
+    for returned in range(_LONGEST_TUPLE + 1):
         layers = model.get_submodule(path)
-        taps = [_Returning(layer, in_tuples) for layer in layers.children()]
-        with _replaced(model, path, taps):
+        taps = [_Returning(layer, returned) for layer in layers.children()]
+        with _replaced(model, path, taps), torch.enable_grad():
             try:
-                _run(model)
+                logits = _run(model)
             except Exception:  # of any class, from deep in the model
                 continue
-        if _is_chain(taps):
-            carries = trace.carried if trace else [v for tap in taps for v in tap.may_carry()]
+        if _is_chain(taps, logits):
+            given = [value for tap in taps for value in tap.may_carry()]
+            handed_on = [value for value in given if type(value) is object]
+            carried = handed_on or (trace.carried if trace else given)
+            streams = not carried and not _passes_layers(model, path, returned)
             by_row = any(_has_rows(tap.arguments) for tap in taps)
-            return Passing(not carries, in_tuples, by_row)
+            return Passing(streams, returned, by_row)
     return Passing(streams=False)
+
+
+def _passes_layers(model: PreTrainedModel, path: str, returned: int) -> bool:
+    """Whether something goes from the embedding to the head beside all layers."""
+    layers = model.get_submodule(path)
+    taps = [_Returning(layer, returned, tracked=False) for layer in layers.children()]
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda *call: call[-1].detach().requires_grad_())
+    try:
+        with _replaced(model, path, taps), torch.enable_grad():
+            return _run(model).requires_grad
+    finally:
+        hook.remove()
 
 
 class _Returning(Tap):
     """A tap whose output is a tensor of its own, by which the next layer's input is recognized."""
 
-    def __init__(self, layer: nn.Module, in_tuple: bool) -> None:
-        super().__init__(layer, in_tuple)
+    def __init__(self, layer: nn.Module, returned: int, tracked: bool = True) -> None:
+        super().__init__(layer, returned)
+        self.tracked = tracked  # whether what is made of its output can be told
         self.calls = 0
+        self.beside = object()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         first = args[0] if args else kwargs["hidden_states"]
-        self.hidden = torch.empty_like(first)
+        self.hidden = torch.empty_like(first, requires_grad=self.tracked)
         return super().forward(*args, **kwargs)
 
     def may_carry(self) -> Iterator[Any]:
@@ -119,18 +139,37 @@ class _Returning(Tap):
         return (value for value in (*args, *kwargs.values()) if _may_carry(value))
 
 
-def _is_chain(taps: list[_Returning]) -> bool:
-    """Whether each layer ran once, on what the one before returned: [rows, time, ...]."""
+def _is_chain(taps: list[_Returning], logits: Tensor) -> bool:
+    """Whether each layer ran once, on what the one before returned, [rows, time, ...], and nothing
+    else depends on what layers return."""
     if any(tap.calls != 1 or tap.entered.shape[:2] != (_ROWS, _TOKENS) for tap in taps):
         return False
-    return all(b.entered is a.hidden for a, b in pairwise(taps))
+    if any(_depends(tap.arguments) for tap in taps):
+        return False
+    if any(b.entered is not a.hidden for a, b in pairwise(taps)):
+        return False
+    returned = [cast(Tensor, tap.hidden) for tap in taps]
+    with torch.enable_grad():
+        *others, last = torch.autograd.grad(logits.sum(), returned, allow_unused=True)
+    return last is not None and all(grad is None for grad in others)
+
+
+def _depends(value: Any) -> bool:
+    """Whether a tensor in `value` was computed from what a layer returned."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(map(_depends, value.values()))
+    return isinstance(value, tuple | list) and any(map(_depends, value))
 
 
 def _may_carry(value: Any) -> bool:
     """Whether a layer could leave something for later ones in an argument."""
     if isinstance(value, dict):
         return not value
-    plain = (Tensor, bool, int, float, str, tuple, torch.dtype, torch.device)
+    if isinstance(value, tuple):
+        return any(map(_may_carry, value))
+    plain = (Tensor, bool, int, float, str, torch.dtype, torch.device)
     return value is not None and not isinstance(value, plain)
 
 
@@ -142,15 +181,18 @@ def _has_rows(value: Any) -> bool:
     return isinstance(value, tuple | list) and any(_has_rows(item) for item in value)
 
 
-def _run(model: PreTrainedModel) -> None:
+def _run(model: PreTrainedModel) -> Tensor:
     before = model.config._experts_implementation
+    looks = masking_utils.find_packed_sequence_indices
     model.config._experts_implementation = _SILENT
+    # It looks at values, for several texts in a row. There is one.
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     tokens = torch.zeros(_ROWS, _TOKENS, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad():
-            model(input_ids=tokens, use_cache=False)
+        return model(input_ids=tokens, use_cache=False).logits
     finally:
         model.config._experts_implementation = before
+        masking_utils.find_packed_sequence_indices = looks
 
 
 @contextmanager

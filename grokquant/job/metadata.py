@@ -75,19 +75,22 @@ def write(directory: Path, plan: Plan, record: Record) -> None:
 def output_config(plan: Plan) -> dict:
     """The source's config with a description of the quantization."""
     matrices = plan.checkpoint.matrices()
+    family = plan.checkpoint.family
     kept = [m.tensor for m in matrices if m.tensor not in plan.unit_of_tensor]
-    routers = plan.checkpoint.family.routers(plan.checkpoint.config)
-    unquantized = [name.removesuffix(".weight") for name in [*kept, *routers]] + ["lm_head"]
+    modules = map(family.module_weight, kept)
+    routers = family.routers(plan.checkpoint.config)
+    names = dict.fromkeys([*kept, *modules, *routers])
+    unquantized = [name.removesuffix(".weight") for name in names] + ["lm_head"]
     source = plan.checkpoint.source.config
     fields = {key: value for key, value in source.items() if key not in _NOT_COPIED}
-    fields |= plan.checkpoint.family.engine_fields(plan.checkpoint.config)
+    fields |= family.engine_fields(plan.checkpoint.config)
     if not is_repository(fields.get("_name_or_path")):
         fields.pop("_name_or_path", None)  # a place on the machine that saved it
     fields["torch_dtype"] = stated_dtype(plan)
     if plan.remote_code:
         fields[tokenizer.AUTO_MAP] = plan.remote_code.auto_map
     # transformers would look for other files than gguf's, and for other names of experts.
-    loaded_by_us = plan.format.needs_own_loader or plan.checkpoint.family.names_experts
+    loaded_by_us = plan.format.needs_own_loader or family.names_experts
     if plan.units or loaded_by_us:
         described = plan.format.quantization_config(plan.units.values(), unquantized)
         fields["quantization_config"] = described | {MARK: OWN}

@@ -106,6 +106,7 @@ class Plan:
             remote_code=self.remote_code is not None,
             names=self.recipe.output.names,
             names_experts=self.checkpoint.family.names_experts,
+            joins=self.checkpoint.family.joins,
         )
 
     @cached_property

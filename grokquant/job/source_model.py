@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
@@ -138,6 +139,7 @@ def recorded_models(directory: Path) -> list[ModelFingerprint]:
 def _fingerprint(checkpoint: Checkpoint, tensors: dict[str, str]) -> ModelFingerprint:
     fields = checkpoint.config.to_dict()
     telling = {key: value for key, value in fields.items() if _tells(key)}
+    telling = PreTrainedConfig._encode_special_floats(telling)  # JSON has no infinity
     return ModelFingerprint(
         family=checkpoint.family.name,
         config=json.loads(json.dumps(telling, default=str)),  # as a report will have them
@@ -191,9 +193,10 @@ def _whole(ref: TensorRef) -> Tensor:
 
 def _spread(ref: TensorRef) -> Tensor:
     """Single rows at equal distances."""
-    rows, columns = ref.shape
+    rows, *others = ref.shape
+    rest = [slice(0, size) for size in others]
     first = range(0, rows, -(-rows // _ROWS))
-    return torch.cat([_part(ref, (slice(row, row + 1), slice(0, columns))) for row in first])
+    return torch.cat([_part(ref, (slice(row, row + 1), *rest)) for row in first])
 
 
 def _part(ref: TensorRef, index: tuple[slice, ...]) -> Tensor:

@@ -64,6 +64,7 @@ def _contents(checkpoint: Checkpoint) -> Contents | None:
         remote_code=code is not None and (source.path / code.file).is_file(),
         names=_names(checkpoint),
         names_experts=checkpoint.family.names_experts,
+        joins=checkpoint.family.joins,
     )
 
 

@@ -178,7 +178,7 @@ class BlockwiseModel:
         self.config.use_cache = False
         self.model = self.family.empty_model(self.config)
         self.layers = self.family.layers(self.model)
-        self.taps = [Tap(layer, self.family.in_tuples) for layer in self.layers]
+        self.taps = [Tap(layer, self.family.returned) for layer in self.layers]
         self.family.set_layers(self.model, nn.ModuleList(self.taps))
         self._fill_outside_layers(twin)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
@@ -41,6 +42,7 @@ class WholeModel(BlockwiseModel):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._each = in_order  # modules hold states while they run
+        self._kind: type[ModelOutput] = BaseModelOutput  # of the model below the head
         self.family.set_layers(self.model, self.layers)
         self.config._experts_implementation = "eager"
         for index, layer in enumerate(self.layers):
@@ -97,13 +99,15 @@ class WholeModel(BlockwiseModel):
         size = max(1, self._tokens_at_once // hidden.shape[1])
         for part in slices(0, len(hidden), size):
             tokens = hidden[part].squeeze(-1).long().to(self.device)
-            yield self.model.base_model(input_ids=tokens, use_cache=False)[0].cpu()
+            outputs = self.model.base_model(input_ids=tokens, use_cache=False)
+            self._kind = type(outputs)
+            yield outputs.last_hidden_state.cpu()
 
     @contextmanager
     def _returning(self, states: Tensor) -> Iterator[None]:
         """Has the model below the head return `states`."""
         base: Any = self.model.base_model
-        base.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=states)
+        base.forward = lambda *args, **kwargs: self._kind(last_hidden_state=states)
         try:
             yield
         finally:
