@@ -283,9 +283,9 @@ class UnitReport:
     """What happened to one unit.
 
     `relative_error` is ||W - Q||_F / ||W||_F of the weights, `output_error` the same of the outputs
-    on the calibration inputs (gptq only). `lost_rows` are rows that became zero. `tokens` reached
-    the matrix. `fallback` is the reason why
-    rtn took the place of the planned method, `note` what else a reader should know.
+    on the calibration inputs, `held_out_error` on some of them that were kept out. `lost_rows` are
+    rows that became zero. `tokens` reached the matrix. `fallback` is the reason why rtn took the
+    place of the planned method, `note` what else a reader should know.
     """
 
     name: str
@@ -299,3 +299,4 @@ class UnitReport:
     fallback: str | None = None
     note: str | None = None
     lost_rows: int = 0
+    held_out_error: float | None = None

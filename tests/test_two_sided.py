@@ -9,6 +9,7 @@ from jobs import interrupt_after
 from torch import Tensor
 
 from grokquant.calibration.site import Site
+from grokquant.grids import Scheme
 from grokquant.job import pipeline
 from grokquant.job.budget import timing
 from grokquant.job.budget.memory import peak_step
@@ -16,7 +17,7 @@ from grokquant.job.layer import LayerQuantizer
 from grokquant.job.mixture import Mixture, Original
 from grokquant.job.plan import build_plan
 from grokquant.job.workdir import States
-from grokquant.methods import output_metric, targets
+from grokquant.methods import output_metric, targets, two_sided
 from grokquant.methods.gptq import factorize
 from grokquant.methods.ldl import permute_, restore_
 from grokquant.methods.method import Aim
@@ -248,6 +249,45 @@ def test_the_output_of_a_layer_is_closer_to_the_original(tiny_recipe, first_laye
         assert output_errors and max(output_errors) < 0.5
     distance = {method: (hidden - reference).norm() for method, hidden in errors.items()}
     assert distance["two-sided"] < 0.9 * distance["gptq"]
+
+
+def test_the_held_out_error_is_that_of_weighted_outputs():
+    X, W = random(300, 64), random(32, 64, seed=1)
+    quantized = quantize_rtn(W, Scheme(4, 32))
+    held_out = site_of(X, Aim(weights_of(300)))
+    site = Site(0, 64, lambda: iter(()), held_out=held_out)
+    energies = [
+        ((X @ A.T).square().sum(1) * weights_of(300)).sum() for A in (W - quantized.dequantize(), W)
+    ]
+    naive = (energies[0] / energies[1]).sqrt().item()
+    assert two_sided._held_out_error(W, quantized, site) == pytest.approx(naive, rel=1e-4)
+    assert two_sided._held_out_error(W, quantized, held_out) is None
+
+
+def test_an_eighth_of_the_rows_is_held_out(tiny_recipe, first_layer, monkeypatch):
+    """The Hessians of gate, up and down are of the other rows."""
+    seen: list[tuple[Site, int]] = []
+    hessian = Site.hessian
+
+    def note(site: Site, *given: object, **options: object) -> list[Tensor]:
+        seen.append((site, sum(len(X) for X in site.inputs())))
+        return hessian(site, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Site, "hessian", note)
+    _, _, reports = first_layer(tiny_recipe(TWO_SIDED, ATTENTION))
+    experts = [report for name, report in reports.items() if ".experts." in name]
+    assert all(report.held_out_error and report.output_error for report in experts)
+    sites = [(site, tokens) for site, tokens in seen if site.held_out is not None]
+    assert len(sites) == 2 * 4  # two for each expert
+    assert all(site.tokens == tokens + site.held_out.tokens for site, tokens in sites)
+    held_out = sum(site.held_out.tokens for site, _ in sites)
+    assert held_out == 2 * 2 * 2 * 64  # two of 16 rows of 64 tokens, two experts a token
+
+
+def test_few_rows_are_all_used(tiny_recipe, first_layer, text_file):
+    calibration = {"text": str(text_file), "samples": 7, "length": 64}
+    _, _, reports = first_layer(tiny_recipe(TWO_SIDED, ATTENTION, calibration=calibration))
+    assert all(report.held_out_error is None for report in reports.values())
 
 
 def test_gate_alone_may_be_rounded(tiny_recipe, first_layer):

@@ -29,7 +29,7 @@ class Site:
     """`tokens` inputs of `features` features, which the matrices of one site read.
 
     `refusal` says why the Hessian must not be used; `prior` is blended with it. `aim` is what the
-    outputs should be.
+    outputs should be; `held_out` has inputs that are kept out of the Hessian.
     """
 
     tokens: int
@@ -38,6 +38,7 @@ class Site:
     refusal: str | None = None
     prior: Prior | None = None
     aim: Aim | None = None
+    held_out: "Site | None" = None
     _made: tuple[object, object] | None = None
 
     @property

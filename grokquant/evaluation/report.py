@@ -365,6 +365,8 @@ class UnitRow(_Part):
     """||W_q - W|| / ||W||."""
     output_error: NotNegative | None = None
     """Relative error of its outputs on the calibration tokens; None without calibration."""
+    held_out_error: NotNegative | None = None
+    """The same on calibration tokens that its rounding has not seen; None if there are none."""
     tokens: Count | None = None
     """Number of calibration tokens that reached it."""
     fallback: str | None = None

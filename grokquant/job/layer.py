@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from grokquant.job.workdir import States
 from grokquant.memory import memory_for
 from grokquant.methods import METHODS
 from grokquant.methods.method import Aim, Needs, errors_of
+from grokquant.methods.refit import refit
 from grokquant.parallel import ALONE
 from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Combine, Expert, Routed
@@ -25,6 +27,8 @@ from grokquant.types import QTensor, Unit, UnitReport
 _PRIOR_TOKENS_PER_FEATURE = 0.1
 # An expert with fewer routed tokens per input feature than this counts as starved.
 _BLEND_TOKENS_PER_FEATURE = 4
+# One row of tokens in so many is held out of the rounding of experts that have an aim.
+_HELD_OUT = 8
 
 # Parts of an expert, each of which stands for those that read the same input.
 _SITES = ("gate", "down")
@@ -154,7 +158,9 @@ class LayerQuantizer:
 
     def _run_quantized(self, hidden: Tensor) -> Tensor:
         self.tokens_per_expert = []
+        self._refit_attention(hidden)
         self._quantize_outside_experts(hidden)
+        self._refit_router(hidden)
         if not self.model.family.runs_experts:
             self._quantize_experts_at_once()
         combine = self._combine_quantized()
@@ -189,6 +195,28 @@ class LayerQuantizer:
             return combine(x, experts, gates)
 
         return count_and_combine
+
+    def _refit_attention(self, hidden: Tensor) -> None:
+        if names := self.plan.refitted_attention(self.index):
+            before = self.model.inputs_of(self.index, names[0], self.reference_inputs)
+            self._refit(names, before, self.model.inputs_of(self.index, names[0], hidden))
+
+    def _refit_router(self, hidden: Tensor) -> None:
+        name = self.plan.refitted_router(self.index)
+        if name and self._original is not None:
+            inputs = self.model.inputs_of(self.index, name, hidden)
+            self._refit([name], self._original.inputs, inputs)
+
+    def _refit(self, names: list[str], before: Tensor, inputs: Tensor) -> None:
+        """Fits matrices to what they give for the inputs `before` [tokens, in] of the original."""
+        if torch.equal(before, inputs):
+            return
+        aim = Aim(torch.ones(len(inputs)), reference=self._inputs(before))
+        site = Site(len(inputs), inputs.shape[1], self._inputs(inputs), aim=aim)
+        fitted = refit([self.original(name) for name in names], site)
+        for name, W in zip(names, fitted, strict=True):
+            self.revised[name] = W
+            self.model.replace(self.index, name, W)
 
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
         """Attention and dense MLPs, site by site in the order of the computation."""
@@ -226,12 +254,12 @@ class LayerQuantizer:
         """Quantizes gate and up on one site, then down on the hidden units that they make."""
         x = given.x
         token = given.token
-        to_inner, to_down = self._aims(expert, given)
-        routed = self._inputs(x, token)
+        parts = self._parts(token)
+        to_inner, to_down = self._aims(expert, given, parts)
+        routed = [self._inputs(x, token[part]) for part in parts]
         everyone = self._everyones_hessian
         first = "gate" if "gate" in self.expert_tensors(expert) else "up"
-        site = self._site(expert, first, routed, len(token), x.shape[1], everyone)
-        site.aim = to_inner
+        site = self._site(expert, first, routed, len(token), x.shape[1], everyone, to_inner)
         W_gate = self._expert_weight(expert, "gate", site) if first == "gate" else None
         W_up = self._expert_weight(expert, "up", site)
         hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
@@ -243,21 +271,33 @@ class LayerQuantizer:
         site = self._site(
             expert,
             "down",
-            inner(routed),
+            list(map(inner, routed)),
             len(token),
             features,
             lambda block: accumulate(inner(self._everyones_inputs)(), features, block),
+            to_down,
         )
-        site.aim = to_down
         W_down = self._expert_weight(expert, "down", site)
         bias = self.model.expert_bias(self.index, expert, "down")
         return lambda x: F.linear(hidden_units(x), W_down, bias)
 
-    def _aims(self, expert: int, routed: Routed) -> tuple[Aim | None, Aim | None]:
-        """What gate and up, and what down of an expert should give."""
+    def _parts(self, token: Tensor) -> list[Tensor]:
+        """The places among the tokens of an expert that its rounding sees, and those held out: all
+        tokens of every eighth row. Without an aim, or if one of them were empty, all in one."""
+        row = token // self.inputs.shape[1]
+        is_held_out = row % _HELD_OUT == _HELD_OUT - 1
+        if self._mixture is None or is_held_out.all() or not is_held_out.any():
+            return [torch.arange(len(token))]
+        return [torch.where(~is_held_out)[0], torch.where(is_held_out)[0]]
+
+    def _aims(
+        self, expert: int, routed: Routed, parts: list[Tensor]
+    ) -> tuple[list[Aim], list[Aim]]:
+        """What gate and up, and what down of an expert should give, for each part of its tokens;
+        nothing without an aim."""
         mixture = self._mixture
         if mixture is None:
-            return None, None
+            return [], []
         stored = self.model.stored_expert(self.index, expert)
         outputs = mixture.outputs_for(
             routed, self.model.by_rows(stored, routed.x[routed.token]).cpu()
@@ -266,8 +306,11 @@ class LayerQuantizer:
         if bias is not None:
             outputs -= bias.float().cpu()
         weights = mixture.weights_of(routed)
-        reference = self._inputs(mixture.inputs, routed.token)
-        return Aim(weights, reference=reference), Aim(weights, outputs=outputs)
+        to_inner = [
+            Aim(weights[part], reference=self._inputs(mixture.inputs, routed.token[part]))
+            for part in parts
+        ]
+        return to_inner, [Aim(weights[part], outputs=outputs[part]) for part in parts]
 
     def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
         """The rows `token` of x (default: all), some at a time on the model's device."""
@@ -304,22 +347,27 @@ class LayerQuantizer:
         self,
         expert: int,
         part: str,
-        inputs: Inputs,
+        inputs: list[Inputs],
         tokens: int,
         features: int,
         everyone: BuildHessian,
+        aims: list[Aim],
     ) -> Site:
         """The site that `part` of an expert reads, with a prior if it has too few tokens."""
         limits = self.plan.recipe.experts
+        own = inputs[0]
         if tokens < limits.min_tokens:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
-            return Site(tokens, features, inputs, refusal=reason)
+            return Site(tokens, features, own, refusal=reason)
+        site = Site(tokens, features, own)
         span = self._span(expert, part, features)
-        if not is_starved(limits, tokens, span):
-            return Site(tokens, features, inputs)
-        return Site(
-            tokens, features, inputs, prior=Prior(everyone, _PRIOR_TOKENS_PER_FEATURE * span)
-        )
+        if is_starved(limits, tokens, span):
+            site.prior = Prior(everyone, _PRIOR_TOKENS_PER_FEATURE * span)
+        if aims:
+            site.aim = aims[0]
+        if len(aims) > 1:
+            site.held_out = Site(len(aims[1].weights), features, inputs[1], aim=aims[1])
+        return site
 
     def _span(self, expert: int, part: str, features: int) -> int:
         """The number of input features that share one block of the Hessian."""

@@ -132,7 +132,9 @@ def quantization_report(plan: Plan, record: Record) -> dict:
 def report_of_plan(plan: Plan, record: Record) -> dict:
     """The part of a report that does not need the source again."""
     origin = plan.checkpoint.source.origin
-    return {
+    # Reports of earlier versions have no such key.
+    refitted = {"refitted": plan.refitted} if plan.refitted else {}
+    return refitted | {
         "schema": SCHEMA,
         "family": plan.checkpoint.family.name,
         "source": origin.base_model or published_path(plan.recipe.model.path),
@@ -153,4 +155,6 @@ def report_of_plan(plan: Plan, record: Record) -> dict:
 def _row(report: UnitReport) -> dict:
     row = asdict(report)
     del row["seconds"]
+    if report.held_out_error is None:  # as in reports of earlier versions
+        del row["held_out_error"]
     return row | {"scheme": asdict(report.scheme)}

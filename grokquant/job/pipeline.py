@@ -446,13 +446,14 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
             plan, model, index, run.emit_matrix, run.committed, run.division, metric
         )
         kept = plan.kept_in_layer(index)
-        if not layer.revises:  # first, so that the file they share with experts is soon complete
+        changes = layer.revises or plan.refitted_in(index)
+        if not changes:  # first, so that the file they share with experts is soon complete
             run.write_kept(kept, {})
         with memory_for(f"layer {index}"):
             states = layer.run(states)
         if not torch.isfinite(states.hidden).all():
             raise InputError(f"layer {index}: its outputs on the calibration text are not finite")
-        if layer.revises:
+        if changes:
             run.write_kept(kept, layer.revised)
         work.tokens_per_expert[index : index + 1] = [layer.tokens_per_expert]
         run.deliver(index)

@@ -1,6 +1,7 @@
 """Decides everything before any work is done: the grid of each matrix, the size of each file."""
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -34,7 +35,7 @@ from grokquant.methods import METHODS
 from grokquant.methods.method import Needs
 from grokquant.recipe import Recipe
 from grokquant.streaming.gradients import differentiated_tokens, kept_bytes
-from grokquant.types import Source, Unit
+from grokquant.types import Matrix, Source, Unit
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,6 +130,48 @@ class Plan:
             return False
         experts = (unit for unit in self.units.values() if unit.expert is not None)
         return any(METHODS[unit.method].needs_gradients(unit.settings) for unit in experts)
+
+    def refitted_attention(self, layer: int) -> list[str]:
+        """Checkpoint tensors of a layer that read the states before its attention and are fitted to
+        the quantized model. Those of the first layer read what they read in the original."""
+        if layer == 0 or not self._refits(layer):
+            return []
+        tensors = self.checkpoint.source.tensors
+        return [
+            matrix.tensor
+            for matrix in self._kept_matrices[layer]
+            if matrix.reads == "attention.q" and tensors[matrix.tensor].scheme is None
+        ]
+
+    def refitted_router(self, layer: int) -> str | None:
+        """The checkpoint tensor of a layer's router if it is fitted to the quantized model."""
+        names = self.checkpoint.family.router(self.checkpoint.config, layer)
+        return names[0] if names and self._refits(layer) else None
+
+    def refitted_in(self, layer: int) -> list[str]:
+        """Both."""
+        router = self.refitted_router(layer)
+        return self.refitted_attention(layer) + ([router] if router else [])
+
+    @cached_property
+    def refitted(self) -> list[str]:
+        """The tensors of all layers that are not quantized, but fitted to the quantized model."""
+        layers = range(self.checkpoint.num_layers)
+        return [name for layer in layers for name in self.refitted_in(layer)]
+
+    def _refits(self, layer: int) -> bool:
+        experts = (unit for unit in self.units_of(layer) if unit.expert is not None)
+        asked = any(METHODS[unit.method].refits(unit.settings) for unit in experts)
+        return asked and self.checkpoint.family.mixture_norm is not None
+
+    @cached_property
+    def _kept_matrices(self) -> dict[int, list[Matrix]]:
+        """The matrices of each layer that are not quantized."""
+        kept: dict[int, list[Matrix]] = defaultdict(list)
+        for matrix in self.checkpoint.matrices():
+            if matrix.name not in self.units:
+                kept[matrix.layer].append(matrix)
+        return kept
 
     @property
     def gradient_bytes(self) -> int:

@@ -70,6 +70,7 @@ def round_unit(
         start,
         tokens=tokens,
         output_error=rounded.output_error,
+        held_out_error=rounded.held_out_error,
         fallback=fallback,
         note=site.note if site and not fallback else None,
     )
@@ -83,6 +84,7 @@ def report_of(
     output_error: float | None = None,
     fallback: str | None = None,
     note: str | None = None,
+    held_out_error: float | None = None,
 ) -> UnitReport:
     """The report of a unit whose rounding began at `start` (of perf_counter)."""
     method = METHODS[unit.method]
@@ -96,6 +98,7 @@ def report_of(
         bits_per_weight=stored_bits(unit.scheme, unit.shape) / prod(unit.shape),
         relative_error=errors.relative,
         output_error=output_error,
+        held_out_error=held_out_error,
         seconds=perf_counter() - start,
         tokens=tokens,
         fallback=fallback,

@@ -70,10 +70,12 @@ class Errors:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A rounded matrix; `output_error` is ||(W - Q) X|| / ||W X|| where it is known."""
+    """A rounded matrix; `output_error` is ||(W - Q) X|| / ||W X|| where it is known, and
+    `held_out_error` the same for inputs that the rounding has not seen."""
 
     quantized: QTensor
     output_error: float | None = None
+    held_out_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,14 @@ class Site(Protocol):
     """The input that some matrices share, as calibration saw it.
 
     `aim` is there for the matrices of experts whose sum is added to the residual, as it is or after
-    a norm.
+    a norm; then `held_out` has inputs that are not among these, unless there are too few.
     """
 
     tokens: int
     aim: Aim | None
+
+    @property
+    def held_out(self) -> "Site | None": ...
 
     def inputs(self) -> Iterator[Tensor]:
         """The inputs [some tokens, in], part by part; another pass for each call."""
@@ -213,6 +218,11 @@ class Method:
 
     def needs_gradients(self, settings: Any) -> bool:
         """Whether the original runs backward first, for the layers' `output_gradients`."""
+        return False
+
+    def refits(self, settings: Any) -> bool:
+        """Whether matrices of the layer that stay in floating point are fitted to the quantized
+        model's inputs."""
         return False
 
     def round(self, W: Tensor, scheme: Scheme, settings: Any, site: Site | None) -> Rounded:

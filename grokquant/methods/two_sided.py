@@ -36,7 +36,7 @@ from grokquant.methods.output_metric import (
 )
 from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
 from grokquant.methods.scales import ScaleRule
-from grokquant.methods.targets import PIECE, missing_outputs, moved_inputs, solve_, times
+from grokquant.methods.targets import PIECE, missing_outputs, moved_inputs, solve_, times, weighted
 from grokquant.threads import alone, in_pieces, slices
 from grokquant.types import QTensor, Unit
 
@@ -66,6 +66,13 @@ class TwoSidedSettings(ScaleSettings):
             "calibration tokens, which reads the source twice more."
         ),
     ] = "head"
+    refit: Annotated[
+        bool,
+        Field(
+            description="Fits the router, and projections of attention that stay in floating "
+            "point, to what they give in the original."
+        ),
+    ] = True
 
 
 class TwoSided(Method):
@@ -89,6 +96,9 @@ class TwoSided(Method):
 
     def needs_gradients(self, settings: TwoSidedSettings) -> bool:
         return settings.metric == "gradients"
+
+    def refits(self, settings: TwoSidedSettings) -> bool:
+        return settings.refit
 
     def cost(self, rows: int, columns: int, settings: TwoSidedSettings) -> Cost:
         """Float32 copies: gate and up, their targets and what these are made of, and E H. The
@@ -134,7 +144,9 @@ class TwoSidedLayer(LayerRounding):
         S = missing_outputs(W, site, aim)
         G = self._metric(unit, len(W)).unsqueeze(0)  # one block
         quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, _RIDGE_DOWN)
-        return Rounded(quantized, _output_error(W, quantized, H))
+        return Rounded(
+            quantized, _output_error(W, quantized, H), _held_out_error(W, quantized, site)
+        )
 
     def _round_inner(self, unit: Unit, expert: int, site: Site, aim: Aim) -> dict[str, Rounded]:
         """gate and up of an expert, or the one of them that is planned like `unit`."""
@@ -155,7 +167,9 @@ class TwoSidedLayer(LayerRounding):
         for place, member in enumerate(members):
             take = partial(part_of, place=place, members=len(members), size=size)
             own = quantized.each(take)
-            rounded[member.name] = Rounded(own, _output_error(take(W), own, H))
+            stored = take(W)
+            errors = _output_error(stored, own, H), _held_out_error(stored, own, site)
+            rounded[member.name] = Rounded(own, *errors)
         return rounded
 
 
@@ -201,15 +215,39 @@ def _round(
 
 def _output_error(W: Tensor, quantized: QTensor, H: Tensor) -> float:
     """||(W - Q) X|| / ||W X||; from random combinations of the rows if there are many."""
-    lost = probes(W.float() - quantized.dequantize().float())
-    stored = probes(W)
+    both = _probes(W, quantized)
 
     def energies(part: slice) -> list[float]:
-        return [((P @ H[:, part]) * P[:, part]).sum().item() for P in (lost, stored)]
+        return [((P @ H[:, part]) * P[:, part]).sum().item() for P in both]
 
-    parts = in_pieces(energies, slices(0, len(H), PIECE))
-    lost_energy, stored_energy = (sum(values) for values in zip(*parts, strict=True))
-    return sqrt(max(lost_energy, 0.0) / max(stored_energy, 1e-30))
+    return _ratio(in_pieces(energies, slices(0, len(H), PIECE)))
+
+
+def _held_out_error(W: Tensor, quantized: QTensor, site: Site) -> float | None:
+    """The same for the inputs that are held out; None if there are none."""
+    held_out = site.held_out
+    if held_out is None or held_out.aim is None:
+        return None
+    both = _probes(W, quantized)
+    found: list[list[float]] = []
+    for X, weights in weighted(held_out.inputs, held_out.aim):
+
+        def energies(part: slice, X: Tensor = X, weights: Tensor = weights) -> list[float]:
+            return [((X[part] @ P.T).square() * weights[part]).sum().item() for P in both]
+
+        found += in_pieces(energies, slices(0, len(X), PIECE))
+    return _ratio(found)
+
+
+def _probes(W: Tensor, quantized: QTensor) -> tuple[Tensor, Tensor]:
+    """The rows of W - Q and of W, or random combinations of them."""
+    return probes(W.float() - quantized.dequantize().float()), probes(W)
+
+
+def _ratio(energies: list[list[float]]) -> float:
+    """The root of what is lost, in pieces, over what there was."""
+    lost, stored = (sum(values) for values in zip(*energies, strict=True))
+    return sqrt(max(lost, 0.0) / max(stored, 1e-30))
 
 
 TWO_SIDED = TwoSided()

@@ -176,7 +176,7 @@ def _fingerprint_faults(
     if any(METHODS[unit.method].revises for unit in plan.units.values()):
         return
     for name, checksum in own.tensors.items():
-        if known.tensors.get(name) != checksum:
+        if known.tensors.get(name) != checksum and name not in plan.refitted:
             file = plan.file_of[name].name
             yield Fault(f"{directory / file}: {name} is not that of the source", file)
 

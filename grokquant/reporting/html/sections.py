@@ -177,6 +177,8 @@ def _matrix_table(units: Iterable[UnitRow]) -> str:
 
 def _matrix(unit: UnitRow) -> str:
     output_error = "–" if unit.output_error is None else percent(unit.output_error)
+    if unit.held_out_error is not None:
+        output_error += f" ({percent(unit.held_out_error)} held out)"
     tokens = "–" if unit.tokens is None else f"{unit.tokens:,}"
     return (
         f'<tr><th scope="row"><code>{html_text(unit.name)}</code></th>'
