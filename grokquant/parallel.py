@@ -523,10 +523,8 @@ def join(device: "torch.device", say: Callable[[str], None]) -> Team:
         store, rank, size = next(rendezvous("env://", timeout=_START))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of torchrun do not meet: {said_by(error)}") from None
-    # Processes that were started again, and programs that join again, begin with an empty store.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    time_joined = store.add(f"grokquant/{attempt}/{rank}", 1)
-    prefix = f"grokquant/{attempt}/{time_joined}"
+    # Processes that torchrun starts again have another store; a program that joins again does not.
+    prefix = f"grokquant/{store.add(f'grokquant/joined/{rank}', 1)}"
 
     def lost(team: Members, what: str) -> None:
         team.say(what, say)
