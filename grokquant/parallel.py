@@ -48,8 +48,10 @@ _SILENCE = 60.0
 _PATIENCE = timedelta(hours=6)
 # How long members wait for all to begin.
 _START = timedelta(minutes=10)
-# Seconds that the first member is given to say an error that all of them have.
+# Seconds that the first member is given to say an error that all of them have, and seconds in which
+# the store answers if it ever does.
 _FIRST_WORD = 1.0
+_ANSWER = 3.0
 
 
 @dataclass
@@ -319,15 +321,16 @@ class Members(Team):
 
     def say(self, error: str, say: Callable[[str], None]) -> None:
         time.sleep(_FIRST_WORD * bool(self.rank))
-        spoken = 0
-        with suppress(RuntimeError):  # the store is gone, and who kept it may not have spoken
-            spoken = self._store.add("spoken", 1)
-        if spoken <= 1:
+        # Without an answer, the store is lost, and whoever kept it may not have spoken.
+        spoken = _in_time(lambda: self._store.add("spoken", 1)) or 1
+        if spoken == 1:
             say(f"{self._names[self.rank]}: {error}" if self.rank else error)
-        end = time.monotonic() + 3 * _FIRST_WORD * (not self.rank)
-        with suppress(RuntimeError):  # the first one may keep the store
-            while time.monotonic() < end and self._store.add("spoken", 0) < self.size:
-                time.sleep(0.02)
+        if self.rank == 0:  # which may keep the store that the others ask
+            _in_time(self._all_have_asked)
+
+    def _all_have_asked(self) -> None:
+        while self._store.add("spoken", 0) < self.size:
+            time.sleep(0.02)
 
     def leave(self) -> None:
         self._watch.end()
@@ -520,16 +523,28 @@ def join(device: "torch.device", say: Callable[[str], None]) -> Team:
         store, rank, size = next(rendezvous("env://", timeout=_START))
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of torchrun do not meet: {said_by(error)}") from None
-    # Processes that were started again, and programs that join again, begin with an empty store.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    time_joined = store.add(f"grokquant/{attempt}/{rank}", 1)
-    prefix = f"grokquant/{attempt}/{time_joined}"
+    # Processes that torchrun starts again have another store; a program that joins again does not.
+    prefix = f"grokquant/{store.add(f'grokquant/joined/{rank}', 1)}"
 
     def lost(team: Members, what: str) -> None:
         team.say(what, say)
         os._exit(Elsewhere.exit_code)  # the main thread waits inside a library, for the lost one
 
     return Members(PrefixStore(prefix, store), rank, size, device, lost)
+
+
+def _in_time(ask: Callable[[], T]) -> T | None:
+    """The answer of a store, None if it does not come: a lost host may let us wait for ever."""
+    answers: list[T] = []
+
+    def work() -> None:
+        with suppress(RuntimeError):
+            answers.append(ask())
+
+    asking = threading.Thread(target=work, daemon=True)
+    asking.start()
+    asking.join(_ANSWER)
+    return answers[0] if answers else None
 
 
 def _nccl(store: "Store", rank: int, size: int) -> Any:
