@@ -99,6 +99,11 @@ class QTensor:
         return QTensor(change(self.codes), change(self.scales), self.scheme, *changed)
 
 
+ALL_ROWS = slice(None)
+# Some rows of a quantized matrix.
+QuantizedRows = Callable[[slice], QTensor]
+
+
 def rows_of(W: Tensor | QTensor, part: slice) -> Tensor | QTensor:
     """A view of some rows of a matrix, whichever way it is stored."""
     return W.rows(part) if isinstance(W, QTensor) else W[part]
@@ -128,7 +133,8 @@ class TensorRef:
     `stored_bytes` is the size of the tensor at the source. Where the source supports them,
     `load_rows` reads the rows from a first to before a second index, `load_into` reads into a uint8
     buffer of at least `stored_bytes`, and `load_part` reads the part selected by a slice, with both
-    ends, for each axis.
+    ends, for each axis. `open_rows` reads a packed matrix and returns what unpacks some rows of it,
+    from a multiple of 32 to another or the end.
     """
 
     name: str
@@ -142,6 +148,7 @@ class TensorRef:
     load_part: Callable[[tuple[slice, ...]], Tensor] | None = field(
         default=None, repr=False, compare=False
     )
+    open_rows: Callable[[], QuantizedRows] | None = field(default=None, repr=False, compare=False)
     grid_name: str | None = None
 
     @property
@@ -173,6 +180,20 @@ class TensorRef:
         tensor = self.load()
         assert isinstance(tensor, QTensor), f"{self.name} is not stored quantized"
         return tensor
+
+    def quantized_rows(self) -> QuantizedRows:
+        """The same, unpacked some rows at a time: from a multiple of 32 to another or the end."""
+        return self.open_rows() if self.open_rows else self.read_quantized().rows
+
+    def loaded_by(
+        self,
+        load: Callable[[], "Tensor | QTensor"],
+        load_rows: Callable[[int, int], Tensor] | None = None,
+    ) -> "TensorRef":
+        """This tensor, which these functions read and no others."""
+        return replace(
+            self, load=load, load_rows=load_rows, load_into=None, load_part=None, open_rows=None
+        )
 
 
 @dataclass(frozen=True)

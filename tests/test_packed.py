@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_grids import same
 from torch import Tensor
 
-from grokquant.formats import words
+from grokquant.formats import FORMATS, words
 from grokquant.formats.words import pack_with_torch, unpack_words
 from grokquant.grids import GRIDS, Scheme
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.runtime.dequantize import dequantize_rows
+from grokquant.runtime.dequantize import dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache
 from grokquant.runtime.products import kernel_bytes, kernel_takes, prepare, product
 from grokquant.types import QTensor
@@ -80,9 +81,48 @@ def test_rows_are_rounded_once(scheme):
     quantized = matrix(scheme)
     part = slice(70, 700)
     wanted = unrounded(quantized)[part]
-    assert torch.equal(dequantize_rows(quantized, part, torch.bfloat16), wanted.bfloat16())
-    in_float32 = dequantize_rows(quantized, part, torch.float32)
+    assert torch.equal(dequantize(quantized.rows(part), torch.bfloat16), wanted.bfloat16())
+    in_float32 = dequantize(quantized.rows(part), torch.float32)
     assert torch.equal(in_float32, quantized.dequantize()[part].float())
+
+
+STORED = [
+    (name, scheme)
+    for name, form in FORMATS.items()
+    for scheme in [
+        *(replace(scheme, scale_dtype=form.scale_dtype) for scheme in INTEGERS),
+        *(grid.scheme for grid in GRIDS.values()),
+    ]
+]
+HELD = [(name, s) for name, s in STORED if not FORMATS[name].refusal(s, (ROWS, COLUMNS))]
+
+
+@pytest.mark.parametrize(("name", "scheme"), HELD, ids=str)
+@pytest.mark.parametrize("some", [slice(0, 32), slice(544, ROWS)])
+def test_some_rows_are_unpacked_alone(name, scheme, some):
+    quantized = matrix(scheme)
+    form = FORMATS[name]
+    packed = form.pack("x.weight", quantized)
+    assert same(form.unpack("x.weight", packed, scheme, some), quantized.rows(some))
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(8, None), GRIDS["nf4"].scheme], ids=str)
+def test_many_tokens_are_multiplied_with_tiles(scheme):
+    quantized = matrix(scheme)
+    x = torch.randn(40, COLUMNS, generator=torch.Generator().manual_seed(2)).bfloat16()
+    W = unrounded(quantized).bfloat16()
+    seen: list[int] = []
+
+    def rows(part: slice, memory: Tensor | None) -> Tensor:
+        tile = dequantize(quantized.rows(part), torch.bfloat16, memory)
+        seen.append(len(tile))
+        return tile
+
+    found = product_with_rows(x, (ROWS, COLUMNS), rows)
+    assert sum(seen) == ROWS and max(seen) < ROWS
+    assert found.is_contiguous()
+    wanted = x.float() @ W.float().T
+    assert (found.float() - wanted).norm() < 4e-3 * wanted.norm()  # bfloat16 has 2^-8
 
 
 def test_words_are_unpacked_as_torch_does():

@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import measure
@@ -57,6 +58,7 @@ def packed_matrix(rows: int, columns: int, name: str) -> PackedMatrix:
         sum(part.nbytes for part in parts.values()),
         lambda: format.unpack("x.weight", parts, scheme),
         scheme,
+        open_rows=lambda: partial(format.unpack, "x.weight", parts, scheme),
     )
     packed = PackedMatrix(ref, format, torch.bfloat16, MatrixCache())
     packed.open(torch.device("cpu"))

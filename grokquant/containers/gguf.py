@@ -223,14 +223,15 @@ def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
     if location.expert is None:
         shape = (1, *stored.shape) if location.vector else stored.shape
         load = partial(_restored, slot, stored, shape)
-        return replace(stored, name=name, shape=shape, load=load, load_rows=None)
+        return replace(stored.loaded_by(load), name=name, shape=shape)
     assert stored.load_rows is not None
     rows = stored.shape[0] // location.experts
     # The biases of all experts are one matrix.
     shape = stored.shape[1:] if name.endswith(".bias") else (rows, *stored.shape[1:])
     load = partial(_expert, stored, location.expert * rows, rows, shape)
     size = stored.stored_bytes // location.experts
-    return replace(stored, name=name, shape=shape, stored_bytes=size, load=load, load_rows=None)
+    expert = stored.loaded_by(load)
+    return replace(expert, name=name, shape=shape, stored_bytes=size)
 
 
 def _restored(slot: Slot, stored: TensorRef, shape: tuple[int, ...]) -> Tensor:

@@ -120,14 +120,8 @@ def with_tied_head(source: Source, name: str = HEAD, of: str = EMBEDDING) -> Sou
             raise InputError(f"{source.path}: {name} differs from {of}, {_TIED}")
         return rows
 
-    tied = replace(
-        embedding,
-        load=lambda: load_rows(0, embedding.shape[0]),
-        load_rows=load_rows,
-        load_part=None,
-        load_into=None,
-        scheme=None,
-    )
+    tied = embedding.loaded_by(lambda: load_rows(0, embedding.shape[0]), load_rows)
+    tied = replace(tied, scheme=None)
     return replace(source, tensors=tensors | {of: tied})
 
 
@@ -139,13 +133,7 @@ def without_biases(source: Source, names: list[str]) -> Source:
     tensors = dict(source.tensors)
     for name in names:
         W = tensors[matrix_of(name)]
-        tensors[W.name] = replace(
-            W,
-            load=partial(_beside_zeros, source, tensors.pop(name), W),
-            load_rows=None,
-            load_into=None,
-            load_part=None,
-        )
+        tensors[W.name] = W.loaded_by(partial(_beside_zeros, source, tensors.pop(name), W))
     return replace(source, tensors=tensors)
 
 

@@ -21,6 +21,7 @@ uint8 [], which is 0: row by row.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from math import prod
 from typing import Annotated, Literal
@@ -31,10 +32,10 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
-from grokquant.formats.reading import check_packed
+from grokquant.formats.reading import check_packed, packed_matrix
 from grokquant.formats.targets import own_config
 from grokquant.grids import GRIDS, Scheme
-from grokquant.types import QTensor, Source, TensorRef, Unit
+from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef, Unit
 
 NAME = "bitsandbytes"
 
@@ -122,15 +123,20 @@ def constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, 
     }
 
 
-def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-    """The inverse of `pack`, bit by bit."""
+def unpack(
+    tensor: str, packed: Mapping[str, Tensor], scheme: Scheme, rows: slice = ALL_ROWS
+) -> QTensor:
+    """The inverse of `pack`, bit by bit, for some rows."""
     weight = packed[tensor]
     if scheme == _INT8:
-        return QTensor(weight, packed[f"{_stem(tensor)}.SCB"].unsqueeze(1), scheme)
+        absmax = packed[f"{_stem(tensor)}.SCB"].unsqueeze(1)
+        return QTensor(weight[rows], absmax[rows], scheme)
     state = bytes(packed[f"{tensor}.{_STATE}{scheme.grid}"].tolist())
-    rows, columns = json.loads(state)["shape"]
-    codes = torch.cat((weight >> 4, weight & 15), dim=1).view(rows, columns)
-    return QTensor(codes.view(torch.int8), packed[f"{tensor}.absmax"].view(rows, -1), scheme)
+    count = json.loads(state)["shape"][0]
+    pairs = weight.view(count, -1)[rows]  # (rows, in / 2)
+    codes = torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1)
+    absmax = packed[f"{tensor}.absmax"].view(count, -1)
+    return QTensor(codes.view(torch.int8), absmax[rows], scheme)
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
@@ -225,7 +231,7 @@ def _unpacked_ref(
 ) -> TensorRef:
     refs = check_packed(source, layout, scheme)
 
-    def load() -> QTensor:
+    def open_rows() -> QuantizedRows:
         packed = {ref.name: ref.read() for ref in refs}
         values = packed.get(f"{tensor}.quant_map")
         if values is not None and not values.equal(torch.tensor(scheme.row.table)):
@@ -234,10 +240,10 @@ def _unpacked_ref(
             )
         if state is not None and state.nested_blocksize is not None:
             packed[f"{tensor}.absmax"] = _unnested(f"{tensor}.", packed, state)
-        return unpack(tensor, packed, scheme)
+        return partial(unpack, tensor, packed, scheme)
 
     stored = sum(ref.stored_bytes for ref in refs)
-    return TensorRef(tensor, shape, torch.float32, stored, load, scheme)
+    return packed_matrix(tensor, shape, torch.float32, stored, open_rows, scheme)
 
 
 Size = Annotated[int, Field(ge=1, le=2**31)]

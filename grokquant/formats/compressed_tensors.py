@@ -11,6 +11,7 @@ column (see `words` for the bits):
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,11 +26,16 @@ from grokquant.formats.compressed_config import (
     groups_of,
 )
 from grokquant.formats.format import Format, PackedLayout
-from grokquant.formats.reading import check_group_size, check_packed, packed_tensor
+from grokquant.formats.reading import (
+    check_group_size,
+    check_packed,
+    packed_matrix,
+    packed_tensor,
+)
 from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
 from grokquant.grids import SCALE_DTYPES, Scheme
-from grokquant.types import QTensor, Source, TensorRef, Unit
+from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef, Unit
 
 NAME = compressed_config.NAME
 
@@ -100,16 +106,24 @@ def constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, 
     return {f"{_stem(tensor)}.weight_shape": torch.tensor(shape)}
 
 
-def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-    """The inverse of `pack`, bit by bit."""
+def unpack(
+    tensor: str, packed: Mapping[str, Tensor], scheme: Scheme, rows: slice = ALL_ROWS
+) -> QTensor:
+    """The inverse of `pack`, bit by bit, for some rows from a multiple of 8 to another or the
+    last."""
     stem = _stem(tensor)
-    rows, columns = packed[f"{stem}.weight_shape"].tolist()
-    scales = packed[f"{stem}.weight_scale"]
-    codes = unpack_words(packed[f"{stem}.weight_packed"], scheme.bits)[:, :columns].contiguous()
+    count, columns = packed[f"{stem}.weight_shape"].tolist()
+    scales = packed[f"{stem}.weight_scale"][rows]
+    words = packed[f"{stem}.weight_packed"][rows]
+    codes = unpack_words(words, scheme.bits)[:, :columns].contiguous()
     zero_points = None
     if not scheme.symmetric:
-        words = packed[f"{stem}.weight_zero_point"].T.contiguous()
-        zero_points = unpack_words(words, scheme.bits)[:, :rows].T.contiguous()
+        per_word = 32 // scheme.bits
+        first, stop, _ = rows.indices(count)
+        part = packed[f"{stem}.weight_zero_point"][first // per_word : -(-stop // per_word)]
+        columns_of_words = part.T.contiguous()
+        unpacked = unpack_words(columns_of_words, scheme.bits)  # (groups, rows)
+        zero_points = unpacked[:, : stop - first].T.contiguous()
     return QTensor(codes, scales, scheme, zero_points)
 
 
@@ -160,14 +174,14 @@ def _words_ref(source: Source, tensor: str, scheme: Scheme, scale: TensorRef) ->
     refs = check_packed(source, packed_layout(tensor, shape, scheme), scheme)
     check_group_size(source, tensor, scheme, shape[1])
 
-    def load() -> QTensor:
+    def open_rows() -> QuantizedRows:
         packed = {ref.name: ref.read() for ref in refs}
         if packed[f"{tensor}_shape"].tolist() != list(shape):
             raise InputError(f"{source.path}: {tensor}_shape contradicts {tensor}_packed")
-        return unpack(tensor, packed, scheme)
+        return partial(unpack, tensor, packed, scheme)
 
     stored = sum(ref.stored_bytes for ref in refs)
-    return TensorRef(tensor, shape, scale.dtype, stored, load, scheme)
+    return packed_matrix(tensor, shape, scale.dtype, stored, open_rows, scheme)
 
 
 def _stem(tensor: str) -> str:

@@ -6,6 +6,7 @@ A row that lacks a function, or a function of another signature, does not pass m
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,19 @@ from grokquant.types import BudgetUnit, QTensor, Source, Unit
 
 # Dtype and shape of each packed tensor by its name in the checkpoint.
 PackedLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Unpack(Protocol):
+    """Some rows of a matrix, by default all, from its packed tensors."""
+
+    def __call__(
+        self,
+        tensor: str,
+        packed: Mapping[str, Tensor],
+        scheme: Scheme,
+        rows: slice = ...,
+        /,
+    ) -> QTensor: ...
 
 
 def _no_constants(tensor: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Tensor]:
@@ -59,7 +73,8 @@ class Format(ReadableFormat):
     and but for the last end, at a multiple of 32; they may be written concurrently, since whatever
     does not depend on rows is the same in each.
     `constants(tensor, shape, scheme)` are the packed tensors that depend on no weight, by name.
-    `unpack(tensor, packed, scheme)` is the inverse of `pack`, bit by bit.
+    `unpack(tensor, packed, scheme)` is the inverse of `pack`, bit by bit; a fourth argument selects
+    rows, which begin and end like those of `pack_into`.
     `quantization_config(units, unquantized)` is that of config.json; `unquantized` names the
     modules that hold a matrix but stay as they are.
     `sidecar_files(config)` are the JSON files that readers want beside config.json, by name.
@@ -79,7 +94,7 @@ class Format(ReadableFormat):
     refusal: Callable[[Scheme, tuple[int, int]], str | None]
     packed_layout: Callable[[str, tuple[int, int], Scheme], PackedLayout]
     pack_into: Callable[[Mapping[str, Tensor], str, slice, QTensor], None]
-    unpack: Callable[[str, Mapping[str, Tensor], Scheme], QTensor]
+    unpack: Unpack
     quantization_config: Callable[[Iterable[Unit], Iterable[str]], dict]
     constants: Callable[[str, tuple[int, int], Scheme], dict[str, Tensor]] = _no_constants
     sidecar_files: Callable[[dict], dict[str, dict]] = _no_sidecar_files

@@ -15,9 +15,10 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.gguf_blocks import pack_blocks, unpack_blocks
+from grokquant.formats.reading import packed_matrix
 from grokquant.formats.targets import own_config
 from grokquant.grids import GRIDS, OTHER_BLOCKS, Grid, Scheme, block_grid
-from grokquant.types import QTensor, Source, TensorRef, Unit
+from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef, Unit
 
 NAME = "gguf"
 
@@ -50,10 +51,12 @@ def pack_into(parts: Mapping[str, Tensor], tensor: str, rows: slice, quantized: 
     packed[rows] = blocks.flatten(1).to(packed.device)
 
 
-def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-    """The inverse of `pack`, bit by bit."""
+def unpack(
+    tensor: str, packed: Mapping[str, Tensor], scheme: Scheme, rows: slice = ALL_ROWS
+) -> QTensor:
+    """The inverse of `pack`, bit by bit, for some rows."""
     grid = _grid_of(scheme)
-    blocks = packed[tensor + _BLOCKS].unflatten(1, (-1, grid.block_bytes))
+    blocks = packed[tensor + _BLOCKS][rows].unflatten(1, (-1, grid.block_bytes))
     return unpack_blocks(grid.name, blocks, scheme)
 
 
@@ -100,12 +103,11 @@ def _unpacked_ref(source: Source, tensor: str, ref: TensorRef) -> TensorRef:
     scheme = grid.scheme
     shape = (ref.shape[0], ref.shape[1] // grid.block_bytes * grid.block_columns)
 
-    def load_quantized() -> QTensor:
-        return unpack(tensor, {tensor + _BLOCKS: ref.read()}, scheme)
+    def open_rows() -> QuantizedRows:
+        return partial(unpack, tensor, {tensor + _BLOCKS: ref.read()}, scheme)
 
-    return TensorRef(
-        tensor, shape, torch.float32, ref.stored_bytes, load_quantized, scheme, grid_name=kind
-    )
+    matrix = packed_matrix(tensor, shape, torch.float32, ref.stored_bytes, open_rows, scheme)
+    return replace(matrix, grid_name=kind)
 
 
 def _multiplied_out(path: Path, ref: TensorRef, kind: str) -> Tensor:

@@ -14,7 +14,9 @@ In the pictures below, `codes 4 x 2 x 32` means four such pieces, each of two ru
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from grokquant.grids import GRIDS, Scheme
@@ -255,8 +257,23 @@ def _pack_runs(codes: Tensor, bits: int) -> Tensor:
 def _unpack_runs(packed: Tensor, runs: int, bits: int) -> Tensor:
     """Codes [.., runs, n] of bytes [.., n], the inverse of `_pack_runs`."""
     mask = (1 << bits) - 1
+    if packed.device.type == "cpu":
+        codes = torch.empty(*packed.shape[:-1], runs, packed.shape[-1], dtype=torch.uint8)
+        _split_runs(packed.flatten(0, -2).numpy(), bits, codes.flatten(0, -3).numpy())
+        return codes
     packed = packed.contiguous()  # read once for each run
     return torch.stack([(packed >> (bits * run)) & mask for run in range(runs)], dim=-2)
+
+
+@njit(nogil=True, cache=True)
+def _split_runs(packed, bits, codes):
+    """Bytes [rows, n] to the codes [rows, runs, n] in them, in one pass."""
+    mask = np.uint8((1 << bits) - 1)
+    for row in range(len(packed)):
+        for run in range(codes.shape[1]):
+            shift = np.uint8(bits * run)
+            for i in range(packed.shape[1]):
+                codes[row, run, i] = np.uint8(packed[row, i] >> shift) & mask
 
 
 def _shifts(count: int, bits: int, like: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats.format import Format, PackedLayout
 from grokquant.formats.patterns import pattern
-from grokquant.formats.reading import check_packed, packed_tensor, validated
+from grokquant.formats.reading import check_packed, packed_matrix, packed_tensor, validated
 from grokquant.formats.targets import check_target, engine_targets
 from grokquant.grids import Scheme
-from grokquant.types import QTensor, Source, TensorRef, Unit
+from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef, Unit
 
 NAME = "gptq"
 Version = Literal["gptq", "gptq_v2"]
@@ -104,15 +104,17 @@ def natural_order(columns: int, groups: int) -> Tensor:
     return torch.arange(columns, dtype=torch.int32) // (columns // groups)
 
 
-def unpack(tensor: str, packed: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-    """The inverse of `pack`, bit by bit, for columns in their natural order."""
+def unpack(
+    tensor: str, packed: Mapping[str, Tensor], scheme: Scheme, rows: slice = ALL_ROWS
+) -> QTensor:
+    """The inverse of `pack`, bit by bit, for some rows and columns in their natural order."""
     stem = _stem(tensor)
-    unsigned = _from_words(packed[f"{stem}.qweight"], scheme.bits)  # (in, out)
+    unsigned = _from_words(packed[f"{stem}.qweight"][:, rows], scheme.bits)  # (in, rows)
     codes = (unsigned + scheme.qmin).T.to(torch.int8).contiguous()
-    scales = packed[f"{stem}.scales"].T.contiguous()
+    scales = packed[f"{stem}.scales"][:, rows].T.contiguous()
     if scheme.symmetric:
         return QTensor(codes, scales, scheme)
-    return QTensor(codes, scales, scheme, _zero_points(packed[f"{stem}.qzeros"], scheme, 1))
+    return QTensor(codes, scales, scheme, _zero_points(packed[f"{stem}.qzeros"], scheme, 1)[rows])
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:
@@ -178,20 +180,22 @@ def _unpacked_ref(source: Source, stem: str, grid: Grid, version: Version) -> Te
     check_packed(source, packed_layout(f"{stem}.weight", shape, scheme), scheme)
     minus = 1 if version == "gptq" else 0
 
-    def load() -> QTensor:
+    def open_rows() -> QuantizedRows:
         packed = {ref.name: ref.read() for ref in refs.values()}
         _check_groups(source, f"{stem}.g_idx", packed[f"{stem}.g_idx"], groups, desc_act)
-        quantized = unpack(f"{stem}.weight", packed, scheme)
         zeros = _zero_points(packed[f"{stem}.qzeros"], scheme, minus)
-        if not scheme.symmetric:
-            return replace(quantized, zero_points=zeros)
-        if zeros.any():
+        if scheme.symmetric and zeros.any():
             wanted = f"sym is true, but not all zero points are {-scheme.qmin - minus}"
             raise InputError(f"{source.path}: {stem}.qzeros: {wanted}")
-        return quantized
+
+        def unpacked_rows(rows: slice) -> QTensor:
+            quantized = unpack(f"{stem}.weight", packed, scheme, rows)
+            return quantized if scheme.symmetric else replace(quantized, zero_points=zeros[rows])
+
+        return unpacked_rows
 
     def load_reordered() -> Tensor:
-        quantized = load()
+        quantized = open_rows()(ALL_ROWS)
         group = refs["g_idx"].read().long()  # (in,)
         by_column = replace(scheme, group_size=1)  # every column with the scale of its group
         zeros = None if quantized.zero_points is None else quantized.zero_points[:, group]
@@ -200,7 +204,7 @@ def _unpacked_ref(source: Source, stem: str, grid: Grid, version: Version) -> Te
     stored = sum(ref.stored_bytes for ref in refs.values())
     if desc_act:
         return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load_reordered)
-    return TensorRef(f"{stem}.weight", shape, torch.float16, stored, load, scheme)
+    return packed_matrix(f"{stem}.weight", shape, torch.float16, stored, open_rows, scheme)
 
 
 def _groups_and_shape(refs: Mapping[str, TensorRef]) -> tuple[int, tuple[int, int]]:

@@ -1,15 +1,17 @@
 """Checks that formats share when they read quantized matrices made by others."""
 
+from collections.abc import Callable
 from functools import reduce
 from operator import getitem
 from typing import TypeVar
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from grokquant.errors import InputError
 from grokquant.formats.format import PackedLayout
 from grokquant.grids import Scheme
-from grokquant.types import Source, TensorRef
+from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -54,6 +56,22 @@ def check_packed(source: Source, layout: PackedLayout, scheme: Scheme) -> list[T
                 f"{scheme} needs {dtype} {list(shape)}"
             )
     return packed
+
+
+def packed_matrix(
+    name: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    stored_bytes: int,
+    open_rows: Callable[[], QuantizedRows],
+    scheme: Scheme,
+) -> TensorRef:
+    """A matrix [out, in] that `open_rows` reads, as a whole or some rows at a time."""
+
+    def load() -> QTensor:
+        return open_rows()(ALL_ROWS)
+
+    return TensorRef(name, shape, dtype, stored_bytes, load, scheme, open_rows=open_rows)
 
 
 def check_group_size(source: Source, name: str, scheme: Scheme, columns: int) -> None:

@@ -1,6 +1,11 @@
-"""Products of many tokens with a matrix that is dequantized block by block of rows."""
+"""Products of many tokens with a matrix that is dequantized tile by tile of rows.
+
+A thread unpacks, dequantizes and multiplies a tile that stays in the cache. Its next tile takes the
+same memory, since the first use of a page takes longer than dequantizing what it holds.
+"""
 
 from collections.abc import Callable
+from threading import get_ident
 
 import numpy as np
 import torch
@@ -14,8 +19,11 @@ _f32 = np.float32
 _u16 = np.uint16
 _u32 = np.uint32
 _compiled = njit(nogil=True, cache=True)
-# Rows that one thread dequantizes at a time.
-_ROWS = 64
+_inlined = njit(nogil=True, cache=True, inline="always")
+# Rows of a tile: on fewer, rearranging the activations for each product takes longer.
+_TILE_ROWS = 512
+# Tiles begin at a multiple of these.
+_ROWS_TOGETHER = 32
 # A bfloat16 number is the upper half of the float32 one; ties go to even.
 _HALF = np.uint32(0x7FFF)
 _HALF_BITS = np.uint32(16)
@@ -30,27 +38,53 @@ def _bfloat16(value):
     return _u16(_u32(word + carry) >> _HALF_BITS)
 
 
-def product_with_rows(x: Tensor, shape: tuple[int, int], rows: Callable[[slice], Tensor]) -> Tensor:
-    """x [tokens, in] times a matrix [out, in] of which `rows` makes a part at a time.
-    [tokens, out]"""
-    at_once = max(1, ROW_BLOCK_BYTES // (shape[1] * x.element_size()))
-    parts = [slice(start, start + at_once) for start in range(0, shape[0], at_once)]
-    return torch.cat([torch.nn.functional.linear(x, rows(part)) for part in parts], dim=-1)
+# Makes some rows of a matrix, which may lie in the memory [rows or more, in] that it is given.
+Rows = Callable[[slice, Tensor | None], Tensor]
 
 
-def dequantize_rows(quantized: QTensor, part: slice, dtype: torch.dtype) -> Tensor:
-    """Some rows of a matrix in `dtype`. [rows, in]
+def product_with_rows(x: Tensor, shape: tuple[int, int], rows: Rows) -> Tensor:
+    """x [tokens, in] times a matrix [out, in] of which `rows` makes a tile at a time.
+    [tokens, out]
+
+    Computed as W X^T: of two factors, libraries rearrange the second one.
+    """
+    at_once = _rows_at_once(x, shape)
+    kept = torch.is_grad_enabled() and x.requires_grad  # a gradient needs all tiles again
+    memory: dict[int, Tensor] = {}  # by thread
+
+    def product(part: slice) -> Tensor:
+        thread = get_ident()
+        if thread not in memory and not kept:
+            memory[thread] = x.new_empty(at_once, shape[1])
+        return rows(part, memory.get(thread)) @ x.T  # (rows, tokens)
+
+    products = in_pieces(product, slices(0, shape[0], at_once), x.device)
+    return torch.cat([product.T for product in products], dim=-1)
+
+
+def _rows_at_once(x: Tensor, shape: tuple[int, int]) -> int:
+    """Rows of a tile; small matrices are shared among all threads of a CPU."""
+    if x.device.type == "cpu":
+        rows = min(_TILE_ROWS, -(-shape[0] // torch.get_num_threads()))
+    else:
+        rows = ROW_BLOCK_BYTES // (shape[1] * x.element_size())
+    return max(1, -(-rows // _ROWS_TOGETHER)) * _ROWS_TOGETHER
+
+
+def dequantize(quantized: QTensor, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
+    """The matrix in `dtype`, perhaps in `memory` of at least as many rows. [out, in]
 
     On CPUs a value is rounded once, from float32 to bfloat16; `QTensor.dequantize` rounds to the
     dtype of its scales first.
     """
-    taken = quantized.rows(part)
-    if dtype != torch.bfloat16 or taken.device.type != "cpu":
-        return taken.dequantize().to(dtype)
-    codes = taken.codes.contiguous().numpy()
-    levels = _levels(taken)
-    table = np.array(taken.scheme.row.table, _f32)
-    dense = torch.empty(taken.shape, dtype=torch.bfloat16)
+    if dtype != torch.bfloat16 or quantized.device.type != "cpu":
+        return quantized.dequantize().to(dtype)
+    codes = quantized.codes.contiguous().numpy()
+    levels = _levels(quantized)
+    table = np.array(quantized.scheme.row.table, _f32)
+    if memory is None:
+        memory = torch.empty(quantized.shape, dtype=torch.bfloat16)
+    dense = memory[: len(codes)]
     bits = dense.view(torch.int16).numpy().view(_u16)
 
     def work(tile: slice) -> None:
@@ -59,17 +93,19 @@ def dequantize_rows(quantized: QTensor, part: slice, dtype: torch.dtype) -> Tens
         else:
             _dequantize(codes[tile], levels[tile], bits[tile])
 
-    in_pieces(work, slices(0, len(codes), _ROWS))
+    in_pieces(work, slices(0, len(codes), _TILE_ROWS))
     return dense
 
 
 def _levels(quantized: QTensor) -> np.ndarray:
     """float32 [rows, groups, 3]: zero point, scale and offset of each group."""
-    scales = quantized.scales.float()
-    nothing = torch.zeros(1).expand_as(scales)
-    zeros = nothing if quantized.zero_points is None else quantized.zero_points.float()
-    offsets = nothing if quantized.offsets is None else quantized.offsets.float()
-    return torch.stack((zeros, scales * quantized.scheme.row.unit, offsets), dim=-1).numpy()
+    levels = torch.zeros(*quantized.scales.shape, 3)
+    if quantized.zero_points is not None:
+        levels[..., 0] = quantized.zero_points
+    levels[..., 1] = quantized.scales.float() * quantized.scheme.row.unit
+    if quantized.offsets is not None:
+        levels[..., 2] = quantized.offsets
+    return levels.numpy()
 
 
 @_compiled
@@ -87,15 +123,33 @@ def _dequantize(codes, levels, bits):
                 out[i] = _bfloat16(value)
 
 
+@_inlined
+def _of_four(code, value0, value1, value2, value3):
+    """That of the lowest two bits of a code, by selections: a CPU makes those of many codes at
+    once, unlike reads from different places."""
+    low = value1 if code & 1 else value0
+    high = value3 if code & 1 else value2
+    return high if code & 2 else low
+
+
 @_compiled
 def _look_up(codes, levels, table, bits):
-    """The same of codes that are places in a table of values."""
+    """The same of codes 0 to 15, places in a table of values."""
     rows, groups, _ = levels.shape
     size = codes.shape[1] // groups
-    values = np.empty(len(table), _u16)
+    v = np.empty(16, _u16)
     for row in range(rows):
         for group in range(groups):
-            for code in range(len(table)):
-                values[code] = _bfloat16(_f32(table[code] * levels[row, group, 1]))
-            for i in range(group * size, (group + 1) * size):
-                bits[row, i] = values[codes[row, i]]
+            for code in range(16):
+                v[code] = _bfloat16(_f32(table[code] * levels[row, group, 1]))
+            a, b, c, d, e, f, g, h = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
+            j, k, m, n, p, q, r, s = v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]
+            of_group = codes[row, group * size : (group + 1) * size]
+            out = bits[row, group * size : (group + 1) * size]
+            for i in range(size):
+                code = of_group[i]
+                first = _of_four(code, a, b, c, d)
+                second = _of_four(code, e, f, g, h)
+                third = _of_four(code, j, k, m, n)
+                fourth = _of_four(code, p, q, r, s)
+                out[i] = _of_four(code >> 2, first, second, third, fourth)

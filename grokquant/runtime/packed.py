@@ -9,6 +9,7 @@ A matrix is read when it is first used and kept in the model's `MatrixCache`, in
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from types import MethodType
 from typing import Any
@@ -24,11 +25,11 @@ from grokquant.errors import InputError
 from grokquant.families.family import Family, parameter_parent
 from grokquant.formats import Format, format_of
 from grokquant.formats.format import PackedLayout
-from grokquant.grids import SCALE_DTYPES
-from grokquant.runtime.dequantize import dequantize_rows, product_with_rows
+from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.runtime.dequantize import Rows, dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache, Parts
 from grokquant.runtime.products import KERNEL_TOKENS, kernel_bytes, kernel_takes, prepare, product
-from grokquant.types import QTensor, TensorRef
+from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, TensorRef
 
 # (outputs of gate, outputs of up) -> those of the fused matrix
 Join = Callable[..., Tensor]
@@ -73,8 +74,7 @@ class PackedMatrix(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix [out, in]."""
-        whole = slice(0, self.shape[0])
-        return self._rows(dtype)(whole)
+        return self._rows(dtype)(ALL_ROWS, None)
 
     def _product(self, x: Tensor) -> Tensor:
         if self._has_kernel and len(x) < KERNEL_TOKENS:
@@ -96,15 +96,16 @@ class PackedMatrix(nn.Module):
         name = f"{self.ref.name} {dtype}"
         return self._held(name, expected, lambda: prepare(self.ref.read_quantized(), dtype))
 
-    def _rows(self, dtype: torch.dtype) -> Callable[[slice], Tensor]:
+    def _rows(self, dtype: torch.dtype) -> Rows:
         """Makes some rows of the matrix, dense in `dtype`."""
         if self._has_kernel:
-            stored: Tensor | QTensor = self.ref.read_quantized()
+            rows = self.ref.quantized_rows()
         else:
-            stored = self._unpacked(self._held(self.ref.name, self._stored_bytes(), self._read))
-        if isinstance(stored, Tensor):
-            return lambda part: stored[part].to(dtype)
-        return lambda part: dequantize_rows(stored, part, dtype)
+            parts = self._held(self.ref.name, self._stored_bytes(), self._read)
+            if self.ref.scheme is None:
+                return lambda part, memory: parts["weight"][part].to(dtype)
+            rows = self._unpacked(parts, self.ref.scheme)
+        return lambda part, memory: dequantize(rows(part), dtype, memory)
 
     def _held(self, name: str, expected: int, read: Callable[[], Parts]) -> Parts:
         return self.cache.get(name, self.ref.stored_bytes, expected, read)
@@ -125,13 +126,10 @@ class PackedMatrix(nn.Module):
                 parts["zero_points"] = stored.zero_points
         return {name: part.to(self.device) for name, part in parts.items()}
 
-    def _unpacked(self, parts: Parts) -> Tensor | QTensor:
-        scheme = self.ref.scheme
-        if scheme is None:
-            return parts["weight"]
+    def _unpacked(self, parts: Parts, scheme: Scheme) -> QuantizedRows:
         if self.format is not None:
-            return self.format.unpack(self.ref.name, parts, scheme)
-        return QTensor(parts["codes"], parts["scales"], scheme, parts.get("zero_points"))
+            return partial(self.format.unpack, self.ref.name, parts, scheme)
+        return QTensor(parts["codes"], parts["scales"], scheme, parts.get("zero_points")).rows
 
     def _layout(self) -> PackedLayout:
         """The parts of the stored form, their dtypes and shapes."""

@@ -6,7 +6,6 @@ split, `X-TP-common.safetensors` the tensors that all ranks share.
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def _whole(path: Path, name: str, parts: dict[str, TensorRef], ranks: list[str])
     axis = 1 if _BY_INPUT.search(name) else 0
     if len(first.shape) == 1 or _WHOLE.search(name):
         _check_alike(path, refs, None)
-        return replace(first, load=lambda: _same(path, refs), load_rows=None, load_part=None)
+        return first.loaded_by(lambda: _same(path, refs))
     _check_alike(path, refs, axis)
     shape = list(first.shape)
     shape[axis] = sum(ref.shape[axis] for ref in refs)
