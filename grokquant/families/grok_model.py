@@ -273,7 +273,8 @@ class Grok1PreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
     ) -> Any:
-        """As in transformers, but raises `incomplete` where that would invent missing weights."""
+        """As in transformers, but raises `incomplete` where that would invent missing weights, and
+        experts have the dtype of the model, not that of their scales in the checkpoint."""
         path = pretrained_model_name_or_path
         info_wanted = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
@@ -281,6 +282,9 @@ class Grok1PreTrainedModel(PreTrainedModel):
         if missing := sorted(info["missing_keys"]):
             text = f"{path}: {missing[0]} is missing; transformers would randomize it"
             raise cls.incomplete(text)
+        for module in model.modules():
+            if isinstance(module, GrokExperts):
+                module.to(model.config.dtype)
         return (model, info) if info_wanted else model
 
     @torch.no_grad()
