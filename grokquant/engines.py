@@ -5,8 +5,8 @@ load something and compute something else come before those that refuse it, so t
 first. Nothing here is guessed: what nobody has tried is in no row, and `untried` says so.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from grokquant.grids import Scheme
@@ -69,7 +69,7 @@ class Consumer:
 
     `families` are those tried; other families may work. `ran` is False where nobody has run it here
     and the limits are those of its code. `by_code`: for Grok-1 it needs the file of
-    `output.remote_code`.
+    `output.remote_code`. `packages`: what else has to be installed for a format.
     """
 
     name: str
@@ -79,6 +79,7 @@ class Consumer:
     families: tuple[str, ...] = ()
     ran: bool = True
     by_code: bool = False
+    packages: Mapping[str, str] = field(default_factory=dict)
 
     def limit(self, contents: Contents) -> Limit | None:
         """The first limit that `contents` meets, None if the program takes them."""
@@ -89,8 +90,10 @@ class Consumer:
 
     def titled(self, contents: Contents) -> str:
         """The title, and what else `contents` need there."""
-        trust = " with trust_remote_code" if self.by_code and contents.remote_code else ""
-        return self.title + trust
+        needs = [package] if (package := self.packages.get(contents.format)) else []
+        if self.by_code and contents.remote_code:
+            needs.append("trust_remote_code")
+        return f"{self.title} with {' and '.join(needs)}" if needs else self.title
 
 
 def _formats(*formats: str) -> Limit:
@@ -324,9 +327,14 @@ CONSUMERS = (
     Consumer(
         "transformers",
         "transformers alone",
-        "5.24 with compressed-tensors 0.20",
+        "5.24 with compressed-tensors 0.20, bitsandbytes 0.50, or optimum 2.3 and gptqmodel 7.7",
         _TRANSFORMERS_ALONE,
         by_code=True,
+        packages={
+            "compressed-tensors": "compressed-tensors",
+            "gptq": "optimum and gptqmodel",
+            "bitsandbytes": "bitsandbytes",
+        },
     ),
     Consumer(
         "lm-eval",
@@ -334,6 +342,7 @@ CONSUMERS = (
         "0.4.13",
         (*_TRANSFORMERS_ALONE, _formats("compressed-tensors", "bf16")),
         by_code=True,
+        packages={"compressed-tensors": "compressed-tensors"},
     ),
     Consumer("lm-eval-grokquant", "python -m grokquant.lm_eval", "0.4.13", ()),
     Consumer(

@@ -152,6 +152,20 @@ def test_what_goes_wrong_silently_is_said_first():
     assert not any("llama.cpp" in line for line in lines)  # reads other formats
 
 
+def test_what_else_must_be_installed_is_named():
+    asked = {
+        "gptq": "transformers alone with optimum and gptqmodel",
+        CT: "transformers alone with compressed-tensors",
+        "bf16": "transformers alone;",
+    }
+    for form, wanted in asked.items():
+        scheme = None if form == "bf16" else G128
+        lines = where_it_runs(contents(form, "llama", None, scheme, dense=True))
+        assert wanted in lines[0], form
+    both = where_it_runs(contents(CT, "grok-1", remote_code=True))[0]
+    assert "transformers alone with compressed-tensors and trust_remote_code" in both
+
+
 def test_plan_for_an_engine_names_the_rule_to_change(tiny_recipe):
     rules = [
         {"match": "layers.1.experts.1.*", "method": "rtn", "bits": 8, "group": 32},

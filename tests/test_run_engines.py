@@ -74,6 +74,7 @@ REFUSED: dict[str, tuple[str, str, list[dict]]] = {
     ),
     "mixtral whole rows": ("mixtral", "compressed-tensors", [RTN | {"bits": 4, "group": 256}]),
     "mixtral names of gptqmodel": ("mixtral", "gptq", [RTN | {"bits": 4}]),
+    "llama nf4": ("llama", "bitsandbytes", [{"match": "*", "method": "rtn", "grid": "nf4"}]),
     "toy gguf": ("toy", "gguf", [{"match": "*", "method": "rtn", "grid": "q8_0"}]),
 }
 
