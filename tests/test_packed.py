@@ -13,7 +13,13 @@ from grokquant.grids import GRIDS, Scheme
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.runtime.dequantize import dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache
-from grokquant.runtime.products import kernel_bytes, kernel_takes, prepare, product
+from grokquant.runtime.products import (
+    kernel_bytes,
+    kernel_is_quicker,
+    kernel_takes,
+    prepare,
+    product,
+)
 from grokquant.types import QTensor
 
 ROWS = 1056  # more than are converted at once, and no multiple of them
@@ -62,6 +68,12 @@ def test_the_memory_is_known_before(scheme, dtype):
 def test_grids_without_a_kernel(name):
     """Tables of values, and groups of 16."""
     assert not kernel_takes(GRIDS[name].scheme, (ROWS, COLUMNS), ROWS * COLUMNS)
+
+
+def test_twice_as_many_tokens_are_many_where_there_are_two_planes():
+    few = {scheme.bits: kernel_is_quicker(scheme, 16) for scheme in (Scheme(4, 32), Scheme(8, 32))}
+    assert few == {4: True, 8: False}
+    assert kernel_is_quicker(Scheme(8, 32), 15) and not kernel_is_quicker(Scheme(4, 32), 32)
 
 
 def test_shapes_without_a_kernel():

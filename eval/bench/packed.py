@@ -1,12 +1,14 @@
 """A matrix of Grok-1 that stays packed, multiplied with a few and with many tokens, against bf16.
 
     python eval/bench/packed.py [--rows N] [--columns N] [--repeats N] [--tokens 1,8,128,512]
+                                [--busy]
 
 Random codes and scales [rows, columns] on each grid; the matrix is held as `grokquant.load` holds
 it. Figures are milliseconds, medians of runs in turn, and `speed` is bf16's time (torch's product
 with the dense matrix) over that of the packed one. `held` is the memory of the packed matrix over
-the bytes of its file, `first_use` the milliseconds that reading and converting it takes. Prints one
-JSON line.
+the bytes of its file, `first_use` the milliseconds that reading and converting it takes. With
+`--busy` they are the CPU time of one thread, which other work on the machine changes least. Prints
+one JSON line.
 """
 
 import argparse
@@ -66,9 +68,10 @@ def packed_matrix(rows: int, columns: int, name: str) -> PackedMatrix:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     run()
-    return 1000 * (time.perf_counter() - start)
+    return 1000 * (clock() - start)
 
 
 def compare(dense: Tensor, packed: PackedMatrix, tokens: int, repeats: int) -> dict:
@@ -102,7 +105,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--tokens", default="1,8,128,512")
     parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--busy", action="store_true")
     options = parser.parse_args()
+    if options.busy:
+        torch.set_num_threads(1)
     dense = torch.randn(options.rows, options.columns).mul_(0.02).bfloat16()
     found = {name: measured(dense, name, options) for name in options.cases.split(",")}
     print(json.dumps(measure.conditions() | {"milliseconds": found}))

@@ -259,7 +259,8 @@ def _ref(name: str, location: _Location, stored: TensorRef) -> TensorRef:
     shape = stored.shape[1:] if name.endswith(".bias") else (rows, *stored.shape[1:])
     load = partial(_expert, stored, location.expert * rows, rows, shape)
     size = stored.stored_bytes // location.experts
-    return replace(stored.loaded_by(load), name=name, shape=shape, stored_bytes=size)
+    expert = stored.loaded_by(load)
+    return replace(expert, name=name, shape=shape, stored_bytes=size)
 
 
 def _restored(slot: Slot, stored: TensorRef, shape: tuple[int, ...]) -> Tensor:

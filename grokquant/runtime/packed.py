@@ -28,7 +28,13 @@ from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.runtime.dequantize import Rows, dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache, Parts
-from grokquant.runtime.products import KERNEL_TOKENS, kernel_bytes, kernel_takes, prepare, product
+from grokquant.runtime.products import (
+    kernel_bytes,
+    kernel_is_quicker,
+    kernel_takes,
+    prepare,
+    product,
+)
 from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, TensorRef
 
 # (outputs of gate, outputs of up) -> those of the fused matrix
@@ -77,7 +83,8 @@ class PackedMatrix(nn.Module):
         return self._rows(dtype)(ALL_ROWS, None)
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._has_kernel and len(x) < KERNEL_TOKENS:
+        scheme = self.ref.scheme
+        if scheme and self._has_kernel and kernel_is_quicker(scheme, len(x)):
             return product(x, self._for_kernel(x.dtype))
         return product_with_rows(x, self.shape, self._rows(x.dtype))
 

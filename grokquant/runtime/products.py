@@ -16,9 +16,9 @@ from grokquant.grids import Scheme
 from grokquant.runtime.matrix_cache import Parts
 from grokquant.types import QTensor
 
-# The kernel reads a matrix again for every few tokens; from here on dequantizing it once and
+# The kernel reads a plane again for every few tokens; from here on dequantizing the matrix once and
 # multiplying is quicker (eval/bench/packed.py).
-KERNEL_TOKENS = 32
+_PLANE_TOKENS = 32
 # What the kernel asks for: columns of a group, rows of a matrix.
 _GROUPS = (256, 128, 64, 32)
 _ROWS = 16
@@ -36,6 +36,11 @@ def kernel_takes(scheme: Scheme, shape: tuple[int, int], stored_bytes: int) -> b
     if scheme.row.table or shape[0] % _ROWS or _kernel_group(scheme, shape[1]) is None:
         return False
     return kernel_bytes(scheme, shape, torch.bfloat16) <= _MOST_GROWTH * stored_bytes
+
+
+def kernel_is_quicker(scheme: Scheme, tokens: int) -> bool:
+    """Whether it multiplies so few tokens sooner than a matrix product with dequantized tiles."""
+    return tokens * _planes(scheme) < _PLANE_TOKENS
 
 
 def kernel_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
