@@ -124,8 +124,7 @@ def test_a_budget_becomes_a_recipe_for_people(budgeted, tmp_path):
 
 
 def test_the_recipe_and_the_budget_give_the_same_bytes(budgeted, tmp_path):
-    budget = budgeted(method="gptq")
-    made = grokquant.quantize(budget)
+    made = grokquant.quantize(budgeted())
     recipe = load_any_recipe(tmp_path / "out.budget" / "recipe.yaml", [f"output.path={tmp_path}/b"])
     again = grokquant.quantize(recipe)
     weights = sorted(made.glob("*.safetensors"))
@@ -292,22 +291,17 @@ def rounded(layer: LayerErrors, name: str, grid: int) -> dict[str, torch.Tensor]
     return {unit.tensor: quantize_rtn(W, unit.scheme).dequantize().float()}
 
 
-@pytest.mark.parametrize("part", ["gate", "up", "down"])
-def test_errors_are_those_of_the_layer_with_one_matrix_rounded(measured, part):
-    layer, hidden, _ = measured
-    name = f"layers.0.experts.1.{part}"
-    before = run_with(layer, hidden, {})
-    for grid, error in layer.errors[name].outputs.items():
-        lost = (run_with(layer, hidden, rounded(layer, name, grid)) - before).flatten(0, 1)
-        naive = ((lost @ layer._metric) * lost).sum().item() / len(lost)
-        assert error == pytest.approx(naive, rel=1e-2)
-
-
-def test_probes_follow_the_states_of_the_original(measured):
+def test_errors_and_probes_are_those_of_the_layer_with_matrices_rounded(measured):
     layer, hidden, after = measured
+    before = run_with(layer, hidden, {})
+    for name in (f"layers.0.experts.1.{part}" for part in ("gate", "up", "down")):
+        for grid, error in layer.errors[name].outputs.items():
+            lost = (run_with(layer, hidden, rounded(layer, name, grid)) - before).flatten(0, 1)
+            naive = ((lost @ layer._metric) * lost).sum().item() / len(lost)
+            assert error == pytest.approx(naive, rel=1e-2)
     rows = len(hidden)
     assert len(after) == rows + 2 * len(layer.probes) == rows + 2 * 7
-    torch.testing.assert_close(after[:rows], run_with(layer, hidden, {}))
+    torch.testing.assert_close(after[:rows], before)
     for place, probe in enumerate(layer.probes):
         values: dict[str, torch.Tensor] = {}
         for name, grid in probe.grids.items():
