@@ -7,10 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import ATTENTION
+from test_default_recipe import saved
 
+import grokquant
 from grokquant.checkpoint import open_checkpoint
+from grokquant.cli import main
 from grokquant.errors import InputError
+from grokquant.files.atomic import sha256
 from grokquant.job.allocation import allocate as step
 from grokquant.job.allocation import measure
 from grokquant.job.allocation.allocate import Allocation, allocate, budget_path
@@ -19,7 +24,7 @@ from grokquant.job.allocation.measure import Errors, LayerErrors, Probe, costs
 from grokquant.job.allocation.solver import solve
 from grokquant.job.plan import build_plan
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.recipe import BudgetRecipe, load_any_recipe, parse_any_recipe
+from grokquant.recipe import BudgetRecipe, load_any_recipe, parse_any_recipe, to_yaml
 from grokquant.streaming.blocks import BlockwiseModel, Expert, Routed
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
@@ -116,6 +121,39 @@ def test_a_budget_becomes_a_recipe_for_people(budgeted, tmp_path):
     # What was given stays as it was given, and nothing else is written down.
     assert found.recipe.quantize[0].match == ATTENTION["match"]
     assert "max_fallbacks" not in found.text
+
+
+def test_the_recipe_and_the_budget_give_the_same_bytes(budgeted, tmp_path):
+    made = grokquant.quantize(budgeted())
+    recipe = load_any_recipe(tmp_path / "out.budget" / "recipe.yaml", [f"output.path={tmp_path}/b"])
+    again = grokquant.quantize(recipe)
+    weights = sorted(made.glob("*.safetensors"))
+    assert len(weights) > 1
+    assert [sha256(path) for path in weights] == [sha256(again / path.name) for path in weights]
+
+
+def test_the_command_prints_the_recipe(budgeted, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(to_yaml(budgeted().model_dump(mode="json", exclude_unset=True)))
+    done = CliRunner().invoke(main, ["budget", str(path)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == (tmp_path / "out.budget" / "recipe.yaml").read_text()
+    planned = CliRunner().invoke(main, ["plan", str(path)])
+    assert planned.exit_code == 2
+    assert f"grids are to be chosen first: grokquant budget {path}" in planned.output
+    other = CliRunner().invoke(main, ["budget", str(tmp_path / "out.budget" / "recipe.yaml")])
+    assert other.exit_code == 2 and "has no budget" in other.output
+
+
+def test_matrices_of_a_dense_model_share_a_budget(budgeted, tmp_path):
+    model = saved(tmp_path / "llama", "llama")
+    keys = {"bits_per_weight": 4.2, "match": "layers.*", "method": "gptq"}
+    values = budgeted(rules=[], **keys).model_dump(mode="json", exclude_unset=True)
+    recipe = parse_any_recipe(values | {"model": {"path": str(model)}})
+    found = solved(recipe)
+    plan = build_plan(found.recipe)
+    assert len(plan.units) == len(list(plan.checkpoint.matrices()))
+    assert found.bits_per_weight <= 4.2 and found.kld > 0
 
 
 def test_more_bits_cost_less_and_need_no_other_pass(budgeted, monkeypatch):
@@ -253,22 +291,17 @@ def rounded(layer: LayerErrors, name: str, grid: int) -> dict[str, torch.Tensor]
     return {unit.tensor: quantize_rtn(W, unit.scheme).dequantize().float()}
 
 
-@pytest.mark.parametrize("part", ["gate", "up", "down"])
-def test_errors_are_those_of_the_layer_with_one_matrix_rounded(measured, part):
-    layer, hidden, _ = measured
-    name = f"layers.0.experts.1.{part}"
-    before = run_with(layer, hidden, {})
-    for grid, error in layer.errors[name].outputs.items():
-        lost = (run_with(layer, hidden, rounded(layer, name, grid)) - before).flatten(0, 1)
-        naive = ((lost @ layer._metric) * lost).sum().item() / len(lost)
-        assert error == pytest.approx(naive, rel=1e-2)
-
-
-def test_probes_follow_the_states_of_the_original(measured):
+def test_errors_and_probes_are_those_of_the_layer_with_matrices_rounded(measured):
     layer, hidden, after = measured
+    before = run_with(layer, hidden, {})
+    for name in (f"layers.0.experts.1.{part}" for part in ("gate", "up", "down")):
+        for grid, error in layer.errors[name].outputs.items():
+            lost = (run_with(layer, hidden, rounded(layer, name, grid)) - before).flatten(0, 1)
+            naive = ((lost @ layer._metric) * lost).sum().item() / len(lost)
+            assert error == pytest.approx(naive, rel=1e-2)
     rows = len(hidden)
     assert len(after) == rows + 2 * len(layer.probes) == rows + 2 * 7
-    torch.testing.assert_close(after[:rows], run_with(layer, hidden, {}))
+    torch.testing.assert_close(after[:rows], before)
     for place, probe in enumerate(layer.probes):
         values: dict[str, torch.Tensor] = {}
         for name, grid in probe.grids.items():

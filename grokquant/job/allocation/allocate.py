@@ -9,6 +9,7 @@ Measurements depend neither on the number of bits nor on the unit, so that other
 at once.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,7 +33,7 @@ from grokquant.job.allocation.choices import Choice, choices_of, options_of, rul
 from grokquant.job.allocation.measure import Errors, LayerErrors, Probe, costs, divergences
 from grokquant.job.allocation.solver import solve
 from grokquant.job.fingerprint import PACKAGES, contents_of, difference, rows_digest
-from grokquant.job.lock import check_place, locked
+from grokquant.job.lock import check_output, locked
 from grokquant.job.plan import plan_of
 from grokquant.job.shards import write_tensors
 from grokquant.memory import memory_for
@@ -77,6 +78,7 @@ class Measured:
 
 def budget_path(output: Path) -> Path:
     """The directory of a budget's measurements and recipe, beside the output."""
+    output = Path(os.path.realpath(output))  # "." has no name
     return output.with_name(output.name + ".budget")
 
 
@@ -89,7 +91,7 @@ def allocate(recipe: BudgetRecipe, note: Note, device: torch.device = CPU) -> Al
     """
     checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
     output = Path(recipe.output.path)
-    check_place(output, checkpoint.source.path)
+    check_output(output, checkpoint.source.path)
     choices = choices_of(recipe, checkpoint)
     budget = _bytes_of(recipe, choices)
     smallest = [_smallest(choice) for choice in choices]

@@ -104,9 +104,8 @@ class LayerErrors:
             return self._run_as_stored(hidden)
         self.model.load_layer(self.index)
         original = hidden[:rows]
-        self._metric = metric_of_sum(
-            cast(Layer, _Readers(self.model, self.index)), hidden.shape[2], gradients=False
-        )
+        readers = cast(Layer, _Readers(self.model, self.index))
+        self._metric = metric_of_sum(readers, hidden.shape[2], gradients=False).cpu()
         self._measure_outside_experts(original)
         tokens = rows * hidden.shape[1]
         stored = self._combine_stored()
