@@ -116,12 +116,15 @@ class TwoSided(Method):
 
     def cost(self, rows: int, columns: int, settings: TwoSidedSettings) -> Cost:
         """Float32 copies: gate and up, their targets and what these are made of, and E H. The
-        products are those of GPTQ, two solutions, and one with H in each sweep."""
+        products are those of GPTQ, two solutions, one with H in each sweep, and a factorisation
+        of H for each ridge."""
         gptq = GPTQ.cost(rows, columns, GptqSettings())
         return Cost(
             working_bytes=gptq.working_bytes + 7 * rows * columns * _FLOAT,
             shared_products=gptq.shared_products,
-            products=gptq.products + (2 + _SWEEPS) * rows * columns**2,
+            products=gptq.products
+            + (2 + _SWEEPS) * rows * columns**2
+            + len(_RIDGES) * columns**3 / 3,
         )
 
     def begin_layer(self, layer: Layer) -> "TwoSidedLayer":
