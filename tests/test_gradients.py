@@ -82,8 +82,17 @@ def naive_gradients(checkpoint: Checkpoint, seed: int) -> dict[int, tuple[Tensor
     """layer -> the outputs of its experts [tokens, hidden] and the gradients by them."""
     model = whole_model(checkpoint)
     seen: list[Tensor] = []
+    losses: list[Tensor] = []
 
-    def note(module: nn.Module, given: object, output: Tensor) -> Tensor:
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        index = len(seen)
+        x, experts = given[0].flatten(0, -2), given[1]
+        router = checkpoint.source.tensors[checkpoint.family.router(checkpoint.config, index)[0]]
+        best = (x @ router.read().float().T).sort(descending=True).values
+        margin = best[:, experts.shape[-1] - 1] - best[:, experts.shape[-1]]
+        draws = torch.rand(len(x), generator=torch.Generator().manual_seed(seed + 1 + index))
+        side = torch.where(draws < torch.sigmoid(4 * margin.detach()), 1.0, -1.0)
+        losses.append(-0.25 * nn.functional.logsigmoid(4 * side * margin).sum())
         seen.append(output if output.requires_grad else output.detach().requires_grad_())
         seen[-1].retain_grad()
         return seen[-1]
@@ -95,7 +104,7 @@ def naive_gradients(checkpoint: Checkpoint, seed: int) -> dict[int, tuple[Tensor
     reached = logits.detach().softmax(-1).cumsum(-1) < draws.unsqueeze(-1)
     labels = reached.sum(-1)  # the first token at which the draw is reached
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    loss.backward()
+    (loss + sum(losses)).backward()
     return {i: (y.detach().flatten(0, -2), y.grad.flatten(0, -2)) for i, y in enumerate(seen)}
 
 
@@ -120,7 +129,7 @@ def test_gradients_pass_dense_layers(checkpoint):
     h = model.embed(ROWS)
     gradient = torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
     model.load_layer(0)
-    _, found = model.back(0, Kept(h, None), gradient)
+    _, found = model.back(0, Kept(h, None), gradient, 0)
     h.requires_grad_()
     (wanted,) = torch.autograd.grad(model.run_part(0, h, 0), h, gradient)
     assert torch.allclose(found, wanted, atol=1e-5)

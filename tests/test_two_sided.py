@@ -251,6 +251,36 @@ def test_the_output_of_a_layer_is_closer_to_the_original(tiny_recipe, first_laye
     assert distance["two-sided"] < 0.9 * distance["gptq"]
 
 
+@pytest.mark.parametrize("noise", [0.02, 3.0])
+@pytest.mark.parametrize("by_outputs", [False, True])
+def test_the_ridge_is_the_best_for_tokens_that_are_held_out(noise, by_outputs):
+    W, X = random(32, 64, seed=1), random(160, 64)
+    X_f = X + X @ random(64, 64, seed=3) / 16 + noise * random(160, 64, seed=2)
+
+    def site(part: slice) -> Site:
+        x, x_f = X[part], X_f[part]
+        if by_outputs:
+            return site_of(x, Aim(weights_of(len(x)), outputs=x_f @ W.T))
+        return site_of(x, Aim(weights_of(len(x)), reference=lambda: iter(x_f.split(200))))
+
+    own = site(slice(0, 96))
+    own.held_out = held_out = site(slice(96, 160))
+    (H,) = own.hessian(None, weighted=True)
+    before = H.clone()
+    S = ((X_f - X)[:96] @ W.T * own.aim.weights[:, None]).T @ X[:96]
+    found = two_sided._best_ridge(W, S, H, own, 0.5)
+    assert torch.equal(H, before)
+    losses = []
+    for ridge in two_sided._RIDGES:
+        shift = ridge * H.diagonal().mean() * torch.eye(64)
+        target = W + torch.linalg.solve(H + shift, S.T).T
+        lost = X[96:] @ target.T - X_f[96:] @ W.T
+        losses.append((lost.square().sum(1) * held_out.aim.weights).sum())
+    assert found == two_sided._RIDGES[int(torch.stack(losses).argmin())]
+    assert two_sided._best_ridge(W, S, H, held_out, 0.5) == 0.5  # it has no tokens held out
+    assert (found > 0.05) == (noise > 1)  # targets of few tokens would fit the noise
+
+
 def test_the_held_out_error_is_that_of_weighted_outputs():
     X, W = random(300, 64), random(32, 64, seed=1)
     quantized = quantize_rtn(W, Scheme(4, 32))

@@ -16,7 +16,7 @@ from grokquant.job.unit import report_of, round_unit
 from grokquant.job.workdir import States
 from grokquant.memory import memory_for
 from grokquant.methods import METHODS
-from grokquant.methods.method import Aim, Needs, errors_of
+from grokquant.methods.method import Aim, Needs, UnusableHessian, errors_of
 from grokquant.methods.refit import refit
 from grokquant.parallel import ALONE
 from grokquant.recipe import ExpertsSection
@@ -213,7 +213,10 @@ class LayerQuantizer:
             return
         aim = Aim(torch.ones(len(inputs)), reference=self._inputs(before))
         site = Site(len(inputs), inputs.shape[1], self._inputs(inputs), aim=aim)
-        fitted = refit([self.original(name) for name in names], site)
+        try:
+            fitted = refit([self.original(name) for name in names], site)
+        except UnusableHessian:
+            return  # the states are not finite; the run stops after this layer
         for name, W in zip(names, fitted, strict=True):
             self.revised[name] = W
             self.model.replace(self.index, name, W)

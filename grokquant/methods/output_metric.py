@@ -6,10 +6,10 @@ experts a token gets; and everywhere a little:
 
     M = P + .1 * sum over later layers of cov(router * gain) + .05 I
 
-each with a mean diagonal of 1. P is E[g g^T] for gradients g of predictions, by a backward pass of
-the original (`streaming.gradients`; YAQA, arXiv 2505.22988), or its substitute without data,
-cov(head * gain), with the gain of the last norm. These are covariances of rows, since logits may
-all move alike. Where a norm follows the sum, its gain multiplies the rows of routers and head.
+each with a mean diagonal of 1, where P = cov(head * gain), with the gain of the last norm. These
+are covariances of rows, since logits may all move alike. Where a norm follows the sum, its gain
+multiplies all these rows. With a backward pass of the original (`streaming.gradients`; YAQA, arXiv
+2505.22988), P is E[g g^T] for gradients g of predictions and of routers, whose term goes.
 
 down gives the sum, so its metric is M. Errors of gate and up reach the sum through the derivatives
 a' of the hidden units and through down [hidden, inner]:
@@ -52,8 +52,8 @@ def metric_of_sum(layer: Layer, hidden: int, gradients: bool) -> Tensor:
     if gradients:
         assert layer.output_gradients is not None
         predictions = layer.output_gradients
-    else:
-        predictions = layer.head_directions() * gain * gain.unsqueeze(1)
+        return alone(lambda: _metric(predictions, iter(()), gain))
+    predictions = layer.head_directions() * gain * gain.unsqueeze(1)
     return alone(lambda: _metric(predictions, layer.later_routers(), gain))
 
 

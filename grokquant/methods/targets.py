@@ -70,6 +70,33 @@ def moved_inputs(site: Site, aim: Aim) -> Tensor:
     return total
 
 
+def missed(target: Tensor, W: Tensor, rows: Tensor, site: Site, aim: Aim) -> float:
+    """Sum of w |v - W* x|^2 over the tokens of a site, for some `rows` of a matrix.
+
+    `target` is W* and `W` the stored matrix, both float32 [some, in].
+    """
+    total = 0.0
+    start = 0
+    references = aim.reference() if aim.reference else None
+    for X, weights in weighted(site.inputs, aim):
+        if references:
+            given = next(references).float()
+        else:
+            assert aim.outputs is not None
+            given = aim.outputs[start : start + len(X), rows].to(X.device)
+        start += len(X)
+
+        def miss(
+            part: slice, X: Tensor = X, weights: Tensor = weights, given: Tensor = given
+        ) -> float:
+            wanted = given[part] @ W.T if references else given[part]
+            lost = (wanted - X[part] @ target.T).square_() * weights[part]
+            return lost.sum(dtype=torch.float64).item()
+
+        total += sum(in_pieces(miss, slices(0, len(X), PIECE)))
+    return total
+
+
 def times(W: Tensor, A: Tensor) -> Tensor:
     """W A [out, in], some rows a piece."""
     return torch.cat(in_pieces(lambda rows: W[rows] @ A, slices(0, len(W), PIECE)))

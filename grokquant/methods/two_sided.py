@@ -12,6 +12,8 @@ the sum of the experts. gate and up are to give what they give for the original'
 the sum of all experts lacks (`job/mixture`). Other matrices are rounded by GPTQ.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from grokquant.grids import Scheme
 from grokquant.methods.descent import descend
-from grokquant.methods.gptq import GPTQ, GptqSettings, factorize, probes, round_gptq
+from grokquant.methods.gptq import GPTQ, Feedback, GptqSettings, factorize, probes, round_gptq
 from grokquant.methods.ldl import permute_, restore_
 from grokquant.methods.method import Aim, Cost, Layer, LayerRounding, Method, Needs, Rounded, Site
 from grokquant.methods.output_metric import (
@@ -36,16 +38,28 @@ from grokquant.methods.output_metric import (
 )
 from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
 from grokquant.methods.scales import ScaleRule
-from grokquant.methods.targets import PIECE, missing_outputs, moved_inputs, solve_, times, weighted
+from grokquant.methods.targets import (
+    PIECE,
+    missed,
+    missing_outputs,
+    moved_inputs,
+    solve_,
+    times,
+    weighted,
+)
 from grokquant.threads import alone, in_pieces, slices
 from grokquant.types import QTensor, Unit
 
 _FLOAT = torch.float32.itemsize
 _INNER_PARTS = ("gate", "up")
-# Added to the diagonal of H for targets and GPTQ, as a share of its mean. down has more inputs, and
-# so fewer tokens for each.
+# Added to the diagonal of H for targets and GPTQ, as a share of its mean: one of these, by tokens
+# that are held out. Few tokens for each input need much: a target fits their noise, too.
+_RIDGES = (0.05, 0.2, 0.8, 3.2)
+# Where none are held out. down has more inputs, and so fewer tokens for each.
 _RIDGE = 0.05
 _RIDGE_DOWN = 0.2
+# Rows of a matrix whose targets decide: the ridge is that of its inputs, not of its outputs.
+_DECIDING_ROWS = 128
 # The same in the descent. With one side, as much makes the result worse.
 _DAMPING = 0.5
 _DAMPING_ONE_SIDED = 0.1
@@ -102,12 +116,15 @@ class TwoSided(Method):
 
     def cost(self, rows: int, columns: int, settings: TwoSidedSettings) -> Cost:
         """Float32 copies: gate and up, their targets and what these are made of, and E H. The
-        products are those of GPTQ, two solutions, and one with H in each sweep."""
+        products are those of GPTQ, two solutions, one with H in each sweep, and a factorisation
+        of H for each ridge."""
         gptq = GPTQ.cost(rows, columns, GptqSettings())
         return Cost(
             working_bytes=gptq.working_bytes + 7 * rows * columns * _FLOAT,
             shared_products=gptq.shared_products,
-            products=gptq.products + (2 + _SWEEPS) * rows * columns**2,
+            products=gptq.products
+            + (2 + _SWEEPS) * rows * columns**2
+            + len(_RIDGES) * columns**3 / 3,
         )
 
     def begin_layer(self, layer: Layer) -> "TwoSidedLayer":
@@ -143,7 +160,8 @@ class TwoSidedLayer(LayerRounding):
         H = _hessian(site)
         S = missing_outputs(W, site, aim)
         G = self._metric(unit, len(W)).unsqueeze(0)  # one block
-        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, _RIDGE_DOWN)
+        ridge = _best_ridge(W, S, H, site, _RIDGE_DOWN)
+        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, ridge)
         return Rounded(
             quantized, _output_error(W, quantized, H), _held_out_error(W, quantized, site)
         )
@@ -162,7 +180,8 @@ class TwoSidedLayer(LayerRounding):
         W = interleave([(gate, up)[place] for place in places], size)
         del gate, up, down
         S = times(W, moved_inputs(site, aim))
-        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, _RIDGE)
+        ridge = _best_ridge(W, S, H, site, _RIDGE)
+        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, ridge)
         rounded = {}
         for place, member in enumerate(members):
             take = partial(part_of, place=place, members=len(members), size=size)
@@ -200,17 +219,41 @@ def _round(
 
     S is overwritten; H [in, in] is, too, but holds the same again at the end.
     """
-    feedback = factorize([H], ridge, act_order=True)
-    (factor,) = feedback.factors
-    target = W if S is None else solve_(S, factor).add_(W)
-    quantized = round_gptq(target, feedback, scheme, rule).quantized
-    restore_(H, feedback.importance[factor.columns])
-    permute_(H, factor.columns.argsort())
+    with _factorized(H, ridge) as feedback:
+        target = W if S is None else solve_(S, feedback.factors[0]).add_(W)
+        quantized = round_gptq(target, feedback, scheme, rule).quantized
     damping = _DAMPING_ONE_SIDED if G is None else _DAMPING
     H.diagonal().add_(damping * alone(feedback.importance.mean))
     quantized = descend(quantized, target, H, G, _SWEEPS, _PASSES)
     H.diagonal().copy_(feedback.importance)
     return quantized
+
+
+@contextmanager
+def _factorized(H: Tensor, ridge: float) -> Iterator[Feedback]:
+    """H + ridge as GPTQ factorises it, in the memory of H [in, in], which is H again afterwards."""
+    feedback = factorize([H], ridge, act_order=True)
+    yield feedback
+    (factor,) = feedback.factors
+    restore_(H, feedback.importance[factor.columns])
+    permute_(H, factor.columns.argsort())
+
+
+def _best_ridge(W: Tensor, S: Tensor, H: Tensor, site: Site, otherwise: float) -> float:
+    """The ridge whose targets come nearest to what is wanted of the tokens that are held out.
+
+    `otherwise` is the ridge if there are none. W and S are [out, in]; H [in, in] stays.
+    """
+    held_out = site.held_out
+    if held_out is None or held_out.aim is None:
+        return otherwise
+    rows = torch.arange(0, len(W), max(1, len(W) // _DECIDING_ROWS))
+    misses = []
+    for ridge in _RIDGES:
+        with _factorized(H, ridge) as feedback:
+            target = W[rows] + solve_(S[rows], feedback.factors[0])
+        misses.append(missed(target, W[rows], rows, held_out, held_out.aim))
+    return _RIDGES[misses.index(min(misses))]
 
 
 def _output_error(W: Tensor, quantized: QTensor, H: Tensor) -> float:

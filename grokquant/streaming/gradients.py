@@ -5,7 +5,10 @@ of -log p(drawn) by the sum y of a layer's experts, an error e of y raises the d
 
     e^T E[g g^T] e / 2
 
-to second order, the Fisher information (YAQA, arXiv 2505.22988). The model runs forward once, and
+to second order, the Fisher information (YAQA, arXiv 2505.22988). Routers predict, too: whether a
+token keeps the last of its experts, or gets the next one instead, is drawn by the margin m between
+the two, and g has the gradients of -t log p(drawn) of all later routers, p = 1 / (1 + exp(-m / t)).
+The model runs forward once, and
 what each layer takes and what its experts give is stored. Then it runs backward, with the same
 memory: one layer without its experts, and one expert. A layer takes three steps:
 
@@ -36,6 +39,8 @@ from grokquant.threads import alone, in_pieces, slices
 
 # The dtype of the forward and of the backward pass.
 DTYPE = torch.float32
+# t of routers: the margin that an error of logits can close, and what a choice counts.
+_TEMPERATURE = 0.25
 # Calibration tokens that are differentiated: more do not change the covariance enough to matter.
 TOKENS = 8192
 
@@ -95,7 +100,7 @@ def output_gradients(
     for index in reversed(range(len(model.layers))):
         model.load_layer(index)
         kept = store.take(index)
-        by_outputs, gradient = model.back(index, kept, gradient)
+        by_outputs, gradient = model.back(index, kept, gradient, seed)
         model.free_layer(index)
         if by_outputs is None:
             continue
@@ -188,9 +193,12 @@ class DifferentiableModel(BlockwiseModel):
             p.scatter_add_(-1, labels, torch.full_like(reached, -1.0))
             return grad(logits, h, p.to(logits.dtype))[0].to(hidden.device)
 
-    def back(self, index: int, kept: Kept, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+    def back(
+        self, index: int, kept: Kept, gradient: Tensor, seed: int
+    ) -> tuple[Tensor | None, Tensor]:
         """Gradients by the sum of the experts' outputs [tokens, hidden], None in a dense layer, and
-        by the inputs of layer `index`; `gradient` is that by its outputs [rows, time, hidden]."""
+        by the inputs of layer `index`; `gradient` is that by its outputs [rows, time, hidden].
+        The choice of experts is drawn by `seed`."""
         with torch.enable_grad():
             if kept.outputs is None:
                 return None, self._by_inputs(index, kept.inputs, gradient, None)
@@ -198,6 +206,7 @@ class DifferentiableModel(BlockwiseModel):
             self.family.experts_of(self.layers[index]).exchange = trace
             x, experts, gates, by_outputs = self._by_outputs(index, kept.inputs, gradient, trace)
             inner = self._through_experts(index, x, experts, gates, by_outputs)
+            self._add_choices(index, x, gates.shape[1], inner[0], seed)
             return by_outputs, self._by_inputs(index, kept.inputs, gradient, (trace, *inner))
 
     def _by_outputs(
@@ -235,6 +244,27 @@ class DifferentiableModel(BlockwiseModel):
 
             self._each(differentiate, slices(0, len(token), self._tokens_at_once))
         return by_x, by_gates
+
+    def _add_choices(self, index: int, x: Tensor, chosen: int, by_x: Tensor, seed: int) -> None:
+        """Adds the gradients of the choice of experts to those by `x` [tokens, hidden].
+
+        Each token has `chosen` experts; the last of them and the next one are drawn from.
+        """
+        names = self.family.router(self.config, index)
+        if names is None or chosen >= self.family.num_experts(self.config, index):
+            return
+        router = self.source.tensors[names[0]].read().to(DTYPE)
+        generator = torch.Generator().manual_seed(seed + 1 + index)
+        draws = torch.rand(len(x), generator=generator)
+
+        def add(part: slice) -> None:
+            best = (x[part].to(DTYPE) @ router.T).topk(chosen + 1)
+            last, following = best.indices[:, -2], best.indices[:, -1]
+            stays = torch.sigmoid((best.values[:, -2] - best.values[:, -1]) / _TEMPERATURE)
+            by_margin = stays - (draws[part] < stays).to(DTYPE)
+            by_x[part] += by_margin.unsqueeze(1) * (router[last] - router[following])
+
+        in_pieces(add, slices(0, len(x), TOKENS_IN_PIECE))
 
     def _by_inputs(
         self,
