@@ -12,10 +12,11 @@ import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.families.tokenizer import read_tokenizer
-from grokquant.files.gguf_header import DENSE, OTHER_BLOCKS, TYPES
+from grokquant.files.gguf_header import DENSE, OTHER_BLOCKS, TYPES, read_metadata
 from grokquant.job import pipeline
 from grokquant.job.default_recipe import values_for
 from grokquant.recipe import parse_recipe
+from grokquant.sources import gguf_directory
 from grokquant.toy import TOY_PATH
 
 TEXTS = [
@@ -36,6 +37,15 @@ def test_logits_are_those_of_the_dequantized_weights(name, tmp_path):
     write_gguf(path, name, model)
     loaded, _ = grokquant.load(path, dtype=torch.float32, packed=False)
     assert (loaded(rows()).logits - model(rows()).logits).abs().max() < 1e-5
+
+
+def test_experts_may_lie_alone(tmp_path):
+    model = random_model("mixtral")
+    write_gguf(tmp_path / "stacked.gguf", "mixtral", model)
+    write_gguf(tmp_path / "alone.gguf", "mixtral", model, stacked=False)
+    stacked, alone = (open_checkpoint(tmp_path / f"{n}.gguf").source for n in ("stacked", "alone"))
+    for name, ref in stacked.tensors.items():
+        assert torch.equal(alone.tensors[name].read(), ref.read()), name
 
 
 # --- types
@@ -177,3 +187,23 @@ def test_all_files_of_a_split_are_read(tmp_path):
     parts[1].unlink()
     with pytest.raises(InputError, match="Split-00002-of-00003.gguf: no such file"):
         open_checkpoint(parts[0])
+
+
+WRONG = ("x", -1, 0, 1 << 31, 1e30, [1, 2], True, None)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3", "deepseek_v2", "gpt_oss"])
+def test_metadata_that_make_no_sense_end_in_one_line(name, tmp_path, monkeypatch):
+    path = tmp_path / "x.gguf"
+    write_gguf(path, name, random_model(name))
+    metadata = read_metadata(path)
+    for number, key in enumerate(metadata):
+        for value in (WRONG[number % len(WRONG)], WRONG[(number + 3) % len(WRONG)]):
+            changed = {k: value if k == key else metadata[k] for k in metadata}
+            if value is None:
+                del changed[key]
+            monkeypatch.setattr(gguf_directory, "read_metadata", lambda file, c=changed: c)
+            try:
+                open_checkpoint(path)
+            except InputError as error:
+                assert "\n" not in str(error)

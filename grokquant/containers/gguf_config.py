@@ -32,6 +32,7 @@ from grokquant.containers.gguf_settings import (
 from grokquant.containers.gguf_tokenizer import with_tokenizer
 from grokquant.errors import InputError
 from grokquant.files.published import is_repository
+from grokquant.memory import refused
 from grokquant.sources.origin import LICENCE_KEYS, with_licence
 from grokquant.types import Origin, Source
 from grokquant.version import OWN
@@ -57,7 +58,9 @@ def described(source: Source) -> Source:
             )
         config = source.config
     else:
-        config = _config(source, _row(source))
+        row = _row(source)
+        with refused(f"{source.path}: its metadata make no config"):
+            config = _config(source, row)
     # What the blocks are is in the headers of the files.
     config = config | {"quantization_config": {"quant_method": OWN, "format": "gguf"}}
     return with_tokenizer(replace(source, config=config, origin=_origin(source)))
