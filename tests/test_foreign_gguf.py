@@ -1,5 +1,6 @@
 """GGUF files of other programs are opened, and are the models that they were made from."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from foreign_gguf import MODELS, random_model, rows, write_gguf
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.evaluation.models import check_comparable
+from grokquant.evaluation.same_model import other_model
 from grokquant.families.tokenizer import read_tokenizer
 from grokquant.files.gguf_header import DENSE, OTHER_BLOCKS, TYPES, read_metadata
 from grokquant.job import pipeline
@@ -116,6 +119,28 @@ def test_the_tokenizer_is_the_one_in_the_metadata(with_toy_tokenizer):
 
 
 # --- files
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2", "gemma", "gpt_oss"])
+def test_the_model_that_it_was_made_from_is_known_as_such(name, tmp_path):
+    model = random_model(name).bfloat16()
+    model.save_pretrained(tmp_path / "in")
+    keys = {f"tokenizer__ggml__{k}_token_id": n for n, k in enumerate(("padding", "bos", "eos"))}
+    write_gguf(tmp_path / "x.gguf", name, model.float(), **keys)
+    own, reference = open_checkpoint(tmp_path / "x.gguf"), open_checkpoint(tmp_path / "in")
+    check_comparable(own, reference)
+    other = other_model(own, reference)
+    assert other and not other.certain and "embed_tokens" in other.differences
+    changed = json.loads((tmp_path / "in" / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(changed))
+    other = other_model(own, open_checkpoint(tmp_path / "in"))
+    assert other and other.certain and "rms_norm_eps is 1e-05" in other.differences
+
+
+def test_mistral_is_told_from_llama_by_its_name(tmp_path):
+    write_gguf(tmp_path / "x.gguf", "llama", random_model("llama"), general__name="Mistral 7B")
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    assert checkpoint.family.name == "mistral" and checkpoint.config.sliding_window is None
 
 
 def test_a_result_of_such_a_file_is_like_any_other(with_toy_tokenizer, tmp_path):

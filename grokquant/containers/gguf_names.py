@@ -271,7 +271,7 @@ _GEMMA = Architecture(
     _ATTENTION + _NORMS + _MLP,
     _SETTINGS,
     shifted=(*(f"{norm}.weight" for norm in _NORMS), _FINAL_NORM),
-    required={"use_bidirectional_attention": (False, None)},
+    required={"use_bidirectional_attention": (None, False)},
     scalings=(),
 )
 _GEMMA_2 = Architecture(

@@ -137,7 +137,10 @@ def recorded_models(directory: Path) -> list[ModelFingerprint]:
 
 def _fingerprint(checkpoint: Checkpoint, tensors: dict[str, str]) -> ModelFingerprint:
     fields = checkpoint.config.to_dict()
-    telling = {key: value for key, value in fields.items() if _tells(key)}
+    source = checkpoint.source
+    # Metadata of a file do not state all fields: a default there is no contradiction.
+    stated = source.config if source.metadata else fields
+    telling = {key: value for key, value in fields.items() if _tells(key) and key in stated}
     return ModelFingerprint(
         family=checkpoint.family.name,
         config=json.loads(json.dumps(telling, default=str)),  # as a report will have them
