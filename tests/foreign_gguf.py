@@ -110,6 +110,7 @@ def write_gguf(
     model: PreTrainedModel,
     kind: str = "Q8_0",
     split_max_tensors: int = 0,
+    stacked: bool = True,
     **keys: Any,
 ) -> None:
     """Writes `model` with matrices of `kind`; its own weights become what that makes of them."""
@@ -121,7 +122,12 @@ def write_gguf(
         is_matrix = values.ndim > 1 and tensor.endswith("weight") and "ffn_gate_inp" not in tensor
         chosen = gguf.GGMLQuantizationType[kind if is_matrix else "F32"]
         packed = packed_as(chosen, np.ascontiguousarray(values.numpy()))
-        writer.add_tensor(tensor, packed, raw_dtype=chosen)
+        if stacked or "_exps" not in tensor:
+            writer.add_tensor(tensor, packed, raw_dtype=chosen)
+        else:
+            for expert, matrix in enumerate(packed):
+                alone = tensor.replace("_exps", f".{expert}")
+                writer.add_tensor(alone, np.ascontiguousarray(matrix), raw_dtype=chosen)
         values.copy_(torch.from_numpy(gguf.dequantize(packed, chosen).copy()).view(values.shape))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,5 +1,6 @@
 """GGUF files of other programs are opened, and are the models that they were made from."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,14 @@ from foreign_gguf import MODELS, random_model, rows, write_gguf
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.evaluation.models import check_comparable
+from grokquant.evaluation.same_model import other_model
 from grokquant.families.tokenizer import read_tokenizer
-from grokquant.files.gguf_header import DENSE, OTHER_BLOCKS, TYPES
+from grokquant.files.gguf_header import DENSE, OTHER_BLOCKS, TYPES, read_metadata
 from grokquant.job import pipeline
 from grokquant.job.default_recipe import values_for
 from grokquant.recipe import parse_recipe
+from grokquant.sources import gguf_directory
 from grokquant.toy import TOY_PATH
 
 TEXTS = [
@@ -36,6 +40,15 @@ def test_logits_are_those_of_the_dequantized_weights(name, tmp_path):
     write_gguf(path, name, model)
     loaded, _ = grokquant.load(path, dtype=torch.float32, packed=False)
     assert (loaded(rows()).logits - model(rows()).logits).abs().max() < 1e-5
+
+
+def test_experts_may_lie_alone(tmp_path):
+    model = random_model("mixtral")
+    write_gguf(tmp_path / "stacked.gguf", "mixtral", model)
+    write_gguf(tmp_path / "alone.gguf", "mixtral", model, stacked=False)
+    stacked, alone = (open_checkpoint(tmp_path / f"{n}.gguf").source for n in ("stacked", "alone"))
+    for name, ref in stacked.tensors.items():
+        assert torch.equal(alone.tensors[name].read(), ref.read()), name
 
 
 # --- types
@@ -108,6 +121,28 @@ def test_the_tokenizer_is_the_one_in_the_metadata(with_toy_tokenizer):
 # --- files
 
 
+@pytest.mark.parametrize("name", ["llama", "deepseek_v2", "gemma", "gpt_oss"])
+def test_the_model_that_it_was_made_from_is_known_as_such(name, tmp_path):
+    model = random_model(name).bfloat16()
+    model.save_pretrained(tmp_path / "in")
+    keys = {f"tokenizer__ggml__{k}_token_id": n for n, k in enumerate(("padding", "bos", "eos"))}
+    write_gguf(tmp_path / "x.gguf", name, model.float(), **keys)
+    own, reference = open_checkpoint(tmp_path / "x.gguf"), open_checkpoint(tmp_path / "in")
+    check_comparable(own, reference)
+    other = other_model(own, reference)
+    assert other and not other.certain and "embed_tokens" in other.differences
+    changed = json.loads((tmp_path / "in" / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(changed))
+    other = other_model(own, open_checkpoint(tmp_path / "in"))
+    assert other and other.certain and "rms_norm_eps is 1e-05" in other.differences
+
+
+def test_mistral_is_told_from_llama_by_its_name(tmp_path):
+    write_gguf(tmp_path / "x.gguf", "llama", random_model("llama"), general__name="Mistral 7B")
+    checkpoint = open_checkpoint(tmp_path / "x.gguf")
+    assert checkpoint.family.name == "mistral" and checkpoint.config.sliding_window is None
+
+
 def test_a_result_of_such_a_file_is_like_any_other(with_toy_tokenizer, tmp_path):
     file = with_toy_tokenizer / "Some-Q8_0.gguf"
     rules = [{"match": "layers.*.experts.*", "method": "rtn", "grid": "q4_0"}]
@@ -177,3 +212,23 @@ def test_all_files_of_a_split_are_read(tmp_path):
     parts[1].unlink()
     with pytest.raises(InputError, match="Split-00002-of-00003.gguf: no such file"):
         open_checkpoint(parts[0])
+
+
+WRONG = ("x", -1, 0, 1 << 31, 1e30, [1, 2], True, None)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3", "deepseek_v2", "gpt_oss"])
+def test_metadata_that_make_no_sense_end_in_one_line(name, tmp_path, monkeypatch):
+    path = tmp_path / "x.gguf"
+    write_gguf(path, name, random_model(name))
+    metadata = read_metadata(path)
+    for number, key in enumerate(metadata):
+        for value in (WRONG[number % len(WRONG)], WRONG[(number + 3) % len(WRONG)]):
+            changed = {k: value if k == key else metadata[k] for k in metadata}
+            if value is None:
+                del changed[key]
+            monkeypatch.setattr(gguf_directory, "read_metadata", lambda file, c=changed: c)
+            try:
+                open_checkpoint(path)
+            except InputError as error:
+                assert "\n" not in str(error)

@@ -115,11 +115,17 @@ def opened(source: Source) -> Source:
     config = config_of(source)
     refs = {}
     used = {ROPE_FREQS}
-    for name, location in _locations(architecture, config, read=True):
-        if location.name in source.tensors:
-            ref = _ref(name, location, source.tensors[location.name])
-            refs[ref.name] = ref
-            used.add(location.name)
+    for name, location in _locations(architecture, config, source.tensors):
+        stored = source.tensors.get(location.name)
+        if stored is None:
+            continue
+        if stored.shape[0] % location.experts:
+            raise InputError(
+                f"{source.path}: {stored.name} is no stack of {location.experts} experts"
+            )
+        ref = _ref(name, location, stored)
+        refs[ref.name] = ref
+        used.add(location.name)
     others = {name: source.tensors[name] for name in source.tensors if name not in used}
     further = [name for name in others if _layer_of(name) >= config.num_hidden_layers]
     notes = source.notes
@@ -137,27 +143,40 @@ def _layer_of(stored: str) -> int:
 
 
 def _locations(
-    architecture: Architecture, config: PreTrainedConfig, read: bool = False
+    architecture: Architecture, config: PreTrainedConfig, stored: Collection[str] | None = None
 ) -> Iterator[tuple[str, _Location]]:
     """Where llama.cpp stores each tensor of a model with this config, by usual name.
 
-    Other places, where files of others have tensors, come first if `read`.
+    With the names of tensors that are `stored`, only those, wherever files of others have them.
     """
-    outside = {**OUTSIDE, **({} if read else {ROPE_FREQS: ROPE_FREQS})}
-    for name, stored in outside.items():
-        yield name, _location(architecture, config, name, stored)
-    field = architecture.settings.get("expert_count")
-    experts = setting(config, field) if field else 0
-    endings = [*(architecture.read_too.items() if read else ()), *architecture.within.items()]
+    outside = {**OUTSIDE, **({ROPE_FREQS: ROPE_FREQS} if stored is None else {})}
+    for name, place in outside.items():
+        if stored is None or place in stored:
+            yield name, _location(architecture, config, name, place)
+    endings = [*architecture.within.items()]
+    endings += [] if stored is None else architecture.read_too.items()
     for layer in range(config.num_hidden_layers):
         for ending, stored_ending in endings:
             name = LAYER.format(layer=layer) + ending
-            stored = f"blk.{layer}.{stored_ending}"
-            if EXPERT not in ending:
-                yield name, _location(architecture, config, ending, stored)
+            place = f"blk.{layer}.{stored_ending}"
+            if stored is not None and place.format(expert=0) not in stored:
                 continue
-            for expert in range(experts):
-                yield name.format(expert=expert), _Location(stored, expert, experts)
+            if EXPERT in ending:
+                yield from _of_experts(architecture, config, name, place)
+            else:
+                yield name, _location(architecture, config, ending, place)
+
+
+def _of_experts(
+    architecture: Architecture, config: PreTrainedConfig, name: str, place: str
+) -> Iterator[tuple[str, _Location]]:
+    """Where the tensors of all experts are: in one stack, or alone if `place` has their numbers."""
+    experts = setting(config, architecture.settings["expert_count"])
+    for expert in range(experts):
+        if EXPERT in place:
+            yield name.format(expert=expert), _Location(place.format(expert=expert))
+        else:
+            yield name.format(expert=expert), _Location(place, expert, experts)
 
 
 def _location(

@@ -32,6 +32,7 @@ from grokquant.containers.gguf_settings import (
 from grokquant.containers.gguf_tokenizer import with_tokenizer
 from grokquant.errors import InputError
 from grokquant.files.published import is_repository
+from grokquant.memory import refused
 from grokquant.sources.origin import LICENCE_KEYS, with_licence
 from grokquant.types import Origin, Source
 from grokquant.version import OWN
@@ -40,6 +41,7 @@ _EMBEDDING = "token_embd.weight"
 _HEAD = "output.weight"
 # Numbers of tokens in a config and in the metadata.
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+_MISTRAL = "MistralForCausalLM"
 # Of weights that are floats; blocks have no dtype.
 _DTYPES = {torch.float16: "float16", torch.float32: "float32"}
 
@@ -57,10 +59,13 @@ def described(source: Source) -> Source:
             )
         config = source.config
     else:
-        config = _config(source, _row(source))
+        row = _row(source)
+        with refused(f"{source.path}: its metadata make no config"):
+            config = _config(source, row)
     # What the blocks are is in the headers of the files.
     config = config | {"quantization_config": {"quant_method": OWN, "format": "gguf"}}
-    return with_tokenizer(replace(source, config=config, origin=_origin(source)))
+    made = with_tokenizer(replace(source, config=config, origin=_origin(source)))
+    return replace(made, metadata={}) if source.config else made
 
 
 def _row(source: Source) -> Architecture:
@@ -78,11 +83,21 @@ def _row(source: Source) -> Architecture:
     return next(row for row in ROWS if fits(row))
 
 
+def _model(source: Source, row: Architecture) -> str:
+    """The model in config.json: Mistral is llama for llama.cpp, only its name says what it is."""
+    names = (source.metadata.get(f"general.{key}", "") for key in ("basename", "name"))
+    is_mistral = any("mistral" in str(name).lower() for name in names)
+    return _MISTRAL if is_mistral and _MISTRAL in row.models else row.models[0]
+
+
 def _config(source: Source, row: Architecture) -> dict[str, Any]:
     """The config of a file. Raises InputError naming a key that is missing or makes no sense."""
-    found: dict[str, Any] = {"architectures": [row.models[0]]}
+    model = _model(source, row)
+    found: dict[str, Any] = {"architectures": [model]}
     kinds = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-    found["model_type"] = next((kind for kind, name in kinds if name == row.models[0]), None)
+    found["model_type"] = next((kind for kind, name in kinds if name == model), None)
+    if model == _MISTRAL:
+        found["sliding_window"] = None  # llama.cpp has none there
     found |= {field: wanted[0] for field, wanted in row.required.items() if wanted[0] is not None}
     found |= dict(_fields(source, row))
     embedding = source.tensors.get(_EMBEDDING)

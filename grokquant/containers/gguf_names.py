@@ -100,6 +100,11 @@ _LATENT = (
     "self_attn.kv_b_proj",
     "self_attn.o_proj",
 )
+# Files of 2023 have each expert of Mixtral alone.
+_ALONE = {
+    f"block_sparse_moe.experts.{{expert}}.{w}.weight": f"ffn_{part}.{{expert}}.weight"
+    for w, part in zip(_W, ("gate", "up", "down"), strict=True)
+}
 # Newer files have kv_b in two, see formats/gguf.py.
 _SPLIT_LATENT = {f"self_attn.{part}_b_proj.weight": f"attn_{part}_b.weight" for part in ("k", "v")}
 # A tensor that is no module's weight; llama.cpp calls it a bias.
@@ -182,6 +187,7 @@ _LLAMA_MOE = Architecture(
     ("MixtralForCausalLM",),
     _ATTENTION + _NORMS + _MIXTRAL,
     _SETTINGS | _MOE_SETTINGS,
+    read_too=_ALONE,
     rotated=_ROTATED,
     scalings=("linear", "yarn", "llama3"),
 )
@@ -265,7 +271,7 @@ _GEMMA = Architecture(
     _ATTENTION + _NORMS + _MLP,
     _SETTINGS,
     shifted=(*(f"{norm}.weight" for norm in _NORMS), _FINAL_NORM),
-    required={"use_bidirectional_attention": (False, None)},
+    required={"use_bidirectional_attention": (None, False)},
     scalings=(),
 )
 _GEMMA_2 = Architecture(

@@ -138,7 +138,10 @@ def recorded_models(directory: Path) -> list[ModelFingerprint]:
 
 def _fingerprint(checkpoint: Checkpoint, tensors: dict[str, str]) -> ModelFingerprint:
     fields = checkpoint.config.to_dict()
-    telling = {key: value for key, value in fields.items() if _tells(key)}
+    source = checkpoint.source
+    # Metadata of a file do not state all fields: a default there is no contradiction.
+    stated = source.config if source.metadata else fields
+    telling = {key: value for key, value in fields.items() if _tells(key) and key in stated}
     telling = PreTrainedConfig._encode_special_floats(telling)  # JSON has no infinity
     return ModelFingerprint(
         family=checkpoint.family.name,
