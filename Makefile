@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test fuzz test-browser test-kill test-ranks test-readers test-engines peers check docs bench bench-real clean
+.PHONY: install demo test fuzz test-browser test-kill test-ranks test-readers test-engines test-families peers check docs bench bench-real clean
 
 install: .venv/installed
 
@@ -40,6 +40,10 @@ test-ranks: install
 READERS := .readers
 test-readers: install $(READERS)/llama-cpp/installed $(READERS)/gptqmodel/installed
 	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m readers
+
+# Tries every architecture of transformers on a tiny model and records what holds: an hour.
+test-families: install
+	$(BIN)/python eval/try_families.py --json eval/baselines/families.json
 
 # Has vLLM run what we write, on a CPU, and records what it expected in tests/recorded. Needs 5 GB and
 # half an hour, and the CPU build of torch 2.13.0 in reach of pip, which PyPI does not have:

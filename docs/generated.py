@@ -221,6 +221,47 @@ def families() -> str:
     return _table(["architecture in config.json", "family"], rows)
 
 
+def tried_families() -> str:
+    """What `eval/try_families.py` found, an architecture a row; then those that it refused."""
+    found = json.loads((ROOT / "eval" / "baselines" / "families.json").read_text())
+    tried = {kind: one for kind, one in found.items() if "refused" not in one}
+    rows = [_tried(kind, one) for kind, one in tried.items()]
+    passed = [one for one in tried.values() if one["passes"]]
+    mixtures = sum(one["experts"] > 0 for one in passed)
+    heads = ["model_type", "experts", "runs", "rtn int4", "gptq int4", "transformers alone"]
+    text = (
+        f"Of {len(found)} architectures, {len(passed)} passed everything: {mixtures} with experts "
+        f"and {len(passed) - mixtures} without.\n\n{_table(heads, rows)}"
+    )
+    others = [
+        [f"`{kind}`", _cell(one["refused"])]
+        for kind, one in found.items()
+        if one not in tried.values()
+    ]
+    return f"{text}\n\nNot read:\n\n{_table(['model_type', 'why'], others)}" if others else text
+
+
+def _tried(kind: str, one: dict) -> list[str]:
+    experts = str(one["experts"] or "")
+    outputs = [one["rtn"], one["gptq"]]
+    marks = [_cell(o) if isinstance(o, str) else _mark(one, o) for o in outputs]
+    if one["experts"] and not one["one_by_one"]:
+        marks[1] += ", its experts rtn"
+    alone = [o.get("alone") for o in outputs if isinstance(o, dict)]
+    reads = "yes" if alone and all(isinstance(a, float) and a < 0.01 for a in alone) else "no"
+    return [f"`{kind}`", experts, one["runs"], *marks, reads]
+
+
+def _mark(one: dict, output: dict) -> str:
+    exact = (one["loaded"], one["streamed"], output["streamed"])
+    return "yes" if all(isinstance(x, float) and x < 1e-5 for x in exact) else "**no**"
+
+
+def _cell(text: str) -> str:
+    """An error in a cell, without the directory of a run."""
+    return re.sub(r"/tmp/\S+/", "", text).replace("|", "\\|")[:120]
+
+
 # --- commands, suites, rooms
 
 
@@ -305,6 +346,7 @@ PARTS = {
     "grids": grids_by_format,
     "shipped": shipped,
     "families": families,
+    "tried-families": tried_families,
     "engines": engines,
     "commands": commands,
     "python": python,

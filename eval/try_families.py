@@ -2,8 +2,8 @@
 
     python eval/try_families.py [--json FILE] [ARCHITECTURE ...]
 
-For each architecture of a causal language model, a tiny model with random weights is saved by
-transformers, and then
+For each architecture of a causal language model, and some for images and text, a tiny model with
+random weights is saved by transformers, and then
 
     loaded       `load` computes transformers' logits
     streamed     so does the model that evaluation and calibration run, layer by layer if it can
@@ -11,7 +11,7 @@ transformers, and then
                  transformers without grokquant where that is possible
     planned      the default recipe can be planned
 
-Prints a line for each, and writes what was found to FILE.
+Prints a line for each, and puts what was found into FILE, where results of others stay.
 """
 
 import argparse
@@ -27,7 +27,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers import auto
 
@@ -101,6 +106,29 @@ OWN: dict[str, dict[str, Any]] = {
     "zamba2": {"layer_types": ["mamba", "mamba", "hybrid"], "hybrid_layer_ids": [2]},
     "zaya": {"num_experts_per_tok": 1},
 }
+# Models for images and text, with fields beside the configs of their parts.
+IMAGE_TEXT: dict[str, dict[str, Any]] = {
+    "gemma3": {"mm_tokens_per_image": 4},
+    "gemma4": {},
+    "llama4": {},
+    "mistral3": {},
+    "paligemma": {},
+    "qwen2_5_vl": {},
+    "qwen3_vl_moe": {},
+}
+VISION_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "embed_dim": 32,
+    "out_hidden_size": 64,
+    "projection_dim": 32,
+}
 TOKENS = torch.randint(3, 2048, (3, 48), generator=torch.Generator().manual_seed(1))
 CLOSE = 1e-5
 # Of logits in bfloat16: transformers may add up in another order.
@@ -109,10 +137,18 @@ ALONE_CLOSE = 0.01
 PACKED_CLOSE = 0.05
 
 
+def auto_class(kind: str) -> Any:
+    """The class of transformers that makes models of this `model_type`."""
+    text = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in IMAGE_TEXT
+    return AutoModelForCausalLM if text else AutoModelForImageTextToText
+
+
 def tiny_config(kind: str) -> Any:
     """The config of a tiny model of this `model_type`."""
     config_class = CONFIG_MAPPING[kind]
     fields = set(config_class.__dataclass_fields__)
+    if kind in IMAGE_TEXT:
+        return config_class(**tiny_parts(config_class) | IMAGE_TEXT[kind])
     sizes = {
         name: size for size, names in SIZES.items() for name in names.split() if name in fields
     }
@@ -121,10 +157,25 @@ def tiny_config(kind: str) -> Any:
     return config_class(**sizes | OWN.get(kind, {}))
 
 
+def tiny_parts(config_class: Any) -> dict[str, Any]:
+    """The configs inside that of a model for images and text, as fields."""
+    whole = config_class()
+    parts: dict[str, Any] = {}
+    for name in config_class.sub_configs:
+        part = getattr(whole, name, None)
+        if name == "text_config":
+            parts[name] = tiny_config(part.model_type).to_dict()
+        elif part is not None:
+            fields = type(part).__dataclass_fields__
+            sizes = {key: size for key, size in VISION_SIZES.items() if key in fields}
+            parts[name] = sizes | {"model_type": part.model_type}
+    return parts
+
+
 def save_tiny_model(kind: str, directory: Path) -> PreTrainedModel:
     """A random model, saved in `directory` with a tokenizer beside it."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(kind), dtype=torch.float32).eval()
+    model = auto_class(kind).from_config(tiny_config(kind), dtype=torch.float32).eval()
     for parameter in model.parameters():  # norms and biases of their own, too
         parameter.data += 0.02 * torch.randn_like(parameter)
     model.save_pretrained(directory)
@@ -179,7 +230,9 @@ def rules_of(checkpoint: Checkpoint, method: str) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def quantized(directory: Path, method: str, text: Path) -> dict[str, float | str]:
+def quantized(
+    directory: Path, method: str, text: Path, model_class: Any = AutoModelForCausalLM
+) -> dict[str, float | str]:
     """Quantizes with `method` and checks what comes out."""
     output = directory.with_name(f"{directory.name}-{method}")
     checkpoint = open_checkpoint(directory)
@@ -201,16 +254,16 @@ def quantized(directory: Path, method: str, text: Path) -> dict[str, float | str
         "streamed": relative(streamed_logits(output), dense),
     }
     if not (checkpoint.family.names_experts or checkpoint.family.joins):
-        found["alone"] = attempt(lambda: alone(output))
+        found["alone"] = attempt(lambda: alone(output, model_class))
     shutil.rmtree(output)
     return found
 
 
-def alone(output: Path) -> float:
+def alone(output: Path, model_class: Any) -> float:
     """How far the logits of transformers without grokquant are from ours, in bfloat16."""
     wanted = load(output, packed=False)[0](TOKENS).logits
     with without_us():
-        model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.bfloat16)
+        model = model_class.from_pretrained(output, dtype=torch.bfloat16)
     return relative(eager(model)(TOKENS).logits, wanted)
 
 
@@ -229,7 +282,8 @@ def try_family(kind: str, directory: Path) -> dict[str, Any]:
     text = directory / "text.txt"
     text.write_text(" ".join(f"word{i * 7919 % 1000} and then {i * 31 % 97}." for i in range(2000)))
     save_tiny_model(kind, place)
-    original = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    model_class = auto_class(kind)
+    original = model_class.from_pretrained(place, dtype=torch.float32)
     wanted = eager(original)(TOKENS).logits
     checkpoint = open_checkpoint(place)
     found = {
@@ -237,6 +291,7 @@ def try_family(kind: str, directory: Path) -> dict[str, Any]:
         "family": checkpoint.family.name,
         "derived": type(checkpoint.family).__name__ == "DerivedFamily",
         "experts": checkpoint.num_experts,
+        "images": kind in IMAGE_TEXT,
         "runs": "by layers" if checkpoint.family.streams else "whole",
         "one_by_one": checkpoint.family.runs_experts,
         "matrices": sorted({matrix.kind for matrix in checkpoint.matrices()}),
@@ -244,8 +299,8 @@ def try_family(kind: str, directory: Path) -> dict[str, Any]:
             lambda: relative(load(place, dtype=torch.float32)[0](TOKENS).logits, wanted)
         ),
         "streamed": attempt(lambda: relative(streamed_logits(place), wanted)),
-        "rtn": attempt(lambda: quantized(place, "rtn", text)),
-        "gptq": attempt(lambda: quantized(place, "gptq", text)),
+        "rtn": attempt(lambda: quantized(place, "rtn", text, model_class)),
+        "gptq": attempt(lambda: quantized(place, "gptq", text, model_class)),
         "planned": attempt(lambda: planned(place)),
     }
     shutil.rmtree(place)
@@ -285,15 +340,19 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    results: dict[str, Any] = {}
-    for kind in options.kinds or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    written = options.json is not None and options.json.exists()
+    results: dict[str, Any] = json.loads(options.json.read_text()) if written else {}
+    everything = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **IMAGE_TEXT}
+    for kind in options.kinds or everything:
         with tempfile.TemporaryDirectory() as place:
             found = attempt(lambda: try_family(kind, Path(place)))  # noqa: B023
         found = found if isinstance(found, dict) else {"refused": found}
-        results[kind] = found | {"passes": passes(found)}
+        version = {"transformers": transformers.__version__}
+        results[kind] = found | {"passes": passes(found)} | version
         print(json.dumps({"kind": kind} | results[kind]), flush=True)
         if options.json:
-            options.json.write_text(json.dumps(results, indent=1) + os.linesep)
+            ordered = dict(sorted(results.items()))
+            options.json.write_text(json.dumps(ordered, indent=1) + os.linesep)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,11 @@ class Checkpoint:
         return max(self.family.num_experts(self.config, layer) for layer in layers)
 
     @property
+    def text_config(self) -> PreTrainedConfig:
+        """The part of the config that describes the text model, in most models all of it."""
+        return self.config.get_text_config()
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return self.family.num_layers(self.config)
@@ -65,7 +70,7 @@ class Checkpoint:
     @property
     def positions(self) -> int:
         """The most tokens that a text for the model may have."""
-        return positions_of(self.config)
+        return positions_of(self.text_config)
 
     @property
     def parameters(self) -> int:

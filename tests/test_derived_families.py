@@ -32,6 +32,7 @@ SAMPLE = {
     "qwen3_next": "layers with linear attention",
     "granitemoe": "files hold all experts of a layer as one tensor",
     "llama4_text": "experts that do not run one by one",
+    "gemma3": "images and text",
 }
 
 

@@ -351,7 +351,7 @@ def test_text_models_inside_of_others_are_refused_by_name(saved, tmp_path, name)
     path = shutil.copytree(saved("gemma3_text")[1], tmp_path / "source")
     edit_config(path, architectures=[name], text_config={"model_type": "gemma3_text"})
     message = refusal(path)
-    assert f"{name!r} is not known; multimodal checkpoints are not supported" in message
+    assert f"{name!r} is not known; transformers has no multimodal model of this name" in message
     assert "(known: Grok1ForCausalLM, " in message
     with pytest.raises(InputError, match=name):
         pipeline.quantize(recipe_of(path, tmp_path / "out"))

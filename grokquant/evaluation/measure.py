@@ -201,7 +201,7 @@ def _score(
     """Compares next-token logits, some positions of a window at a time; `hidden` and `hidden_base`
     [windows, time, hidden] are what the last layers returned."""
     parts = []
-    at_once = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
+    at_once = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     for window, own, theirs in zip(text.rows, hidden, hidden_base, strict=True):
         for start in range(text.first - 1, len(window) - 1, at_once):
             positions = slice(start, min(start + at_once, len(window) - 1))

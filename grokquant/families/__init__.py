@@ -64,12 +64,10 @@ def family_of(source: "Source") -> "Family":
         case _:
             found = "architectures must be a list of one name"
     if isinstance(source.config.get("text_config"), dict):
-        found += "; multimodal checkpoints are not supported"
+        found += "; transformers has no multimodal model of this name and model_type"
     from transformers import __version__
 
-    known = (
-        f"known: {', '.join(FAMILIES)}, and causal language models of transformers {__version__}"
-    )
+    known = f"known: {', '.join(FAMILIES)}, and language models of transformers {__version__}"
     raise InputError(
         f"{source.path / 'config.json'}: {found} ({known}); docs/extending.md shows how to add a "
         "family in one file"

@@ -22,6 +22,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 from grokquant.errors import InputError
@@ -291,7 +293,8 @@ def derived_family(source: Source) -> Family | None:
         return None
     path = source.path / "config.json"
     with refused(f"{path}: transformers makes no model of it"):
-        model_class = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        classes = cast(Mapping[Any, Any], _classes(source.config))
+        model_class = cast(type[PreTrainedModel], classes[type(config)])
         with torch.device("meta"):
             # Parameters that are not in this dtype stay in their own, whatever a model computes in.
             model = model_class._from_config(config, dtype=torch.bfloat16).eval()
@@ -324,22 +327,30 @@ def derived_family(source: Source) -> Family | None:
 
 def derived_config(source: Source) -> PreTrainedConfig | None:
     """The config of such a checkpoint, None as in `derived_family`. Raises InputError."""
-    config_class = _config_class(source.config)
-    if config_class is None:
+    kind = str(source.config.get("model_type"))
+    if _classes(source.config) is None or kind not in CONFIG_MAPPING:
         return None
     path = source.path / "config.json"
     check_bounds(path, source.config)
     with refused(f"{path}: transformers makes no model of it"):
-        return _config_of(config_class, source.config)
+        return _config_of(CONFIG_MAPPING[kind], source.config)
 
 
-def _config_class(content: dict) -> type[PreTrainedConfig] | None:
-    kind = content.get("model_type")
+# Names of classes by model_type, and the classes by those of their configs.
+_CLASSES = (
+    (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+)
+
+
+def _classes(content: dict) -> Mapping[Any, Any] | None:
+    """transformers' table of classes that has the architecture of a config.json, if one has."""
     match content.get("architectures"):
-        case [str(name)] if isinstance(kind, str) and kind in CONFIG_MAPPING:
-            known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, ())
-            names = (known,) if isinstance(known, str) else known
-            return CONFIG_MAPPING[kind] if name in names else None
+        case [str(name)]:
+            for names, classes in _CLASSES:
+                known = names.get(str(content.get("model_type")), ())
+                if name in ((known,) if isinstance(known, str) else known):
+                    return cast(Mapping[Any, Any], classes)
     return None
 
 
@@ -424,8 +435,13 @@ def _linears_outside(model: nn.Module, layers_path: str) -> Iterator[str]:
 
 
 def _layers_path(path: Path, model: PreTrainedModel) -> str:
-    """The list of decoder layers: the outermost one, and the largest of those."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    """The list of decoder layers: the outermost one in the text model, the largest of those."""
+    decoder = {id(module) for module in model.get_decoder().modules()}
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and id(module) in decoder
+    }
     if not found:
         raise InputError(f"{path}: {type(model).__name__} of transformers has no list of layers")
     return min(found, key=lambda n: (n.count("."), -sum(p.numel() for p in found[n].parameters())))
@@ -577,15 +593,18 @@ def _fused(
         own = FusedExperts(number, kind, experts.transposed, experts.interleaved)
         yield name, own
         conversion = conversions[name]
-        if len(conversion.tensors) == 1:
-            yield (
-                next(iter(conversion.tensors)),
-                replace(
-                    own,
-                    transposed=own.transposed != ("Transpose" in conversion.operations),
-                    interleaved=own.interleaved != ("Interleave" in conversion.operations),
-                ),
-            )
+        if len(conversion.tensors) > 1:
+            continue
+        (stored,) = conversion.tensors
+        if stored != name:
+            turned = "Transpose" in conversion.operations
+            woven = "Interleave" in conversion.operations
+            other = replace(own, transposed=own.transposed != turned)
+            yield stored, replace(other, interleaved=own.interleaved != woven)
+        elif not kind.endswith("_bias"):  # files of both kinds are known
+            rows = sum(experts.shapes[part][0] for part in FUSED_PARTS[kind])
+            columns = experts.shapes[FUSED_PARTS[kind][0]][1]
+            yield name, replace(own, shape=(rows, columns))
 
 
 def _shapes_of(experts: Experts) -> Shapes:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -349,12 +349,22 @@ class Family:
 
 @dataclass(frozen=True)
 class FusedExperts:
-    """A tensor of all experts of `layer`: a key of FUSED_PARTS, and how its axes are ordered."""
+    """A tensor of all experts of `layer`: a key of FUSED_PARTS, and how its axes are ordered.
+
+    Some files have [in, out] where others have [out, in]; then `shape` [out, in] tells which.
+    """
 
     layer: int
     kind: str
     transposed: bool
     interleaved: bool
+    shape: tuple[int, int] | None = None
+
+    def as_stored(self, shape: tuple[int, ...]) -> "FusedExperts":
+        """The same, transposed or not as a tensor [experts, ...] of this shape is."""
+        if self.shape is None or self.shape[0] == self.shape[1]:
+            return self
+        return replace(self, transposed=shape[1:] == self.shape[::-1])
 
 
 # Parts of each expert in a fused tensor.

@@ -46,6 +46,7 @@ def _split(
 ) -> Iterator[TensorRef]:
     """The matrices [out, in] or biases [out] of single experts."""
     parts = FUSED_PARTS[fused.kind]
+    fused = fused.as_stored(ref.shape)
     bias = fused.kind.endswith("_bias")
     axis = 2 if fused.transposed and not bias else 1  # of the output features
     if len(ref.shape) != (2 if bias else 3) or ref.shape[axis] % len(parts):

@@ -15,7 +15,6 @@ def describe(path: str | Path) -> dict:
     """Family, layers, experts, parameters, bytes, bits per weight and every tensor."""
     checkpoint = open_checkpoint(path)
     source = checkpoint.source
-    config = checkpoint.config
     contents = _contents(checkpoint)
     grids = Counter(ref.stored_as for _, ref in checkpoint.units())
     return {
@@ -26,7 +25,7 @@ def describe(path: str | Path) -> dict:
         "notes": list(source.notes),
         "layers": checkpoint.num_layers,
         "experts": checkpoint.num_experts,
-        "experts_per_token": getattr(config, "num_experts_per_tok", None),
+        "experts_per_token": getattr(checkpoint.text_config, "num_experts_per_tok", None),
         "parameters": checkpoint.parameters,
         "bytes": checkpoint.file_bytes,
         "bits_per_weight": checkpoint.bits_per_weight,

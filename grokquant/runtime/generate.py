@@ -65,7 +65,7 @@ def generate_text(
         raise InputError(f"{path}: has no tokenizer, so it cannot generate text")
     ids = _ids(path, tokenizer, prompt, chat).to(model.device)
     length = ids.shape[1]
-    positions = positions_of(model.config)
+    positions = positions_of(model.config.get_text_config())
     if length + tokens > positions:
         raise InputError(
             f"{tokens} after a prompt of {length} exceed the model's {positions} positions",

@@ -175,7 +175,7 @@ class BlockwiseModel:
         self.device = device
         self.config = deepcopy(checkpoint.config)
         self.config._experts_implementation = STREAMED
-        self.config.use_cache = False
+        self.config.get_text_config().use_cache = False
         self.model = self.family.empty_model(self.config)
         self.layers = self.family.layers(self.model)
         self.taps = [Tap(layer, self.family.returned) for layer in self.layers]

@@ -29,7 +29,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint. Raises InputError if there is none or it does not fit."""
     source = checkpoint.source
     tokenizer = read_tokenizer(source)
-    vocabulary = checkpoint.config.vocab_size
+    vocabulary = checkpoint.text_config.vocab_size
     if len(tokenizer) > vocabulary:
         raise InputError(
             f"{source.tokenizer_files[0]}: {len(tokenizer)} tokens, "

@@ -83,7 +83,7 @@ def _without_data(plan: Plan) -> Iterator[Step]:
 def _calibrated(plan: Plan) -> Iterator[Step]:
     """The embedding; then each unit of a layer, beside all that calibration holds throughout."""
     settings = plan.recipe.calibration
-    config = plan.checkpoint.config
+    config = plan.checkpoint.text_config
     tokens = settings.samples * min(settings.length, plan.checkpoint.positions)
     size = CALIBRATION_DTYPE.itemsize
     states = tokens * config.hidden_size * size
@@ -112,9 +112,9 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
 def _differentiating(plan: Plan) -> Step:
     """The backward pass: everything outside the layers, a layer without its experts, one expert,
     states and gradients of some tokens, and what threads differentiate."""
-    config = plan.checkpoint.config
+    config = plan.checkpoint.text_config
     asked = plan.recipe.calibration
-    length = min(asked.length, config.max_position_embeddings)
+    length = min(asked.length, plan.checkpoint.positions)
     tokens = differentiated_tokens(asked.samples, length)
     # Inputs, outputs and gradients by them; the same of the experts alone.
     states = 7 * tokens * config.hidden_size

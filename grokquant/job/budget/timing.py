@@ -72,7 +72,7 @@ def _differentiating(plan: Plan) -> float:
     second goes back to its inputs. An expert runs twice and goes back once, the head both once.
     """
     asked = plan.recipe.calibration
-    config = plan.checkpoint.config
+    config = plan.checkpoint.text_config
     tokens = differentiated_tokens(asked.samples, asked.length)
     experts = max(plan.checkpoint.num_experts, 1)
     routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1) // experts
@@ -178,7 +178,7 @@ class _ProbeSite(Site):
 
 def _by_pieces(plan: Plan, tokens: int) -> float:
     """Seconds of forward passes, Hessians and rounding, with tokens spread evenly over experts."""
-    config = plan.checkpoint.config
+    config = plan.checkpoint.text_config
     experts = max(plan.checkpoint.num_experts, 1)
     routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1) // experts
     rates = _rates(plan, min(routed, _PIECE))
