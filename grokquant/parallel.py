@@ -480,7 +480,7 @@ class _Watch:
 def is_shared() -> bool:
     """Whether torchrun has started this process as one of several."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(os.environ.get(name) for name in needed) and int(os.environ["WORLD_SIZE"]) > 1
+    return all(os.environ.get(name) for name in needed) and os.environ["WORLD_SIZE"] != "1"
 
 
 def is_first() -> bool:
