@@ -99,7 +99,7 @@ def test_numeric_layer_order_is_noticed(twelve_layers, golden, monkeypatch):
 
 
 def test_grouped_scales_applied_per_channel_are_noticed(twelve_layers, golden, monkeypatch):
-    per_channel = lambda q, _=None: q.codes.to(q.scales.dtype) * q.scales[:, :1]  # noqa: E731
+    per_channel = lambda q, dtype=None: q.codes.to(q.scales.dtype) * q.scales[:, :1]  # noqa: E731
     monkeypatch.setattr(QTensor, "dequantize", per_channel)
     assert relative_error(logits_of(twelve_layers[0]), golden) > 1e-3
 

@@ -9,6 +9,7 @@ of a layer as one tensor. `containers` gives them their usual names, and makes c
 of metadata.
 """
 
+import os
 import re
 from functools import partial
 from math import prod
@@ -135,13 +136,13 @@ def _parts(file: Path) -> list[Path]:
     """All files of the split that `file` is one of. Raises InputError if one is missing."""
     split = _SPLIT.fullmatch(file.name)
     if not split:
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise InputError(f"{file}: no such file")
         return [file]
     stem, _, count = split.groups()
     names = [f"{stem}-{number:05d}-of-{count}{SUFFIX}" for number in range(1, int(count) + 1)]
     files = [file.with_name(name) for name in names]
-    if missing := [part for part in files if not part.is_file()]:
+    if missing := [part for part in files if not os.path.lexists(part)]:
         raise InputError(f"{missing[0]}: no such file, one of the {int(count)} of {stem}")
     return files
 
