@@ -101,7 +101,7 @@ def unrounded() -> Iterator[None]:
     """Products of codes and scales stay in float32, as in the kernel that multiplies with codes."""
     rounded = QTensor.dequantize
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(QTensor, "dequantize", lambda matrix: rounded(in_float32(matrix)))
+        patch.setattr(QTensor, "dequantize", lambda matrix, dtype=None: rounded(in_float32(matrix)))
         yield
 
 
