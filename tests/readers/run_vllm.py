@@ -73,7 +73,7 @@ class DequantizedLinear(MPLinearKernel):
         return c.group_size in (-1, 32, 64, 128), "group"
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        words, scales, zeros = self._get_weight_params(layer)
+        words, scales, zeros, *_ = self._get_weight_params(layer)  # 0.27 gives g_idx, too
         if words.output_dim == 1:  # gptq stores [in, out]; its zero points are those of symmetry
             words, scales, zeros = words.mT, scales.mT, None
         if not self.config.zero_points:
