@@ -38,13 +38,16 @@ from grokquant.job.plan import plan_of
 from grokquant.job.shards import write_tensors
 from grokquant.memory import memory_for
 from grokquant.recipe import BudgetRecipe, Recipe, parse_recipe, to_yaml
-from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
+from grokquant.streaming.blocks import BlockwiseModel
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 
 _MEASURED = "measured.json"
 _WRITTEN = "written.json"
 _RECIPE = "recipe.yaml"
+# In bfloat16, states that differ a little are rounded differently ever after: that alone costs as
+# much as one kind of matrices of one layer in 4 bits.
+_DTYPE = torch.float32
 # Probes together have as many rows as the original, so that they take about as long again.
 _PROBED_ROWS = 1.0
 
@@ -150,7 +153,7 @@ def _measure(
         return measured
     options = options_of(choices)
     layers = checkpoint.num_layers
-    model = BlockwiseModel(checkpoint, CALIBRATION_DTYPE, device, pieces=True)
+    model = BlockwiseModel(checkpoint, _DTYPE, device, pieces=True)
     with memory_for("embedding"), torch.no_grad():
         hidden = model.embed(rows)
     kinds = {(unit.layer, unit.kind) for units in options.values() for unit in units.values()}
