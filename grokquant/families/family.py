@@ -184,7 +184,8 @@ class Family:
 
     @property
     def joins(self) -> bool:
-        """Whether transformers makes some parameters of several tensors, beside experts."""
+        """Whether transformers makes some parameters of several tensors, beside experts, or has
+        linear modules of a class of its own: beside those it does not load quantized ones."""
         return False
 
     @property
