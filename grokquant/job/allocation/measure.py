@@ -171,7 +171,7 @@ class LayerErrors:
         }
         if not owned:
             return torch.zeros_like
-        stored = {part: self._original(names[part]) for part in ("gate", "up", "down")}
+        stored = {part: self._original(name) for part, name in names.items()}
         chosen = slice(None, None, -(-len(routed.token) // _TOKENS) or 1)
         token = routed.token[chosen]
         gate = routed.gate[chosen]
@@ -191,7 +191,7 @@ class LayerErrors:
         if not len(x):
             return x
         W = {part: weight.to(self.model.dtype) for part, weight in weights.items()}
-        inner = self.model.hidden_units(self.index, expert, W["gate"], W["up"])
+        inner = self.model.hidden_units(self.index, expert, W.get("gate"), W["up"])
         bias = self.model.expert_bias(self.index, expert, "down")
         return self.model.by_rows(lambda part: F.linear(inner(part), W["down"], bias), x)
 
@@ -244,7 +244,7 @@ class LayerErrors:
 
     def _outputs_of_piece(self, expert: int, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         W = {part: weight.to(self.model.dtype) for part, weight in weights.items()}
-        inner = self.model.hidden_units(self.index, expert, W["gate"], W["up"])
+        inner = self.model.hidden_units(self.index, expert, W.get("gate"), W["up"])
         bias = self.model.expert_bias(self.index, expert, "down")
         return F.linear(inner(x), W["down"], bias)
 
