@@ -266,7 +266,7 @@ _TRANSFORMERS_ALONE = (
         _IMPORT,
         wrong=True,
     ),
-    Limit("tensors that it joins, beside quantized ones", _joined, _IMPORT),
+    Limit("tensors that it joins or layers of its own, beside quantized ones", _joined, _IMPORT),
     Limit(
         "experts in gptq, which stay random",
         _in_format("gptq", _quantized_experts),

@@ -91,7 +91,8 @@ class LayerTable:
 class Table:
     """A model: checkpoint names by those of its parameters, and all that is read of a file.
 
-    `outside` are the paths of linear modules that belong to no layer.
+    `outside` are the paths of linear modules that belong to no layer; `own_linears`: some are of a
+    class of the model's own.
     """
 
     layers_path: str
@@ -104,6 +105,7 @@ class Table:
     tied: Mapping[str, str]
     integers: frozenset[str]
     wide: frozenset[str]
+    own_linears: bool
     passing: Passing
     stored: StoredNames = field(repr=False)
 
@@ -188,7 +190,7 @@ class DerivedFamily(Family):
 
     @property
     def joins(self) -> bool:
-        return bool(self.table.joined)
+        return bool(self.table.joined) or self.table.own_linears
 
     @property
     def runs_experts(self) -> bool:
@@ -401,6 +403,10 @@ def _table(path: Path, model: PreTrainedModel) -> Table:
         shapes=shapes,
         tied=ties,
         integers=frozenset(t for n, t in names.items() if not state[n].is_floating_point()),
+        own_linears=any(
+            isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+            for module in layers.modules()
+        ),
         wide=frozenset(_wide(model, tuple(places))),
         passing=passing(model, layers_path, trace),
         stored=stored,

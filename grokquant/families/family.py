@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from grokquant.errors import InputError
 from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
 from grokquant.families.remote_code import RemoteCode
 from grokquant.memory import refused
@@ -183,7 +184,8 @@ class Family:
 
     @property
     def joins(self) -> bool:
-        """Whether transformers makes some parameters of several tensors, beside experts."""
+        """Whether transformers makes some parameters of several tensors, beside experts, or has
+        linear modules of a class of its own: beside those it does not load quantized ones."""
         return False
 
     @property
@@ -340,10 +342,13 @@ class Family:
             model = self.model_class(config).eval()
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for module in model.modules():  # which fill buffers from the config, a model those below it
-            if module._buffers or isinstance(module, PreTrainedModel):
-                model._init_weights(module)
+                unknown = torch.nan if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, unknown, device="cpu")
+        _fill_buffers(model, model)
+        stored = dict(stored_values(model))
+        for name, buffer in model.named_buffers():
+            if name not in stored and buffer.isnan().any():
+                raise InputError(f"transformers computes no values for the buffer {name}")
         return model
 
 
@@ -385,6 +390,16 @@ def stored_values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in owner.named_buffers(recurse=False):
             if name not in owner._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
+
+
+def _fill_buffers(module: nn.Module, model: PreTrainedModel) -> None:
+    """Has the innermost `model` of each module fill its buffers, as transformers does."""
+    if isinstance(module, PreTrainedModel):
+        model = module
+    for child in module.children():
+        _fill_buffers(child, model)
+    if module._buffers or module is model:
+        model._init_weights(module)
 
 
 def _replaced(name: str, replacements: Mapping[str, str]) -> str:

@@ -30,8 +30,6 @@ _BLEND_TOKENS_PER_FEATURE = 4
 # One row of tokens in so many is held out of the rounding of experts that have an aim.
 _HELD_OUT = 8
 
-# Parts of an expert, each of which stands for those that read the same input.
-_SITES = ("gate", "down")
 
 Emit = Callable[[Unit, QTensor, UnitReport], None]
 Committed = Callable[[Unit], QTensor | None]
@@ -261,7 +259,7 @@ class LayerQuantizer:
         to_inner, to_down = self._aims(expert, given, parts)
         routed = [self._inputs(x, token[part]) for part in parts]
         everyone = self._everyones_hessian
-        first = "gate" if "gate" in self.expert_tensors(expert) else "up"
+        first = self._first_part
         site = self._site(expert, first, routed, len(token), x.shape[1], everyone, to_inner)
         W_gate = self._expert_weight(expert, "gate", site) if first == "gate" else None
         W_up = self._expert_weight(expert, "up", site)
@@ -330,18 +328,24 @@ class LayerQuantizer:
     def _everyones_hessian(self, block: int | None) -> Hessian:
         """The Hessian of all tokens, computed when the first expert of the layer is starved."""
         if block not in self._everyone:
-            features = self._features(0, "gate")
+            features = self._features(0, self._first_part)
             self._everyone[block] = accumulate(self._everyones_inputs(), features, block)
         return self._everyone[block]
 
     def _blends(self, expert: int, tokens: int) -> bool:
         """Whether a Hessian of an expert is blended with that of all tokens."""
         limits = self.plan.recipe.experts
-        spans = [self._span(expert, part, self._features(expert, part)) for part in _SITES]
-        units = filter(None, (self._unit(expert, part) for part in ("gate", "up", "down")))
+        sites = (self._first_part, "down")
+        spans = [self._span(expert, part, self._features(expert, part)) for part in sites]
+        units = filter(None, (self._unit(expert, part) for part in self.expert_tensors(expert)))
         needed = any(METHODS[unit.method].needs_site for unit in units)
         starved = any(is_starved(limits, tokens, span) for span in spans)
         return needed and starved and tokens >= limits.min_tokens
+
+    @property
+    def _first_part(self) -> str:
+        """The first matrix of an expert: some have no gate."""
+        return "gate" if "gate" in self.model.family.experts else "up"
 
     def _features(self, expert: int, part: str) -> int:
         return self.plan.checkpoint.source.tensors[self._tensor(expert, part)].shape[1]

@@ -181,7 +181,7 @@ class LayerErrors:
         }
         if not owned:
             return torch.zeros_like
-        stored = {part: self._original(names[part]) for part in ("gate", "up", "down")}
+        stored = {part: self._original(name) for part, name in names.items()}
         seen, unseen = _held_out(len(routed.token))
         outer = self._site(routed.x, routed.token[seen])
         inner = self._inner_site(expert, stored, routed.x, routed.token[seen])
@@ -205,7 +205,7 @@ class LayerErrors:
 
     def _expert(self, expert: int, weights: Mapping[str, Tensor]) -> Expert:
         W = {part: weight.to(self.model.dtype) for part, weight in weights.items()}
-        inner = self.model.hidden_units(self.index, expert, W["gate"], W["up"])
+        inner = self.model.hidden_units(self.index, expert, W.get("gate"), W["up"])
         bias = self.model.expert_bias(self.index, expert, "down")
         return lambda x: F.linear(inner(x), W["down"], bias)
 
@@ -268,13 +268,13 @@ class LayerErrors:
         self, expert: int, stored: Mapping[str, Tensor], x: Tensor, token: Tensor
     ) -> Site:
         """The hidden units of an expert for the rows `token` of x, the input of down."""
-        gate, up = (stored[part].to(self.model.dtype) for part in ("gate", "up"))
-        inner = self.model.hidden_units(self.index, expert, gate, up)
+        W = {part: weight.to(self.model.dtype) for part, weight in stored.items()}
+        inner = self.model.hidden_units(self.index, expert, W.get("gate"), W["up"])
 
         def units(part: Tensor) -> Tensor:
             return self.model.by_rows(inner, x[part].to(self.model.device))
 
-        return self._site_of(len(gate), token, units)
+        return self._site_of(len(W["up"]), token, units)
 
     def _site_of(self, features: int, token: Tensor, read: Callable[[Tensor], Tensor]) -> Site:
         few = f"{len(token)} tokens" if len(token) < self.min_tokens else None
