@@ -322,9 +322,20 @@ def derived_family(source: Source) -> Family | None:
         branches=False,
         returned=table.passing.returned,
         by_row=table.passing.by_row,
-        notice=None if table.passing.streams else _WHOLE,
+        notice="; ".join(_notices(model, table)) or None,
         table=table,
     )
+
+
+def _notices(model: PreTrainedModel, table: Table) -> Iterator[str]:
+    if not table.passing.streams:
+        yield _WHOLE
+    layers = model.get_submodule(table.layers_path)
+    for name, value in layers.named_parameters():
+        fused = f"{table.layers_path}.{name}" in table.fused
+        if value.ndim == 3 and not fused and min(value.shape[1:]) >= _FEWEST_OUTPUTS:
+            yield f"{name} and the like are not quantized: they are experts of an unknown form"
+            return
 
 
 def derived_config(source: Source) -> PreTrainedConfig | None:
