@@ -107,7 +107,7 @@ def quantize(
     `errors.Stopped`, a KeyboardInterrupt; a second one does so at once. Afterwards signals have the
     handlers that they had before.
     """
-    import sys
+    from warnings import warn
 
     from grokquant import parallel
     from grokquant.devices import device_of
@@ -122,7 +122,7 @@ def quantize(
         parallel.refuse_to_share("quantize(repair=True): does not run")
         output = pipeline.repair(made, progress, place)
     else:
-        team = parallel.join(place, lambda line: print(line, file=sys.stderr))
+        team = parallel.join(place, warn)
         output = pipeline.quantize(made, progress, place, overwrite, team)
         team.leave()
     if progress.asked_to_stop:  # when nothing was left to stop

@@ -220,7 +220,9 @@ def check_page(text: str) -> None:
     assert acting(text) == []
     page = Texts(text)
     assert one_line(AWKWARD) in page.words
-    assert not {tag for tag, _ in page.tags} & {"img", "script", "a"}
+    assert not {tag for tag, _ in page.tags} & {"img", "script"}
+    links = [dict(attributes)["href"] for tag, attributes in page.tags if tag == "a"]
+    assert all(re.fullmatch(r"#[a-z-]+", str(link)) for link in links)
 
 
 def test_spaces_of_all_widths_are_no_danger():

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from grokquant.errors import InputError
-from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection
-from grokquant.recipe.of_output import settings_of
+from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection, EvalSection
+from grokquant.recipe.of_output import origin_of_text, settings_of
 from grokquant.text import document, python_docs, records
 from grokquant.text.document import Chat, TokenIds
 from grokquant.text.documents import (
@@ -96,7 +96,7 @@ def test_too_little_text(documents: list[str], found: int, seed: int | None) -> 
 def test_calibration_rows_name_the_key(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("0123456789" * 2)
-    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=32))
+    checkpoint = SimpleNamespace(positions=32)
     settings = CalibrationSection(text=str(path), samples=4, length=10)
     assert text_of(calibration_rows(settings, Characters(), checkpoint)) == ["0123456789"] * 2
     with pytest.raises(InputError, match=r"^calibration\.text: .*a\.txt: the text has 20 tokens"):
@@ -106,7 +106,7 @@ def test_calibration_rows_name_the_key(tmp_path: Path) -> None:
 def test_calibration_rows_are_no_longer_than_the_model_has_positions(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("0123456789" * 2)
-    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=10))
+    checkpoint = SimpleNamespace(positions=10)
     rows = calibration_rows(CalibrationSection(text=str(path)), Characters(), checkpoint)
     assert text_of(rows) == ["0123456789"] * 2
 
@@ -266,13 +266,19 @@ def test_a_field_given_to_an_evaluation_replaces_the_recipe_s(tmp_path: Path) ->
     assert settings_of(tmp_path, text="a.jsonl", field="body").field == "body"
 
 
+def test_the_recipe_of_another_tool_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("default_stage: {default_modifiers: {GPTQModifier: {}}}")
+    assert settings_of(tmp_path) == EvalSection()
+    assert origin_of_text(tmp_path, None) == "the default"
+
+
 def test_a_field_is_chosen_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one", "body": "two"}\n')
     assert load_documents(str(path), "calibration", "body") == ["two"]
     with pytest.raises(InputError, match=":1: no field title, only text, body$"):
         load_documents(str(path), "calibration", "title")
-    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=32))
+    checkpoint = SimpleNamespace(positions=32)
     settings = CalibrationSection(text=str(path), field="body", samples=1, length=8)
     with pytest.raises(InputError, match="the text has 3 tokens"):
         calibration_rows(settings, Characters(), checkpoint)
@@ -286,7 +292,7 @@ def test_of_a_large_text_excerpts_are_read(tmp_path: Path, monkeypatch: pytest.M
     )
     plain = tmp_path / "a.txt"
     plain.write_text("".join(f"ö{number:07}" for number in range(50_000)))
-    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+    checkpoint = SimpleNamespace(positions=99)
 
     def draw(path: Path, seed: int) -> list[str]:
         settings = CalibrationSection(text=str(path), samples=4, length=18, seed=seed)
@@ -309,7 +315,7 @@ def test_of_a_large_text_excerpts_are_read(tmp_path: Path, monkeypatch: pytest.M
 def test_several_texts_give_their_shares(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(name * 800)
-    checkpoint = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+    checkpoint = SimpleNamespace(positions=99)
 
     def draw(samples: int, **shares: float) -> str:
         texts = {str(tmp_path / f"{name}.txt"): share for name, share in shares.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from grokquant.errors import InputError
-from grokquant.recipe import EvalSection, is_file, load_recipe
+from grokquant.recipe import EvalSection, is_file, load_recipe, load_values
 
 # Texts that the recipe in a result may name: that of Python itself, and a data set of the hub. Any
 # other name could be that of a private file.
@@ -24,7 +24,7 @@ def settings_of(
     Raises InputError where that recipe or a given value cannot be used.
     """
     recipe = _recipe_of(output)
-    settings = load_recipe(recipe).eval if recipe.is_file() else EvalSection()
+    settings = load_recipe(recipe).eval if recipe else EvalSection()
     given = {"text": text, "samples": samples, "length": length}
     changes: dict[str, object] = {k: value for k, value in given.items() if value is not None}
     if text is not None or field is not None:
@@ -52,8 +52,13 @@ def origin_of_text(output: str | Path, text: str | None) -> str:
     if text is not None:
         return "as given"
     recipe = _recipe_of(output)
-    return f"named by {recipe}" if recipe.is_file() else "the default"
+    return f"named by {recipe}" if recipe else "the default"
 
 
-def _recipe_of(output: str | Path) -> Path:
-    return Path(output) / "recipe.yaml"
+def _recipe_of(output: str | Path) -> Path | None:
+    """The recipe that made `output`, if it has one. llm-compressor calls its own the same: that is
+    one of stages."""
+    path = Path(output) / "recipe.yaml"
+    if not path.is_file() or any(str(key).endswith("_stage") for key in load_values(path)):
+        return None
+    return path

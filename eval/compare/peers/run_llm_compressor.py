@@ -1,8 +1,6 @@
 """GPTQ by llm-compressor, its own defaults but for experts, which see the tokens routed to them
 (its default, all tokens for all experts, gives a higher divergence); experts alone."""
 
-from pathlib import Path
-
 from datasets import Dataset
 from given import given
 from llmcompressor import oneshot
@@ -29,5 +27,3 @@ oneshot(
 )
 model.save_pretrained(asked.output, save_compressed=True)
 AutoTokenizer.from_pretrained(asked.model).save_pretrained(asked.output)
-# `grokquant eval` would read it as one of its own.
-Path(asked.output, "recipe.yaml").unlink()
