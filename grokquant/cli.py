@@ -379,7 +379,7 @@ def plan(
 @_overrides
 @_device
 def budget(recipe: str, overrides: tuple[str, ...], device: str) -> None:
-    """Choose the grid of each matrix within a budget of bits, and print the recipe.
+    """Choose grids within a budget of bits and print the recipe.
 
     RECIPE has `budget` in place of rules; `quantize` does the same with it before it begins. What
     each grid costs each matrix is measured in one pass of the model. The recipe and the

@@ -90,7 +90,7 @@ def output(finished, place) -> Path:
 def test_help_tells_commands_examples_and_exit_codes():
     text = done("--help")
     commands = {"quantize", "plan", "convert", "eval", "compare", "inspect", "verify"}
-    commands |= {"generate", "recipes"}
+    commands |= {"budget", "generate", "recipes"}
     assert set(main.commands) == commands
     for command in main.commands:
         (line,) = re.findall(rf"^  {command} .*", text, re.MULTILINE)

@@ -25,6 +25,7 @@ NOT_TYPED = {
     "hf download": "318 GB",
     "vllm serve": "make test-engines does it",
     "llama-cli": "make test-readers does it",
+    "torchrun": "make test-ranks does it",
 }
 # Lines of recipes that take long, as they are in the clone.
 SMALLER = {
