@@ -94,6 +94,7 @@ def content(layers: int = 4, experts: int = 8) -> dict:
             "bits_per_weight": 4.125,
             "relative_error": 0.1 + odd(i, e, len(matrix)) / 40,
             "output_error": 0.05 + odd(e, i, len(matrix)) / 40,
+            "held_out_error": None,
             "tokens": 4321,
             "fallback": None,
         }
