@@ -188,8 +188,9 @@ class Members(Team):
             connection = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
             self._watch.begin(connection, partial(lost, self))
         with self._waiting():
-            gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, _PATIENCE)
-        self._control: Any = gloo  # numbers, which are in main memory
+            gloo: Any = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, _PATIENCE)
+            gloo.barrier().wait()  # nobody leaves before all are connected
+        self._control = gloo  # numbers, which are in main memory
         self._bulk: Any = gloo
         if self._device.type == "cuda":
             self._bulk = _nccl(PrefixStore("nccl", store), rank, size)

@@ -28,9 +28,10 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The signal handler. Raises Stopped at a second signal, or if nothing is in progress."""
-        if self.requested or not self.busy():
+        again = self.requested
+        self.requested = True  # also for those who wait for other processes when Stopped is raised
+        if again or not self.busy():
             raise Stopped("interrupted; no output was written")
-        self.requested = True
         self.notify()
 
 
