@@ -63,6 +63,15 @@ class Checkpoint:
         return self.config.get_text_config()
 
     @property
+    def experts_per_token(self) -> int:
+        """Experts that a token is routed to, 1 in a dense model."""
+        return getattr(self.text_config, "num_experts_per_tok", None) or 1
+
+    def tokens_per_expert(self, tokens: int) -> int:
+        """How many of `tokens` reach an expert on average; all in a dense model."""
+        return tokens * self.experts_per_token // max(self.num_experts, 1)
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return self.family.num_layers(self.config)

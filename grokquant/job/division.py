@@ -115,10 +115,8 @@ class Division:
 
     @property
     def _tokens_per_expert(self) -> int:
-        checkpoint = self.plan.checkpoint
         asked = self.plan.recipe.calibration
-        chosen = getattr(checkpoint.config, "num_experts_per_tok", None) or 1
-        return asked.samples * asked.length * chosen // max(checkpoint.num_experts, 1)
+        return self.plan.checkpoint.tokens_per_expert(asked.samples * asked.length)
 
     def _writers(self) -> dict[str, int]:
         """The writer of each file, by its name."""

@@ -65,9 +65,9 @@ class Fallbacks:
         return Counter(unit.kind for unit in self.plan.units.values())
 
     def _is_dead(self, fallen: Fallen) -> bool:
-        config = self.plan.checkpoint.config
-        routed = self.rows * self.length * (getattr(config, "num_experts_per_tok", None) or 1)
-        average = routed / max(self.plan.checkpoint.num_experts, 1)
+        checkpoint = self.plan.checkpoint
+        routed = self.rows * self.length * checkpoint.experts_per_token
+        average = routed / max(checkpoint.num_experts, 1)
         return fallen.tokens == 0 and average >= _DEAD * self.plan.recipe.experts.min_tokens
 
     def _named(self, kind: str) -> str:

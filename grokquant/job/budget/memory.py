@@ -102,8 +102,7 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
         summing = always + 2 * states + 2 * tokens * config.hidden_size * FLOAT
         yield Step("layer 0: what its experts should give", summing, "calibration.samples")
         # What one expert should give; metrics of the outputs.
-        routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1)
-        always += routed // max(plan.checkpoint.num_experts, 1) * config.hidden_size * FLOAT
+        always += plan.checkpoint.tokens_per_expert(tokens) * config.hidden_size * FLOAT
         always += 4 * config.hidden_size**2 * FLOAT
     for unit in plan.units_of(0):
         yield _calibrated_unit(plan, unit, always)

@@ -74,8 +74,7 @@ def _differentiating(plan: Plan) -> float:
     asked = plan.recipe.calibration
     config = plan.checkpoint.text_config
     tokens = differentiated_tokens(asked.samples, asked.length)
-    experts = max(plan.checkpoint.num_experts, 1)
-    routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1) // experts
+    routed = plan.checkpoint.tokens_per_expert(tokens)
     products = 2.0 * tokens * config.hidden_size * config.vocab_size
     for matrix in plan.checkpoint.matrices():
         passed = 5 * tokens if matrix.expert is None else 3 * routed
@@ -178,9 +177,7 @@ class _ProbeSite(Site):
 
 def _by_pieces(plan: Plan, tokens: int) -> float:
     """Seconds of forward passes, Hessians and rounding, with tokens spread evenly over experts."""
-    config = plan.checkpoint.text_config
-    experts = max(plan.checkpoint.num_experts, 1)
-    routed = tokens * (getattr(config, "num_experts_per_tok", None) or 1) // experts
+    routed = plan.checkpoint.tokens_per_expert(tokens)
     rates = _rates(plan, min(routed, _PIECE))
     sites: set[tuple] = set()
     pieces: dict[tuple, _Rounding] = {}
