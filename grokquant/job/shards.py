@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grokquant.containers.container import PlannedFile
 from grokquant.errors import GrokquantError, InputError
+from grokquant.files import atomic
 from grokquant.files.atomic import nearest_directory, temporary_name
 from grokquant.files.direct_io import PlacedFile
 from grokquant.files.safetensors_header import file_layout
@@ -154,6 +155,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str | None:
     finally:
         stored.close()
     return stored.checksum()
+
+
+def commit_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """As `write_tensors`, but `path` is there only once it is whole and on the disk."""
+    with atomic.temporary(path) as name:
+        checksum = write_tensors(name, tensors) or atomic.sha256(name)
+        atomic.commit(name, path)
+    return checksum
 
 
 def is_result(directory: Path) -> bool:

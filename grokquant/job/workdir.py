@@ -31,7 +31,7 @@ from grokquant.files import atomic
 from grokquant.files.unfinished import JOURNAL, RUN
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
-from grokquant.job.shards import SUMS_NAME, write_tensors
+from grokquant.job.shards import SUMS_NAME, commit_tensors
 from grokquant.parallel import ALONE, Team
 from grokquant.types import UnitReport
 
@@ -180,10 +180,7 @@ class WorkDirectory:
 
     def _save(self, path: Path, states: States) -> str:
         tensors = {name: tensor for name, tensor in vars(states).items() if tensor is not None}
-        with atomic.temporary(path) as name:
-            checksum = write_tensors(name, tensors) or atomic.sha256(name)
-            atomic.commit(name, path)
-        return checksum
+        return commit_tensors(path, tensors)
 
     def _record_states(self, layer: int, spans: dict[str, dict]) -> None:
         record = {

@@ -35,7 +35,7 @@ from grokquant.job.allocation.solver import solve
 from grokquant.job.fingerprint import PACKAGES, contents_of, difference, rows_digest
 from grokquant.job.lock import check_output, locked
 from grokquant.job.plan import plan_of
-from grokquant.job.shards import write_tensors
+from grokquant.job.shards import commit_tensors
 from grokquant.memory import memory_for
 from grokquant.recipe import BudgetRecipe, Recipe, parse_recipe, to_yaml
 from grokquant.streaming.blocks import BlockwiseModel
@@ -219,11 +219,7 @@ def _numbered(row: Mapping[str, float]) -> dict[int, float]:
 
 def _save(place: Path, identity: dict, measured: Measured, hidden: Tensor | None) -> None:
     path = _states(place, measured.layers)
-    checksum = None
-    if hidden is not None:
-        with atomic.temporary(path) as name:
-            checksum = write_tensors(name, {"hidden": hidden}) or atomic.sha256(name)
-            atomic.commit(name, path)
+    checksum = None if hidden is None else commit_tensors(path, {"hidden": hidden})
     record = {
         "of": identity,
         "layers": measured.layers,
@@ -262,10 +258,10 @@ def _written(
     place: Path,
 ) -> Allocation:
     """Writes the recipe. Raises InputError where one is that was changed by hand."""
-    resolved = _with_rules(recipe, choices, taken)
+    values = recipe.with_rules(rules_of(recipe, choices, taken))
+    resolved = parse_recipe(values)
     used = sum(choice.options[option].bytes for choice, option in zip(choices, taken, strict=True))
     bits = 8 * used / sum(choice.weights for choice in choices)
-    values = recipe.with_rules(rules_of(recipe, choices, taken))
     head = _headed(recipe, choices, taken, bits, kld)
     text = f"{head}\n{to_yaml(values)}"
     path = place / _RECIPE
