@@ -29,6 +29,15 @@ SIZES = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 _GEMMA |= {"tie_word_embeddings": True}
+# What tokenizers may read differently.
+TEXTS = [
+    "def read(path):\n    with open(path) as file:\n\treturn file.read()\n\n\n",
+    "In 1998, 3.14159 and 2_000_000 were numbers: 0x7F, -12e-3.",
+    "Zażółć gęślą jaźń — 漢字かな交じり文 🦙🚀 ½ µ \u00a0 é e\u0301",
+    "  two   spaces  and a tab\tend  ",
+    "<s>[BOS]</s> [EOS] [PAD] are words here",
+    "x",
+]
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 64}
 LATENT = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from foreign_gguf import MODELS, random_model, rows, write_gguf
+from foreign_gguf import MODELS, TEXTS, random_model, rows, write_gguf
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
@@ -21,15 +21,6 @@ from grokquant.job.default_recipe import values_for
 from grokquant.recipe import parse_recipe
 from grokquant.sources import gguf_directory
 from grokquant.toy import TOY_PATH
-
-TEXTS = [
-    "def read(path):\n    with open(path) as file:\n\treturn file.read()\n\n\n",
-    "In 1998, 3.14159 and 2_000_000 were numbers: 0x7F, -12e-3.",
-    "Zażółć gęślą jaźń — 漢字かな交じり文 🦙🚀 ½ µ \u00a0 é e\u0301",
-    "  two   spaces  and a tab\tend  ",
-    "<s>[BOS]</s> [EOS] [PAD] are words here",
-    "x",
-]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign_gguf import YARN
+from foreign_gguf import TEXTS, YARN
 from reader_envs import only_with_readers, run_reader
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,14 +27,6 @@ from grokquant.toy import TOY_PATH
 pytestmark = only_with_readers
 EXPERTS, ATTENTION = "layers.*.experts.*", "layers.*.attention.*"
 COPY = {"match": ATTENTION, "method": "copy"}
-TEXTS = [
-    "def read(path):\n    with open(path) as file:\n\treturn file.read()\n\n\n",
-    "In 1998, 3.14159 and 2_000_000 were numbers: 0x7F, -12e-3.",
-    "Zażółć gęślą jaźń — 漢字かな交じり文 🦙🚀 ½ µ \u00a0 é e\u0301",
-    "  two   spaces  and a tab\tend  ",
-    "<s>[BOS]</s> [EOS] [PAD] are words here",
-    "x",
-]
 
 
 def run(
