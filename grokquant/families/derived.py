@@ -7,16 +7,13 @@
 Only code of the installed transformers is used, never any beside the weights.
 """
 
-import re
 from collections.abc import Container, Iterator, Mapping
-from copy import copy, deepcopy
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -26,119 +23,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from grokquant.errors import InputError
 from grokquant.families.config import check_bounds, defines_the_model
+from grokquant.families.derived_table import FEWEST_OUTPUTS, Table, table_of, takes_turns
 from grokquant.families.family import FUSED_PARTS, Family, FusedExperts
-from grokquant.families.stored_names import Conversion, Shapes, StoredNames
-from grokquant.families.traced import Passing, Trace, passing, traced
+from grokquant.families.stored_names import Shapes
 from grokquant.memory import refused
 from grokquant.types import Source, TensorRef
 
-# Words in the names of modules, and the roles of the matrices in them; the first that fits counts.
-_ROLES = (
-    ("shared", "shared"),
-    ("attn", "attention"),
-    ("attention", "attention"),
-    ("mlp", "mlp"),
-    ("feed_forward", "mlp"),
-    ("ffn", "mlp"),
-    ("moe", "mlp"),
-)
-# A linear module with far fewer outputs than inputs is a gate or a router: it weighs nothing, and
-# its errors decide where tokens go.
-_FEWEST_OUTPUTS = 32
 _WHOLE = (
     "the layers of this model depend on more than the layer before them: to calibrate or evaluate "
     "it, all of it has to fit into memory"
 )
 _UNUSED = ("auto_map",)  # names code beside the weights
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The routed experts of a layer, in the submodule `module`.
-
-    `tensors` and `biases` are checkpoint names by part, in the order of the experts; `own_names`
-    are those of ours, since files hold all experts as one tensor. `takes_turns`: transformers lets
-    others compute the experts, so they can run one by one.
-    """
-
-    module: str
-    count: int
-    tensors: Mapping[str, list[str]]
-    biases: Mapping[str, list[str]]
-    shapes: Mapping[str, tuple[int, int]]  # part -> [out, in]
-    transposed: bool
-    interleaved: bool
-    own_names: bool
-    takes_turns: bool
-
-
-@dataclass(frozen=True)
-class LayerTable:
-    """A decoder layer: its path in the model, checkpoint names of its matrices by part in the order
-    of computation, the first part that `reads` the same input, the paths of linear modules that
-    stay as they are, and its experts."""
-
-    path: str
-    matrices: Mapping[str, str]
-    reads: Mapping[str, str]
-    others: tuple[str, ...]
-    experts: Experts | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A model: checkpoint names by those of its parameters, and all that is read of a file.
-
-    `outside` are the paths of linear modules that belong to no layer; `own_linears`: some are of a
-    class of the model's own.
-    """
-
-    layers_path: str
-    layers: tuple[LayerTable, ...]
-    outside: tuple[str, ...]
-    names: Mapping[str, str]
-    joined: Mapping[str, Conversion]
-    fused: Mapping[str, FusedExperts]
-    shapes: Shapes
-    tied: Mapping[str, str]
-    integers: frozenset[str]
-    wide: frozenset[str]
-    own_linears: bool
-    passing: Passing
-    stored: StoredNames = field(repr=False)
-
-    @cached_property
-    def layer_of(self) -> dict[str, int]:
-        """The layer of each checkpoint tensor that belongs to one."""
-        return dict(self._layers_of_tensors())
-
-    def _layers_of_tensors(self) -> Iterator[tuple[str, int]]:
-        numbers = {layer.path: number for number, layer in enumerate(self.layers)}
-        depth = self.layers_path.count(".") + 2
-        for name, tensor in self.names.items():
-            place = ".".join(name.split(".")[:depth])
-            if place in numbers:
-                yield tensor, numbers[place]
-        for name, conversion in self.joined.items():
-            place = ".".join(name.split(".")[:depth])
-            if place in numbers:
-                yield from ((tensor, numbers[place]) for tensor in conversion.tensors)
-        for number, layer in enumerate(self.layers):
-            if layer.experts:
-                for names in (*layer.experts.tensors.values(), *layer.experts.biases.values()):
-                    yield from ((tensor, number) for tensor in names)
-
-    @cached_property
-    def module_names(self) -> dict[str, str]:
-        """Names of parameters by those of the checkpoint."""
-        return {tensor: name for name, tensor in self.names.items()}
-
-    @cached_property
-    def on_the_way(self) -> dict[str, str]:
-        """Checkpoint names by those that transformers gives them while it reads a file."""
-        return {self.stored.of_model(tensor): tensor for tensor in self.shapes}
 
 
 @dataclass(frozen=True)
@@ -282,7 +178,7 @@ class DerivedFamily(Family):
         return experts.module
 
     def experts_of(self, layer: nn.Module) -> Any:
-        return next((m for m in layer.modules() if _takes_turns(m)), None)
+        return next((m for m in layer.modules() if takes_turns(m)), None)
 
 
 def derived_family(source: Source) -> Family | None:
@@ -301,7 +197,7 @@ def derived_family(source: Source) -> Family | None:
             # Parameters that are not in this dtype stay in their own, whatever a model computes in.
             model = model_class._from_config(config, dtype=torch.bfloat16).eval()
         model.requires_grad_(False)
-    table = _table(path, model)
+    table = table_of(path, model)
     experts = [layer.experts for layer in table.layers if layer.experts]
     first = experts[0] if experts else None
     return DerivedFamily(
@@ -333,7 +229,7 @@ def _notices(model: PreTrainedModel, table: Table) -> Iterator[str]:
     layers = model.get_submodule(table.layers_path)
     for name, value in layers.named_parameters():
         fused = f"{table.layers_path}.{name}" in table.fused
-        if value.ndim == 3 and not fused and min(value.shape[1:]) >= _FEWEST_OUTPUTS:
+        if value.ndim == 3 and not fused and min(value.shape[1:]) >= FEWEST_OUTPUTS:
             yield f"{name} and the like are not quantized: they are experts of an unknown form"
             return
 
@@ -371,263 +267,3 @@ def _config_of(config_class: type[PreTrainedConfig], content: dict) -> PreTraine
     given = {key: value for key, value in content.items() if defines_the_model(key)}
     given = PreTrainedConfig._decode_special_floats(deepcopy(given))  # it changes what it is given
     return config_class.from_dict(given)
-
-
-# --- the table of a model
-
-
-def _table(path: Path, model: PreTrainedModel) -> Table:
-    stored = StoredNames(model)
-    with refused(f"{path}: the names of its tensors in files are not known"):
-        conversions = {name: c for c in stored.conversions for name in c.parameters}
-    layers_path = _layers_path(path, model)
-    layers = cast(nn.ModuleList, model.get_submodule(layers_path))
-    places = {f"{layers_path}.{number}": layer for number, layer in enumerate(layers)}
-    experts = [_experts(place, layer, conversions) for place, layer in places.items()]
-    fused: dict[str, FusedExperts] = {}
-    shapes: Shapes = {}
-    for number, (place, found) in enumerate(zip(places, experts, strict=True)):
-        if found:
-            fused |= dict(_fused(place, number, found, conversions))
-            shapes |= _shapes_of(found)
-    others = {name: c for name, c in conversions.items() if name not in fused}
-    shapes |= {tensor: size for c in others.values() for tensor, size in c.tensors.items()}
-    joined = {name: c for name, c in others.items() if c.operations}
-    _refuse_split(path, model, joined)
-    names = {name: next(iter(c.tensors)) for name, c in others.items() if not c.operations}
-    trace = traced(model, layers)
-    tables = tuple(
-        _layer_table(place, layer, names, found, trace)
-        for (place, layer), found in zip(places.items(), experts, strict=True)
-    )
-    if not any(table.matrices or table.experts for table in tables):
-        raise InputError(f"{path}: {model.config.model_type} has no linear layers to quantize")
-    state = model.state_dict()
-    ties = {name: names[of] for name, of in model.all_tied_weights_keys.items() if of in names}
-    return Table(
-        layers_path=layers_path,
-        layers=tables,
-        outside=tuple(_linears_outside(model, layers_path)),
-        names=names | ties,
-        joined=joined,
-        fused=fused,
-        shapes=shapes,
-        tied=ties,
-        integers=frozenset(t for n, t in names.items() if not state[n].is_floating_point()),
-        own_linears=any(
-            isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-            for module in layers.modules()
-        ),
-        wide=frozenset(_wide(model, tuple(places))),
-        passing=passing(model, layers_path, trace),
-        stored=stored,
-    )
-
-
-def _refuse_split(path: Path, model: PreTrainedModel, joined: Mapping[str, Conversion]) -> None:
-    """Raises InputError for parameters that files join: a matrix there is not one here."""
-    for conversion in joined.values():
-        if len(conversion.parameters) > 1:
-            raise InputError(
-                f"{path}: {conversion.parameters[0]} and others of {model.config.model_type} are "
-                "one tensor in files, which is not supported"
-            )
-
-
-def _wide(model: PreTrainedModel, places: tuple[str, ...]) -> Iterator[str]:
-    """Parameters that are always float32, by their names in the model and in their layers."""
-    fixed = model._keep_in_fp32_modules_strict or ()
-    for name, value in model.state_dict().items():
-        if value.dtype == torch.float32 or any(part in name for part in fixed):
-            yield name
-            depth = places[0].count(".") + 1
-            if ".".join(name.split(".")[:depth]) in places:
-                yield ".".join(name.split(".")[depth:])
-
-
-def _linears_outside(model: nn.Module, layers_path: str) -> Iterator[str]:
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not path.startswith(f"{layers_path}."):
-            yield path
-
-
-def _layers_path(path: Path, model: PreTrainedModel) -> str:
-    """The list of decoder layers: the outermost one in the text model, the largest of those."""
-    decoder = {id(module) for module in model.get_decoder().modules()}
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and id(module) in decoder
-    }
-    if not found:
-        raise InputError(f"{path}: {type(model).__name__} of transformers has no list of layers")
-    return min(found, key=lambda n: (n.count("."), -sum(p.numel() for p in found[n].parameters())))
-
-
-def _layer_table(
-    place: str,
-    layer: nn.Module,
-    names: Mapping[str, str],
-    experts: Experts | None,
-    trace: Trace | None,
-) -> LayerTable:
-    linears = {path: m for path, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    kept = {
-        path
-        for path, module in linears.items()
-        if f"{place}.{path}.weight" not in names
-        or (trace and f"{place}.{path}" not in trace.reads)
-        or _is_gate(path, module, experts)
-        or not _multiplies(module)
-    }
-    paths = [path for path in linears if path not in kept]
-    if trace:
-        order = list(trace.reads)
-        paths.sort(key=lambda path: order.index(f"{place}.{path}"))
-    parts: dict[str, str] = {}
-    for path in paths:
-        parts[_part(path, parts)] = path
-    matrices = {part: names[f"{place}.{path}.weight"] for part, path in parts.items()}
-    first: dict[int, str] = {}
-    reads = {
-        part: first.setdefault(trace.reads[f"{place}.{path}"], part) if trace else part
-        for part, path in parts.items()
-    }
-    return LayerTable(place, matrices, reads, tuple(sorted(kept)), experts)
-
-
-def _is_gate(path: str, module: nn.Linear, experts: Experts | None) -> bool:
-    """Whether a linear module chooses or weighs what others compute."""
-    if module.out_features * _FEWEST_OUTPUTS <= module.in_features:
-        return True
-    if experts is None:
-        return False
-    block = experts.module.rpartition(".")[0]
-    return path.startswith(block) and module.out_features in (1, experts.count)
-
-
-def _multiplies(module: nn.Linear) -> bool:
-    """Whether a module of a subclass of Linear does what a linear module does, by trying it."""
-    if type(module).forward is nn.Linear.forward:
-        return True
-    tried = copy(module)
-    tried._parameters = {"weight": nn.Parameter(torch.randn(6, 4)), "bias": None}
-    tried.in_features, tried.out_features = 4, 6
-    x = torch.randn(1, 3, 4)
-    try:
-        return torch.allclose(tried(x), F.linear(x, tried.weight))
-    except Exception:  # of any class, from code that expects other shapes
-        return False
-
-
-def _part(path: str, taken: Container[str]) -> str:
-    """What a linear module is called in recipes: its role, and the rest of its name."""
-    words = path.split(".")
-    role, place = next(
-        (
-            (role, place)
-            for sign, role in _ROLES
-            for place, word in reversed(list(enumerate(words)))
-            if sign in word
-        ),
-        (words[0], 0),
-    )
-    rest = words[place + 1 :] or words[place:]
-    short = f"{role}.{_short(rest)}"
-    return short if short not in taken else f"{role}.{_short(words)}"
-
-
-def _short(words: list[str]) -> str:
-    return "_".join(re.sub(r"_proj$|^proj_", "", word) for word in words)
-
-
-def _takes_turns(module: nn.Module) -> bool:
-    """Whether a module is one of experts that transformers lets others compute."""
-    own = getattr(module, "has_gate", None) is not None and hasattr(module, "is_concatenated")
-    return own and not getattr(module, "has_post_expert_norm", False)
-
-
-def _experts(place: str, layer: nn.Module, conversions: Mapping[str, Conversion]) -> Experts | None:
-    """The experts of a layer, if it has any: a module with a 3-D parameter called down_proj."""
-    for path, module in layer.named_modules():
-        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3:
-            return _experts_in(f"{place}.{path}", path, module, conversions)
-    return None
-
-
-def _experts_in(
-    place: str, path: str, module: Any, conversions: Mapping[str, Conversion]
-) -> Experts:
-    parts = ("gate", "up") if hasattr(module, "gate_up_proj") else ("up",)
-    first = module.gate_up_proj if "gate" in parts else module.up_proj
-    count, *sizes = module.down_proj.shape
-    #   down [experts, hidden, inner] beside [experts, 2 * inner, hidden], else both transposed
-    transposed = first.shape[1:] != (len(parts) * sizes[1], sizes[0])
-    inner, hidden = sizes if transposed else sizes[::-1]
-    tensors: dict[str, list[str]] = {}
-    biases: dict[str, list[str]] = {}
-    for kind, of_kind in FUSED_PARTS.items():
-        if isinstance(getattr(module, kind, None), Tensor):
-            names = biases if kind.endswith("_bias") else tensors
-            names |= _single_names(place, kind, of_kind, count, conversions[f"{place}.{kind}"])
-    shapes = {part: (inner, hidden) for part in parts} | {"down": (hidden, inner)}
-    return Experts(
-        module=path,
-        count=count,
-        tensors={part: tensors[part] for part in (*parts, "down")},
-        biases=biases,
-        shapes=shapes,
-        transposed=transposed,
-        interleaved=getattr(module, "is_concatenated", True) is False,
-        own_names=len(conversions[f"{place}.down_proj"].tensors) == 1,
-        takes_turns=_takes_turns(module),
-    )
-
-
-def _single_names(
-    place: str, kind: str, parts: tuple[str, ...], count: int, conversion: Conversion
-) -> dict[str, list[str]]:
-    """Checkpoint names by part of what `kind` holds of each expert: those of files, if they hold
-    experts one by one, else names like those of modules."""
-    stored = list(conversion.tensors)
-    if len(stored) == count * len(parts):
-        return {p: stored[i * count : (i + 1) * count] for i, p in enumerate(parts)}
-    end = "bias" if kind.endswith("_bias") else "weight"
-    return {p: [f"{place}.{n}.{p}_proj.{end}" for n in range(count)] for p in parts}
-
-
-def _fused(
-    place: str, number: int, experts: Experts, conversions: Mapping[str, Conversion]
-) -> Iterator[tuple[str, FusedExperts]]:
-    """Names of the parameters that hold all experts of layer `number`, in the model and in files.
-
-    A file may have the axes of one in another order.
-    """
-    for kind in FUSED_PARTS:
-        name = f"{place}.{experts.module}.{kind}"
-        if name not in conversions:
-            continue
-        own = FusedExperts(number, kind, experts.transposed, experts.interleaved)
-        yield name, own
-        conversion = conversions[name]
-        if len(conversion.tensors) > 1:
-            continue
-        (stored,) = conversion.tensors
-        if stored != name:
-            turned = "Transpose" in conversion.operations
-            woven = "Interleave" in conversion.operations
-            other = replace(own, transposed=own.transposed != turned)
-            yield stored, replace(other, interleaved=own.interleaved != woven)
-        elif not kind.endswith("_bias"):  # files of both kinds are known
-            rows = sum(experts.shapes[part][0] for part in FUSED_PARTS[kind])
-            columns = experts.shapes[FUSED_PARTS[kind][0]][1]
-            yield name, replace(own, shape=(rows, columns))
-
-
-def _shapes_of(experts: Experts) -> Shapes:
-    shapes: Shapes = {}
-    for part, names in experts.tensors.items():
-        shapes |= dict.fromkeys(names, experts.shapes[part])
-    for part, names in experts.biases.items():
-        shapes |= dict.fromkeys(names, experts.shapes[part][:1])
-    return shapes
