@@ -120,6 +120,7 @@ def write_gguf(
     kind: str = "Q8_0",
     split_max_tensors: int = 0,
     stacked: bool = True,
+    joined: bool = False,
     **keys: Any,
 ) -> None:
     """Writes `model` with matrices of `kind`; its own weights become what that makes of them."""
@@ -127,11 +128,16 @@ def write_gguf(
     _write_settings(writer, name, model.config)
     for key, value in keys.items():
         _add(writer, key.replace("__", "."), value)
+    waiting: dict[str, np.ndarray] = {}
     for tensor, values in _tensors(name, model):
         is_matrix = values.ndim > 1 and tensor.endswith("weight") and "ffn_gate_inp" not in tensor
         chosen = gguf.GGMLQuantizationType[kind if is_matrix else "F32"]
         packed = packed_as(chosen, np.ascontiguousarray(values.numpy()))
-        if stacked or "_exps" not in tensor:
+        whole = _joined(tensor, packed, waiting) if joined else None
+        if whole is not None:
+            for called, all_rows in whole:
+                writer.add_tensor(called, all_rows, raw_dtype=chosen)
+        elif stacked or "_exps" not in tensor:
             writer.add_tensor(tensor, packed, raw_dtype=chosen)
         else:
             for expert, matrix in enumerate(packed):
@@ -142,6 +148,31 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+_JOINS = {
+    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
+    "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
+}
+
+
+def _joined(
+    tensor: str, packed: np.ndarray, waiting: dict[str, np.ndarray]
+) -> list[tuple[str, np.ndarray]] | None:
+    """What to write in place of a part of a joined tensor: with its last part the whole, nothing
+    before; None if no tensor is joined of it."""
+    layer, _, end = tensor.rpartition("blk.")[2].partition(".")
+    stem, _, suffix = end.partition(".")
+    for whole, parts in _JOINS.items():
+        if stem in parts:
+            waiting[tensor] = packed
+            names = [f"blk.{layer}.{part}.{suffix}" for part in parts]
+            if not all(name in waiting for name in names):
+                return []
+            axis = -1 if suffix == "bias" else -2  # experts stay the first axis
+            values = np.concatenate([waiting[name] for name in names], axis=axis)
+            return [(f"blk.{layer}.{whole}.{suffix}", np.ascontiguousarray(values))]
+    return None
 
 
 def packed_as(kind: gguf.GGMLQuantizationType, values: np.ndarray) -> np.ndarray:

@@ -42,6 +42,29 @@ def test_experts_may_lie_alone(tmp_path):
         assert torch.equal(alone.tensors[name].read(), ref.read()), name
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "qwen3_moe", "gpt_oss"])
+def test_joined_tensors_are_read_as_their_parts(name, tmp_path):
+    model = random_model(name)
+    write_gguf(tmp_path / "apart.gguf", name, model)
+    write_gguf(tmp_path / "joined.gguf", name, model, joined=True)
+    stored = {t.name for t in gguf.GGUFReader(tmp_path / "joined.gguf").tensors}
+    assert "blk.1.attn_qkv.weight" in stored and "blk.1.attn_k.weight" not in stored
+    assert ("blk.1.ffn_gate_up_exps.weight" in stored) == (name not in ("llama", "qwen2"))
+    apart, joined = (open_checkpoint(tmp_path / f"{n}.gguf").source for n in ("apart", "joined"))
+    assert apart.config == joined.config
+    for tensor, ref in apart.tensors.items():
+        found = joined.tensors[tensor]
+        assert (found.stored_bytes, found.stored_as) == (ref.stored_bytes, ref.stored_as)
+        assert torch.equal(found.read(), ref.read()), tensor
+
+
+def test_joined_tensors_without_whole_parts_are_refused(tmp_path):
+    model = random_model("llama")
+    write_gguf(tmp_path / "x.gguf", "llama", model, joined=True, llama__attention__key_length=17)
+    with pytest.raises(InputError, match=r"attn_qkv.weight does not divide into attn_q, attn_k"):
+        open_checkpoint(tmp_path / "x.gguf")
+
+
 # --- types
 
 

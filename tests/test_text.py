@@ -177,9 +177,15 @@ def test_json_is_a_document_per_element(tmp_path: Path) -> None:
     assert load_documents(str(path), "calibration") == ["a line", "another"]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def compress_zst(text: bytes) -> bytes:
+    packed: bytes = pytest.importorskip("pyarrow").compress(text, "zstd", asbytes=True)
+    return packed
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_compressed_texts_are_unpacked(tmp_path: Path, suffix: str) -> None:
-    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}[suffix]
+    known = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": compress_zst}
+    pack = known[suffix]
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(pack(b'{"text": "one"}\n{"text": "two"}\n'))
     assert load_documents(str(path), "calibration") == ["one", "two"]
@@ -187,6 +193,15 @@ def test_compressed_texts_are_unpacked(tmp_path: Path, suffix: str) -> None:
     assert message(path).startswith(f"{path}: cannot be unpacked: ")
     path.write_bytes(b'{"text": "plain"}')
     assert message(path).startswith(f"{path}: cannot be unpacked: ")
+
+
+def test_a_zst_text_names_the_package_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(b"(")
+    assert message(path) == f'{path}: it needs the eval extra: pip install "grokquant[eval]"'
 
 
 def test_a_compressed_text_without_end_is_not_unpacked_whole(
@@ -199,7 +214,7 @@ def test_a_compressed_text_without_end_is_not_unpacked_whole(
 
 
 def test_a_file_of_another_kind_is_no_name_of_the_hub(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl.zst"
+    path = tmp_path / "a.jsonl.lz4"
     path.write_bytes(b"(")
     assert message(path).startswith(f"{path}: not a kind of text that can be read (.txt, .json,")
 
@@ -310,6 +325,46 @@ def test_of_a_large_text_excerpts_are_read(tmp_path: Path, monkeypatch: pytest.M
     plain.write_bytes(b"\xff" * 200_000)
     with pytest.raises(InputError, match=r"a\.txt: byte \d+: not UTF-8 text"):
         draw(plain, 0)
+
+
+def test_of_a_large_parquet_file_rows_of_some_groups_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(records, "_EXCERPTS_ABOVE", 100_000)
+    path = tmp_path / "a.parquet"
+    texts = [f"ö{number:07}" for number in range(50_000)]
+    parquet.write_table(pa.table({"text": texts}), path, row_group_size=1000)
+
+    def draw(seed: int) -> tuple[list[str], set[int]]:
+        settings = CalibrationSection(text=str(path), samples=4, length=18, seed=seed)
+        tokenizer = Characters()
+        rows = text_of(calibration_rows(settings, tokenizer, SimpleNamespace(positions=99)))
+        assert 4 * 18 * 4 < sum(map(len, tokenizer.texts)) < 4_000
+        return rows, {int(text[1:5]) for text in tokenizer.texts}
+
+    rows, groups = draw(0)
+    assert len(groups) == 16 and (rows, groups) == draw(0) != draw(1)
+    assert all(row in "".join(texts) for row in rows)
+
+
+def test_unpacked_sequences_are_beginnings_of_documents(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = ["short", *(f"{letter} is the first of many" for letter in "abcdefgh")]
+    path.write_text("\n".join(map(json.dumps, texts)))
+    checkpoint = SimpleNamespace(positions=99)
+
+    def draw(samples: int, length: int, seed: int = 0) -> list[str]:
+        settings = CalibrationSection(
+            text=str(path), samples=samples, length=length, seed=seed, packed=False
+        )
+        return text_of(calibration_rows(settings, Characters(), checkpoint))
+
+    assert draw(99, 9) == [text[:9] for text in texts[1:]]
+    assert len(draw(3, 9)) == 3 and draw(3, 9) == draw(3, 9) != draw(3, 9, seed=1)
+    with pytest.raises(InputError, match=r"a\.jsonl: the longest document has 22 tokens, but one"):
+        draw(3, 25)
 
 
 def test_several_texts_give_their_shares(tmp_path: Path) -> None:
@@ -426,11 +481,27 @@ def test_datasets_by_name_config_and_split(tmp_path: Path, monkeypatch: pytest.M
     assert load_documents(str(folder), "calibration", "body") == ["x"]
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    asked = []
+
+    def head(address: str, timeout: float) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits"))
+    assert message("hub/name").startswith("hub/name: cannot be loaded: Couldn't reach 'hub/name'")
+    assert asked == ["https://huggingface.co"]
+
+
 def test_datasets_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, config: str | None, split: str) -> None:
         assert (name, config, split) == ("hub/name", "small", "train")
         raise ConnectionError("Couldn't reach 'hub/name' on the Hub\nmore words")
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     expected = "hub/name:small: cannot be loaded: Couldn't reach 'hub/name' on the Hub more words"
     assert message("hub/name:small") == expected

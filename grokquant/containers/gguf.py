@@ -22,6 +22,7 @@ from grokquant.containers.container import (
     split,
 )
 from grokquant.containers.gguf_config import described
+from grokquant.containers.gguf_fused import with_parts
 from grokquant.containers.gguf_general import file_name, general
 from grokquant.containers.gguf_names import (
     EXPERT,
@@ -110,7 +111,7 @@ def opened(source: Source) -> Source:
     Metadata give the config and the tokenizer where nothing beside the files does.
     """
     if source.metadata:
-        source = described(source)
+        source = described(with_parts(source))
     architecture = known_architecture(source)
     config = config_of(source)
     refs = {}

@@ -32,6 +32,7 @@ from grokquant.evaluation import task_data
 from grokquant.evaluation.items import Metric, Scores
 from grokquant.evaluation.likelihoods import Likelihood, Pair
 from grokquant.evaluation.suite import TaskSection
+from grokquant.files.hub import impatiently
 from grokquant.memory import refused
 
 LM_EVAL_VERSION: str = lm_eval.__version__
@@ -192,7 +193,8 @@ def _load(wanted: TaskSection, directory: Path) -> Any:
         near = get_close_matches(wanted.name, _manager(stock=True).all_tasks, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(f"tasks: {wanted.name}: lm-eval has no task of this name{hint}")
-    with refused(f"tasks: {wanted.name}: cannot be loaded"), _quiet():
+    waiting = impatiently() if isinstance(spec, str) else contextlib.nullcontext()
+    with refused(f"tasks: {wanted.name}: cannot be loaded"), _quiet(), waiting:
         loaded = _manager(by_name).load([spec])
     for task in loaded["tasks"].values():
         if wanted.fewshot is not None:

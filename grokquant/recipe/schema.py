@@ -39,7 +39,7 @@ from grokquant.types import BudgetUnit
 
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 # Of compressed texts; parquet files are compressed inside.
-PACKED_SUFFIXES = (".gz", ".bz2", ".xz")
+PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
 _SIZE_UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
@@ -201,7 +201,7 @@ class CalibrationSection(Section):
 
     text: TextShares = "python-docs"
     """`python-docs` (the documentation inside every Python installation), a .txt, .json, .jsonl or
-    .parquet file (also .gz, .bz2, .xz), or a name for the datasets library such as
+    .parquet file (also .gz, .bz2, .xz, .zst), or a name for the datasets library such as
     `hub/name:config:split`. Several texts are given with their shares:
     `{python-docs: 0.3, chats.jsonl: 0.7}`."""
     field: TextField = None
@@ -212,6 +212,9 @@ class CalibrationSection(Section):
     """Number of calibration sequences; fewer if the text is too short."""
     length: RowLength = 2048
     """Tokens per sequence."""
+    packed: bool = True
+    """Documents are joined and cut into sequences. `false`: each sequence is the beginning of one
+    document; documents of fewer than `length` tokens are skipped."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Random seed for choosing the sequences; the same seed chooses the same ones."""
 

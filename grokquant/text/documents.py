@@ -110,6 +110,39 @@ def token_rows(
     return rows_of(documents, tokenizer, samples, length, seed).tokens
 
 
+def document_rows(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int,
+) -> Tensor:
+    """The first `length` tokens of each of `samples` documents, int64 [samples, length].
+
+        | document 0    | document 1 | document 2     |
+        | window 0 |      (too short)  | window 1 |
+
+    Documents are drawn at random and returned in the order of the text; fewer if no more are long
+    enough. Raises InputError if none is.
+    """
+    documents = list(documents)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    rows: dict[int, Sequence[int]] = {}
+    longest = 0
+    for number in order.tolist():
+        tokens = tokens_of_document(tokenizer, documents[number])
+        longest = max(longest, len(tokens))
+        if len(tokens) >= length:
+            rows[number] = tokens[:length]
+        if len(rows) == samples:
+            break
+    if not rows:
+        raise InputError(
+            f"the longest document has {longest} tokens, but one row needs {length} of a document"
+        )
+    return torch.tensor([rows[number] for number in sorted(rows)])
+
+
 def calibration_rows(
     settings: CalibrationSection, tokenizer: PreTrainedTokenizerBase, checkpoint: "Checkpoint"
 ) -> Tensor:
@@ -118,11 +151,12 @@ def calibration_rows(
     `length` is limited to the positions of the model.
     """
     length = min(settings.length, checkpoint.positions)
+    cut = token_rows if settings.packed else document_rows
     parts = []
     for text, samples in settings.samples_of.items():
         documents = _calibration_documents(settings, text, samples * length)
         try:
-            parts.append(token_rows(documents, tokenizer, samples, length, settings.seed))
+            parts.append(cut(documents, tokenizer, samples, length, settings.seed))
         except InputError as error:
             raise InputError(f"calibration.text: {text}: {error}") from None
     return torch.cat(parts)

@@ -5,22 +5,27 @@ Each record comes with its place, for messages. Files are read in parts of bound
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import zlib
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from random import Random
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from grokquant.errors import InputError, said_by
+from grokquant.files.hub import impatiently
 from grokquant.files.json_objects import check_extent
 from grokquant.files.regular import open_regular
 from grokquant.memory import refused
 from grokquant.text.document import Document, columns_of, document_of
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 # The largest texts that people evaluate on have some hundred megabytes, their longest documents a
 # few. Tokenizers take a hundred bytes of memory per byte of a document.
@@ -29,13 +34,32 @@ _MAX_DOCUMENT_BYTES = 64_000_000
 # Of larger texts, calibration takes excerpts: as much as it needs from so many bytes at each place.
 _EXCERPTS_ABOVE = _MAX_DOCUMENT_BYTES
 _EXCERPT_BYTES = 16_384
+_GROUPS = 16  # of a .parquet file, which can be read from the start of a row group only
 _MAX_VALUES = 100_000  # of the JSON of one document
 _MAX_ARRAY_VALUES = 4_000_000  # of all documents of a .json file
 # Parquet files of prose unpack to five times their size, of empty rows and repetitions to more.
 _MAX_UNPACKED = 100
 _ROWS_AT_ONCE = 256
 _INSTALL = 'it needs the eval extra: pip install "grokquant[eval]"'
-_UNPACK: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def _open_zst(file: IO[bytes]) -> IO[bytes]:
+    """The unpacked bytes of a .zst `file`, by pyarrow, which notes where one is cut off."""
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise InputError(f"{file.name}: {_INSTALL}") from None
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(file), "zstd"))
+
+
+_UNPACK: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
+# ValueError: pyarrow's.
+_DAMAGED = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
 def read_txt(path: str, field: str | None) -> Iterator[Document]:
@@ -68,45 +92,65 @@ def read_json(path: str, field: str | None) -> Iterator[Document]:
 
 def read_parquet(path: str, field: str | None) -> Iterator[Document]:
     """A document per row."""
+    with _parquet(path, field) as (file, columns):
+        yield from _documents_of(path, file, columns, 0)
+
+
+@contextmanager
+def _parquet(path: str, field: str | None) -> "Iterator[tuple[ParquetFile, list[str]]]":
+    """An opened file and the columns that make its documents. Raises InputError."""
     try:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError:
         raise InputError(f"{path}: {_INSTALL}") from None
     with open_regular(Path(path)) as opened:
-        most = _MAX_UNPACKED * max(os.fstat(opened.fileno()).st_size, 1_000_000)
         try:
             schema = parquet.read_schema(opened)
             columns = columns_of(schema.names, field, path)
             # A text that repeats stays a single one in memory until it is taken out.
             texts = [name for name in columns if pa.types.is_string(schema.field(name).type)]
             file = parquet.ParquetFile(opened, read_dictionary=texts)
-            _check_unpacked(path, _column_bytes(file, columns), most)
-            batches = file.iter_batches(_ROWS_AT_ONCE, columns=columns, use_threads=False)
-            number = unpacked = 0
-            for batch in batches:
-                for values in zip(*(batch.column(name) for name in columns), strict=True):
-                    number += 1
-                    record = {n: v.as_py() for n, v in zip(columns, values, strict=True)}
-                    document = document_of(record, columns[0], f"{path}: row {number}")
-                    unpacked += len(document)
-                    _check_unpacked(path, unpacked, most)
-                    yield document
+            _check_unpacked(path, _column_bytes(file, columns))
+            yield file, columns
         except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
             raise InputError(f"{path}: cannot be read as parquet: {said_by(error)}") from None
+
+
+def _documents_of(
+    path: str,
+    file: "ParquetFile",
+    columns: list[str],
+    first: int,
+    groups: list[int] | None = None,
+) -> Iterator[Document]:
+    """The documents from row `first` on of some row groups, by default of all."""
+    batches = file.iter_batches(_ROWS_AT_ONCE, groups, columns, use_threads=False)
+    number = unpacked = 0
+    for batch in batches:
+        for values in zip(*(batch.column(name) for name in columns), strict=True):
+            number += 1
+            if number <= first:
+                continue
+            record = {n: v.as_py() for n, v in zip(columns, values, strict=True)}
+            document = document_of(record, columns[0], f"{path}: row {number}")
+            unpacked += len(document)
+            _check_unpacked(path, unpacked)
+            yield document
 
 
 def read_dataset(data: str, field: str | None) -> Iterator[Document]:
     """A document per row of `name[:config[:split]]` of the datasets library."""
     name, config, split = [*data.split(":", maxsplit=2), "", ""][:3]  # the last two are optional
     if Path(name).is_file():
-        known = ", ".join(READERS)
-        raise InputError(f"{name}: not a kind of text that can be read ({known}; .gz, .bz2, .xz)")
+        known = f"{', '.join(READERS)}; {', '.join(_UNPACK)}"
+        raise InputError(f"{name}: not a kind of text that can be read ({known})")
     try:
         import datasets
     except ImportError:
         raise InputError(f"{data}: {_INSTALL}") from None
-    with refused(f"{data}: cannot be loaded"):
+    waiting = nullcontext() if Path(name).exists() else impatiently()
+    with refused(f"{data}: cannot be loaded"), waiting:
         rows = datasets.load_dataset(name, config or None, split=split or "train")
     columns = columns_of(rows.column_names, field, data)
     for number, record in enumerate(rows.select_columns(columns), start=1):
@@ -123,14 +167,18 @@ READERS: dict[str, Callable[[str, str | None], Iterator[Document]]] = {
 
 def is_large(path: str) -> bool:
     """Whether calibration takes excerpts of a text rather than all of it."""
-    return path.lower().endswith((".txt", ".jsonl")) and _size(path) > _EXCERPTS_ABOVE
+    return path.lower().endswith((".txt", ".jsonl", ".parquet")) and _size(path) > _EXCERPTS_ABOVE
 
 
 def excerpts(path: str, field: str | None, wanted: int, seed: int) -> Iterator[Document]:
     """Documents at random places of a large text, about `wanted` bytes, in the order of the file.
 
-    Of a .txt each is a part of the text; of a .jsonl file those of the lines that follow a place.
+    Of a .txt each is a part of the text; of a .jsonl file those of the lines that follow a place;
+    of a .parquet file those of the rows that follow one, in at most `_GROUPS` row groups.
     """
+    if path.lower().endswith(".parquet"):
+        yield from _rows_at(path, field, wanted, seed)
+        return
     read = _lines_at if path.lower().endswith(".jsonl") else _text_at
     draw = Random(seed)
     with open_regular(Path(path)) as file:
@@ -161,6 +209,22 @@ def _lines_at(file: IO[bytes], field: str | None, where: str) -> Iterator[Docume
             yield document_of(_parsed(text, where, _MAX_VALUES), field, where)
 
 
+def _rows_at(path: str, field: str | None, wanted: int, seed: int) -> Iterator[Document]:
+    draw = Random(seed)
+    with _parquet(path, field) as (file, columns):
+        count = file.num_row_groups
+        groups = sorted(draw.sample(range(count), min(count, _GROUPS)))
+        for group in groups:
+            rows = file.metadata.row_group(group).num_rows
+            place = draw.randrange(rows // 2 + 1)  # so that enough rows follow
+            size = 0
+            for document in _documents_of(path, file, columns, place, [group]):
+                yield document
+                size += len(document)
+                if size >= wanted / len(groups):
+                    break
+
+
 def _size(path: str) -> int:
     return Path(path).stat().st_size if Path(path).is_file() else 0
 
@@ -177,7 +241,7 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
         try:
             with unpack(file) as unpacked:
                 yield unpacked
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except _DAMAGED as error:
             raise InputError(f"{path}: cannot be unpacked: {said_by(error)}") from None
 
 
@@ -235,6 +299,6 @@ def _column_bytes(file: Any, columns: list[str]) -> int:
     return sum(chunk.total_uncompressed_size for chunk in named)
 
 
-def _check_unpacked(path: str, size: int, most: int) -> None:
-    if size > most:
+def _check_unpacked(path: str, size: int) -> None:
+    if size > _MAX_UNPACKED * max(_size(path), 1_000_000):
         raise InputError(f"{path}: unpacks to more than {_MAX_UNPACKED} times its size")
