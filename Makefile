@@ -1,8 +1,9 @@
 # What a newcomer needs: `make demo`, `make test`, `make check`, `make docs`, `make bench`.
 PYTHON ?= python3
 BIN := .venv/bin
+READERS := .readers
 
-.PHONY: install demo test fuzz test-browser test-kill test-ranks test-readers test-engines test-families peers check docs bench bench-real clean
+.PHONY: install demo test fuzz test-browser test-kill test-ranks test-kernels test-readers test-engines test-families peers check docs bench bench-real clean
 
 install: .venv/installed
 
@@ -35,9 +36,18 @@ test-kill: install
 test-ranks: install
 	$(BIN)/python -m pytest -m ranks
 
+# Kernels for GPUs without one: run by Triton's interpreter, then compiled for A100 and H100. Triton
+# comes with torch's CUDA builds only, and takes 800 MB.
+test-kernels: install $(READERS)/triton/installed
+	TRITON_INTERPRET=1 PYTHONPATH=$(READERS)/triton $(BIN)/python -m pytest -m kernels
+	PYTHONPATH=$(READERS)/triton $(BIN)/python -m pytest -m kernels
+
+$(READERS)/triton/installed: tests/readers/requirements-triton.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<
+	touch $@
+
 # Has llama.cpp and gptqmodel load what we write, each from an environment of its own. Building them
 # takes half an hour and 4 GB the first time.
-READERS := .readers
 test-readers: install $(READERS)/llama-cpp/installed $(READERS)/gptqmodel/installed
 	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m readers
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from grokquant.grids import Scheme
 from grokquant.methods import gptq, ldl
 from grokquant.methods.gptq import UnusableHessian, factorize, round_gptq
+from grokquant.methods.gptq_leaf import PlainLeaf
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.types import QTensor
 
@@ -88,8 +89,7 @@ def test_integers_are_those_of_the_paper(W, X, scheme, act_order, block, slab, m
 def test_compiled_and_plain_loops_agree(W, X, scheme, monkeypatch):
     feedback = factorize(squares(X), 0.01, True)
     compiled = round_gptq(W, feedback, scheme)
-    plain_loop = lambda slab, part: slab._plain(part)  # noqa: E731
-    monkeypatch.setattr(gptq._Slab, "_compiled", plain_loop)
+    monkeypatch.setattr(gptq, "leaf_of", lambda device: PlainLeaf)
     plain = round_gptq(W, feedback, scheme)
     assert (plain.quantized.codes != compiled.quantized.codes).sum() <= 2
     assert plain.output_error == pytest.approx(compiled.output_error, rel=1e-3)

@@ -18,8 +18,9 @@ from grokquant.formats import FORMATS
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job.plan import build_plan
 from grokquant.job.unit import stored_bits
-from grokquant.methods import METHODS
+from grokquant.methods import METHODS, gptq
 from grokquant.methods.copy import can_copy, copy_quantized
+from grokquant.methods.gptq_leaf import PlainLeaf
 from grokquant.methods.levels import FINDERS, find_levels
 from grokquant.recipe import parse_recipe
 from grokquant.types import QTensor, Unit
@@ -181,8 +182,7 @@ def test_gptq_errs_less_than_rtn_on_the_outputs(name, W, H):
 def test_the_compiled_loop_of_gptq_agrees_with_the_plain_one(name, W, H, monkeypatch):
     scheme = GRIDS[name].scheme
     compiled = rounded("gptq", W, H, scheme)
-    plain_loop = lambda slab, part: slab._plain(part)  # noqa: E731
-    monkeypatch.setattr("grokquant.methods.gptq._Slab._compiled", plain_loop)
+    monkeypatch.setattr(gptq, "leaf_of", lambda device: PlainLeaf)
     plain = rounded("gptq", W, H, scheme)
     assert (compiled.codes == plain.codes).float().mean() > 0.99  # all but ties and what follows
 

@@ -23,13 +23,13 @@ from pydantic import Field
 from torch import Tensor
 
 from grokquant.grids import Scheme
-from grokquant.methods.gptq_kernels import round_columns
+from grokquant.methods.gptq_leaf import Columns, leaf_of
 from grokquant.methods.ldl import factorize_, permute_
 from grokquant.methods.levels import find_levels
 from grokquant.methods.method import Cost, Method, Needs, Rounded, Site, UnusableHessian
 from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
-from grokquant.methods.scales import ScaleRule, round_to_grid
-from grokquant.methods.spans import divisors, nearest_in_codebook
+from grokquant.methods.scales import ScaleRule
+from grokquant.methods.spans import divisors
 from grokquant.threads import alone, in_order, in_pieces, slices
 from grokquant.types import QTensor
 
@@ -196,12 +196,12 @@ def probes(W: Tensor) -> Tensor:
     """A float32 matrix P [at most _PROBES, in] with P^T P close to W^T W."""
     if len(W) <= _PROBES:
         return W.float()
-    generator = torch.Generator(W.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the same signs on every device
     probes = torch.zeros(_PROBES, W.shape[1], device=W.device)
     for rows in W.split(SLAB_ROWS):
         shape = (_PROBES, len(rows))
-        signs = torch.randint(0, 2, shape, generator=generator, device=W.device).mul_(2).sub_(1)
-        _by_columns(partial(_add_probes, probes, signs.float(), rows), W)
+        signs = torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1)
+        _by_columns(partial(_add_probes, probes, signs.float().to(W.device), rows), W)
     return probes
 
 
@@ -220,83 +220,60 @@ class _Slab:
     """Some rows of W in the columns of a factor, while they are rounded.
 
     Everything is transposed, [columns in visiting order, rows], so that a column is contiguous in
-    memory. `errors` holds the weights until a column is rounded, then W - Q; `targets` holds the
-    weights with the feedback that they have received so far.
+    memory.
     """
 
     def __init__(self, W: Tensor, quantized: QTensor, rows: slice, factor: Factor) -> None:
-        self.factor = factor
-        self.scheme = quantized.scheme
+        self.shift = factor.shift
         self.rows = rows
         self.first = int(factor.columns.min())
         self.order = factor.columns - self.first
         last = self.first + len(self.order)
-        self.errors = W[rows, self.first : last].T.contiguous()[self.order].float()
-        self.targets = self.errors.clone()
-        self.codes = torch.empty(self.errors.shape, dtype=torch.int8, device=W.device)
+        weights = W[rows, self.first : last].T.contiguous()[self.order].float()
         scales = quantized.scales[rows]
         group_size = W.shape[1] // scales.shape[1]
-        self.groups = factor.columns // group_size  # the group of each column
-        # float32 [groups, rows]
-        self.scales = divisors(scales, self.scheme.row.unit).T.float().contiguous()
-        self.zeros = self._of_groups(quantized.zero_points)
-        self.offsets = self._of_groups(quantized.offsets)
-        self.table = torch.tensor(self.scheme.row.table, device=W.device)
+        unit = quantized.scheme.row.unit
+        self.columns = Columns(
+            errors=weights,
+            targets=weights.clone(),
+            codes=torch.empty(weights.shape, dtype=torch.int8, device=W.device),
+            F=factor.F,
+            D=factor.D,
+            groups=factor.columns // group_size,
+            scales=divisors(scales, unit).T.float().contiguous(),
+            zero_points=self._of_groups(quantized.zero_points, scales),
+            offsets=self._of_groups(quantized.offsets, scales),
+            scheme=quantized.scheme,
+        )
+        self.leaf = leaf_of(W.device)(self.columns)
 
-    def _of_groups(self, values: Tensor | None) -> Tensor:
+    def _of_groups(self, values: Tensor | None, scales: Tensor) -> Tensor:
         """The slab's rows of `values` [out, groups] as float32 [groups, rows]; zeros for None."""
         if values is None:
-            return torch.zeros_like(self.scales)
+            return torch.zeros_like(scales.T, dtype=torch.float32).contiguous()
         return values[self.rows].T.float().contiguous()
 
     def round(self, codes: Tensor) -> float:
         """Rounds all columns into `codes` int8 [out, in]; returns tr(E H E^T) of the errors E."""
-        loss = self._descend(0, len(self.codes))  # of H + shift I
-        natural = torch.empty_like(self.codes)
-        natural[self.order] = self.codes
+        rounded = self.columns.codes
+        self._descend(0, len(rounded))
+        natural = torch.empty_like(rounded)
+        natural[self.order] = rounded
         codes[self.rows, self.first : self.first + len(natural)] = natural.T
-        return loss - self.factor.shift * self.errors.norm().item() ** 2
+        # The leaves lose it in H + shift I.
+        return self.leaf.loss() - self.shift * self.columns.errors.norm().item() ** 2
 
-    def _descend(self, start: int, stop: int) -> float:
+    def _descend(self, start: int, stop: int) -> None:
         """Rounds these columns, whose targets hold the feedback of all columns before `start`."""
         if stop - start <= _LEAF:
-            part = slice(start, stop)
-            on_cpu = self.codes.device.type == "cpu"
-            return self._compiled(part) if on_cpu else self._plain(part)
+            self.leaf.round(slice(start, stop))
+            return
         middle = (start + stop) // 2
-        loss = self._descend(start, middle)
-        F = self.factor.F[start:middle, middle:stop]  # (left half, right half)
-        self.targets[middle:stop].addmm_(F.T, self.errors[start:middle])
-        return loss + self._descend(middle, stop)
-
-    def _compiled(self, part: slice) -> float:
-        columns = (self.errors, self.targets, self.codes, self.groups, self.factor.D)
-        levels = (self.scales, self.zeros, self.offsets, self.table)
-        F = self.factor.F[part, part].contiguous()
-        arguments = [M.numpy() for M in (*(M[part] for M in columns), F, *levels)]
-        limits = (float(self.scheme.qmin), float(self.scheme.qmax))
-        return round_columns(limits, (0, self.codes.shape[1]), *arguments)
-
-    def _plain(self, part: slice) -> float:
-        """The same in PyTorch, for other devices than the CPU."""
-        loss = torch.zeros((), device=self.codes.device)
-        F = self.factor.F
-        D = self.factor.D
-        for k, group in enumerate(self.groups[part].tolist(), part.start):
-            scale = self.scales[group]  # (rows,)
-            zero = self.zeros[group]
-            offset = self.offsets[group]
-            if len(self.table):
-                code = nearest_in_codebook(self.targets[k] / scale, self.scheme)
-                value = self.table[code.long()] * scale
-            else:
-                code = round_to_grid(self.targets[k] - offset, scale, zero, self.scheme)
-                value = (code - zero) * scale + offset
-            loss += D[k] * (self.targets[k] - value).square().sum()
-            self.codes[k] = code
-            self.errors[k] -= value
-            self.targets[k + 1 : part.stop].addr_(F[k, k + 1 : part.stop], self.errors[k])
-        return loss.item()
+        self._descend(start, middle)
+        columns = self.columns
+        F = columns.F[start:middle, middle:stop]  # (left half, right half)
+        columns.targets[middle:stop].addmm_(F.T, columns.errors[start:middle])
+        self._descend(middle, stop)
 
 
 class Gptq(Method):

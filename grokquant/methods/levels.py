@@ -43,6 +43,7 @@ class Levels:
         codes = in_pieces(
             lambda part: self._nearest(W[part].float(), part.start),
             slices(0, len(W), _rows_at_once(W)),
+            W.device,
         )
         return self.hold(torch.cat(codes))
 
@@ -87,7 +88,7 @@ def _by_rows(find: FindInGroups) -> Finder:
         def find_rows(part: slice) -> Spans:
             return find(group_columns(W[part].float(), scheme), weights, scheme, rule)
 
-        return Spans.cat(in_pieces(find_rows, slices(0, len(W), _rows_at_once(W))))
+        return Spans.cat(in_pieces(find_rows, slices(0, len(W), _rows_at_once(W)), W.device))
 
     return find_all
 

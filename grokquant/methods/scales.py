@@ -16,8 +16,10 @@ from grokquant.types import QTensor
 
 ScaleRule = Literal["absmax", "mse"]
 
-# Rows searched at once: keeps the temporaries inside the cache.
+# Rows searched at once on a CPU: keeps the temporaries inside the cache.
 _ROWS_AT_ONCE = 256
+# Weights searched at once on a GPU: launches are few, and temporaries take a few hundred MB.
+_WEIGHTS_AT_ONCE = 1 << 24
 
 
 def group_columns(W: Tensor, scheme: Scheme) -> Tensor:
@@ -55,10 +57,16 @@ def search_scales(
         rows = group_columns(W[part].float(), scheme)
         return _find_in_rows(rows, groups.float(), scheme, rule)
 
-    found = in_pieces(find, slices(0, len(W), _ROWS_AT_ONCE))
+    found = in_pieces(find, slices(0, len(W), _rows_at_once(W)), W.device)
     scales = torch.cat([scale for scale, _ in found])
     zero_points = [zero_point for _, zero_point in found if zero_point is not None]
     return scales, torch.cat(zero_points) if zero_points else None
+
+
+def _rows_at_once(W: Tensor) -> int:
+    if W.device.type == "cpu":
+        return _ROWS_AT_ONCE
+    return max(1, _WEIGHTS_AT_ONCE // W.shape[1])
 
 
 def round_to_grid(W: Tensor, scales: Tensor, zero_points: Tensor | None, scheme: Scheme) -> Tensor:
@@ -157,12 +165,12 @@ def _squared_error(
 
 
 def _sum_columns(terms: Tensor) -> Tensor:
-    """Sums [rows, groups, group_size] over the last dimension, in the order of the kernels.
+    """Sums [rows, groups, group_size] over the last dimension.
 
-    They add in float32 within 128 columns and in float64 beyond; with the same order both choose
-    the same candidate.
+    On a CPU in the order of the kernels, float32 within 128 columns and float64 beyond, so that
+    both choose the same candidate. On a GPU that order would take a launch for each sum.
     """
-    if terms.shape[-1] % kernels.STEP:
+    if terms.shape[-1] % kernels.STEP or terms.device.type != "cpu":
         return terms.sum(-1, dtype=torch.float64)
     total = torch.zeros(terms.shape[:2], dtype=torch.float64, device=terms.device)
     for block in terms.split(kernels.BLOCK, dim=-1):
