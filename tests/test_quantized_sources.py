@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reader_envs import READERS, run_reader
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -289,8 +290,8 @@ def test_gptq_rules_for_some_modules(quantized):
         ({"dynamic": {"+:(": {}}}, "dynamic: not a regular expression"),
         ({"dynamic": {"+:.*": {"bits": "x"}}}, "quantization_config.dynamic"),
         ({"dynamic": {"+:.*": {"bits": 8}}}, "int8 g32 sym needs torch.int32"),
-        ({"quant_method": "hqq"}, "'hqq' cannot be read (compressed-tensors, "),
-        ({"quant_method": "hqq"}, "; it is HQQ, whose zero points are no integers"),
+        ({"quant_method": "spqr"}, "'spqr' cannot be read (compressed-tensors, "),
+        ({"quant_method": "spqr"}, "; it is SpQR, codes with outliers beside them"),
         ({"quant_method": "quark"}, "'quark' cannot be read"),
         ({"quant_method": None}, "quant_method: None cannot be read"),
     ],
@@ -1028,3 +1029,98 @@ def test_a_mixture_of_which_transformers_has_quantized_the_attention(saved, text
     stored = {name.split(".")[2]: ref.stored_as for name, ref in open_checkpoint(path).units()}
     assert stored == {"attention": "nf4 g64", "experts": "bfloat16"}
     check_whole_way(path, text_file, tmp_path / "out")
+
+
+# --- HQQ and torchao, as their packages packed a matrix
+
+
+RECORDED = Path(__file__).parent / "recorded"
+CONFIGS = {
+    "hqq": {"quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32}}},
+    "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}},
+}
+
+
+FIRST = {"hqq": "8 bits, axis 0", "torchao": "int8 rows"}
+
+
+def recorded(file: Path) -> dict[str, Tensors]:
+    """The tensors of each way in which a library packs, and `dense`, what they stand for."""
+    ways: dict[str, Tensors] = {}
+    for name, value in load_file(file).items():
+        way, _, tensor = name.partition("/")
+        ways.setdefault(way, {})[tensor] = value
+    return ways
+
+
+def with_packed_query(path: Path, library: str, tensors: Tensors) -> None:
+    packed = {name: value for name, value in tensors.items() if name != "dense"}
+    edit(path, lambda t: (t.pop(f"{QUERY}.weight"), t.update(packed)))
+    config = {"quant_method": library} | CONFIGS[library]
+    edit_json(path / "config.json", quantization_config=config)
+
+
+def check_recorded(path: Path, library: str, ways: dict[str, Tensors]) -> None:
+    original = load_file(path / FILE)
+    for tensors in ways.values():
+        save_file(original, path / FILE)
+        with_packed_query(path, library, tensors)
+        found = open_checkpoint(path).source.tensors
+        assert found.keys() == original.keys()
+        for name, ref in found.items():
+            expected = tensors["dense"] if name == f"{QUERY}.weight" else original[name]
+            assert torch.equal(ref.read().to(expected.dtype), expected), name
+
+
+@pytest.mark.parametrize(("library", "count"), [("hqq", 10), ("torchao", 5)])
+def test_matrices_that_libraries_have_packed(saved, tmp_path, library, count):
+    ways = recorded(RECORDED / f"{library}.safetensors")
+    assert len(ways) == count
+    check_recorded(shutil.copytree(saved("mixtral"), tmp_path / "source"), library, ways)
+
+
+@pytest.mark.parametrize("library", ["hqq", "torchao"])
+def test_such_a_source_on_its_whole_way(saved, text_file, tmp_path, library):
+    path = shutil.copytree(saved("mixtral"), tmp_path / "source")
+    with_packed_query(path, library, recorded(RECORDED / f"{library}.safetensors")[FIRST[library]])
+    check_whole_way(path, text_file, tmp_path / "output")
+
+
+@pytest.mark.parametrize(
+    ("library", "change", "complaint"),
+    [
+        ("hqq", lambda t: t[f"{QUERY}.nbits"].fill_(5), "is no matrix [64, 64] of 5 bits"),
+        ("hqq", lambda t: t[f"{QUERY}.shape"].fill_(128), "is no matrix [128, 128] of 8 bits"),
+        ("hqq", lambda t: t[f"{QUERY}.shape"].fill_(-1), f"{QUERY}.shape is no shape of a matrix"),
+        ("hqq", lambda t: t.pop(f"{QUERY}.zero"), f"{QUERY}.zero is missing"),
+        ("hqq", lambda t: t[f"{QUERY}.quant_zero"].fill_(1), "this variant of HQQ is not"),
+        ("torchao", lambda t: t.pop(f"{QUERY}._weight_scale"), "_weight_scale is missing"),
+        (
+            "torchao",
+            lambda t: t.update({f"{QUERY}._weight_scale": torch.ones(64, 3)}),
+            "torch.float32 [64, 3] do not fit together",
+        ),
+    ],
+)
+def test_damaged_matrices_of_libraries(saved, tmp_path, library, change, complaint):
+    path = shutil.copytree(saved("mixtral"), tmp_path / "source")
+    with_packed_query(path, library, recorded(RECORDED / f"{library}.safetensors")[FIRST[library]])
+    edit(path, change)
+    assert complaint in refusal(path)
+
+
+@pytest.mark.parametrize("kind", ["Int4WeightOnlyConfig", None])
+def test_other_torchao_is_refused(saved, tmp_path, kind):
+    path = shutil.copytree(saved("mixtral"), tmp_path / "source")
+    described = {"quant_method": "torchao", "quant_type": {"default": {"_type": kind}}}
+    edit_json(path / "config.json", quantization_config=described)
+    assert f"quant_type: {kind or 'no quant_type'} is not supported (Float8" in refusal(path)
+
+
+@pytest.mark.readers
+@pytest.mark.skipif(not READERS, reason="GROKQUANT_READERS names no environments")
+@pytest.mark.parametrize("library", ["hqq", "torchao"])
+def test_what_the_libraries_write_now(saved, tmp_path, library):
+    run_reader(library, "write_packed.py", library, tmp_path / "packed.safetensors")
+    ways = recorded(tmp_path / "packed.safetensors")
+    check_recorded(shutil.copytree(saved("mixtral"), tmp_path / "source"), library, ways)

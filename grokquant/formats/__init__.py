@@ -16,8 +16,10 @@ from grokquant.formats import (
     fp8,
     gguf,
     gptq,
+    hqq,
     modelopt,
     mxfp4,
+    torchao,
 )
 from grokquant.formats.activations import without_activations
 from grokquant.formats.format import Format, ReadableFormat
@@ -43,8 +45,10 @@ READ_ONLY: dict[str, ReadableFormat] = {
         auto_round.FORMAT,
         fp8.FORMAT,
         fp8.FBGEMM,
+        hqq.FORMAT,
         modelopt.FORMAT,
         mxfp4.FORMAT,
+        torchao.FORMAT,
     )
 }
 
@@ -58,13 +62,11 @@ _UNREAD = {
     "exl3": "ExLlamaV3, codes of a trellis after rotations",
     "fp_quant": "FP-Quant, 4-bit floats after rotations at run time",
     "higgs": "HIGGS, codebooks of vectors after rotations",
-    "hqq": "HQQ, whose zero points are no integers; the hqq package dequantizes it",
     "quanto": "Quanto, tensors of the optimum-quanto package, which dequantizes it",
     "quark": "AMD Quark, whose layout depends on its own export settings",
     "quip": "QuIP, codebooks of vectors after rotations",
     "sinq": "SINQ, whose rows and columns both have scales",
     "spqr": "SpQR, codes with outliers beside them",
-    "torchao": "torchao, tensors of the torchao package, which dequantizes it",
     "vptq": "VPTQ, whose codes are places in codebooks of vectors",
 }
 
