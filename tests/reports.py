@@ -178,6 +178,14 @@ def content(layers: int = 4, experts: int = 8) -> dict:
             for e in range(experts)
             for m in ("gate", "up", "down")
         ],
+        "passage": {
+            "before": "def read(path):\n    ",
+            "tokens": [
+                {"text": f" {word}", "reference": f" {word}", "reference_p": 0.7123456,
+                 "quantized": f" {own}", "quantized_p": 0.6123456}
+                for word, own in [("with", "with"), ("open", "<b>"), ("(", "\n"), ("", "")]
+            ],
+        },
     }  # fmt: skip
 
 

@@ -532,3 +532,13 @@ def test_the_divergence_lies_among_anchors() -> None:
 def test_a_page_says_when_it_was_made(monkeypatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert "<footer>1970-01-02, grokquant" in render_html(report())
+
+
+def test_a_passage_marks_where_the_models_differ() -> None:
+    page = render_html(report())
+    assert page.count("<mark>") == 4  # two tokens, each in both rows
+    assert "<mark> &lt;b&gt;</mark>" in page and "<mark> \u21b5</mark>" in page
+    assert "In 2 places, which are marked, they differ." in page
+    without = parse_report(content() | {"passage": None}, "test")
+    assert "What they would say next" not in render_html(without)
+    assert "passage" not in without.to_json()

@@ -10,6 +10,7 @@ from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.evaluation.cache import Cache, key_of
 from grokquant.evaluation.likelihoods import Batch, Likelihood, Pair, likelihoods
+from grokquant.evaluation.passage import Choices, choices
 from grokquant.evaluation.report import Forced, Layer
 from grokquant.evaluation.statistics import TokenFigures, compare_logits
 from grokquant.evaluation.teacher_forcing import (
@@ -49,11 +50,13 @@ class Comparison:
     experts than in the reference, -1 if there is none; None for a dense model. `noise` compares the
     reference with itself, in another batch order, on some windows. `answers` are the
     log-likelihoods of the requested pairs under the quantized model and under the reference.
+    `choices` are the tokens that both rank first at the end of the first window.
     """
 
     figures: TokenFigures
     layers: list[Layer]
     noise: TokenFigures
+    choices: Choices
     first_change: Tensor | None = None
     further: list[TokenFigures] = field(default_factory=list)
     answers: tuple[dict[Pair, Likelihood], dict[Pair, Likelihood]] = ({}, {})
@@ -94,6 +97,9 @@ def compare_texts(
         figures=figures[0],
         layers=layers,
         noise=_noise(theirs, texts[0]),
+        choices=choices(
+            own.model, own.hidden[0][0], theirs.model, theirs.hidden[0][0], texts[0].rows[0]
+        ),
         first_change=changes.of(texts[0]),
         further=figures[1:],
         answers=(_answers(own, requests, len(texts)), _answers(theirs, requests, len(texts))),

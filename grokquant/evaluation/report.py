@@ -500,6 +500,31 @@ class SuiteResult(_Part):
     """Its thresholds."""
 
 
+class NextToken(_Part):
+    """A token of the text, and what each model ranks first in its place after the same text."""
+
+    text: str
+    """The true token."""
+    reference: str
+    """The token that the reference ranks first."""
+    reference_p: Share
+    """Its probability there."""
+    quantized: str
+    """The token that the quantized model ranks first."""
+    quantized_p: Share
+    """Its probability there."""
+
+
+class Passage(_Part):
+    """The end of the first window. Both models read the true text before each token, so this is not
+    generated text: a token that differs does not change those after it."""
+
+    before: str
+    """The text before it."""
+    tokens: tuple[NextToken, ...]
+    """Its tokens, in order."""
+
+
 class ReportHeader(_Part):
     """The two models, and the program that compared them."""
 
@@ -534,6 +559,8 @@ class Report(TextFigures, ReportHeader):
     """The tasks of a suite, if any."""
     suite: SuiteResult | None = None
     """The outcome of a suite; None if none was run."""
+    passage: Passage | None = None
+    """What both models would say next, along a passage of the first text."""
     made_from: dict[str, Any] | None = None
     """What determines these figures, so that they need not be computed again: checksums of models
     and texts, the suite, versions. `grokquant eval` fills it in."""
@@ -550,7 +577,7 @@ class Report(TextFigures, ReportHeader):
         Keys that only a suite, a command or another reference fills are left out where empty.
         """
         content = self.model_dump(mode="json", by_alias=True)
-        extra = ("reference_note", "further_texts", "tasks", "suite", "made_from")
+        extra = ("reference_note", "further_texts", "tasks", "suite", "passage", "made_from")
         return {key: value for key, value in content.items() if value or key not in extra}
 
 

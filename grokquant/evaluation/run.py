@@ -14,6 +14,7 @@ from grokquant.evaluation.estimates import noise_floor, routing, text_figures
 from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.measure import LayerDone, compare_texts
 from grokquant.evaluation.models import check_comparable, described, unit_rows
+from grokquant.evaluation.passage import passage
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.same_model import check_same_model
 from grokquant.evaluation.suite import Suite, judged, load_suite, refuse_task_files, suite_of
@@ -21,6 +22,7 @@ from grokquant.evaluation.task_requests import opened_tasks
 from grokquant.evaluation.windows import read_text
 from grokquant.recipe import parse_size
 from grokquant.recipe.of_output import check_text_is_known, settings_of
+from grokquant.text.tokenizer import load_tokenizer
 from grokquant.version import __version__
 
 
@@ -127,6 +129,7 @@ def run_suite(
         units=own_units,
         further_texts=tuple(further),
         tasks=task_rows,
+        passage=passage(comparison.choices, load_tokenizer(base)),
     )
     if name:
         report = report.model_copy(update={"suite": judged(report, name, suite.thresholds)})

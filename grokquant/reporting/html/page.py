@@ -28,6 +28,7 @@ from grokquant.reporting.html.markup import (
     section,
     value_of,
 )
+from grokquant.reporting.html.passage_section import passage_section
 from grokquant.reporting.html.sections import (
     distribution_section,
     fallbacks,
@@ -63,6 +64,7 @@ def render_html(report: Report) -> str:
             tasks_section(report),
             texts_section(report),
             distribution_section(report),
+            passage_section(report),
             routing_section(report),
             layers_section(report),
             experts_section(report),

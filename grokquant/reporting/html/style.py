@@ -112,6 +112,9 @@ line.mark{stroke:var(--ink);stroke-dasharray:3 3}
 .runs b{font-weight:600}
 circle{stroke:var(--card);stroke-width:1.5}circle.fine{stroke:none}
 .c{stroke:var(--card);stroke-width:1}
+.passage{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7}.soft{color:var(--soft)}
+.said tr:first-child>*{border-top:0}.said th{width:7.5em;overflow-wrap:anywhere}
+mark{background:var(--warn);color:inherit;border-bottom:2px solid var(--warnline)}
 details{margin-top:14px}
 summary{cursor:pointer;color:var(--accent);padding:6px 0}
 details td,details tbody th{white-space:nowrap}

@@ -1,0 +1,75 @@
+"""What each model would say next, token by token, at the end of a window of the text."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from grokquant.evaluation.report import NextToken, Passage
+from grokquant.streaming.blocks import BlockwiseModel
+
+_TOKENS = 48  # some lines of text
+_BEFORE = 96  # tokens that are shown before them
+# Tokens before one, with which it is decoded: spaces and characters may begin in them.
+_CONTEXT = 4
+
+
+@dataclass(frozen=True)
+class Choices:
+    """`tokens` [time] of a window. Of its last n: the token that a model ranks first, and its
+    probability, `own` and `own_p` [n] of the quantized model, `base` and `base_p` of the other."""
+
+    tokens: Tensor
+    own: Tensor
+    own_p: Tensor
+    base: Tensor
+    base_p: Tensor
+
+
+def choices(
+    model: BlockwiseModel,
+    hidden: Tensor,
+    base: BlockwiseModel,
+    hidden_base: Tensor,
+    tokens: Tensor,
+) -> Choices:
+    """Those at the end of a window, from what the last layers returned [time, hidden]."""
+    count = min(_TOKENS, len(tokens) - 1)
+    own, own_p = _first(model, hidden[-count - 1 : -1])
+    first, first_p = _first(base, hidden_base[-count - 1 : -1])
+    return Choices(tokens, own, own_p, first, first_p)
+
+
+def _first(model: BlockwiseModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token after each position of hidden [n, hidden], and its probability."""
+    logits = model.logits(hidden[None])[0]  # (n, vocabulary)
+    top, where = logits.max(dim=1)
+    return where.cpu(), (top - logits.logsumexp(dim=1)).exp().cpu()
+
+
+def passage(found: Choices, tokenizer: PreTrainedTokenizerBase) -> Passage:
+    """The choices as text."""
+    tokens = found.tokens.tolist()
+    start = len(tokens) - len(found.own)
+    rows = []
+    for number, position in enumerate(range(start, len(tokens))):
+        context = tokens[max(0, position - _CONTEXT) : position]
+        rows.append(
+            NextToken(
+                text=_decoded(tokenizer, context, tokens[position]),
+                reference=_decoded(tokenizer, context, found.base[number].item()),
+                reference_p=found.base_p[number].clamp(0, 1).item(),
+                quantized=_decoded(tokenizer, context, found.own[number].item()),
+                quantized_p=found.own_p[number].clamp(0, 1).item(),
+            )
+        )
+    before = tokenizer.decode(tokens[max(0, start - _BEFORE) : start])
+    return Passage(before=str(before), tokens=tuple(rows))
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, context: list[int], token: float) -> str:
+    """The text that a token adds to that of the tokens before it."""
+    before = str(tokenizer.decode(context))
+    whole = str(tokenizer.decode([*context, int(token)]))
+    # A token may complete a character, whose beginning was shown as a replacement.
+    return whole[len(before) :] if whole.startswith(before) else whole[len(before) - 1 :]
