@@ -6,9 +6,11 @@ from conftest import SCHEMES
 
 from grokquant.grids import Scheme
 from grokquant.methods import compiled
+from grokquant.methods.levels import find_levels
 from grokquant.methods.method import errors_of
 from grokquant.methods.rtn import RTN, ScaleSettings, quantize_rtn, quantize_with_torch
-from grokquant.methods.scales import find_scales, search_scales
+from grokquant.methods.scales import search_scales
+from grokquant.methods.tiles import kernel_of
 from grokquant.types import QTensor
 
 RULES = ("absmax", "mse")
@@ -33,7 +35,7 @@ def random_release(rows: int, columns: int, group_size: int | None) -> QTensor:
 
 
 def check(W: torch.Tensor | QTensor, scheme: Scheme, rule: str) -> None:
-    assert compiled.can_round(W, scheme)
+    assert kernel_of(W, scheme)
     found, expected = quantize_rtn(W, scheme, rule), quantize_with_torch(W, scheme, rule)
     assert torch.equal(found.scales, expected.scales)
     assert torch.equal(found.codes, expected.codes)
@@ -115,18 +117,17 @@ def test_small_weights_have_small_scales(size):
 def test_importance_counts_the_same(scheme):
     W = random_weights(50, 256)
     importance = torch.rand(512, generator=torch.Generator().manual_seed(0))[::2] ** 4
-    found = find_scales(W, scheme, "mse", importance)
+    found = find_levels(W, scheme, "mse", importance).spans
     expected = search_scales(W, scheme, "mse", importance)
-    assert torch.equal(found[0], expected[0])
-    assert scheme.symmetric or torch.equal(found[1], expected[1])
-    assert torch.equal(
-        find_scales(W, scheme, "mse", torch.zeros(256))[0], find_scales(W, scheme, "mse")[0]
-    )
+    assert torch.equal(found.scales, expected[0])
+    assert scheme.symmetric or torch.equal(found.zero_points, expected[1])
+    unweighted = find_levels(W, scheme, "mse", torch.zeros(256)).spans.scales
+    assert torch.equal(unweighted, find_levels(W, scheme, "mse").spans.scales)
 
 
 def test_other_group_sizes_go_to_torch():
     scheme = Scheme(4, 12)
-    assert not compiled.can_round(random_weights(8, 96), scheme)
+    assert not kernel_of(random_weights(8, 96), scheme)
     assert quantize_rtn(random_weights(8, 96), scheme).scales.shape == (8, 8)
 
 

@@ -7,8 +7,8 @@ from conftest import SCHEMES
 
 from grokquant.grids import GRIDS, Scheme
 from grokquant.methods.copy import InexactScale, can_copy, copy_quantized
+from grokquant.methods.levels import find_levels
 from grokquant.methods.rtn import quantize_rtn
-from grokquant.methods.scales import find_scales
 from grokquant.types import QTensor
 
 
@@ -63,8 +63,8 @@ def test_searched_scales_are_never_worse_than_absmax(W, scheme):
 def test_importance_moves_the_search(W):
     importance = torch.ones(256)
     importance[:8] = 1e4
-    plain, _ = find_scales(W, Scheme(4, 128), "mse")
-    weighted, _ = find_scales(W, Scheme(4, 128), "mse", importance)
+    plain = find_levels(W, Scheme(4, 128), "mse").spans.scales
+    weighted = find_levels(W, Scheme(4, 128), "mse", importance).spans.scales
     assert not torch.equal(plain, weighted)
 
 

@@ -1,13 +1,12 @@
-"""rtn on CPUs by the compiled kernels: tile by tile of rows, on all cores."""
+"""Integers on CPUs by the compiled kernels, tile by tile of rows."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
-from grokquant.methods.kernels import LANES, STEP, Grid, RowSource, round_rows
-from grokquant.threads import in_pieces, slices
-from grokquant.types import QTensor, rows_of
+from grokquant.methods.kernels import LANES, Grid, RowSource, round_rows
+from grokquant.types import QTensor
 
 # Fractions of the full range that the search tries; below 0.6 no group of a trained model gains.
 SHRINKS = np.linspace(1.0, 0.6, 21, dtype=np.float32)
@@ -27,13 +26,6 @@ def least_scale(dtype: torch.dtype) -> float:
     return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
 
 
-def can_round(W: Tensor | QTensor, scheme: Scheme) -> bool:
-    """Whether `round_tile` supports rounding W, or tiles of it, to `scheme`."""
-    matrix = W.codes if isinstance(W, QTensor) else W
-    group_size = scheme.group_size or matrix.shape[1]
-    return scheme.is_integer and matrix.device.type == "cpu" and group_size % STEP == 0
-
-
 def round_tile(
     tile: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
 ) -> tuple[QTensor, np.ndarray]:
@@ -42,7 +34,7 @@ def round_tile(
     Also returns float64 [3]: the sum of squared errors, the sum of squared weights, and the number
     of rows that are zero throughout. The search weighs errors by `importance` [in].
     """
-    source = _row_source(tile)
+    source = row_source(tile)
     rows, columns = tile.shape
     groups = scheme.groups(columns)
     codes = np.empty((rows, columns), np.int8)
@@ -80,20 +72,8 @@ def tile_rows(columns: int) -> int:
     return max(_TILE // columns // LANES, 1) * LANES
 
 
-def quantize(
-    W: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
-) -> QTensor:
-    """Rounds all of W [out, in] by `round_tile`, tile by tile."""
-    rows, columns = W.shape
-
-    def work(part: slice) -> QTensor:
-        tile = rows_of(W, part)
-        return round_tile(tile, scheme, search, importance)[0]
-
-    return QTensor.cat(in_pieces(work, slices(0, rows, tile_rows(columns))))
-
-
-def _row_source(tile: Tensor | QTensor) -> RowSource:
+def row_source(tile: Tensor | QTensor) -> RowSource:
+    """A tile as the kernels read it."""
     if isinstance(tile, QTensor):
         # The kernels dequantize symmetric integers with bfloat16 scales, which are Grok-1's.
         plain = tile.scheme.is_integer and tile.zero_points is None

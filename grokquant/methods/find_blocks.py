@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grokquant.grids import Scheme
 from grokquant.methods.block_headers import MINIMA_HEADERS, SCALE_HEADERS, in_steps, whole_limits
-from grokquant.methods.fits import fit_range, fit_symmetric, fit_table, squared_error
+from grokquant.methods.fits import fit_range, fit_symmetric, fit_table, squared_error, sum_columns
 from grokquant.methods.scales import ScaleRule
 from grokquant.methods.spans import Spans
 
@@ -33,22 +33,33 @@ def find_block_minima(groups: Tensor, weights: Tensor, scheme: Scheme, rule: Sca
         in_steps(-offsets, dmin, limits),
     )
     if rule == "mse":
-        # Scales of 4 bits are coarse: the best one is often two away from the nearest.
-        for _ in range(2 if scheme.row.scale_bits == 4 else 1):
+        for _ in range(refinements(scheme)):
             whole = _refine(groups, weights, scheme, spans, whole, limits)
     scales, offsets = spans(*whole)
     headers = MINIMA_HEADERS[scheme.grid](d, dmin, *whole)
     return Spans(scales, offsets=offsets, headers=headers)
 
 
+def refinements(scheme: Scheme) -> int:
+    """How often a number of steps may move by one. Scales of 4 bits are coarse: the best one is
+    often two away from the nearest."""
+    return 2 if scheme.row.scale_bits == 4 else 1
+
+
+def searches_step(scheme: Scheme) -> bool:
+    """Whether the step of a block without minima is searched too. Scales of 8 bits would gain half
+    a percent."""
+    return scheme.symmetric and scheme.row.scale_bits < 8
+
+
 def find_block_scales(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
     """Scales that are signed integers times a float16."""
     fit = fit_table if scheme.row.table else fit_symmetric
-    scales = fit(groups, weights, scheme, rule)
+    scales, costs = fit(groups, weights, scheme, rule)
     limits = whole_limits(scheme)
     d = _step(scales, scheme, limits[1])
-    if rule == "mse" and scheme.row.scale_bits < 8:  # 8 bits would gain half a percent
-        d = _search_step(groups, weights, scheme, scales, d, limits)
+    if rule == "mse" and searches_step(scheme):
+        d = _search_step(scales, costs, d, limits)
 
     def spans(parts: Tensor) -> tuple[Tensor, Tensor]:
         return (d * parts).flatten(1), torch.zeros_like(scales)
@@ -60,28 +71,26 @@ def find_block_scales(groups: Tensor, weights: Tensor, scheme: Scheme, rule: Sca
     return Spans(spans(*whole)[0], headers=headers)
 
 
-def _search_step(
-    groups: Tensor,
-    weights: Tensor,
-    scheme: Scheme,
-    scales: Tensor,
-    d: Tensor,
-    limits: tuple[int, int],
-) -> Tensor:
-    """The step [rows, blocks, 1] with the least error of a block: `d`, or one with which the
-    largest of its scales [rows, groups] comes near one limit or the other."""
+def step_reaches(limits: tuple[int, int]) -> list[float]:
+    """The numbers of steps that the largest scale of a block may become, in the order of trials."""
+    return [float(limit + stretch) for limit, stretch in product(limits, _STEP_STRETCHES)]
+
+
+def _search_step(scales: Tensor, costs: Tensor, d: Tensor, limits: tuple[int, int]) -> Tensor:
+    """The step [rows, blocks, 1] that changes the best scales [rows, groups] of a block least: `d`,
+    or one with which the largest of them comes near one limit or the other. `costs` is what a
+    square of the change costs."""
     blocks = scales.unflatten(1, (d.shape[1], -1))
     peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))  # (rows, blocks, 1)
-    zeros = torch.zeros_like(scales)
     best = d
     least = torch.full_like(d, torch.inf)
-    near = [limit + stretch for limit, stretch in product(limits, _STEP_STRETCHES)]
-    for step in (d, *((peak / reached).to(torch.float16).float() for reached in near)):
-        rounded = (step * in_steps(scales, step, limits)).flatten(1)
-        errors = squared_error(groups, weights, rounded, zeros, scheme)
-        error = errors.view_as(blocks).sum(-1, keepdim=True)
-        best = torch.where(error < least, step, best)
-        least = torch.minimum(error, least)
+    tried = ((peak / reach).to(torch.float16).float() for reach in step_reaches(limits))
+    for step in (d, *tried):
+        changes = step * in_steps(scales, step, limits) - blocks
+        error = sum_columns(costs.view_as(blocks) * changes.square()).unsqueeze(-1)
+        better = error < least
+        best = torch.where(better, step, best)
+        least = torch.where(better, error, least)
     return best
 
 
@@ -112,7 +121,8 @@ def _refine(
     for moves in product((0, -1, 1), repeat=len(whole)):
         tried = [(part + move).clamp(*limits) for part, move in zip(whole, moves, strict=True)]
         error = squared_error(groups, weights, *spans(*tried), scheme)
-        better = (error < least).view_as(whole[0])
+        lower = error < least
+        better = lower.view_as(whole[0])
         best = tuple(torch.where(better, *pair) for pair in zip(tried, best, strict=True))
-        least = torch.minimum(error, least)
+        least = torch.where(lower, error, least)
     return best

@@ -47,5 +47,5 @@ def find_range(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule)
 
 def find_table(groups: Tensor, weights: Tensor, scheme: Scheme, rule: ScaleRule) -> Spans:
     """A scale for each group: a float16 held as float32, so that values equal llama.cpp's."""
-    scales = fit_table(groups, weights, scheme, rule)
+    scales, _ = fit_table(groups, weights, scheme, rule)
     return Spans(scales.to(torch.float16).float())

@@ -91,7 +91,7 @@ class _Part(NamedTuple):
 
 
 @_compiled
-def _rounded(x, unit, even, odd):
+def rounded(x, unit, even, odd):
     """float32 x without its bits below `unit`, ties to even. See `Grid` for `even` and `odd`."""
     bits = _f32(x).view(_u32)
     carry = odd if bits & unit else even
@@ -102,7 +102,7 @@ def _rounded(x, unit, even, odd):
 def stored_scale(x, grid):
     """The scale as the file will hold it, 1 where that would be 0."""
     size = abs(x)
-    value = _rounded(size, grid.unit, grid.even, grid.odd)
+    value = rounded(size, grid.unit, grid.even, grid.odd)
     # Selections instead of branches, so that the compiler can use vectors.
     value = _f32(np.rint(_f32(size / grid.step)) * grid.step) if size < grid.tiny else value
     value = _f32(np.inf) if value >= grid.limit else value
@@ -172,7 +172,7 @@ def _load_stored(source, first, lanes, column, columns, W):
             for n in range(lanes):
                 value = _f32(_f32(codes[n]) * scales[n])
                 # To bfloat16, as the matrix is dequantized elsewhere: it drops 16 of 32 bits.
-                line[n] = _rounded(value, _u32(0x10000), _u32(0x7FFF), _u32(0x8000))
+                line[n] = rounded(value, _u32(0x10000), _u32(0x7FFF), _u32(0x8000))
 
 
 @_compiled
@@ -193,11 +193,11 @@ def _load_bfloat16(source, first, lanes, column, columns, W):
             W[k * LANES + n] = _u32(_u32(row[k]) << _u32(16)).view(_f32)  # widened
 
 
-def _load(source, first, lanes, column, columns, W):
+def load_rows(source, first, lanes, column, columns, W):
     """Reads `lanes` rows from `first` on, `columns` columns from `column` on, to W."""
 
 
-@overload(_load)
+@overload(load_rows)
 def _load_any(source, first, lanes, column, columns, W):
     """Chooses the loader at compile time, by the bits of a value."""
     load = {8: _load_stored, 16: _load_bfloat16, 32: _load_dense}[source[0].dtype.bitwidth]
@@ -294,7 +294,7 @@ def _multiple(w, level, n):
 @_compiled
 def _square_of_error(w, multiple, scale, grid):
     """(w - dequantized w)^2, dequantized in the scale dtype as engines do."""
-    value = _rounded(_f32(multiple * scale), grid.unit, grid.even, grid.odd)
+    value = rounded(_f32(multiple * scale), grid.unit, grid.even, grid.odd)
     error = _f32(w - value) if abs(value) < grid.limit else _f32(np.inf)
     return _f32(error * error)
 
@@ -356,7 +356,7 @@ def _span(source, part, W, low, high):
     high[:] = 0
     for column in range(part.start, part.stop, BLOCK):
         columns = min(BLOCK, part.stop - column)
-        _load(source, part.first, part.lanes, column, columns, W)
+        load_rows(source, part.first, part.lanes, column, columns, W)
         _widen(W, columns, low, high)
 
 
@@ -367,7 +367,7 @@ def _search(source, part, importance, grid, W, level, total, errors, scales, zer
     for column in range(part.start, part.stop, BLOCK):
         columns = min(BLOCK, part.stop - column)
         if part.stop - part.start > BLOCK:  # a group of one block is still in W
-            _load(source, part.first, part.lanes, column, columns, W)
+            load_rows(source, part.first, part.lanes, column, columns, W)
         weights = importance[column:]
         for index in range(len(scales)):
             _set_level(scales[index], zeros[index], grid, level)
@@ -380,7 +380,7 @@ def _round_part(source, part, grid, W, level, squares, packed, words, sums):
     for column in range(part.start, part.stop, BLOCK):
         columns = min(BLOCK, part.stop - column)
         if part.stop - part.start > BLOCK:
-            _load(source, part.first, part.lanes, column, columns, W)
+            load_rows(source, part.first, part.lanes, column, columns, W)
         squares[:] = 0
         _round_block(W, columns, level, grid, squares, packed)
         for n in range(part.lanes):

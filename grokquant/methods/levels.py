@@ -9,8 +9,9 @@ from torch import Tensor
 from grokquant.grids import FinderName, Scheme
 from grokquant.methods.find_blocks import find_block_minima, find_block_scales
 from grokquant.methods.find_groups import find_absmax, find_range, find_table
-from grokquant.methods.scales import ScaleRule, find_scales, group_columns, round_to_grid
+from grokquant.methods.scales import ScaleRule, group_columns, round_to_grid, search_scales
 from grokquant.methods.spans import Spans, divisors, nearest_in_codebook
+from grokquant.methods.tiles import kernel_of, round_by_tiles
 from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
@@ -69,11 +70,24 @@ def find_levels(
 ) -> Levels:
     """Levels for W [out, in]: `absmax` spans the whole range of each group, `mse` searches for the
     least squared error, with columns weighted by `importance` [in]."""
+    if importance is not None and not importance.any():
+        importance = None  # all levels would lose nothing
+    kernel = kernel_of(W, scheme)
+    if kernel is None:
+        return search_levels(W, scheme, rule, importance)
+    found = round_by_tiles(kernel, W, scheme, rule == "mse", importance)
+    return Levels(scheme, Spans(found.scales, found.zero_points, found.offsets, found.headers))
+
+
+def search_levels(
+    W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
+) -> Levels:
+    """The same as `find_levels` in torch operations, on the device of W."""
     return Levels(scheme, FINDERS[scheme.row.finder](W, scheme, rule, importance))
 
 
 def _find_integers(W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None) -> Spans:
-    scales, zero_points = find_scales(W, scheme, rule, importance)
+    scales, zero_points = search_scales(W, scheme, rule, importance)
     return Spans(scales, zero_points)
 
 
@@ -81,7 +95,7 @@ def _by_rows(find: FindInGroups) -> Finder:
     """A finder that gives some rows at once to `find`."""
 
     def find_all(W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None) -> Spans:
-        if importance is None or not importance.any():
+        if importance is None:
             importance = torch.ones(W.shape[1], device=W.device)
         weights = group_columns(importance.float().unsqueeze(0), scheme)
 

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from grokquant.grids import Scheme
 from grokquant.methods import compiled
-from grokquant.methods.levels import find_levels
+from grokquant.methods.levels import search_levels
 from grokquant.methods.method import TILE_ROWS, Errors, Method, Rounded, Site
 from grokquant.methods.scales import ScaleRule, quantize_nearest, search_scales
+from grokquant.methods.tiles import kernel_of, round_by_tiles
 from grokquant.types import QTensor
 
 # Keys about the grid that every rounding method takes, and their defaults.
@@ -39,17 +40,19 @@ class ScaleSettings:
 
 def quantize_rtn(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
     """Rounds W [out, in] to the nearest codes of the scales that `rule` finds."""
-    if compiled.can_round(W, scheme):
-        return compiled.quantize(W, scheme, rule == "mse")
-    return quantize_with_torch(W, scheme, rule)
+    kernel = kernel_of(W, scheme)
+    if kernel is None:
+        return quantize_with_torch(W, scheme, rule)
+    return round_by_tiles(kernel, W, scheme, rule == "mse", None)
 
 
 def quantize_with_torch(W: Tensor | QTensor, scheme: Scheme, rule: ScaleRule = "mse") -> QTensor:
-    """`quantize_rtn` on any device and for any group size; the reference for the kernels."""
+    """`quantize_rtn` in torch operations, on any device and for any group size; the reference for
+    the kernels."""
     dense = W.dequantize() if isinstance(W, QTensor) else W
     if scheme.is_integer:
         return quantize_nearest(dense, *search_scales(dense, scheme, rule), scheme)
-    return find_levels(dense, scheme, rule).nearest(dense)
+    return search_levels(dense, scheme, rule).nearest(dense)
 
 
 class Rtn(Method):
@@ -66,12 +69,10 @@ class Rtn(Method):
     def round_tile(
         self, tile: Tensor | QTensor, scheme: Scheme, settings: ScaleSettings
     ) -> tuple[QTensor, Errors]:
-        if not compiled.can_round(tile, scheme):
+        kernel = kernel_of(tile, scheme)
+        if kernel is None:
             return super().round_tile(tile, scheme, settings)
-        quantized, sums = compiled.round_tile(tile, scheme, settings.scale == "mse")
-        error, norm, zero_rows = sums
-        lost_rows = compiled.rows_of_zeros(quantized) - int(zero_rows)
-        return quantized, Errors(float(error), float(norm), int(zero_rows), lost_rows)
+        return kernel(tile, scheme, settings.scale == "mse", None)
 
     def tile_rows(self, columns: int, on_cpu: bool) -> int:
         return compiled.tile_rows(columns) if on_cpu else TILE_ROWS

@@ -27,7 +27,7 @@ def group_columns(W: Tensor, scheme: Scheme) -> Tensor:
     return W.unflatten(1, (scheme.groups(W.shape[1]), -1))
 
 
-def find_scales(
+def search_scales(
     W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Scales [out, groups] in the scale dtype and zero points int8 (None if symmetric) for W.
@@ -37,18 +37,6 @@ def find_scales(
     Hessian's diagonal). It may make a symmetric scale negative: the lowest code, -2^(bits-1), then
     stands for the largest weight, whatever its sign.
     """
-    if importance is not None and not importance.any():
-        importance = None  # all scales would lose nothing
-    if compiled.can_round(W, scheme):
-        found = compiled.quantize(W, scheme, rule == "mse", importance)
-        return found.scales, found.zero_points
-    return search_scales(W, scheme, rule, importance)
-
-
-def search_scales(
-    W: Tensor, scheme: Scheme, rule: ScaleRule, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The same as `find_scales` in torch operations, on the device of W."""
     if importance is None:
         importance = torch.ones(W.shape[1], device=W.device)
     groups = group_columns(importance.unsqueeze(0), scheme)  # (1, groups, group_size)
@@ -93,7 +81,7 @@ def quantize_nearest(
 def _find_in_rows(
     groups: Tensor, importance: Tensor, scheme: Scheme, rule: ScaleRule
 ) -> tuple[Tensor, Tensor | None]:
-    """`find_scales` for [rows, groups, group_size]; scales and zero points [rows, groups]."""
+    """`search_scales` for [rows, groups, group_size]; scales and zero points [rows, groups]."""
     candidates = _candidates(groups, scheme, rule)
     if len(candidates) == 1:
         return candidates[0]

@@ -62,12 +62,12 @@ def nearest_values(values: Tensor, scheme: Scheme) -> Tensor:
     high = values.new_tensor(max(table))
     inside = torch.fmin(torch.fmax(values, low), high)  # the limits for NaN, too
     half_steps = inside.sub_(low).mul_(2).int()
-    lookup = _half_step_lookup(table, values.device)
+    lookup = half_step_lookup(table, values.device)
     return lookup.index_select(0, half_steps.flatten()).view_as(values)
 
 
 @cache
-def _half_step_lookup(table: tuple[float, ...], device: torch.device) -> Tensor:
+def half_step_lookup(table: tuple[float, ...], device: torch.device) -> Tensor:
     """The entry nearest to each half step from the lowest entry to the highest."""
     start = int(2 * min(table))
     stop = int(2 * max(table))
