@@ -98,6 +98,7 @@ class _Commands(click.Group):
             code, text = 130, "interrupted; no output was written"
         team = ctx.meta.get(_TEAM) or parallel.Team()
         team.say(_bounded(text), _say_own)
+        team.leave()
         ctx.exit(code)
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:

@@ -445,13 +445,18 @@ class _Watch:
         self._signs: dict[int, str] = {}
         self._answers = 0  # of the store
         self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def begin(self, store: "Store", lost: Callable[[str], None]) -> None:
         for work in (partial(self._exchange_signs, store), partial(self._judge, lost)):
-            threading.Thread(target=work, name="watch", daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name="watch", daemon=True))
+            self._threads[-1].start()
 
     def end(self) -> None:
+        """Python aborts a process that ends while one of its threads is inside the store."""
         self._over.set()
+        for thread in self._threads:
+            thread.join(_ANSWER)
 
     def late(self) -> str:
         """Who has not come to the last exchange, as far as it is known."""
