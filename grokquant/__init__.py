@@ -156,15 +156,19 @@ def evaluate(
     directory of at most `cache_size` that caches the reference's results for later evaluations.
     `data` is the former name of `text`. A reference that `quantized` was not made from is refused,
     or with `any_reference` named in the report. A suite may name files of tasks, which can run
-    any code, only with `task_files`. Raises InputError.
+    any code, only with `task_files`. Processes that torchrun has started evaluate together, and
+    each gets the report. Raises InputError.
     """
     from warnings import warn
 
+    from grokquant import parallel
     from grokquant.devices import device_of
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.reporting.notebook_progress import evaluation_progress
     from grokquant.reporting.shown import ShownReport
 
+    place = device_of(parallel.own_device(device))
+    team = parallel.join(place, warn)
     evaluation = run_suite(
         quantized,
         reference,
@@ -179,11 +183,13 @@ def evaluate(
         ),
         suite or "",
         evaluation_progress(),
-        device_of(device),
+        place,
         forced=not quick,
         cache=cache_at(cache, cache_size, warn),
         any_reference=any_reference,
+        team=team,
     )
+    team.leave()
     return ShownReport.of(evaluation.report)
 
 

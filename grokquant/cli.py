@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -60,7 +60,7 @@ class _Command(click.Command):
 
 
 # The commands that several processes carry out together.
-_SHARED = ("quantize",)
+_SHARED = ("quantize", "eval")
 # What a command does first, and it can take long.
 _BEGINNINGS = {
     "quantize": "loading torch and reading the model",
@@ -98,6 +98,7 @@ class _Commands(click.Group):
             code, text = 130, "interrupted; no output was written"
         team = ctx.meta.get(_TEAM) or parallel.Team()
         team.say(_bounded(text), _say_own)
+        team.leave()
         ctx.exit(code)
 
     def _option(self, ctx: click.Context, key: str | None) -> str | None:
@@ -609,50 +610,75 @@ def evaluate(
     from grokquant.checkpoint import open_checkpoint
     from grokquant.devices import device_of
     from grokquant.evaluation.finished import finished_evaluation, identity_of
+    from grokquant.evaluation.report import Report
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
+    from grokquant.job.fingerprint import difference
     from grokquant.job.verify.papers import evaluation_faults
     from grokquant.recipe.of_output import origin_of_text
     from grokquant.reporting.html.page import HTML_NAME
     from grokquant.reporting.publish import place_of_reports
     from grokquant.reporting.terminal import LayerProgress, print_notices
 
+    context = click.get_current_context()
+    run_on = device_of(parallel.own_device(device))
+    team = parallel.join(run_on, _say_own)
+    context.meta[_TEAM] = team
     models = open_checkpoint(output), open_checkpoint(reference)
-    for model in models:
-        print_notices(model.source.notes)
     place = Path(directory) if directory else place_of_reports(Path(output), Path(reference))
-    kept = _can_be_written(place, named=directory is not None)
+
+    def begin() -> bool:
+        for model in models:
+            print_notices(model.source.notes)
+        return _can_be_written(place, named=directory is not None)
+
+    kept = team.once(begin)
     chosen = suite_for(output, suite, text, samples, length, task_files, field)
     about_text = ""
     if suite is None:
         about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"
     identity = identity_of(*models, chosen, forced=not quick)
-    with LayerProgress(click.get_current_context().obj) as progress:
+    team.agree(identity, partial(difference, words="{0} is {2}, not {1}"))
+
+    def finished() -> dict | None:
+        found = None if overwrite else finished_evaluation(place, identity)
+        if found is None:
+            return None
+        if directory is None and (fault := next(evaluation_faults(Path(output)), None)):
+            raise InputError(f"{fault}; overwrite=True evaluates again")
+        progress.note(f"{place}: already evaluated, with the same models, texts and versions")
+        _show_report(found, about_text, as_json)
+        if not as_json:
+            _say(f"report: {place / HTML_NAME}")
+        return found.model_dump(mode="json")
+
+    with LayerProgress(context.obj) as progress:
         states = cache_at(cache, cache_size, progress.note)
-        if not overwrite and (found := finished_evaluation(place, identity)):
-            if directory is None and (fault := next(evaluation_faults(Path(output)), None)):
-                raise InputError(f"{fault}; overwrite=True evaluates again")
-            progress.note(f"{place}: already evaluated, with the same models, texts and versions")
-            _show_report(found, about_text, as_json)
-            if not as_json:
-                _say(f"report: {place / HTML_NAME}")
-            check_gates(found)
+        if found := team.once(finished):
+            team.leave()
+            check_gates(Report.model_validate(found))
             return
         report = run_suite(
             output,
             reference,
             chosen,
             suite or "",
-            progress.layer_done,
-            device_of(device),
+            team.only_first(progress.layer_done, None),
+            run_on,
             forced=not quick,
             cache=states,
             any_reference=any_reference,
+            team=team,
         ).report
     report = report.model_copy(update={"made_from": identity})
-    _show_report(report, about_text, as_json)
-    if kept:
-        _keep_report(report, Path(output), place, directory is not None, as_json)
+
+    def tell() -> None:
+        _show_report(report, about_text, as_json)
+        if kept:
+            _keep_report(report, Path(output), place, directory is not None, as_json)
+
+    team.once(tell)
+    team.leave()
     check_gates(report)
 
 

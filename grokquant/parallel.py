@@ -81,8 +81,9 @@ class Team:
         """Whether this process is that member."""
         return True
 
-    def rows(self, count: int, piece: int) -> slice:
-        """Of `count` rows those of this process: whole pieces of `piece` rows, in order."""
+    def rows(self, count: int, piece: int, least: int = 0) -> slice:
+        """Of `count` rows those of this process: whole pieces of `piece` rows, in order. The first
+        member has `least` rows or more."""
         return slice(0, count)
 
     def only_first(self, own: T, others: T) -> T:
@@ -109,6 +110,10 @@ class Team:
     def total(self, counts: "Tensor") -> "Tensor":
         """The sum of integers [n] of all members."""
         return counts
+
+    def joined(self, rows: "Tensor") -> "Tensor":
+        """The rows [n, ...] of all members, in order, on all of them."""
+        return rows
 
     def gather(self, rows: "Tensor", members: Collection[int]) -> "Tensor | None":
         """The rows [n, ...] of all members, in order, on `members` only; None on all others."""
@@ -211,11 +216,12 @@ class Members(Team):
     def is_here(self, member: int) -> bool:
         return member == self.rank
 
-    def rows(self, count: int, piece: int) -> slice:
+    def rows(self, count: int, piece: int, least: int = 0) -> slice:
         pieces = -(-count // piece)
-        first = pieces * self.rank // self.size * piece
-        last = pieces * (self.rank + 1) // self.size * piece
-        return slice(min(first, count), min(last, count))
+        least = -(-least // piece)
+        first = max(pieces * self.rank // self.size, least * bool(self.rank))
+        last = max(pieces * (self.rank + 1) // self.size, least)
+        return slice(min(first * piece, count), min(last * piece, count))
 
     def only_first(self, own: T, others: T) -> T:
         return others if self.rank else own
@@ -250,6 +256,9 @@ class Members(Team):
     def total(self, counts: "Tensor") -> "Tensor":
         everyones, _ = self._exchange([counts] * self.size)
         return everyones.view(self.size, -1).sum(0)
+
+    def joined(self, rows: "Tensor") -> "Tensor":
+        return self._exchange([rows] * self.size)[0]
 
     def gather(self, rows: "Tensor", members: Collection[int]) -> "Tensor | None":
         if not members:
@@ -436,13 +445,18 @@ class _Watch:
         self._signs: dict[int, str] = {}
         self._answers = 0  # of the store
         self._over = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def begin(self, store: "Store", lost: Callable[[str], None]) -> None:
         for work in (partial(self._exchange_signs, store), partial(self._judge, lost)):
-            threading.Thread(target=work, name="watch", daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name="watch", daemon=True))
+            self._threads[-1].start()
 
     def end(self) -> None:
+        """Python aborts a process that ends while one of its threads is inside the store."""
         self._over.set()
+        for thread in self._threads:
+            thread.join(_ANSWER)
 
     def late(self) -> str:
         """Who has not come to the last exchange, as far as it is known."""

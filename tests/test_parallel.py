@@ -164,3 +164,16 @@ def test_one_file_knows_ranks():
             assert not {"rank", "ranks", "get_rank", "local_rank", "world_size"} & names, path
     others = [path for path in root.rglob("*.py") if path.name != "parallel.py"]
     assert [p for p in others if "torch.distributed" in p.read_text()] == []
+
+
+def test_a_member_that_has_left_has_no_threads(monkeypatch):
+    """Python would abort a process that ends while one of them asks the store."""
+    monkeypatch.setattr(parallel, "_BEAT", 0.001)
+
+    def work(team: parallel.Members) -> list[threading.Thread]:
+        team.merge({})
+        team.leave()
+        assert team._watch._threads
+        return [thread for thread in team._watch._threads if thread.is_alive()]
+
+    assert together(2, work, lambda team, what: None) == [[], []]

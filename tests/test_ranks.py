@@ -99,21 +99,23 @@ def test_commands_that_one_process_must_carry_out_are_refused(monkeypatch):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)
-    ran = CliRunner().invoke(main, ["eval", "a", "--reference", "b"])
+    ran = CliRunner().invoke(main, ["verify", "a"])
     assert ran.exit_code == 2
-    assert ran.stderr == "grokquant: eval: does not run under torchrun; run it as one process\n"
+    assert ran.stderr == "grokquant: verify: does not run under torchrun; run it as one process\n"
     monkeypatch.setenv("RANK", "1")
-    ran = CliRunner().invoke(main, ["eval", "a", "--reference", "b"])
+    ran = CliRunner().invoke(main, ["verify", "a"])
     assert (ran.exit_code, ran.output) == (2, "")
 
 
 # --- `make test-ranks`
 
 
-def torchrun(job: Job, size: int, *options: str) -> subprocess.Popen:
+def torchrun(job: Job, size: int, *options: str, command: tuple[str, ...] = ()) -> subprocess.Popen:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options]
-    command = [*run, "--nproc-per-node", str(size), "-m", "grokquant", "quantize", str(job.recipe)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=(job.home / "stderr").open("w"))
+    command = command or ("quantize", str(job.recipe))
+    started = [*run, "--nproc-per-node", str(size), "-m", "grokquant", *command]
+    environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(started, env=environment, stderr=(job.home / "stderr").open("w"))
 
 
 @pytest.mark.ranks
@@ -130,6 +132,22 @@ def test_any_number_of_processes_makes_the_same_bytes(jobs, kind, size):
 def test_torchrun_makes_the_same_bytes(job, size):
     assert torchrun(job, size).wait(600) == 0, job.stderr
     job.check_whole()
+
+
+@pytest.mark.ranks
+def test_torchrun_makes_the_same_evaluation(job, smallest_release, tmp_path):
+    assert job.run() == 0
+    reports = []
+    for size in (1, 2, 3):
+        place = tmp_path / str(size)
+        options = ("--reference", str(smallest_release), "--output", str(place), "--samples", "24")
+        command = ("eval", str(job.out), *options)
+        assert torchrun(job, size, command=command).wait(600) == 0, job.stderr
+        assert "Traceback" not in job.stderr
+        reports.append((place / "report.json").read_bytes())
+    assert torchrun(job, size, command=command).wait(600) == 0, job.stderr
+    assert job.stderr.count("already") == 1, job.stderr  # evaluated
+    assert reports[1:] == reports[:1] * 2
 
 
 def children_of(process: int) -> list[int]:

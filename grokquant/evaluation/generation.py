@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from grokquant import humanize
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
-from grokquant.evaluation.lm_tasks import LmTasks, Prompt
+from grokquant.evaluation.lm_tasks import LmTasks
 from grokquant.job.budget.memory import available_bytes
 from grokquant.runtime.load import build_model
 
@@ -31,12 +31,11 @@ def check_fits(tasks: LmTasks, checkpoints: Sequence[Checkpoint], device: torch.
             )
 
 
-def texts(tasks: LmTasks, checkpoint: Checkpoint, device: torch.device) -> dict[Prompt, str]:
+def texts(tasks: LmTasks, checkpoint: Checkpoint, device: torch.device) -> list[str]:
     """The texts that the model, in bfloat16, generates for all prompts, by lm-eval's own `HFLM`."""
     model = build_model(checkpoint, device, _DTYPE)
     with contextlib.redirect_stderr(io.StringIO()):
         whole = HFLM(
             pretrained=model, tokenizer=tasks.tokenizer, max_length=tasks.longest, batch_size=1
         )
-        written = whole.generate_until(list(tasks.prompts.values()), disable_tqdm=True)
-    return dict(zip(tasks.prompts, written, strict=True))
+        return whole.generate_until(list(tasks.prompts.values()), disable_tqdm=True)

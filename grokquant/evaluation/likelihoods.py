@@ -45,6 +45,20 @@ class Batch:
     targets: Tensor
     owners: Tensor
 
+    def of_rows(self, part: slice) -> "Batch":
+        """Some rows, and what is to be predicted in them."""
+        time = self.rows.tokens.shape[1]
+        here = (self.positions >= part.start * time) & (self.positions < part.stop * time)
+        owners = self.owners[here]
+        first, last = (int(owners.min()), int(owners.max()) + 1) if len(owners) else (0, 0)
+        return Batch(
+            self.rows[part],
+            self.pairs[first:last],  # in the order of the rows
+            self.positions[here] - part.start * time,
+            self.targets[here],
+            owners - first,
+        )
+
 
 @dataclass
 class _Row:

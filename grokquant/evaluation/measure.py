@@ -14,15 +14,18 @@ from grokquant.evaluation.passage import Choices, choices
 from grokquant.evaluation.report import Forced, Layer
 from grokquant.evaluation.statistics import TokenFigures, compare_logits
 from grokquant.evaluation.teacher_forcing import (
+    SMALLEST_NORM,
     LayerProbe,
     ReferenceStream,
-    relative_error,
+    agreeing,
     router_agreement,
     same_set,
 )
+from grokquant.parallel import ALONE, Team
 from grokquant.streaming.blocks import BlockwiseModel, Rows
-from grokquant.streaming.stream import Stream
+from grokquant.streaming.stream import Stream, own_rows
 from grokquant.streaming.whole import running
+from grokquant.threads import slices
 
 # Windows that the reference runs a second time, in another batch order: the noise floor.
 _REPEATED = 4
@@ -75,35 +78,59 @@ def compare_texts(
     device: torch.device = CPU,
     forced: bool = True,
     cache: Cache | None = None,
+    team: Team = ALONE,
 ) -> Comparison:
     """Runs both models over all `texts` and `requests`, layer by layer, each layer read once.
 
     With `forced`, the reference's states of some windows of the first text also pass each quantized
     layer; with a `cache`, layers of the reference are read only if they are not in it. Arithmetic
-    is float32.
+    is float32. Members of a `team` share the rows, and all of them get the same result.
     """
     base = running(reference, device=device)
     model = running(quantized, device=device, twin=base)
     rows = texts[0].rows
     traced = rows[: max(1, _FORCED // rows.shape[1]) if forced else 0]
+    repeated = rows[:_REPEATED].flip(0)
     batches = [*(Rows(text.rows) for text in texts), *(batch.rows for batch in requests)]
-    both = [*batches, Rows(rows[:_REPEATED].flip(0))]
+    lead = max(len(traced), len(repeated))
+    parts = own_rows(team, base, [batch.tokens for batch in batches], lead)
+    batches = [batch[part] for batch, part in zip(batches, parts, strict=True)]
+    # What the first member has beside its own rows comes first, as they do.
+    traced, repeated = (team.only_first(more, more[:0]) for more in (traced, repeated))
+    both = [Rows(repeated), *batches]
     entry = cache.entry(key_of(reference, both, len(traced), device)) if cache else None
-    theirs = ReferenceStream(base, both, len(traced), entry)
-    own = Stream(model, [*batches, Rows(traced)] if forced else batches)
+    theirs = ReferenceStream(base, both, len(traced), entry, team)
+    own = Stream(model, [Rows(traced), *batches], team)
     layers, changes = _run_layers(own, theirs, layer_done)
-    figures = _scores(own, theirs, texts)
+    texts_here = [
+        Windows(text.rows[part], text.first) for text, part in zip(texts, parts, strict=False)
+    ]
+    asked = [batch.of_rows(part) for batch, part in zip(requests, parts[len(texts) :], strict=True)]
+    figures = [_joined(team, found) for found in _scores(own, theirs, texts_here)]
+    pairs = [pair for batch in requests for pair in batch.pairs]
     return Comparison(
         figures=figures[0],
         layers=layers,
-        noise=_noise(theirs, texts[0]),
-        choices=choices(
-            own.model, own.hidden[0][0], theirs.model, theirs.hidden[0][0], texts[0].rows[0]
-        ),
+        noise=_joined(team, _noise(theirs, Windows(repeated.flip(0), texts[0].first))),
+        choices=Choices(**team.once(lambda: vars(_choices(own, theirs, texts_here[0])))),
         first_change=changes.of(texts[0]),
         further=figures[1:],
-        answers=(_answers(own, requests, len(texts)), _answers(theirs, requests, len(texts))),
+        answers=(
+            dict(zip(pairs, _answers(own, asked, len(texts)), strict=True)),
+            dict(zip(pairs, _answers(theirs, asked, len(texts)), strict=True)),
+        ),
     )
+
+
+def _choices(own: Stream, theirs: Stream, text: Windows) -> Choices:
+    """At the end of the first window, which the first member has."""
+    return choices(own.model, own.hidden[1][0], theirs.model, theirs.hidden[1][0], text.rows[0])
+
+
+def _joined(team: Team, own: TokenFigures) -> TokenFigures:
+    """The figures of the tokens of all members, in order."""
+    columns = torch.stack(list(vars(own).values()), dim=1)  # (tokens, figures)
+    return TokenFigures(*team.joined(columns).unbind(1))
 
 
 def _run_layers(
@@ -111,7 +138,7 @@ def _run_layers(
 ) -> tuple[list[Layer], "_Changes"]:
     """Takes both models through all layers side by side."""
     layers: list[Layer] = []
-    changes = _Changes()
+    changes = _Changes(own.team)
     total = len(theirs.model.layers)
     for index in range(total):
         theirs.run_layer(index)
@@ -124,29 +151,33 @@ def _run_layers(
 
 
 def _run_layer(own: Stream, index: int, theirs: ReferenceStream) -> Forced | None:
-    """Takes the quantized model through a layer that the reference has just passed."""
-    if not theirs.windows:
-        own.run_layer(index)
-        return None
-    model = own.model
-    last = len(own.batches) - 1  # the batch of the reference's states
-    own.hidden[last] = theirs.entered
-    count = model.family.num_experts(model.config, index)
-    probe = LayerProbe(own.tokens_of(last), theirs.trace, model, count)
+    """Takes the quantized model through a layer that the reference has just passed; its batch 0 are
+    the reference's states."""
+    probe = None
+    if theirs.windows:
+        own.hidden[0] = theirs.entered
+        count = own.model.family.num_experts(own.model.config, index)
+        probe = LayerProbe(own.tokens_of(0), theirs.trace, count)
     own.run_layer(index, probe)
-    return probe.figures(own.hidden[last], theirs.left)
+
+    def figures() -> dict:
+        return probe.figures(own.hidden[0], theirs.left).model_dump() if probe else {}
+
+    found = own.team.once(figures)
+    return Forced.model_validate(found) if found else None
 
 
 class _Changes:
     """The first layer in which each token of the first text goes to other experts."""
 
-    def __init__(self) -> None:
+    def __init__(self, team: Team) -> None:
+        self.team = team
         self.first: Tensor | None = None  # (tokens,)
 
     def add(self, index: int, own: Stream, theirs: Stream) -> None:
         if own.chosen is None or theirs.chosen is None:
             return
-        changed = ~same_set(own.chosen[0], theirs.chosen[0])
+        changed = ~same_set(own.chosen[1], theirs.chosen[1])
         if self.first is None:
             self.first = torch.full(changed.shape, -1)
         self.first[changed & (self.first < 0)] = index
@@ -155,50 +186,67 @@ class _Changes:
         """For the positions whose next tokens are scored: [tokens]."""
         if self.first is None:
             return None
-        return self.first.view_as(text.rows)[:, text.first - 1 : -1].flatten()
+        everyones = self.team.joined(self.first)
+        return everyones.view_as(text.rows)[:, text.first - 1 : -1].flatten()
 
 
 def _layer_figures(index: int, own: Stream, theirs: Stream, alone: Forced | None) -> Layer:
     """Figures of the layer that both have just run, on the first text."""
-    error = relative_error(own.hidden[0], theirs.hidden[0])
+    team = own.team
+    error = _relative_error(team, own.hidden[1], theirs.hidden[1])
     if own.chosen is None or theirs.chosen is None:
         return Layer(layer=index, relative_error=error, forced=alone)
-    chosen = own.chosen[0]  # (tokens, k)
-    chosen_base = theirs.chosen[0]
+    chosen = own.chosen[1]  # (tokens, k)
+    chosen_base = theirs.chosen[1]
     count = theirs.model.family.num_experts(theirs.model.config, index)
     loads, loads_base = (
-        torch.bincount(experts.flatten(), minlength=count) for experts in (chosen, chosen_base)
+        team.total(torch.bincount(experts.flatten(), minlength=count))
+        for experts in (chosen, chosen_base)
     )
     return Layer(
-        **dict(router_agreement(chosen, chosen_base)),
+        **dict(router_agreement(team.joined(agreeing(chosen, chosen_base)))),
         layer=index,
         relative_error=error,
         tokens_per_expert=tuple(loads.tolist()),
         reference_tokens_per_expert=tuple(loads_base.tolist()),
-        load_shift=(loads - loads_base).abs().sum().item() / (2 * chosen.numel()),
+        load_shift=(loads - loads_base).abs().sum().item() / (2 * loads.sum().item()),
         forced=alone,
     )
 
 
-def _answers(stream: Stream, requests: Sequence[Batch], texts: int) -> dict[Pair, Likelihood]:
-    """A model's answers; the batches of the requests come after those of the texts."""
-    found: dict[Pair, Likelihood] = {}
-    for batch, hidden in zip(requests, stream.hidden[texts:], strict=False):
-        found |= likelihoods(stream.model, batch, hidden)
-    return found
+def _relative_error(team: Team, x: Tensor, reference: Tensor) -> float:
+    """||x - reference|| / ||reference|| of the states [rows, time, hidden] of all members, added up
+    row by row."""
+    squares = torch.zeros(len(x), 2, dtype=torch.float64)
+    for row, (own, base) in enumerate(zip(x, reference, strict=True)):
+        squares[row, 0] = (own - base).double().square().sum()
+        squares[row, 1] = base.double().square().sum()
+    error, norm = team.joined(squares).sum(0).sqrt().tolist()
+    return error / max(norm, SMALLEST_NORM)
+
+
+def _answers(stream: Stream, requests: Sequence[Batch], texts: int) -> list[Likelihood]:
+    """A model's answers to all requests, of which some rows are here; their batches come after
+    batch 0 and those of the texts."""
+    found: list[Likelihood] = []
+    for batch, hidden in zip(requests, stream.hidden[1 + texts :], strict=True):
+        size = stream.model.rows_at_once(batch.rows.tokens.shape[1])
+        for part in slices(0, len(hidden), size):
+            found += likelihoods(stream.model, batch.of_rows(part), hidden[part]).values()
+    rows = torch.tensor(found, dtype=torch.float64).view(-1, 2)
+    return [(total, bool(greedy)) for total, greedy in stream.team.joined(rows).tolist()]
 
 
 def _scores(own: Stream, theirs: Stream, texts: Sequence[Windows]) -> list[TokenFigures]:
-    passed = zip(own.hidden, theirs.hidden, texts, strict=False)
+    passed = zip(own.hidden[1:], theirs.hidden[1:], texts, strict=False)
     return [_score(own.model, h, theirs.model, h_base, text) for h, h_base, text in passed]
 
 
 def _noise(theirs: Stream, text: Windows) -> TokenFigures:
-    """The reference against itself, on the windows that it ran twice."""
-    again = theirs.hidden[-1].flip(0)
-    first = theirs.hidden[0][: len(again)]
-    repeated = Windows(text.rows[: len(again)], text.first)
-    return _score(theirs.model, again, theirs.model, first, repeated)
+    """The reference against itself, on the windows `text` that it ran twice."""
+    again = theirs.hidden[0].flip(0)
+    first = theirs.hidden[1][: len(again)]
+    return _score(theirs.model, again, theirs.model, first, text)
 
 
 def _score(
@@ -206,7 +254,7 @@ def _score(
 ) -> TokenFigures:
     """Compares next-token logits, some positions of a window at a time; `hidden` and `hidden_base`
     [windows, time, hidden] are what the last layers returned."""
-    parts = []
+    parts = [TokenFigures(*torch.empty(5, 0, dtype=torch.float64))]  # a member may have no rows
     at_once = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
     for window, own, theirs in zip(text.rows, hidden, hidden_base, strict=True):
         for start in range(text.first - 1, len(window) - 1, at_once):

@@ -19,11 +19,11 @@ class Choices:
     """`tokens` [time] of a window. Of its last n: the token that a model ranks first, and its
     probability, `own` and `own_p` [n] of the quantized model, `base` and `base_p` of the other."""
 
-    tokens: Tensor
-    own: Tensor
-    own_p: Tensor
-    base: Tensor
-    base_p: Tensor
+    tokens: list[int]
+    own: list[int]
+    own_p: list[float]
+    base: list[int]
+    base_p: list[float]
 
 
 def choices(
@@ -37,19 +37,20 @@ def choices(
     count = min(_TOKENS, len(tokens) - 1)
     own, own_p = _first(model, hidden[-count - 1 : -1])
     first, first_p = _first(base, hidden_base[-count - 1 : -1])
-    return Choices(tokens, own, own_p, first, first_p)
+    return Choices(tokens.tolist(), own, own_p, first, first_p)
 
 
-def _first(model: BlockwiseModel, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def _first(model: BlockwiseModel, hidden: Tensor) -> tuple[list[int], list[float]]:
     """The likeliest token after each position of hidden [n, hidden], and its probability."""
     logits = model.logits(hidden[None])[0]  # (n, vocabulary)
     top, where = logits.max(dim=1)
-    return where.cpu(), (top - logits.logsumexp(dim=1)).exp().cpu()
+    p = (top - logits.logsumexp(dim=1)).exp().clamp(0, 1)
+    return where.tolist(), p.tolist()
 
 
 def passage(found: Choices, tokenizer: PreTrainedTokenizerBase) -> Passage:
     """The choices as text."""
-    tokens = found.tokens.tolist()
+    tokens = found.tokens
     start = len(tokens) - len(found.own)
     rows = []
     for number, position in enumerate(range(start, len(tokens))):
@@ -57,19 +58,19 @@ def passage(found: Choices, tokenizer: PreTrainedTokenizerBase) -> Passage:
         rows.append(
             NextToken(
                 text=_decoded(tokenizer, context, tokens[position]),
-                reference=_decoded(tokenizer, context, found.base[number].item()),
-                reference_p=found.base_p[number].clamp(0, 1).item(),
-                quantized=_decoded(tokenizer, context, found.own[number].item()),
-                quantized_p=found.own_p[number].clamp(0, 1).item(),
+                reference=_decoded(tokenizer, context, found.base[number]),
+                reference_p=found.base_p[number],
+                quantized=_decoded(tokenizer, context, found.own[number]),
+                quantized_p=found.own_p[number],
             )
         )
     before = tokenizer.decode(tokens[max(0, start - _BEFORE) : start])
     return Passage(before=str(before), tokens=tuple(rows))
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, context: list[int], token: float) -> str:
+def _decoded(tokenizer: PreTrainedTokenizerBase, context: list[int], token: int) -> str:
     """The text that a token adds to that of the tokens before it."""
     before = str(tokenizer.decode(context))
-    whole = str(tokenizer.decode([*context, int(token)]))
+    whole = str(tokenizer.decode([*context, token]))
     # A token may complete a character, whose beginning was shown as a replacement.
     return whole[len(before) :] if whole.startswith(before) else whole[len(before) - 1 :]

@@ -20,6 +20,7 @@ from grokquant.evaluation.same_model import check_same_model
 from grokquant.evaluation.suite import Suite, judged, load_suite, refuse_task_files, suite_of
 from grokquant.evaluation.task_requests import opened_tasks
 from grokquant.evaluation.windows import read_text
+from grokquant.parallel import ALONE, Team
 from grokquant.recipe import parse_size
 from grokquant.recipe.of_output import check_text_is_known, settings_of
 from grokquant.text.tokenizer import load_tokenizer
@@ -91,14 +92,18 @@ def run_suite(
     forced: bool = True,
     cache: Cache | None = None,
     any_reference: bool = False,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Runs both checkpoints over all texts and tasks of a suite, each block read once.
 
     With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
     also measured alone; a `cache` keeps the reference's states for the next evaluation. With
     `any_reference`, the reference may be another model than the source, which the report then says.
+    Members of a `team` share the rows; all of them make this call and get the same evaluation.
     Raises InputError where the two cannot be compared, or a text or task cannot be used.
     """
+    if cache and team.is_divided:
+        raise InputError("several processes would keep parts of their own; leave it out", "cache")
     candidate = open_checkpoint(quantized)
     base = open_checkpoint(reference)
     check_comparable(candidate, base, any_reference)
@@ -106,10 +111,10 @@ def run_suite(
     note = check_same_model(candidate, base, any_reference)
     base_units = unit_rows(base)
     texts = [read_text(text, base, _key(name, i)) for i, text in enumerate(suite.texts)]
-    with opened_tasks(suite, candidate, base, device) as tasks:
+    with opened_tasks(suite, candidate, base, device, team) as tasks:
         windows = [text.windows for text in texts]
         comparison = compare_texts(
-            candidate, base, windows, tasks.batches, layer_done, device, forced, cache
+            candidate, base, windows, tasks.batches, layer_done, device, forced, cache, team
         )
         task_rows, items = tasks.results(*comparison.answers)
     measured = [comparison.figures, *comparison.further]

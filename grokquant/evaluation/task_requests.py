@@ -16,6 +16,7 @@ from grokquant.evaluation.items import ItemResults, paired_items, task_rows
 from grokquant.evaluation.likelihoods import Batch, Likelihood, Pair, pack
 from grokquant.evaluation.report import Tasks
 from grokquant.evaluation.suite import Suite
+from grokquant.parallel import ALONE, Team
 from grokquant.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -61,12 +62,12 @@ class OpenedTasks:
 
 @contextmanager
 def opened_tasks(
-    suite: Suite, candidate: Checkpoint, base: Checkpoint, device: torch.device
+    suite: Suite, candidate: Checkpoint, base: Checkpoint, device: torch.device, team: Team = ALONE
 ) -> Iterator[OpenedTasks | NoTasks]:
     """The tasks of a suite, with their data in a directory that is removed at the end.
 
-    Tasks that generate text do so here, by whole models in memory. Raises InputError where a task
-    cannot be loaded, or generates text and a model does not fit.
+    Tasks that generate text do so here, by whole models in the memory of the first member. Raises
+    InputError where a task cannot be loaded, or generates text and a model does not fit.
     """
     if not suite.tasks:
         yield NoTasks()
@@ -77,20 +78,21 @@ def opened_tasks(
 
         tokenizer = load_tokenizer(base)
         tasks = lm_tasks.open_tasks(suite.tasks, tokenizer, longest, Path(directory))
-        texts = _generated(tasks, candidate, base, device)
-        yield OpenedTasks(tasks, pack(tasks.pairs, longest, base.family.branches), texts)
+        written = team.once(lambda: _generated(tasks, candidate, base, device))
+        own, theirs = (dict(zip(tasks.prompts, texts, strict=True)) for texts in written)
+        yield OpenedTasks(tasks, pack(tasks.pairs, longest, base.family.branches), (own, theirs))
 
 
 def _generated(
     tasks: "LmTasks", candidate: Checkpoint, base: Checkpoint, device: torch.device
-) -> "tuple[dict[Prompt, str], dict[Prompt, str]]":
-    """The texts that both models generate for the prompts, if there are any."""
+) -> list[list[str]]:
+    """The texts that each of both models generates for the prompts, in their order."""
     if not tasks.prompts:
-        return {}, {}
+        return [[], []]
     from grokquant.evaluation import generation
 
     generation.check_fits(tasks, (candidate, base), device)
-    return generation.texts(tasks, candidate, device), generation.texts(tasks, base, device)
+    return [generation.texts(tasks, model, device) for model in (candidate, base)]
 
 
 @contextmanager

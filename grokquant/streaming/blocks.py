@@ -56,6 +56,9 @@ Keep = Callable[[Tensor], None]
 Expert = Callable[[Tensor], Tensor]
 
 
+# Takes the outputs [part, hidden] of an expert for the tokens int64 [part].
+Watch = Callable[[int, Tensor, Tensor], None]
+
 # (expert, what is routed to it) -> the expert
 MakeExpert = Callable[[int, Routed], Expert]
 
@@ -275,10 +278,19 @@ class BlockwiseModel:
         return self._run_layer(index, [(None, hidden)], combine, keep)[0]
 
     def run_batches(
-        self, index: int, batches: Sequence[Rows], hidden: Sequence[Tensor], combine: Combine
+        self,
+        index: int,
+        batches: Sequence[Rows],
+        hidden: Sequence[Tensor],
+        combine: Combine,
+        extra: int = 0,
     ) -> list[Tensor]:
-        """The same for several batches of rows at once, each of a length of its own."""
-        return self._run_layer(index, list(zip(batches, hidden, strict=True)), combine)
+        """The same for several batches of rows at once, each of a length of its own.
+
+        The first `extra` tokens that `combine` gets are free: it fills them, and what it returns
+        for them is dropped.
+        """
+        return self._run_layer(index, list(zip(batches, hidden, strict=True)), combine, extra=extra)
 
     @torch.no_grad()
     def _run_layer(
@@ -287,11 +299,12 @@ class BlockwiseModel:
         batches: list[tuple[Rows | None, Tensor]],
         combine: Combine,
         keep: Keep | None = None,
+        extra: int = 0,
     ) -> list[Tensor]:
-        tokens = sum(hidden.shape[0] * hidden.shape[1] for _, hidden in batches)
+        tokens = extra + sum(hidden.shape[0] * hidden.shape[1] for _, hidden in batches)
         exchange = self._exchange(index, tokens)
         if exchange is not None:
-            for parts in self._run_batches(index, batches):  # the first pass, which records
+            for parts in self._run_batches(index, batches, extra):  # the first pass, which records
                 if keep is not None:
                     keep(torch.cat(parts))
             recorded = exchange.recorded or self._nothing_recorded(batches)
@@ -299,9 +312,9 @@ class BlockwiseModel:
             exchange.outputs = combine(*recorded)
             del recorded
         # A batch without rows has no parts.
+        passed = self._run_batches(index, batches, extra)
         return [
-            torch.cat(parts or [hidden])
-            for parts, (_, hidden) in zip(self._run_batches(index, batches), batches, strict=True)
+            torch.cat(parts or [hidden]) for parts, (_, hidden) in zip(passed, batches, strict=True)
         ]
 
     def _nothing_recorded(self, batches: list[tuple[Rows | None, Tensor]]) -> tuple[Tensor, ...]:
@@ -310,10 +323,10 @@ class BlockwiseModel:
         return x, x.new_empty(0, 1, dtype=torch.long), x.new_empty(0, 1)
 
     def _run_batches(
-        self, index: int, batches: list[tuple[Rows | None, Tensor]]
+        self, index: int, batches: list[tuple[Rows | None, Tensor]], start: int
     ) -> Iterator[list[Tensor]]:
-        """Yields the layer's outputs for each batch, in parts."""
-        start = 0
+        """Yields the layer's outputs for each batch, in parts; `start` is the number of the first
+        token."""
         for rows, hidden in batches:
             yield self._run_rows(index, hidden, rows, start)
             start += hidden.shape[0] * hidden.shape[1]
@@ -374,11 +387,12 @@ class BlockwiseModel:
         make_expert: MakeExpert,
         team: Team = ALONE,
         owners: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Combine:
         """A function that runs each expert on the tokens routed to it and adds up the outputs.
 
         The expert is made, and runs, where its owner among the members of `team` is; tokens go
-        there and outputs come back.
+        there and outputs come back. `watch` sees them.
         """
         experts_here = self.family.num_experts(self.config, index)
         owners = owners or [0] * experts_here
@@ -393,6 +407,8 @@ class BlockwiseModel:
 
             def add(number: int, part: slice, y: Tensor) -> None:
                 routed = given[number]
+                if watch is not None:
+                    watch(number, routed.token[part], y)
                 gated = y.float() * routed.gate[part]
                 combined.index_add_(0, routed.token[part], gated)
 

@@ -1,4 +1,13 @@
-"""All rows of an evaluation on their way through one model, layer by layer, each read once."""
+"""All rows of an evaluation on their way through one model, layer by layer, each read once.
+
+Several processes share them: each takes whole pieces of rows, as they pass a layer, and each expert
+runs where its owner is, for the tokens of all. The order of members is that of the rows, so every
+product has the inputs that it has in one process:
+
+    batch 0             batch 1             batch 2
+    | piece | piece |   | piece | piece |   | piece |
+      member 0              member 1          member 2
+"""
 
 from collections.abc import Sequence
 
@@ -6,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grokquant.errors import InputError
+from grokquant.parallel import ALONE, Team
 from grokquant.streaming.blocks import BlockwiseModel, Expert, Routed, Rows
 
 
@@ -14,8 +24,11 @@ class View:
 
     `attention` is its attention's output [tokens, hidden]. In a layer with experts, `inputs`
     [tokens, hidden] are what reaches them, `experts` and `gates` [tokens, k] where the router sends
-    it, the largest gate first.
+    it, the largest gate first. `extra` tokens pass the experts before all others, but nothing else
+    of the layer.
     """
+
+    extra = 0
 
     def __init__(self, tokens: slice) -> None:
         self.tokens = tokens
@@ -49,9 +62,11 @@ class View:
         self.experts = experts[self.tokens].clone()
         self.gates = gates[self.tokens].clone()
 
-    def expert(self, number: int, expert: Expert, routed: Tensor) -> Expert:
-        """The function to run instead of `expert` on the indices of tokens `routed` to it."""
-        return expert
+    def fill(self, x: Tensor, experts: Tensor, gates: Tensor) -> None:
+        """Fills in the inputs and routes of the extra tokens."""
+
+    def output(self, number: int, token: Tensor, y: Tensor) -> None:
+        """Takes outputs y [part, hidden] of an expert; `token` counts the extra tokens, too."""
 
 
 class Stream:
@@ -59,11 +74,12 @@ class Stream:
 
     `hidden` are the states of each batch [rows, time, hidden] after the layers run so far. `chosen`
     are the experts that the last layer's router chose, [tokens, k] for each batch, the largest gate
-    first; None if that layer is dense.
+    first; None if that layer is dense. In a `team`, all this is about the rows of this member.
     """
 
-    def __init__(self, model: BlockwiseModel, batches: Sequence[Rows]) -> None:
+    def __init__(self, model: BlockwiseModel, batches: Sequence[Rows], team: Team = ALONE) -> None:
         self.model = model
+        self.team = team
         self.batches = batches
         self.hidden = [model.embed(rows.tokens) for rows in batches]
         self.chosen: tuple[Tensor, ...] | None = None
@@ -83,23 +99,46 @@ class Stream:
         self.chosen = None
 
         def make_expert(number: int, routed: Routed) -> Expert:
-            return view.expert(number, model.stored_expert(index, number), routed.token)
+            return model.stored_expert(index, number)
 
-        combine = model.combine_experts(index, make_expert)
+        owners = self.team.assign([1.0] * model.family.num_experts(model.config, index))
+        combine = model.combine_experts(index, make_expert, self.team, owners, view.output)
 
         def watched(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-            order = gates.argsort(dim=-1, descending=True, stable=True)
-            ranked = experts.gather(1, order)
+            passing = slice(view.extra, None)
+            order = gates[passing].argsort(dim=-1, descending=True, stable=True)
+            ranked = experts[passing].gather(1, order)
             self.chosen = ranked.split([rows.tokens.numel() for rows in self.batches])
-            view.route(x, ranked, gates.gather(1, order))
+            view.route(x[passing], ranked, gates[passing].gather(1, order))
+            extra = slice(0, view.extra)
+            view.fill(x[extra], experts[extra], gates[extra])
             return combine(x, experts, gates)
 
         model.load_layer(index)
         hook = model.attention_output(index).register_forward_hook(
             lambda _, args, output: view.pass_attention(output)
         )
-        self.hidden = model.run_batches(index, self.batches, self.hidden, watched)
+        self.hidden = model.run_batches(index, self.batches, self.hidden, watched, view.extra)
         hook.remove()
         model.free_layer(index)
         if not all(torch.isfinite(hidden).all() for hidden in self.hidden):
             raise InputError(f"{model.source.path}: the outputs of layer {index} are not finite")
+
+
+def own_rows(
+    team: Team, model: BlockwiseModel, batches: Sequence[Tensor], lead: int
+) -> list[slice]:
+    """Which rows of each batch of token ids [rows, time] this member has; the first one has at
+    least `lead` rows of batch 0."""
+    sizes = [model.rows_at_once(tokens.shape[1]) for tokens in batches]
+    pieces = [-(-len(tokens) // size) for tokens, size in zip(batches, sizes, strict=True)]
+    own = team.rows(sum(pieces), 1, least=-(-lead // sizes[0]))
+    parts: list[slice] = []
+    before = 0  # pieces in earlier batches
+    for tokens, size, count in zip(batches, sizes, pieces, strict=True):
+        first, last = (
+            min(max(end - before, 0) * size, len(tokens)) for end in (own.start, own.stop)
+        )
+        parts.append(slice(first, last))
+        before += count
+    return parts

@@ -69,11 +69,13 @@ class WholeModel(BlockwiseModel):
         batches: list[tuple[Rows | None, Tensor]],
         combine: Combine,
         keep: Keep | None = None,
+        extra: int = 0,
     ) -> list[Tensor]:
         hidden = [states for _, states in batches]
         if index + 1 < len(self.layers):
             return hidden
-        return [torch.cat(list(self._states(states))) for states in hidden]
+        # A batch without rows has no states.
+        return [torch.cat(list(self._states(states)) or [states]) for states in hidden]
 
     @torch.no_grad()
     def inputs_of(self, index: int, tensor: str, hidden: Tensor) -> Tensor:
