@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_grids import same
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grokquant.formats import FORMATS, words
 from grokquant.formats.words import pack_with_torch, unpack_words
@@ -13,13 +14,7 @@ from grokquant.grids import GRIDS, Scheme
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.runtime.dequantize import dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache
-from grokquant.runtime.products import (
-    kernel_bytes,
-    kernel_is_quicker,
-    kernel_takes,
-    prepare,
-    product,
-)
+from grokquant.runtime.products import KERNELS, Kernel, kernel_for
 from grokquant.types import QTensor
 
 ROWS = 1056  # more than are converted at once, and no multiple of them
@@ -30,12 +25,30 @@ INTEGERS = [
     for group in (32, 128, 256, None)
     for symmetric in (True, False)
 ]
-NAMED = [GRIDS[name].scheme for name in ("q8_0", "q4_0", "q4_1", "q4_k", "llm_int8")]
+NAMED = [
+    GRIDS[name].scheme
+    for name in (
+        "q8_0",
+        "q4_0",
+        "q4_1",
+        "q4_k",
+        "q5_k",
+        "llm_int8",
+        "nf4",
+        "fp4",
+        "iq4_nl",
+        "iq4_xs",
+    )
+]
 
 
 def matrix(scheme: Scheme) -> QTensor:
+    return matrix_of((ROWS, COLUMNS), scheme)
+
+
+def matrix_of(shape: tuple[int, int], scheme: Scheme) -> QTensor:
     generator = torch.Generator().manual_seed(1)
-    W = torch.randn(ROWS, COLUMNS, generator=generator).mul_(0.02)
+    W = torch.randn(shape, generator=generator).mul_(0.02)
     return quantize_rtn(W, scheme, "absmax")
 
 
@@ -44,48 +57,92 @@ def unrounded(quantized: QTensor) -> Tensor:
     return replace(quantized, scales=quantized.scales.float(), offsets=offsets).dequantize()
 
 
+def kernel(
+    scheme: Scheme, shape: tuple[int, int] = (ROWS, COLUMNS), stored_bytes: int = 1 << 30
+) -> Kernel | None:
+    return kernel_for(scheme, shape, stored_bytes, "cpu", torch.bfloat16)
+
+
+def kernel_bits(scheme: Scheme) -> int:
+    """What codes of a scheme take as their kernel holds them."""
+    return 4 if scheme.bits <= 4 else 8
+
+
+@pytest.mark.parametrize("tokens", [1, 7])  # one at a time, and four, two and one
 @pytest.mark.parametrize("scheme", INTEGERS + NAMED, ids=str)
-def test_the_kernel_multiplies_with_the_codes(scheme):
+def test_the_kernel_multiplies_with_the_codes(scheme, tokens):
     quantized = matrix(scheme)
-    x = torch.randn(5, COLUMNS, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(2))
     W = unrounded(quantized)
-    found = product(x, prepare(quantized, torch.float32))
+    ours = kernel(scheme)
+    found = ours.product(x, ours.prepare(quantized, torch.float32))
     assert torch.allclose(found, x @ W.T, rtol=1e-5, atol=1e-5)
-    in_bf16 = product(x.bfloat16(), prepare(quantized, torch.bfloat16)).float()
+    in_bf16 = ours.product(x.bfloat16(), ours.prepare(quantized, torch.bfloat16)).float()
     wanted = x.bfloat16().float() @ W.T
+    assert in_bf16.shape == (tokens, ROWS)
     assert (in_bf16 - wanted).norm() < 4e-3 * wanted.norm()  # bfloat16 has 2^-8
 
 
 @pytest.mark.parametrize("scheme", INTEGERS + NAMED, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_memory_is_known_before(scheme, dtype):
-    parts = prepare(matrix(scheme), dtype)
-    expected = kernel_bytes(scheme, (ROWS, COLUMNS), dtype)
+    ours = kernel(scheme)
+    parts = ours.prepare(matrix(scheme), dtype)
+    expected = ours.held_bytes(scheme, (ROWS, COLUMNS), dtype)
     assert sum(part.nbytes for part in parts.values()) == expected
+    codes = ROWS * COLUMNS * kernel_bits(scheme) // 8
+    assert parts["codes"].nbytes == codes
 
 
-@pytest.mark.parametrize("name", ["nf4", "fp4", "iq4_nl", "iq4_xs", "q6_k", "q3_k", "q2_k"])
+@pytest.mark.parametrize("name", ["q6_k", "q3_k", "q2_k"])
 def test_grids_without_a_kernel(name):
-    """Tables of values, and groups of 16."""
-    assert not kernel_takes(GRIDS[name].scheme, (ROWS, COLUMNS), ROWS * COLUMNS)
+    """Groups of 16."""
+    assert kernel(GRIDS[name].scheme) is None
 
 
-def test_twice_as_many_tokens_are_many_where_there_are_two_planes():
-    few = {scheme.bits: kernel_is_quicker(scheme, 16) for scheme in (Scheme(4, 32), Scheme(8, 32))}
-    assert few == {4: True, 8: False}
-    assert kernel_is_quicker(Scheme(8, 32), 15) and not kernel_is_quicker(Scheme(4, 32), 32)
+def test_few_tokens_are_fewer_than_32():
+    for scheme in (Scheme(4, 32), Scheme(8, 32), GRIDS["nf4"].scheme):
+        assert kernel(scheme).is_quicker(31) and not kernel(scheme).is_quicker(32)
 
 
 def test_shapes_without_a_kernel():
-    assert kernel_takes(Scheme(4, 32), (16, 64), 16 * 36)
-    assert not kernel_takes(Scheme(4, 32), (24, 64), 24 * 36)
-    assert not kernel_takes(Scheme(4, 16), (16, 64), 16 * 40)
+    assert kernel(Scheme(4, 32), (16, 64), 16 * 36)
+    assert kernel(Scheme(4, 32), (24, 64), 24 * 36) is None
+    assert kernel(Scheme(4, 16), (16, 64), 16 * 40) is None
+    assert kernel(Scheme(8, 32), (4, 64), 4 * 68)
+    assert kernel(Scheme(8, 32), (6, 64), 6 * 68) is None
+    assert kernel(Scheme(8, 16), (4, 64), 4 * 72) is None
 
 
-def test_a_form_that_takes_too_much_memory_is_not_used():
-    """q5_k needs two planes of 4 bits."""
-    scheme = GRIDS["q5_k"].scheme
-    assert not kernel_takes(scheme, (ROWS, COLUMNS), ROWS * COLUMNS * 11 // 16)
+@pytest.mark.parametrize("name", [*(n for n in GRIDS if n != "integer")])
+def test_a_form_that_takes_too_much_memory_is_not_used(name):
+    """Codes of 2, 3, 5 and 6 bits take 4 or 8 there."""
+    scheme = GRIDS[name].scheme
+    stored = (
+        ROWS * scheme.groups(COLUMNS) * scheme.group_bits // 8 + ROWS * COLUMNS * scheme.bits // 8
+    )
+    assert bool(kernel(scheme, stored_bytes=stored)) == (scheme.bits in (4, 8))
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(4, 32, False), Scheme(3, None)], ids=str)
+def test_cuda_takes_codes_of_4_bits_in_bfloat16(scheme):
+    """By torch's rules on shapes and dtypes; no GPU was at hand."""
+    shape = (64, 256)
+    assert kernel_for(scheme, shape, 1 << 30, "cuda", torch.float32) is None
+    on_cuda = kernel_for(scheme, shape, 1 << 30, "cuda", torch.bfloat16)
+    assert on_cuda in KERNELS and on_cuda.device == "cuda" and on_cuda.is_quicker(10_000)
+    quantized = matrix_of(shape, scheme)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        held = on_cuda.prepare(quantized.each(torch.empty_like), torch.bfloat16)
+        out = on_cuda.product(torch.empty(5, 256, dtype=torch.bfloat16), held)
+    assert out.shape == (5, 64)
+    expected = on_cuda.held_bytes(scheme, shape, torch.bfloat16)
+    assert sum(part.nbytes for part in held.values()) == expected
+
+
+def test_cuda_takes_no_other_codes():
+    for scheme in (Scheme(8, 128), GRIDS["nf4"].scheme, Scheme(4, 16)):
+        assert kernel_for(scheme, (64, 256), 1 << 30, "cuda", torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("scheme", INTEGERS + [grid.scheme for grid in GRIDS.values()], ids=str)
@@ -93,9 +150,11 @@ def test_rows_are_rounded_once(scheme):
     quantized = matrix(scheme)
     part = slice(70, 700)
     wanted = unrounded(quantized)[part]
-    assert torch.equal(dequantize(quantized.rows(part), torch.bfloat16), wanted.bfloat16())
-    in_float32 = dequantize(quantized.rows(part), torch.float32)
-    assert torch.equal(in_float32, quantized.dequantize()[part].float())
+    in_bf16 = dequantize(quantized.rows(part), torch.float16, torch.bfloat16)
+    assert torch.equal(in_bf16, wanted.bfloat16())
+    for computed in (torch.float16, torch.float32):
+        in_float32 = dequantize(quantized.rows(part), computed, torch.float32)
+        assert torch.equal(in_float32, quantized.dequantize(computed)[part].float())
 
 
 STORED = [
@@ -126,7 +185,7 @@ def test_many_tokens_are_multiplied_with_tiles(scheme):
     seen: list[int] = []
 
     def rows(part: slice, memory: Tensor | None) -> Tensor:
-        tile = dequantize(quantized.rows(part), torch.bfloat16, memory)
+        tile = dequantize(quantized.rows(part), torch.bfloat16, torch.bfloat16, memory)
         seen.append(len(tile))
         return tile
 

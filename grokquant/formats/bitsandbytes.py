@@ -26,7 +26,9 @@ from itertools import chain
 from math import prod
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
+from numba import njit
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
@@ -134,9 +136,25 @@ def unpack(
     state = bytes(packed[f"{tensor}.{_STATE}{scheme.grid}"].tolist())
     count = json.loads(state)["shape"][0]
     pairs = weight.view(count, -1)[rows]  # (rows, in / 2)
-    codes = torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1)
     absmax = packed[f"{tensor}.absmax"].view(count, -1)
-    return QTensor(codes.view(torch.int8), absmax[rows], scheme)
+    return QTensor(_unpack_pairs(pairs), absmax[rows], scheme)
+
+
+def _unpack_pairs(pairs: Tensor) -> Tensor:
+    """uint8 [rows, n] to int8 codes [rows, 2 n], the upper half first."""
+    if pairs.device.type != "cpu":
+        return torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(1).view(torch.int8)
+    codes = torch.empty(len(pairs), 2 * pairs.shape[1], dtype=torch.int8)
+    words = codes.view(-1).view(torch.int16).numpy().view(np.uint16)
+    _split_pairs(pairs.reshape(-1).numpy(), words)
+    return codes
+
+
+@njit(nogil=True, cache=True)
+def _split_pairs(pairs, words):
+    """0xab -> 0x0b0a, whose lower byte comes first."""
+    for i in range(len(pairs)):
+        words[i] = np.uint16(pairs[i] >> 4) | np.uint16((pairs[i] & 15) << 8)
 
 
 def quantization_config(units: Iterable[Unit], unquantized: Iterable[str]) -> dict:

@@ -12,6 +12,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from grokquant.grids import Scheme
+from grokquant.runtime.vectors import LANES, look_up
 from grokquant.threads import in_pieces, slices
 from grokquant.types import ROW_BLOCK_BYTES, QTensor
 
@@ -19,9 +21,8 @@ _f32 = np.float32
 _u16 = np.uint16
 _u32 = np.uint32
 _compiled = njit(nogil=True, cache=True)
-_inlined = njit(nogil=True, cache=True, inline="always")
 # Rows of a tile: on fewer, rearranging the activations for each product takes longer.
-_TILE_ROWS = 512
+_TILE_ROWS = 1024
 # Tiles begin at a multiple of these.
 _ROWS_TOGETHER = 32
 # A bfloat16 number is the upper half of the float32 one; ties go to even.
@@ -44,10 +45,7 @@ Rows = Callable[[slice, Tensor | None], Tensor]
 
 def product_with_rows(x: Tensor, shape: tuple[int, int], rows: Rows) -> Tensor:
     """x [tokens, in] times a matrix [out, in] of which `rows` makes a tile at a time.
-    [tokens, out]
-
-    Computed as W X^T: of two factors, libraries rearrange the second one.
-    """
+    [tokens, out]"""
     at_once = _rows_at_once(x, shape)
     kept = torch.is_grad_enabled() and x.requires_grad  # a gradient needs all tiles again
     memory: dict[int, Tensor] = {}  # by thread
@@ -56,10 +54,9 @@ def product_with_rows(x: Tensor, shape: tuple[int, int], rows: Rows) -> Tensor:
         thread = get_ident()
         if thread not in memory and not kept:
             memory[thread] = x.new_empty(at_once, shape[1])
-        return rows(part, memory.get(thread)) @ x.T  # (rows, tokens)
+        return x @ rows(part, memory.get(thread)).T  # (tokens, rows)
 
-    products = in_pieces(product, slices(0, shape[0], at_once), x.device)
-    return torch.cat([product.T for product in products], dim=-1)
+    return torch.cat(in_pieces(product, slices(0, shape[0], at_once), x.device), dim=-1)
 
 
 def _rows_at_once(x: Tensor, shape: tuple[int, int]) -> int:
@@ -71,85 +68,64 @@ def _rows_at_once(x: Tensor, shape: tuple[int, int]) -> int:
     return max(1, -(-rows // _ROWS_TOGETHER)) * _ROWS_TOGETHER
 
 
-def dequantize(quantized: QTensor, dtype: torch.dtype, memory: Tensor | None = None) -> Tensor:
-    """The matrix in `dtype`, perhaps in `memory` of at least as many rows. [out, in]
+def dequantize(
+    quantized: QTensor, computed: torch.dtype, dtype: torch.dtype, memory: Tensor | None = None
+) -> Tensor:
+    """The matrix, computed in one dtype and rounded to `dtype`, perhaps in `memory` of at least as
+    many rows. [out, in]
 
-    On CPUs a value is rounded once, from float32 to bfloat16; `QTensor.dequantize` rounds to the
-    dtype of its scales first.
+    bfloat16 on CPUs is rounded once instead, from float32.
     """
     if dtype != torch.bfloat16 or quantized.device.type != "cpu":
-        return quantized.dequantize().to(dtype)
-    codes = quantized.codes.contiguous().numpy()
-    levels = _levels(quantized)
-    table = np.array(quantized.scheme.row.table, _f32)
+        return quantized.dequantize(computed).to(dtype)
+    group_size = quantized.shape[1] // quantized.scales.shape[1]
+    if quantized.scheme.row.table and group_size % LANES:
+        return quantized.dequantize(torch.float32).to(dtype)
     if memory is None:
         memory = torch.empty(quantized.shape, dtype=torch.bfloat16)
-    dense = memory[: len(codes)]
+    dense = memory[: len(quantized.codes)]
     bits = dense.view(torch.int16).numpy().view(_u16)
+    codes = quantized.codes.contiguous().numpy()
+    scales = (quantized.scales.float() * quantized.scheme.row.unit).numpy()
+    points = None if quantized.zero_points is None else quantized.zero_points.float().numpy()
+    offsets = None if quantized.offsets is None else quantized.offsets.float().numpy()
+    values = _values(quantized.scheme, group_size)
 
     def work(tile: slice) -> None:
-        if len(table):
-            _look_up(codes[tile], levels[tile], table, bits[tile])
+        point = None if points is None else points[tile]
+        offset = None if offsets is None else offsets[tile]
+        if values is None:
+            _dequantize(point, scales[tile], offset, codes[tile], bits[tile])
         else:
-            _dequantize(codes[tile], levels[tile], bits[tile])
+            look_up(values, point, scales[tile], offset, codes[tile], bits[tile])
 
     in_pieces(work, slices(0, len(codes), _TILE_ROWS))
     return dense
 
 
-def _levels(quantized: QTensor) -> np.ndarray:
-    """float32 [rows, groups, 3]: zero point, scale and offset of each group."""
-    levels = torch.zeros(*quantized.scales.shape, 3)
-    if quantized.zero_points is not None:
-        levels[..., 0] = quantized.zero_points
-    levels[..., 1] = quantized.scales.float() * quantized.scheme.row.unit
-    if quantized.offsets is not None:
-        levels[..., 2] = quantized.offsets
-    return levels.numpy()
+def _values(scheme: Scheme, group_size: int) -> np.ndarray | None:
+    """What codes of up to 4 bits are worth, float32 [16] by their lower four bits: negative ones
+    come last. None for wider codes, and for groups that `look_up` does not take."""
+    if scheme.row.table:
+        return np.array(scheme.row.table, _f32)
+    if scheme.bits > 4 or group_size % LANES:
+        return None
+    places = np.arange(16, dtype=_f32)
+    return places if scheme.qmin == 0 else np.where(places < 8, places, places - _f32(16))
 
 
 @_compiled
-def _dequantize(codes, levels, bits):
-    """int8 codes [rows, in] to bits of bfloat16."""
-    rows, groups, _ = levels.shape
+def _dequantize(points, scales, offsets, codes, bits):
+    """As `look_up`, of codes int8 [rows, in] that are numbers: (code - point) * scale + offset."""
+    rows, groups = scales.shape
     size = codes.shape[1] // groups
     for row in range(rows):
         for group in range(groups):
-            zero, scale, offset = levels[row, group]
+            scale = scales[row, group]
+            point = _f32(0) if points is None else points[row, group]
+            offset = _f32(0) if offsets is None else offsets[row, group]
             of_group = codes[row, group * size : (group + 1) * size]
             out = bits[row, group * size : (group + 1) * size]
             for i in range(size):
-                value = _f32((_f32(of_group[i]) - zero) * scale + offset)
+                value = _f32((_f32(of_group[i]) - point) * scale + offset)
                 out[i] = _bfloat16(value)
-
-
-@_inlined
-def _of_four(code, value0, value1, value2, value3):
-    """That of the lowest two bits of a code, by selections: a CPU makes those of many codes at
-    once, unlike reads from different places."""
-    low = value1 if code & 1 else value0
-    high = value3 if code & 1 else value2
-    return high if code & 2 else low
-
-
-@_compiled
-def _look_up(codes, levels, table, bits):
-    """The same of codes 0 to 15, places in a table of values."""
-    rows, groups, _ = levels.shape
-    size = codes.shape[1] // groups
-    v = np.empty(16, _u16)
-    for row in range(rows):
-        for group in range(groups):
-            for code in range(16):
-                v[code] = _bfloat16(_f32(table[code] * levels[row, group, 1]))
-            a, b, c, d, e, f, g, h = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
-            j, k, m, n, p, q, r, s = v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]
-            of_group = codes[row, group * size : (group + 1) * size]
-            out = bits[row, group * size : (group + 1) * size]
-            for i in range(size):
-                code = of_group[i]
-                first = _of_four(code, a, b, c, d)
-                second = _of_four(code, e, f, g, h)
-                third = _of_four(code, j, k, m, n)
-                fourth = _of_four(code, p, q, r, s)
-                out[i] = _of_four(code >> 2, first, second, third, fourth)

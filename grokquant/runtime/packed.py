@@ -2,8 +2,8 @@
 
 A matrix is read when it is first used and kept in the model's `MatrixCache`, in one of two forms:
 
-    kernel   what `products` multiplies few tokens with, on CPUs. For many tokens the matrix is read
-             again and dequantized block by block of rows
+    kernel   what a kernel of `products` multiplies few tokens with. For many tokens the matrix is
+             read again and dequantized block by block of rows
     stored   as its format stores it; dequantized on every use
 """
 
@@ -28,13 +28,7 @@ from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.runtime.dequantize import Rows, dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache, Parts
-from grokquant.runtime.products import (
-    kernel_bytes,
-    kernel_is_quicker,
-    kernel_takes,
-    prepare,
-    product,
-)
+from grokquant.runtime.products import Kernel, kernel_for
 from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, TensorRef
 
 # (outputs of gate, outputs of up) -> those of the fused matrix
@@ -44,8 +38,8 @@ Join = Callable[..., Tensor]
 class PackedMatrix(nn.Module):
     """A matrix [out, in] that is read when it is used.
 
-    It is held in `cache`: on a CPU as its kernel wants it; otherwise as `format` stores it, as
-    codes and scales if the format cannot hold it, or dense in `dtype` if the checkpoint has no
+    It is held in `cache`: as its kernel wants it if there is one; otherwise as `format` stores it,
+    as codes and scales if the format cannot hold it, or dense in `dtype` if the checkpoint has no
     codes for it. Until `open` it has buffers without memory, so that size estimates include it.
     """
 
@@ -83,36 +77,40 @@ class PackedMatrix(nn.Module):
         return self._rows(dtype)(ALL_ROWS, None)
 
     def _product(self, x: Tensor) -> Tensor:
-        scheme = self.ref.scheme
-        if scheme and self._has_kernel and kernel_is_quicker(scheme, len(x)):
-            return product(x, self._for_kernel(x.dtype))
+        kernel = self._kernel(x.dtype)
+        wants_gradient = torch.is_grad_enabled() and x.requires_grad  # which kernels do not have
+        if kernel and kernel.is_quicker(len(x)) and not wants_gradient:
+            return kernel.product(x, self._for_kernel(kernel, x.dtype))
         return product_with_rows(x, self.shape, self._rows(x.dtype))
 
-    @property
-    def _has_kernel(self) -> bool:
-        """Whether it is held as the kernel wants it."""
+    def _kernel(self, dtype: torch.dtype) -> Kernel | None:
+        """What multiplies with it, and how it is held therefore."""
         scheme = self.ref.scheme
-        if scheme is None or self.device.type != "cpu":
-            return False
-        return kernel_takes(scheme, self.shape, self.ref.stored_bytes)
+        if scheme is None:
+            return None
+        return kernel_for(scheme, self.shape, self.ref.stored_bytes, self.device.type, dtype)
 
-    def _for_kernel(self, dtype: torch.dtype) -> Parts:
+    def _for_kernel(self, kernel: Kernel, dtype: torch.dtype) -> Parts:
         scheme = self.ref.scheme
         assert scheme is not None
-        expected = kernel_bytes(scheme, self.shape, dtype)
-        name = f"{self.ref.name} {dtype}"
-        return self._held(name, expected, lambda: prepare(self.ref.read_quantized(), dtype))
+        expected = kernel.held_bytes(scheme, self.shape, dtype)
+
+        def read() -> Parts:
+            return kernel.prepare(self.ref.read_quantized().to(self.device), dtype)
+
+        return self._held(f"{self.ref.name} {dtype}", expected, read)
 
     def _rows(self, dtype: torch.dtype) -> Rows:
         """Makes some rows of the matrix, dense in `dtype`."""
-        if self._has_kernel:
+        if self._kernel(dtype):
             rows = self.ref.quantized_rows()
         else:
             parts = self._held(self.ref.name, self._stored_bytes(), self._read)
             if self.ref.scheme is None:
                 return lambda part, memory: parts["weight"][part].to(dtype)
             rows = self._unpacked(parts, self.ref.scheme)
-        return lambda part, memory: dequantize(rows(part), dtype, memory)
+        stored = self.ref.dtype
+        return lambda part, memory: dequantize(rows(part).to(self.device), stored, dtype, memory)
 
     def _held(self, name: str, expected: int, read: Callable[[], Parts]) -> Parts:
         return self.cache.get(name, self.ref.stored_bytes, expected, read)

@@ -121,6 +121,9 @@ def multiply_out(method, layer: nn.Module) -> None:
             words = getattr(layer, f"{name}_weight_packed")
             scales = getattr(layer, f"{name}_weight_scale")
             zeros = getattr(layer, f"{name}_weight_zero_point", None)
+            if method.is_transposed:  # up to 0.28 or so, whatever the backend
+                words, scales = words.mT, scales.mT
+                zeros = None if zeros is None else zeros.mT
         setattr(layer, f"{name}_dense", dense(words, scales, zeros, bits))
 
 
