@@ -14,8 +14,9 @@ from grokquant.grids import GRIDS, Scheme
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.runtime.dequantize import dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache
+from grokquant.runtime.packed import PackedMatrix
 from grokquant.runtime.products import KERNELS, Kernel, kernel_for
-from grokquant.types import QTensor
+from grokquant.types import QTensor, TensorRef
 
 ROWS = 1056  # more than are converted at once, and no multiple of them
 COLUMNS = 512
@@ -223,3 +224,44 @@ def test_the_cache_drops_what_was_used_longest_ago():
     assert list(cache.held) == ["larger than the limit"] and cache.nbytes == 300
     cache.clear()
     assert cache.nbytes == 0
+
+
+def packed_matrix(scheme: Scheme, form: str, dtype: torch.dtype) -> PackedMatrix:
+    """A matrix as a checkpoint whose weights are computed in `dtype` gives it."""
+    quantized = matrix(scheme)
+    parts = FORMATS[form].pack("x.weight", quantized)
+    stored = sum(part.nbytes for part in parts.values())
+    ref = TensorRef("x.weight", (ROWS, COLUMNS), dtype, stored, lambda: quantized, scheme)
+    packed = PackedMatrix(ref, FORMATS[form], dtype, MatrixCache())
+    packed.open(torch.device("cpu"))
+    return packed
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "q6_k"])
+def test_float32_multiplies_scales_of_float16_in_float32(name, tokens):
+    """As llama.cpp does, and `load` with packed=False."""
+    packed = packed_matrix(GRIDS[name].scheme, "gguf", torch.float32)
+    x = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(2))
+    wanted = x @ packed.ref.read().T
+    assert torch.allclose(packed.product(x), wanted, rtol=1e-5, atol=1e-5)
+    rounded = x @ packed.ref.read_quantized().dequantize(torch.float16).float().T
+    assert name == "q6_k" or not torch.allclose(rounded, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q8_0"])
+def test_few_tokens_have_a_gradient(name):
+    """Kernels have none, so that such a product takes the dense way."""
+    packed = packed_matrix(GRIDS[name].scheme, "gguf", torch.float32)
+    x = torch.randn(2, COLUMNS, requires_grad=True)
+    packed.product(x).sum().backward()
+    wanted = packed.dense(torch.float32).sum(0).expand(2, -1)
+    assert torch.allclose(x.grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_in_groups_of_no_whole_registers():
+    scheme = replace(GRIDS["nf4"].scheme, group_size=8)
+    quantized = matrix_of((4, 64), scheme)
+    assert torch.equal(
+        dequantize(quantized, torch.float32, torch.bfloat16), unrounded(quantized).bfloat16()
+    )

@@ -14,8 +14,8 @@ from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
 _FLOAT_BYTES = 4
-# Rows of a thread at a time: enough to hide what a call costs, few enough for many threads.
-_ROWS_AT_ONCE = 256
+# Rows of a thread at a time hide what a call costs; of fewer each thread has its share.
+_MOST_ROWS = 1024
 
 
 def takes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -62,7 +62,8 @@ def product(x: Tensor, held: Parts) -> Tensor:
         zeros_of_part = None if zeros is None else zeros[part]
         multiply(table, codes[part], scales[part], zeros_of_part, inputs, out[part])
 
-    in_pieces(work, slices(0, len(codes), _ROWS_AT_ONCE))
+    share = -(-len(codes) // (torch.get_num_threads() * ROWS)) * ROWS
+    in_pieces(work, slices(0, len(codes), min(_MOST_ROWS, share)))
     return torch.from_numpy(out).T.to(x.dtype).contiguous()
 
 
