@@ -1,16 +1,19 @@
 """Plans that can be trusted: bytes exactly, memory and time nearly."""
 
 import shutil
+import sysconfig
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ATTENTION, EXPERTS
 from make_release import write_hollow_grok_1
 
 from grokquant.job import pipeline
-from grokquant.job.budget import budget_of
+from grokquant.job.budget import budget_of, timing
 from grokquant.job.budget.memory import peak_step, resident_bytes
 from grokquant.job.plan import build_plan
+from grokquant.text import python_docs
 from grokquant.toy import TOY_PATH
 
 RTN = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
@@ -59,3 +62,15 @@ def test_a_smaller_hessian_lowers_the_peak_of_grok_1(tmp_path, tiny_recipe, monk
     hessian = 4 * 32768**2
     assert whole.bytes - blocks.bytes == pytest.approx(hessian - hessian / 8, rel=0.01)
     assert whole.bytes < 14e9
+
+
+def test_a_part_of_the_documentation_is_read_to_time_it(tiny_recipe, monkeypatch):
+    asked = {"text": "python-docs", "samples": 16, "length": 64}
+    plan = build_plan(tiny_recipe(calibration=asked))
+    read = []
+    covered = len(list(python_docs._covered(Path(sysconfig.get_path("stdlib")))))
+    docstrings = python_docs._docstrings
+    monkeypatch.setattr(python_docs, "_docstrings", lambda p: read.append(p) or docstrings(p))
+    rows, seconds = timing._timed_rows(plan)
+    assert 0 < len(read) <= covered // 8 + 1
+    assert rows.shape == (16, 64) and seconds > 0

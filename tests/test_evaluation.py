@@ -610,3 +610,25 @@ def test_block_by_block_is_the_model(tiny_release, shape, dtype):
         model.free_layer(index)
         same(hidden, whole.left[index])
     same(model.logits(hidden), whole.logits)
+
+
+# What both would say next
+
+
+@torch.no_grad()
+def test_a_passage_is_the_end_of_the_first_window(report, outputs, tiny_release, settings):
+    base = open_checkpoint(tiny_release)
+    row = rows_of(settings, base)[0]
+    tokenizer = load_tokenizer(base)
+    found = report.passage
+    start = len(row) - len(found.tokens)
+    assert start == max(1, len(row) - 48)
+    whole = found.before + "".join(token.text for token in found.tokens)
+    assert whole.endswith(tokenizer.decode(row[start + 4 :]).strip("�"))
+    model, _ = grokquant.load(tiny_release, dtype=torch.float32)
+    p = model(row[None]).logits[0].softmax(-1)[start - 1 : -1]
+    expected = p.max(-1)
+    assert [t.reference_p for t in found.tokens] == pytest.approx(expected.values, abs=1e-4)
+    assert found.tokens[-1].reference == tokenizer.decode(
+        [*row[-5:-1], expected.indices[-1]]
+    ).removeprefix(tokenizer.decode(row[-5:-1]))

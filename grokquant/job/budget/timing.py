@@ -26,10 +26,13 @@ from grokquant.methods.method import Cost
 from grokquant.streaming.blocks import CALIBRATION_DTYPE
 from grokquant.streaming.gradients import DTYPE, differentiated_tokens
 from grokquant.streaming.whole import running
-from grokquant.text.documents import calibration_rows
+from grokquant.text import python_docs
+from grokquant.text.documents import calibration_rows, token_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import Matrix, QTensor, TensorRef, Unit
 
+# Of the modules with documentation one in so many is read; calibration takes 8 % of them.
+_TEXT_SHARE = 8
 _PIECE = 2048  # rows, columns or tokens of a probe at most
 # The source is read in this many places, and this much in each: more than a disk's own cache.
 _SAMPLES = 8
@@ -53,16 +56,31 @@ def expected_seconds(plan: Plan) -> float:
 
 def _calibrating(plan: Plan) -> float:
     """Seconds of text and layers: by a real layer where that is short, else from pieces of one."""
-    start = perf_counter()
-    tokenizer = load_tokenizer(plan.checkpoint)
-    rows = calibration_rows(plan.recipe.calibration, tokenizer, plan.checkpoint)
-    text = perf_counter() - start
+    rows, text = _timed_rows(plan)
     if plan.needs_gradients:
         text += _differentiating(plan)
     layers = plan.checkpoint.num_layers
     if is_small(plan):
         return text + layers * _one_layer(plan, rows)
     return text + _by_pieces(plan, rows.numel())
+
+
+def _timed_rows(plan: Plan) -> tuple[Tensor, float]:
+    """Rows of tokens like those of the run, and the seconds that making its rows takes.
+
+    The documentation of Python is the same everywhere, so a part of it is enough.
+    """
+    asked = plan.recipe.calibration
+    start = perf_counter()
+    tokenizer = load_tokenizer(plan.checkpoint)
+    if asked.text != "python-docs":
+        rows = calibration_rows(asked, tokenizer, plan.checkpoint)
+        return rows, perf_counter() - start
+    length = min(asked.length, plan.checkpoint.positions)
+    documents = python_docs.some_documents(_TEXT_SHARE)
+    read = perf_counter() - start
+    rows = token_rows(documents, tokenizer, asked.samples, length, None)
+    return rows, perf_counter() - start + (_TEXT_SHARE - 1) * read
 
 
 def _differentiating(plan: Plan) -> float:
@@ -301,7 +319,7 @@ def _read_rate(files: tuple[Path, ...]) -> float:
 def _write_rate(plan: Plan) -> float:
     """Bytes per second of writing, hashing and syncing where the output will be."""
     place = atomic.nearest_directory(Path(plan.recipe.output.path).absolute().parent)
-    data = memoryview(os.urandom(_SAMPLE_BYTES))
+    data = memoryview(os.urandom(min(_SAMPLE_BYTES, plan.output_bytes)))
     size = min(_WRITTEN_BYTES, plan.output_bytes) // len(data) + 1
     try:
         with atomic.temporary(place / "grokquant-probe") as probe:
