@@ -20,7 +20,7 @@ def ggml_library() -> Path | None:
 def quantizer(library: Path) -> Callable[..., int]:
     """ggml_quantize_chunk(type, float32 weights, output, first weight, rows, columns, importance)
     where weights, output and importance are addresses; returns the bytes written."""
-    quantize = ctypes.CDLL(str(library)).ggml_quantize_chunk
+    quantize = ctypes.CDLL(str(library), os.RTLD_LAZY).ggml_quantize_chunk
     pointer = ctypes.c_void_p
     number = ctypes.c_int64
     quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]

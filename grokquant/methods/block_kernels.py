@@ -51,8 +51,7 @@ class BlockGrid(NamedTuple):
     `half_steps` the entry nearest to each half step from the lowest one. `farthest` is the entry of
     largest magnitude, or the highest code.
 
-    `unit`, `even` and `odd` round to the scale dtype, see `kernels.Grid`. Steps below `least_step`
-    and sums of squares below `least_squares` count as these.
+    Steps below `least_step` and sums of squares below `least_squares` count as these.
     """
 
     group_size: int
@@ -71,9 +70,6 @@ class BlockGrid(NamedTuple):
     entries: np.ndarray
     middles: np.ndarray
     half_steps: np.ndarray
-    unit: np.uint32
-    even: np.uint32
-    odd: np.uint32
     least_step: np.float32
     least_squares: np.float32
 
@@ -620,10 +616,11 @@ def _round_group(w, grid, lanes, block, group):
         four = w[number * 4 * LANES : (number + 1) * 4 * LANES]
         if grid.has_table:
             _set_places(four, grid, lanes, block)
+            _measure(four, block.values, scales, offsets, block)
         else:
-            _set_codes(four, grid, lanes, offsets, block)
+            _set_codes(four, grid, lanes, offsets, block.codes)
+            _measure(four, block.codes, scales, offsets, block)
         _set_words(block.codes, block.words[first + number])
-        _measure(four, grid, scales, offsets, block)
 
 
 @_compiled
@@ -638,13 +635,11 @@ def _set_words(codes, words):
 
 
 @_compiled
-def _set_codes(w, grid, lanes, offsets, block):
+def _set_codes(w, grid, lanes, offsets, codes):
     for k in range(4):
         for n in range(LANES):
             x = _f32(w[k * LANES + n] - offsets[n])
-            code = _code(_f32(x / lanes.factor[n]), grid.lowest, grid.highest)
-            block.codes[k * LANES + n] = code
-            block.values[k * LANES + n] = code
+            codes[k * LANES + n] = _code(_f32(x / lanes.factor[n]), grid.lowest, grid.highest)
 
 
 @_compiled
@@ -662,21 +657,23 @@ def _set_places(w, grid, lanes, block):
 
 
 @_compiled
-def _measure(w, grid, scales, offsets, block):
-    """Adds squares of errors and weights of four columns, in the scale dtype as engines do."""
+def _measure(w, values, scales, offsets, block):
+    """Adds squares of errors and weights of four columns, in float32 as llama.cpp computes."""
     for n in range(LANES):
         lost = _f32(0)
         norm = _f32(0)
+        peak = _f32(0)
+        rounded_peak = _f32(0)
         for k in range(4):
             x = w[k * LANES + n]
-            value = _f32(block.values[k * LANES + n] * scales[n])
-            value = rounded(value, grid.unit, grid.even, grid.odd)
-            value = rounded(_f32(value + offsets[n]), grid.unit, grid.even, grid.odd)
+            value = _f32(_f32(values[k * LANES + n] * scales[n]) + offsets[n])
             error = _f32(x - value)
             lost += _f32(error * error)
             norm += _f32(x * x)
-            block.peaks[0, n] = max(block.peaks[0, n], abs(x))
-            block.peaks[1, n] = max(block.peaks[1, n], abs(value))
+            peak = max(peak, abs(x))
+            rounded_peak = max(rounded_peak, abs(value))
+        block.peaks[0, n] = max(block.peaks[0, n], peak)
+        block.peaks[1, n] = max(block.peaks[1, n], rounded_peak)
         block.squares[0, n] += lost
         block.squares[1, n] += norm
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.methods.block_headers import MINIMA_HEADERS, SCALE_HEADERS, whole_limits
 from grokquant.methods.block_kernels import BlockGrid, Outputs, round_blocks, scratch
-from grokquant.methods.compiled import grid_numbers, row_source
+from grokquant.methods.compiled import row_source
 from grokquant.methods.find_blocks import refinements, searches_step, step_reaches
 from grokquant.methods.fits import LEAST_SQUARES, LEAST_STEP, reaches
 from grokquant.methods.spans import half_step_lookup
@@ -75,7 +75,6 @@ def _block_grid(scheme: Scheme, search: bool) -> BlockGrid:
     table = np.array(row.table, np.float32)
     lookup = half_step_lookup(row.table, torch.device("cpu")).numpy() if row.table else table
     farthest = max(row.table, key=abs) if row.table else scheme.qmax
-    numbers = grid_numbers(scheme)
     return BlockGrid(
         group_size=scheme.group_size,
         lowest=np.float32(scheme.qmin),
@@ -93,9 +92,6 @@ def _block_grid(scheme: Scheme, search: bool) -> BlockGrid:
         entries=table,
         middles=(table[1:] + table[:-1]) / 2,
         half_steps=lookup,
-        unit=numbers.unit,
-        even=numbers.even,
-        odd=numbers.odd,
         least_step=np.float32(LEAST_STEP),
         least_squares=np.float32(LEAST_SQUARES),
     )

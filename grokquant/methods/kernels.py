@@ -177,20 +177,22 @@ def _load_stored(source, first, lanes, column, columns, W):
 
 @_compiled
 def _load_dense(source, first, lanes, column, columns, W):
-    for n in range(lanes):
-        at = (first + n) * source.stride + column
-        row = source.values[at : at + columns]
-        for k in range(columns):
-            W[k * LANES + n] = row[k]
+    for start in range(0, columns, STEP):
+        for n in range(lanes):
+            at = (first + n) * source.stride + column + start
+            row = source.values[at : at + STEP]
+            for k in range(STEP):  # a fixed count, which the compiler unrolls
+                W[(start + k) * LANES + n] = row[k]
 
 
 @_compiled
 def _load_bfloat16(source, first, lanes, column, columns, W):
-    for n in range(lanes):
-        at = (first + n) * source.stride + column
-        row = source.values[at : at + columns]
-        for k in range(columns):
-            W[k * LANES + n] = _u32(_u32(row[k]) << _u32(16)).view(_f32)  # widened
+    for start in range(0, columns, STEP):
+        for n in range(lanes):
+            at = (first + n) * source.stride + column + start
+            row = source.values[at : at + STEP]
+            for k in range(STEP):
+                W[(start + k) * LANES + n] = _u32(_u32(row[k]) << _u32(16)).view(_f32)  # widened
 
 
 def load_rows(source, first, lanes, column, columns, W):
