@@ -358,11 +358,19 @@ def _command_of(made: "Path", model: str) -> str:
     type=click.Choice(_ENGINES, case_sensitive=False),
     help="Fail if this program cannot take the result, and name the rule to change.",
 )
+@click.option(
+    "--ranks",
+    "processes",
+    type=click.IntRange(1, 4096),
+    metavar="N",
+    help="Also show what each of N processes started by torchrun takes.",
+)
 @_json
 def plan(
     model: str,
     asked: _Asked,
     engine: str | None,
+    processes: int | None,
     as_json: bool,
 ) -> None:
     """Show what quantize would do with the same arguments.
@@ -372,7 +380,7 @@ def plan(
     file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
     recipe, shown = _recipe_of(model, asked)
-    _show_plan(recipe, as_json, engine, shown)
+    _show_plan(recipe, as_json, engine, shown, processes)
 
 
 @main.command()
@@ -897,25 +905,34 @@ def generate(
 
 
 def _show_plan(
-    recipe: "Recipe", as_json: bool, engine: str | None = None, shown: Sequence[str] = ()
+    recipe: "Recipe",
+    as_json: bool,
+    engine: str | None = None,
+    shown: Sequence[str] = (),
+    processes: int | None = None,
 ) -> None:
     """Prints the plan, and before it, on stderr, the lines that show a recipe."""
     from pathlib import Path
 
     from grokquant.job.budget import budget_of
+    from grokquant.job.budget.sharing import sharing_of
     from grokquant.job.plan import build_plan, check_disk, check_engine
     from grokquant.job.shards import check_writable
-    from grokquant.reporting.terminal import plan_as_dict, print_budget, print_plan
+    from grokquant.reporting import terminal
 
     plan = build_plan(recipe)
     check_writable(Path(recipe.output.path))
+    sharing = sharing_of(plan, processes) if processes else None
     budget = budget_of(plan)
     _say(*shown, err=True)
     if as_json:
-        _print_json(plan_as_dict(plan, budget))
+        shares = {"shared": terminal.sharing_as_dict(sharing, budget)} if sharing else {}
+        _print_json(terminal.plan_as_dict(plan, budget) | shares)
     else:
-        print_plan(plan)
-        print_budget(budget)
+        terminal.print_plan(plan)
+        terminal.print_budget(budget)
+        if sharing:
+            terminal.print_sharing(sharing, budget)
     if engine:
         check_engine(plan, engine)
     check_disk(plan)  # last: the plan is shown even if this disk is too small

@@ -38,7 +38,7 @@ Layout = Mapping[str, "tuple[torch.dtype, tuple[int, ...]]"]
 Take = Callable[[slice, "Tensor"], None]
 
 # What a member sends at once to all others: large enough for full speed, small enough to copy.
-_AT_ONCE = 1 << 28
+AT_ONCE = 1 << 28
 # Seconds between two signs of life of a member.
 _BEAT = 5.0
 # Seconds without one after which a member counts as lost: swapping or a slow store delays some.
@@ -164,41 +164,13 @@ class Team:
 ALONE = Team()
 
 
-class Members(Team):
-    """Member `rank` of `size`, which find each other through `store`.
+class Divided(Team):
+    """Member `rank` of `size`, as far as that takes no exchange: it knows who does what."""
 
-    What they exchange passes `device`: a GPU of its own, or main memory. `lost` is called with a
-    line about a member that gives no sign of life, from another thread.
-    """
-
-    def __init__(
-        self,
-        store: "Store",
-        rank: int,
-        size: int,
-        device: "torch.device | None" = None,
-        lost: "Callable[[Members, str], None] | None" = None,
-    ) -> None:
-        import torch
-        from torch.distributed import PrefixStore, ProcessGroupGloo
-
+    def __init__(self, rank: int, size: int) -> None:
         super().__init__()
         self.rank = rank
         self.size = size
-        self._store = store
-        self._device = device or torch.device("cpu")
-        self._names = _names_of_all(store, rank, size)
-        self._watch = _Watch(self._names, rank)
-        if lost is not None:  # now, since one may be lost before all are connected
-            connection = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-            self._watch.begin(connection, partial(lost, self))
-        with self._waiting():
-            gloo: Any = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, _PATIENCE)
-            gloo.barrier().wait()  # nobody leaves before all are connected
-        self._control = gloo  # numbers, which are in main memory
-        self._bulk: Any = gloo
-        if self._device.type == "cuda":
-            self._bulk = _nccl(PrefixStore("nccl", store), rank, size)
 
     @property
     def is_divided(self) -> bool:
@@ -225,6 +197,46 @@ class Members(Team):
 
     def only_first(self, own: T, others: T) -> T:
         return others if self.rank else own
+
+
+def supposed(size: int) -> Team:
+    """A team that only divides work, for plans."""
+    return Divided(0, size)
+
+
+class Members(Divided):
+    """Member `rank` of `size`, which find each other through `store`.
+
+    What they exchange passes `device`: a GPU of its own, or main memory. `lost` is called with a
+    line about a member that gives no sign of life, from another thread.
+    """
+
+    def __init__(
+        self,
+        store: "Store",
+        rank: int,
+        size: int,
+        device: "torch.device | None" = None,
+        lost: "Callable[[Members, str], None] | None" = None,
+    ) -> None:
+        import torch
+        from torch.distributed import PrefixStore, ProcessGroupGloo
+
+        super().__init__(rank, size)
+        self._store = store
+        self._device = device or torch.device("cpu")
+        self._names = _names_of_all(store, rank, size)
+        self._watch = _Watch(self._names, rank)
+        if lost is not None:  # now, since one may be lost before all are connected
+            connection = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+            self._watch.begin(connection, partial(lost, self))
+        with self._waiting():
+            gloo: Any = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, _PATIENCE)
+            gloo.barrier().wait()  # nobody leaves before all are connected
+        self._control = gloo  # numbers, which are in main memory
+        self._bulk: Any = gloo
+        if self._device.type == "cuda":
+            self._bulk = _nccl(PrefixStore("nccl", store), rank, size)
 
     def once(self, action: Callable[[], T]) -> T:
         said: dict[str, Any] = {}
@@ -281,7 +293,7 @@ class Members(Team):
         options.rootTensor = 0
         room = self._room(None if value is None else pack(value), layout)
         for tensor in room.values():
-            for part in _bytes_of(tensor).split(_AT_ONCE):
+            for part in _bytes_of(tensor).split(AT_ONCE):
                 here = part.to(self._device)
                 with self._waiting(len(part) * (self.size - 1) * self.is_here(member)):
                     self._bulk.broadcast([here], options).wait()
@@ -295,7 +307,7 @@ class Members(Team):
             return dict(tensors or {}) if self.rank == taker else {}
         handed = self._room(tensors, layout)
         for tensor in handed.values():
-            for part in _bytes_of(tensor).split(_AT_ONCE):
+            for part in _bytes_of(tensor).split(AT_ONCE):
                 here = part.to(self._device)
                 if self.rank == giver:
                     with self._waiting(len(part)):
@@ -383,7 +395,7 @@ class Members(Team):
         coming = sizes[:, self.rank].tolist()
         received = torch.empty(sum(coming), dtype=torch.uint8)
         places = received.split(coming)
-        step = max(1, _AT_ONCE // self.size)
+        step = max(1, AT_ONCE // self.size)
         for start in range(0, int(sizes.max()), step):
             now = slice(start, start + step)
             room = [len(place[now]) for place in places]

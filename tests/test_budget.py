@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from conftest import ATTENTION, EXPERTS
 from make_release import write_hollow_grok_1
+from members import together
 
+from grokquant.errors import InputError
 from grokquant.job import pipeline
 from grokquant.job.budget import budget_of, timing
 from grokquant.job.budget.memory import peak_step, resident_bytes
+from grokquant.job.budget.sharing import sharing_of
 from grokquant.job.plan import build_plan
+from grokquant.parallel import Team
 from grokquant.text import python_docs
 from grokquant.toy import TOY_PATH
 
@@ -74,3 +78,54 @@ def test_a_part_of_the_documentation_is_read_to_time_it(tiny_recipe, monkeypatch
     rows, seconds = timing._timed_rows(plan)
     assert 0 < len(read) <= covered // 8 + 1
     assert rows.shape == (16, 64) and seconds > 0
+
+
+GPTQ_ATTENTION = ATTENTION | {"method": "gptq", "bits": 8, "group": 32}
+
+
+@pytest.mark.parametrize("rules", [(EXPERTS, GPTQ_ATTENTION), (EXPERTS, ATTENTION), (RTN,)])
+def test_what_is_sent_is_what_was_planned(tiny_recipe, tmp_path, rules):
+    recipe = tiny_recipe(*rules, output={"path": str(tmp_path / "out"), "shard": "60KB"})
+    expected = sharing_of(build_plan(recipe), 5).moved_bytes
+
+    def sent(team: Team) -> int:
+        pipeline.quantize(recipe, team=team)
+        return team.traffic.sent_bytes
+
+    # Beside that there are counts and reports; and rows are not spread quite evenly.
+    assert sum(together(5, sent)) == pytest.approx(expected, rel=0.1, abs=300_000)
+
+
+def test_what_processes_hold_and_do_falls_until_each_has_an_expert(tmp_path, tiny_recipe):
+    """With Grok-1's real shapes, of two layers."""
+    write_hollow_grok_1(tmp_path / "grok-1", layers=2)
+    shutil.copy(TOY_PATH / "tokenizer.model", tmp_path / "grok-1")
+    experts = EXPERTS | {"group": 128, "hessian_block": 8192}
+    rules = (experts, {"match": "layers.*", "method": "copy"})
+    asked = {"samples": 128, "length": 2048}
+    model = {"path": str(tmp_path / "grok-1")}
+    plan = build_plan(tiny_recipe(*rules, model=model, calibration=asked))
+    alone, eight, many = (sharing_of(plan, size) for size in (1, 8, 32))
+    assert alone.peak_bytes == peak_step(plan).bytes
+    assert (alone.moved_bytes, alone.share) == (0, 1)
+    # Rows and outputs of two experts of each token; attention, which one copies for all.
+    routed = 2 * 2 * 262_144 * 6144 * 2
+    attention = sum(plan.packed_bytes(unit) for unit in plan.units_of(0) if unit.expert is None)
+    assert eight.moved_bytes == pytest.approx(2 * (routed * 7 / 8 + attention * 7), rel=1e-6)
+    assert eight.share == pytest.approx(1 / 8, rel=1e-3)
+    assert eight.share * 0.9 < many.share < eight.share  # an expert is not divided
+    # With whole Hessians too few tokens reach an expert, and owners get the inputs of all.
+    rules = (experts | {"hessian_block": None}, rules[1])
+    blended = sharing_of(build_plan(tiny_recipe(*rules, model=model, calibration=asked)), 8)
+    everyone = 2 * 8 * 262_144 * 6144 * 2 * 7 / 8
+    assert blended.moved_bytes - eight.moved_bytes == pytest.approx(everyone, rel=1e-6)
+    # States of 1/8 of all rows in the place of all; routed inputs and outputs of one expert.
+    assert alone.peak_bytes - eight.peak_bytes > 7e9
+    assert 5e9 < eight.device_bytes == alone.device_bytes < 8e9
+
+
+def test_methods_that_several_processes_cannot_carry_out_are_refused(tiny_recipe):
+    plan = build_plan(tiny_recipe(EXPERTS | {"method": "two-sided"}, ATTENTION))
+    with pytest.raises(InputError, match="two-sided"):
+        sharing_of(plan, 2)
+    assert sharing_of(plan, 1).share == 1

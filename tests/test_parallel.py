@@ -104,7 +104,7 @@ def test_rows_are_divided_in_whole_pieces():
 
 
 def test_large_tensors_travel_in_parts(monkeypatch):
-    monkeypatch.setattr(parallel, "_AT_ONCE", 100)
+    monkeypatch.setattr(parallel, "AT_ONCE", 100)
 
     def exchange(team: parallel.Members) -> tuple[torch.Tensor | None, torch.Tensor]:
         X = torch.arange(500 * team.rank, dtype=torch.float32).view(-1, 5).bfloat16()

@@ -55,13 +55,16 @@ class Division:
 
     def writer_of(self, unit: Unit) -> int:
         """The writer of a unit's file."""
-        return self._writer[self._file_of(unit).name]
+        return self.writer_of_file(self._file_of(unit))
+
+    def writer_of_file(self, file: PlannedFile) -> int:
+        return self._writer[file.name]
 
     def is_made_here(self, unit: Unit) -> bool:
         return self.team.is_here(self.maker_of(unit))
 
     def is_written_here(self, file: PlannedFile) -> bool:
-        return self.team.is_here(self._writer[file.name])
+        return self.team.is_here(self.writer_of_file(file))
 
     def shared(self, unit: Unit, made: QTensor | None, device: torch.device) -> QTensor:
         """A unit that its maker has rounded, on all members; it travels as it is packed."""
@@ -85,25 +88,29 @@ class Division:
         """The file of a unit, whose parts are never apart."""
         return self.plan.file_of[self.plan.parts_of(unit.tensor)[0]]
 
-    def _assign_experts(self, layer: int) -> None:
+    def costs_of_experts(self, layer: int) -> list[float]:
+        """Multiply-adds for each expert of a layer: its Hessians, its solves and its outputs."""
         checkpoint = self.plan.checkpoint
         costs = [0.0] * checkpoint.family.num_experts(checkpoint.config, layer)
         sites: set[tuple[int, str]] = set()
-        units = [unit for unit in self.plan.units_of(layer) if unit.expert is not None]
-        for unit in units:
-            assert unit.expert is not None
+        for unit in self.plan.units_of(layer):
+            if unit.expert is None:
+                continue
             site = (unit.expert, unit.reads)
-            costs[unit.expert] += self._cost(unit, shared=site not in sites)
+            tokens = checkpoint.tokens_per_expert(self.tokens)
+            costs[unit.expert] += self.cost(unit, tokens, shared=site not in sites)
             sites.add(site)
-        self._owners[layer] = self.team.assign(costs)
-        for unit in units:
-            assert unit.expert is not None
-            self._maker[unit.name] = self._owners[layer][unit.expert]
+        return costs
 
-    def _cost(self, unit: Unit, shared: bool) -> float:
-        """Multiply-adds for a matrix of an expert with its share of all tokens; `shared`: and for
-        the Hessian of its site and what is made of it."""
-        tokens = self._tokens_per_expert
+    def _assign_experts(self, layer: int) -> None:
+        self._owners[layer] = self.team.assign(self.costs_of_experts(layer))
+        for unit in self.plan.units_of(layer):
+            if unit.expert is not None:
+                self._maker[unit.name] = self._owners[layer][unit.expert]
+
+    def cost(self, unit: Unit, tokens: int, shared: bool) -> float:
+        """Multiply-adds for a matrix that `tokens` reach; `shared`: and for the Hessian of its site
+        and what is made of it."""
         method = METHODS[unit.method]
         cost = method.cost(*unit.shape, unit.settings)
         products = tokens * prod(unit.shape) + cost.products
@@ -114,9 +121,10 @@ class Division:
         return products
 
     @property
-    def _tokens_per_expert(self) -> int:
+    def tokens(self) -> int:
+        """The tokens of the calibration text."""
         asked = self.plan.recipe.calibration
-        return self.plan.checkpoint.tokens_per_expert(asked.samples * asked.length)
+        return asked.samples * min(asked.length, self.plan.checkpoint.positions)
 
     def _writers(self) -> dict[str, int]:
         """The writer of each file, by its name."""

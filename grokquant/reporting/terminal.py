@@ -26,6 +26,7 @@ from grokquant.evaluation.report import Layer
 from grokquant.files.json_objects import read_json_object
 from grokquant.humanize import duration, size
 from grokquant.job.budget import Budget
+from grokquant.job.budget.sharing import Sharing
 from grokquant.job.fallbacks import dead_experts
 from grokquant.job.findings import listed
 from grokquant.job.plan import Plan
@@ -121,6 +122,31 @@ def print_budget(budget: Budget) -> None:
     knob = f"; {budget.peak.knob} lowers it" if budget.peak.knob else ""
     console.print(f"memory: {size(budget.peak_bytes)} at {budget.peak.name}{knob}")
     console.print(f"time: {duration(budget.seconds)} on this machine")
+
+
+def sharing_as_dict(sharing: Sharing, budget: Budget) -> dict:
+    """What several processes take, beside `plan_as_dict`."""
+    return {
+        "ranks": sharing.processes,
+        "peak_bytes": _peak_of_each(sharing, budget),
+        "device_bytes": sharing.device_bytes,
+        "moved_bytes": sharing.moved_bytes,
+        "seconds": sharing.share * budget.seconds,
+    }
+
+
+def print_sharing(sharing: Sharing, budget: Budget) -> None:
+    memory = f"{size(_peak_of_each(sharing, budget))} of memory each"
+    if sharing.device_bytes:
+        memory += f", {size(sharing.device_bytes)} of it on a GPU where there is one"
+    time = f"{duration(sharing.share * budget.seconds)} if each has a machine like this one"
+    sent = f"{size(sharing.moved_bytes)} sent between them"
+    text_console().print(f"{sharing.processes} ranks: {memory}; {sent}; {time}")
+
+
+def _peak_of_each(sharing: Sharing, budget: Budget) -> int:
+    """With the libraries of a process, as in the budget of one."""
+    return budget.peak_bytes - budget.peak.bytes + sharing.peak_bytes
 
 
 def _plan_table(plan: Plan) -> Table:

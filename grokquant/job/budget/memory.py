@@ -38,6 +38,14 @@ def peak_step(plan: Plan) -> Step:
     return max([*steps, _copying(plan)], key=lambda step: step.bytes)
 
 
+def on_device(plan: Plan) -> int:
+    """The most that a calibrated run holds on a GPU, where it has one: what lies outside the
+    experts of a layer, and a matrix with its Hessian while it is rounded."""
+    outside = sum(prod(unit.shape) for unit in plan.units_of(0) if unit.expert is None)
+    held = outside * CALIBRATION_DTYPE.itemsize
+    return max(_calibrated_unit(plan, unit, held).bytes for unit in plan.units_of(0))
+
+
 def resident_bytes(peak: bool = False) -> int:
     """Memory of this process, libraries included: now, or at its peak so far."""
     try:

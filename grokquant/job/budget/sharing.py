@@ -1,0 +1,153 @@
+"""What each of several processes holds, sends and does, where they make one result together.
+
+In a layer all wait for the one that has most to do. Its work is counted in multiply-adds:
+
+    outside the experts   forward passes                 divided by the number of processes
+                          Hessians, solves               by one, while the others wait
+    experts               all of it                      by their owners
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from math import ceil, prod
+
+from grokquant.errors import InputError
+from grokquant.job.budget.memory import on_device, peak_step
+from grokquant.job.division import Division
+from grokquant.job.layer import is_starved
+from grokquant.job.plan import Plan
+from grokquant.methods import METHODS
+from grokquant.parallel import AT_ONCE, supposed
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_IN_PIECE
+from grokquant.types import Unit
+
+_PASSES = 2  # of a layer, outside its experts
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """`processes` that make a result together.
+
+    `peak_bytes` is the memory that one of them takes at most beside its libraries, `device_bytes`
+    what is on its GPU of it, if it has one and calibrates; `moved_bytes` is what all send to each
+    other; `share` is the part of the time of one process that they take.
+    """
+
+    processes: int
+    peak_bytes: int
+    device_bytes: int
+    moved_bytes: int
+    share: float
+
+
+def sharing_of(plan: Plan, processes: int) -> Sharing:
+    """Raises InputError for a plan that several processes cannot carry out."""
+    if processes < 1:
+        raise InputError("expected at least 1", "ranks")
+    division = Division(plan, supposed(processes))
+    division.check()
+    if not plan.needs_calibration:
+        written = [0] * processes
+        for file in plan.files:
+            written[division.writer_of_file(file)] += file.layout.size
+        return Sharing(processes, peak_step(plan).bytes, 0, 0, max(written) / sum(written))
+    layers = range(plan.checkpoint.num_layers)
+    moved = sum(_moved_in_layer(division, layer, processes) for layer in layers)
+    for unit in plan.units.values():
+        if division.maker_of(unit) != division.writer_of(unit):
+            moved += plan.packed_bytes(unit)
+    outside = _weights_outside_experts(plan)
+    works = [_work_in_layer(division, layer, processes, outside[layer]) for layer in layers]
+    alone, longest = (sum(column) for column in zip(*works, strict=True))
+    peak = _peak(division, processes)
+    return Sharing(processes, peak, on_device(plan), round(moved), longest / alone)
+
+
+def _peak(division: Division, processes: int) -> int:
+    """What one process would hold with these rows, and what comes here from others: rows for its
+    experts, with their outputs, or all inputs of a matrix outside them."""
+    plan = division.plan
+    asked = plan.recipe.calibration
+    piece = max(1, TOKENS_IN_PIECE // asked.length)
+    rows = min(asked.samples, ceil(asked.samples / piece / processes) * piece)
+    own = asked.model_copy(update={"samples": rows})
+    alone = peak_step(replace(plan, recipe=plan.recipe.model_copy(update={"calibration": own})))
+    if processes == 1:
+        return alone.bytes
+    owners = division.owners(plan.checkpoint.num_layers - 1)
+    most = max((owners.count(owner) for owner in owners), default=0)
+    routed = plan.checkpoint.tokens_per_expert(division.tokens)
+    # Of each owned expert, inputs and outputs; of own rows, a copy to send.
+    rows_here = 2 * most * routed + len(owners) * routed // processes
+    size = CALIBRATION_DTYPE.itemsize
+    rows_here += division.tokens * _blends(division, 0)
+    for_experts = rows_here * plan.checkpoint.text_config.hidden_size * size
+    sites = [units for units in plan.sites_outside_experts(0) if _needs_inputs(units)]
+    widest = max((units[0].shape[1] for units in sites), default=0)
+    come = max(for_experts, division.tokens * widest * size)
+    return alone.bytes + come + 2 * min(AT_ONCE, come)  # and buffers of the exchange
+
+
+def _moved_in_layer(division: Division, layer: int, processes: int) -> float:
+    """Inputs of experts and their outputs, and those of all tokens where too few reach an expert;
+    outside the experts, inputs for the maker, and for all others the matrices that it has rounded.
+    Each row is sent by the process that has it."""
+    plan = division.plan
+    elsewhere = (1 - 1 / processes) * CALIBRATION_DTYPE.itemsize
+    moved = 0.0
+    owners = division.owners(layer)
+    rows = 2 * len(owners) * plan.checkpoint.tokens_per_expert(division.tokens)
+    rows += division.tokens * len(set(owners)) * _blends(division, layer)
+    moved += rows * plan.checkpoint.text_config.hidden_size * elsewhere
+    for units in plan.sites_outside_experts(layer):
+        if _needs_inputs(units):
+            moved += division.tokens * units[0].shape[1] * elsewhere
+        moved += sum(map(plan.packed_bytes, units)) * (processes - 1)
+    return moved
+
+
+def _weights_outside_experts(plan: Plan) -> Counter[int]:
+    """By layer, quantized or not."""
+    weights: Counter[int] = Counter()
+    for matrix in plan.checkpoint.matrices():
+        if matrix.expert is None:
+            weights[matrix.layer] += prod(plan.checkpoint.source.tensors[matrix.tensor].shape)
+    return weights
+
+
+def _work_in_layer(
+    division: Division, layer: int, processes: int, outside: int
+) -> tuple[float, float]:
+    """Multiply-adds of one process alone, and of the one that the others wait for; `outside` are
+    the weights outside the experts."""
+    plan = division.plan
+    owned = [0.0] * processes
+    costs = division.costs_of_experts(layer)
+    for owner, cost in zip(division.owners(layer), costs, strict=True):
+        owned[owner] += cost
+    passes = _PASSES * division.tokens * outside
+    solved = sum(
+        division.cost(unit, division.tokens, shared=unit is units[0])
+        for units in plan.sites_outside_experts(layer)
+        for unit in units
+        if METHODS[unit.method].needs_site
+    )
+    return passes + solved + sum(owned), passes / processes + solved + max(owned)
+
+
+def _blends(division: Division, layer: int) -> bool:
+    """Whether experts get so few tokens that their Hessians are blended with that of all."""
+    plan = division.plan
+    limits = plan.recipe.experts
+    tokens = plan.checkpoint.tokens_per_expert(division.tokens)
+    solved = (
+        unit
+        for unit in plan.units_of(layer)
+        if unit.expert is not None and METHODS[unit.method].needs_site
+    )
+    spans = (METHODS[u.method].block_columns(u.shape[1], u.settings) for u in solved)
+    return tokens >= limits.min_tokens and any(is_starved(limits, tokens, n) for n in spans)
+
+
+def _needs_inputs(units: list[Unit]) -> bool:
+    return any(METHODS[unit.method].needs_site for unit in units)
