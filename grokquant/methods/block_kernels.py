@@ -501,6 +501,7 @@ def _search_step(grid, block):
     block.least[:] = np.inf
     for n in range(LANES):
         block.tried[n] = block.d[n]
+        block.best[n] = block.d[n]  # what stays where all errors are NaN
     for attempt in range(len(grid.step_reaches) + 1):
         if attempt > 0:
             for n in range(LANES):
