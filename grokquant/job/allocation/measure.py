@@ -8,7 +8,7 @@ rounding has not seen,
 
 That compares the experts of a layer, and the grids. What errors of different layers and parts do to
 the predictions is measured as it is: for each kind of matrix in a layer, some rows of tokens go on
-to the end with all matrices of the kind rounded to a middle grid, beside the unchanged rows:
+to the end with all matrices of the kind rounded to a coarse grid, beside the unchanged rows:
 
     rows        layer 0              layer 1              ...   logits
     all         original      ->     original      ->     ...   p
@@ -90,7 +90,7 @@ class LayerErrors:
         }
         self.errors = {name: Errors() for name in self.options}
         self.probes = [
-            Probe(index, kind, {name: middle(self.options[name]) for name in names})
+            Probe(index, kind, {name: probed_grid(self.options[name]) for name in names})
             for kind, names in self._kinds().items()
         ]
         self._probed: dict[str, QTensor] = {}  # matrices as the probes have them
@@ -285,7 +285,7 @@ class LayerErrors:
         """W rounded and dequantized; notes the error of its weights, and keeps what probes need."""
         rounded = _round(dense(W), unit, site)
         self.errors[unit.name].weights[grid] = errors_of(W, rounded).relative ** 2
-        if grid == middle(self.options[unit.name]):
+        if grid == probed_grid(self.options[unit.name]):
             self._probed[unit.name] = rounded
         return rounded.dequantize()
 
@@ -303,10 +303,13 @@ class _Readers:
         self.head_directions = lambda: model.head_directions
 
 
-def middle(units: Mapping[int, Unit]) -> int:
-    """The grid in the middle of those of a matrix, by bits."""
+def probed_grid(units: Mapping[int, Unit]) -> int:
+    """The grid a third of the way up from the smallest of those of a matrix.
+
+    A larger divergence stands out from noise, and tells more about the errors that matter.
+    """
     ordered = sorted(units, key=lambda grid: (_bits(units[grid]), grid))
-    return ordered[len(ordered) // 2]
+    return ordered[(len(ordered) - 1) // 3]
 
 
 def costs(
