@@ -335,7 +335,8 @@ CONSUMERS = (
         "SGLang",
         "0.5.23, read only",
         # Its int4 experts assert SiLU, load_weights asks for lm_head.weight, and Grok's layers have
-        # no prefix by which a grid could find them. Fused experts take the grid of `Linear`.
+        # no prefix by which a grid could find them. Fused experts take the grid of `Linear`. It
+        # cannot run without a GPU: the kernels that its package requires are for CUDA only.
         (
             _formats("compressed-tensors", "bf16"),
             Limit("quantized experts with GELU", _grok_experts, "leave them unquantized"),
@@ -390,7 +391,7 @@ CONSUMERS = (
         "exllamav2",
         "0.3.2, read only",
         # Its loader knows one grid of 4 bits, and experts as block_sparse_moe.experts.*.w1; it has
-        # no Grok.
+        # no Grok. It compiles its kernels for CUDA when it is imported.
         (
             _formats("gptq"),
             _model("grok-1", "Grok-1"),

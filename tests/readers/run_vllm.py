@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
+from vllm import _custom_ops as custom_ops
 from vllm.model_executor.kernels.linear import MPLinearKernel
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend
@@ -121,7 +122,7 @@ def multiply_out(method, layer: nn.Module) -> None:
             words = getattr(layer, f"{name}_weight_packed")
             scales = getattr(layer, f"{name}_weight_scale")
             zeros = getattr(layer, f"{name}_weight_zero_point", None)
-            if method.is_transposed:  # up to 0.28 or so, whatever the backend
+            if method.is_transposed:  # in 0.27, whatever the backend
                 words, scales = words.mT, scales.mT
                 zeros = None if zeros is None else zeros.mT
         setattr(layer, f"{name}_dense", dense(words, scales, zeros, bits))
@@ -139,7 +140,18 @@ def apply_experts(method, layer, x, topk_weights, topk_ids, **shared) -> Tensor:
     return mixed.to(x.dtype)
 
 
+def topk_softmax(
+    weights: Tensor, indices: Tensor, _: Tensor, logits: Tensor, renormalize: bool, **padding
+) -> None:
+    """The top gates of each token, written to `weights` and `indices` [tokens, top]."""
+    gates, experts = logits.float().softmax(-1).topk(weights.shape[1])
+    weights.copy_(gates / gates.sum(-1, keepdim=True) if renormalize else gates)
+    indices.copy_(experts)
+
+
 def replace_kernels() -> None:
+    if not hasattr(torch.ops._moe_C, "topk_softmax"):  # 0.27 has it on GPUs only
+        custom_ops.topk_softmax = topk_softmax
     for module in (ct_linear, auto_gptq):
         module.choose_mp_linear_kernel = or_dequantized(module.choose_mp_linear_kernel)
     auto_gptq.verify_marlin_supported = verify_as_marlin
