@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from grokquant.evaluation.report import Report
+    from grokquant.parallel import Team
     from grokquant.recipe import BudgetRecipe, Recipe
     from grokquant.reporting.shown import (
         ModelSummary,
@@ -117,14 +118,15 @@ def quantize(
 
     progress = run_progress()
     place = device_of(parallel.own_device(device))
-    made = _solved(_as_any_recipe(recipe), place)
     if repair:
         parallel.refuse_to_share("quantize(repair=True): does not run")
+    team = parallel.join(place, warn)
+    made = _solved(_as_any_recipe(recipe), place, team)
+    if repair:
         output = pipeline.repair(made, progress, place)
     else:
-        team = parallel.join(place, warn)
         output = pipeline.quantize(made, progress, place, overwrite, team)
-        team.leave()
+    team.leave()
     if progress.asked_to_stop:  # when nothing was left to stop
         raise Stopped(f"{output}: is finished; a signal came while it was published")
     return output
@@ -245,14 +247,12 @@ def _as_any_recipe(
     return load_any_recipe(recipe) if is_recipe(recipe) else recipe_for(recipe)
 
 
-def _solved(recipe: "Recipe | BudgetRecipe", device: "torch.device") -> "Recipe":
-    """The recipe, its budget solved if it has one."""
-    from grokquant.recipe import BudgetRecipe
+def _solved(recipe: "Recipe | BudgetRecipe", device: "torch.device", team: "Team") -> "Recipe":
+    """The recipe, its budget solved if it has one: by the first member of `team`, and for all."""
+    from grokquant.recipe import BudgetRecipe, load_recipe
 
     if not isinstance(recipe, BudgetRecipe):
         return recipe
-    from grokquant import parallel
     from grokquant.job.allocation.allocate import allocate
 
-    parallel.refuse_to_share("recipe: quantize: a budget is not solved")
-    return allocate(recipe, lambda line: None, device).recipe
+    return load_recipe(team.once(lambda: str(allocate(recipe, lambda line: None, device).path)))

@@ -314,7 +314,7 @@ def quantize(
     place = device_of(parallel.own_device(device))
     team = parallel.join(place, _say_own)
     context.meta[_TEAM] = team
-    loaded, shown = _recipe_of(model, asked, None if dry_run else place)
+    loaded, shown = _recipe_of(model, asked, None if dry_run else place, team)
     if dry_run:
         team.once(lambda: _show_plan(loaded, as_json, shown=shown))
         return
@@ -408,7 +408,6 @@ def _allocated(recipe: "BudgetRecipe", device: "torch.device") -> "Allocation":
     """A budget solved, and a line about it on stderr."""
     from grokquant.job.allocation.allocate import allocate
 
-    parallel.refuse_to_share("recipe: quantize: a budget is not solved")
     signs = click.get_current_context().obj
 
     def note(line: str) -> None:
@@ -446,12 +445,21 @@ def recipes(
 
 
 def _recipe_of(
-    model: str, asked: _Asked, device: "torch.device | None" = None
+    model: str,
+    asked: _Asked,
+    device: "torch.device | None" = None,
+    team: parallel.Team = parallel.ALONE,
 ) -> "tuple[Recipe, list[str]]":
     """The recipe in the file `model`, or the one made for the model of this name and the lines that
-    show it. A budget is solved on `device`. Raises InputError."""
+    show it. A budget is solved on `device`, by the first member of `team`. Raises InputError."""
     from grokquant.job.default_recipe import is_recipe
-    from grokquant.recipe import BudgetRecipe, load_any_recipe, parse_recipe, to_yaml
+    from grokquant.recipe import (
+        BudgetRecipe,
+        load_any_recipe,
+        load_recipe,
+        parse_recipe,
+        to_yaml,
+    )
 
     if is_recipe(model):
         given = {"bits": asked.bits, "grid": asked.grid, "recipe": asked.shipped}
@@ -465,10 +473,15 @@ def _recipe_of(
         if device is None:
             text = "has a budget, whose grids are to be chosen first: grokquant budget"
             raise InputError(f"{model}: quantize: {text} {model}")
-        found = _allocated(loaded, device)
-        return found.recipe, [f"recipe for {model}:", *found.text.splitlines()]
+
+        def solve() -> list[str]:
+            found = _allocated(loaded, device)
+            return [str(found.path), *found.text.splitlines()]
+
+        path, *lines = team.once(solve)
+        return load_recipe(path), [f"recipe for {model}:", *lines]
     values = asked.values(model)
-    lines = (f"  {line}" for line in to_yaml(values).splitlines())
+    lines = [f"  {line}" for line in to_yaml(values).splitlines()]
     return parse_recipe(values), [f"recipe for {model}:", *lines]
 
 

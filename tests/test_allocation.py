@@ -9,11 +9,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import ATTENTION
+from members import together
 from test_default_recipe import saved
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.cli import main
+from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.files.atomic import sha256
 from grokquant.job.allocation import allocate as step
@@ -130,6 +132,17 @@ def test_the_recipe_and_the_budget_give_the_same_bytes(budgeted, tmp_path):
     weights = sorted(made.glob("*.safetensors"))
     assert len(weights) > 1
     assert [sha256(path) for path in weights] == [sha256(again / path.name) for path in weights]
+
+
+def test_one_of_several_processes_measures_for_all(budgeted, monkeypatch):
+    measured = []
+    measure = step._measure
+    monkeypatch.setattr(step, "_measure", lambda *given: measured.append(1) or measure(*given))
+    recipe = budgeted()
+    first, second = together(2, lambda team: grokquant._solved(recipe, CPU, team))
+    assert first == second and not isinstance(first, BudgetRecipe)
+    assert len(measured) == 1
+    assert solved(recipe).recipe == first
 
 
 def test_the_command_prints_the_recipe(budgeted, tmp_path):
