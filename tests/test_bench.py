@@ -1,6 +1,7 @@
 """The benchmark programs: what they measure on is shaped like the release."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from make_release import framed_size
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config
 from grokquant.grids import Scheme
+from grokquant.methods import two_sided
 from grokquant.sources.release import LAYER, TOP, leaf_names
 from grokquant.toy import TOY_PATH
 from grokquant.toy.release_writer import Chunked, write_leaf
@@ -228,3 +230,19 @@ def test_streamed_eval_reads_each_model_once(small, tmp_path):
     assert found["mean_kld"] > found["noise_kld"] >= 0
     assert found["peak_rss"] > found["peak_anonymous"] > 10**8
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ablation_compares_equal_draws_and_texts(tmp_path):
+    program = load("ablation")
+    assert all(hasattr(two_sided, name) for part in program.PARTS.values() for name in part.patches)
+    setup = program.Setup("toy", 3, 64, [None, "texts/code.txt"])
+    klds = {"gptq": (0.4, 0.2, 0.8, 0.5), "two-sided": (0.2, 0.1, 0.4)}
+    rows = []
+    for name, values in klds.items():
+        draws = itertools.product((0, 1), setup.texts)
+        rows += [setup.key(name, *d) | {"kld": k} for d, k in zip(draws, values, strict=False)]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert program.ratios(program.read(results), setup, "two-sided") == [0.5, 0.5, 0.5]
+    assert "| two-sided | 0.500 ± 0.000 | 3 |" in program.table(rows, setup)
+    assert program.is_of(rows[-1], setup.key("two-sided", 1, None))

@@ -349,3 +349,16 @@ def test_a_plan_counts_the_original_model(tiny_recipe, monkeypatch):
     states = 16 * 64 * 128 * 2
     assert two_sided.bytes - gptq.bytes > 5 * states and two_sided.knob == "calibration.samples"
     assert timing.expected_seconds(plans[1]) > 0
+
+
+def test_one_factorization_solves_for_all_ridges():
+    X = random(200, 96) @ random(96, 96, seed=1)
+    H = X.T @ X
+    mean = H.diagonal().mean()
+    S = random(40, 96, seed=2) @ H
+    (factor,) = factorize(H, 0.5, act_order=True).factors
+    ridges = [share * mean for share in (0.05, 0.2, 0.8, 3.2)]
+    found = targets.solve_for(S, factor, [ridge.item() for ridge in ridges])
+    for ridge, solution in zip(ridges, found, strict=True):
+        exact = torch.linalg.solve(H + ridge * torch.eye(96), S.T).T
+        assert (solution - exact).norm() < 0.02 * exact.norm()

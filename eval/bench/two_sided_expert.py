@@ -3,14 +3,15 @@
     python eval/bench/two_sided_expert.py [--tokens N] [--hidden N] [--inner N] [--bits N]
 
 Weights and inputs are those of `gptq_expert.py`; the original's inputs differ from them by a tenth.
-Both methods are called as in a run, one matrix after the other, Hessians included. Prints a JSON
-line for each; `cpu_ratio` is to GPTQ in the same run. Grok-1's are --hidden 6144 --inner 32768.
+Both methods are called as in a run, one matrix after the other, Hessians included; two-sided
+rounding holds an eighth of the tokens out. Prints a JSON line for each; `cpu_ratio` is to GPTQ in
+the same run. Grok-1's are --hidden 6144 --inner 32768.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,11 @@ from grokquant.types import Matrix, Unit
 
 PARTS = ("gate", "up", "down")
 AT_ONCE = 2048
+HELD_OUT = 8
+
+Inputs = Callable[[Tensor], Iterator[Tensor]]
+# The aim of some tokens.
+Aims = Callable[[slice], Aim]
 
 
 def hidden_units(gate: Tensor, up: Tensor) -> Tensor:
@@ -84,17 +90,30 @@ def outputs(gate: Tensor, up: Tensor, down: Tensor, X: Tensor) -> Tensor:
     return torch.cat([(units @ down.T).float() for units in inner(gate, up, X)])
 
 
+def site_of(X: Tensor, inputs: Inputs, aim: Aims | None, features: int) -> Site:
+    """The site of some tokens; the last eighth of those that have an aim is held out."""
+    if aim is None:
+        return Site(len(X), features, lambda: inputs(X))
+    kept = len(X) - len(X) // HELD_OUT
+    own, other = (
+        Site(len(X[part]), features, lambda part=part: inputs(X[part]), aim=aim(part))
+        for part in (slice(0, kept), slice(kept, None))
+    )
+    own.held_out = other
+    return own
+
+
 def round_all(
-    method: str, W: Mapping[str, Tensor], X: Tensor, aims: Mapping[str, Aim], scheme: Scheme
+    method: str, W: Mapping[str, Tensor], X: Tensor, aims: Mapping[str, Aims], scheme: Scheme
 ) -> dict[str, Rounded]:
     """The three matrices of an expert, down on what the others give."""
     units = units_of(method, W, scheme)
     expert = Expert(W, units, output_gradients=moments(X.shape[1]))
     rounding = METHODS[method].begin_layer(expert)  # type: ignore[arg-type]
-    site = Site(len(X), X.shape[1], lambda: iter(X.split(AT_ONCE)), aim=aims.get("gate"))
+    site = site_of(X, lambda x: iter(x.split(AT_ONCE)), aims.get("gate"), X.shape[1])
     rounded = {unit.part: rounding.round(unit, W[unit.part], site) for unit in units[:2]}
     gate, up = (rounded[part].quantized.dequantize() for part in PARTS[:2])
-    site = Site(len(X), len(gate), lambda: inner(gate, up, X), aim=aims.get("down"))
+    site = site_of(X, lambda x: inner(gate, up, x), aims.get("down"), len(gate))
     return rounded | {"down": rounding.round(units[2], W["down"], site)}
 
 
@@ -102,9 +121,13 @@ def measure(method: str, W: Mapping[str, Tensor], X: Tensor, scheme: Scheme) -> 
     """Seconds, CPU seconds, output errors, and the share lost of the original's outputs."""
     X_f = (X.float() * (1 + 0.1 * torch.randn(X.shape[1]))).bfloat16()
     wanted = outputs(*(W[part] for part in PARTS), X_f)
-    weigh = torch.ones(len(X))
-    both = Aim(weigh, reference=lambda: iter(X_f.split(AT_ONCE))), Aim(weigh, outputs=wanted)
-    aims = dict(zip(("gate", "down"), both, strict=True)) if method == "two-sided" else {}
+    aims: dict[str, Aims] = {}
+    if method == "two-sided":
+        weigh = torch.ones(len(X))
+        aims = {
+            "gate": lambda part: Aim(weigh[part], lambda: iter(X_f[part].split(AT_ONCE))),
+            "down": lambda part: Aim(weigh[part], outputs=wanted[part]),
+        }
     start = time.perf_counter(), time.process_time()
     rounded = round_all(method, W, X, aims, scheme)
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]

@@ -142,7 +142,7 @@ def round_gptq(W: Tensor, feedback: Feedback, scheme: Scheme, rule: ScaleRule = 
     quantized = find_levels(W, scheme, rule, importance).hold(codes)
 
     def lost_in(rows: slice) -> float:
-        slabs = (_Slab(W, quantized, rows, factor) for factor in feedback.factors)
+        slabs = (Slab(W, quantized, rows, factor) for factor in feedback.factors)
         return sum(slab.round(codes) for slab in slabs)
 
     if W.device.type == "cpu":
@@ -216,7 +216,7 @@ def _by_columns(work: Callable[[slice], T], M: Tensor) -> list[T]:
     return in_order(work, slices(0, M.shape[1], SLAB_ROWS))
 
 
-class _Slab:
+class Slab:
     """Some rows of W in the columns of a factor, while they are rounded.
 
     Everything is transposed, [columns in visiting order, rows], so that a column is contiguous in
@@ -270,10 +270,14 @@ class _Slab:
             return
         middle = (start + stop) // 2
         self._descend(start, middle)
-        columns = self.columns
-        F = columns.F[start:middle, middle:stop]  # (left half, right half)
-        columns.targets[middle:stop].addmm_(F.T, columns.errors[start:middle])
+        self._feed_back(slice(start, middle), slice(middle, stop))
         self._descend(middle, stop)
+
+    def _feed_back(self, source: slice, sink: slice) -> None:
+        """Adds the errors of the columns `source` to the targets of the columns `sink`."""
+        columns = self.columns
+        F = columns.F[source, sink]  # (left half, right half)
+        columns.targets[sink].addmm_(F.T, columns.errors[source])
 
 
 class Gptq(Method):

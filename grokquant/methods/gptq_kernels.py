@@ -105,3 +105,54 @@ def round_columns(
         for lane in range(lanes):  # in float64, as the sums of many rows
             loss += lost[lane]
     return loss
+
+
+@_compiled
+def round_coupled_columns(
+    limits: tuple[float, float],
+    coupling: np.ndarray,
+    errors: np.ndarray,
+    targets: np.ndarray,
+    codes: np.ndarray,
+    groups: np.ndarray,
+    F: np.ndarray,
+    scales: np.ndarray,
+    zero_points: np.ndarray,
+    offsets: np.ndarray,
+    table: np.ndarray,
+) -> None:
+    """The same where rows of W are coupled, so that in a column they are rounded one by one.
+
+    `coupling` [blocks, B, B] are unit upper factors U of the metric of consecutive rows, rows =
+    blocks * B. `errors` holds W before and U^T (W - Q) after.
+    """
+    blocks, size, _ = coupling.shape
+    low = np.float32(limits[0])  # float64 would widen all that follows
+    high = np.float32(limits[1])
+    mixed = np.zeros(size, np.float32)
+    for column in range(len(targets)):
+        group = groups[column]
+        for block in range(blocks):
+            mixed[:] = 0
+            for r in range(size):
+                row = block * size + r
+                target = targets[column, row] + mixed[r]
+                scale = scales[group, row]
+                if len(table):
+                    code = np.float32(nearest(table, target / scale))
+                    value = table[int(code)] * scale
+                else:
+                    zero = zero_points[group, row]
+                    offset = offsets[group, row]
+                    code = np.rint((target - offset) / scale) + zero
+                    code = min(max(code, low), high)
+                    value = (code - zero) * scale + offset
+                miss = errors[column, row] - value
+                errors[column, row] = miss + mixed[r]
+                codes[column, row] = np.int8(code)
+                for k in range(r + 1, size):
+                    mixed[k] += coupling[block, r, k] * miss
+        for later in range(column + 1, len(targets)):
+            factor = F[column, later]
+            for row in range(targets.shape[1]):
+                targets[later, row] += factor * errors[column, row]

@@ -34,6 +34,8 @@ _ALL = 0.05
 _ROUTERS = 0.1
 # Added to the diagonal of a metric, as a share of its mean.
 _DAMPING = 0.1
+# Tokens of an expert, evenly spread, whose derivatives make its small blocks.
+_SLOPE_TOKENS = 2048
 # Hidden units in a block of the metric of gate and up.
 _UNITS = 8
 
@@ -79,14 +81,17 @@ def metric_of_inner(M: Tensor, down: Tensor, moments: Tensor) -> Tensor:
 def slope_moments(
     layer: Layer, expert: int, gate: Tensor, up: Tensor, aim: Aim, size: int
 ) -> Tensor:
-    """Sum over tokens of w a' a'^T in blocks of hidden units, [blocks, 2, size, 2, size].
+    """Sum over some tokens of w a' a'^T in blocks of hidden units, [blocks, 2, size, 2, size].
 
     a' are the derivatives of hidden units by gate and up at the original's inputs.
     """
     assert aim.reference is not None
     inner = len(gate)
     moments = torch.zeros(inner // size, 2, size, 2, size)
-    for X, weights in weighted(aim.reference, aim):
+    stride = -(-len(aim.weights) // _SLOPE_TOKENS)
+    for every_X, every_weight in weighted(aim.reference, aim):
+        X = every_X[::stride]
+        weights = every_weight[::stride]
 
         def add(units: slice, X: Tensor = X, weights: Tensor = weights) -> None:
             slopes = layer.slopes(expert, X @ gate[units].T, X @ up[units].T, units)

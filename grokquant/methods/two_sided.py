@@ -6,10 +6,11 @@ With E = What - W* the error of a matrix, this lowers
                          W* the target                      see `targets`
                          G = what errors of outputs cost    the outputs' side, see `output_metric`
 
-by GPTQ on W* and H, then by coordinate descent on codes and scales with G (`descent`). Experts are
-rounded so. A token counts w = p^2, the square of its gate, and 1 / rms^2 more where a norm follows
-the sum of the experts. gate and up are to give what they give for the original's inputs, down what
-the sum of all experts lacks (`job/mixture`). Other matrices are rounded by GPTQ.
+by GPTQ on W* with feedback through both sides (`coupled`), then by coordinate descent on codes and
+scales (`descent`). Experts are rounded so. A token counts w = p^2, the square of its gate, and
+1 / rms^2 more where a norm follows the sum of the experts. gate and up are to give what they give
+for the original's inputs, down what the sum of all experts lacks (`job/mixture`). Other matrices
+are rounded by GPTQ.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from grokquant.grids import Scheme
+from grokquant.methods.coupled import round_coupled
 from grokquant.methods.descent import descend
 from grokquant.methods.gptq import GPTQ, Feedback, GptqSettings, factorize, probes, round_gptq
 from grokquant.methods.ldl import permute_, restore_
@@ -44,6 +46,7 @@ from grokquant.methods.targets import (
     missing_outputs,
     moved_inputs,
     solve_,
+    solve_for,
     times,
     weighted,
 )
@@ -64,8 +67,8 @@ _DECIDING_ROWS = 128
 _DAMPING = 0.5
 _DAMPING_ONE_SIDED = 0.1
 # Sweeps over a matrix, and passes over all codes in each.
-_SWEEPS = 6
-_PASSES = 2
+_SWEEPS = 2
+_PASSES = 1
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,13 @@ class TwoSided(Method):
 
     def cost(self, rows: int, columns: int, settings: TwoSidedSettings) -> Cost:
         """Float32 copies: gate and up, their targets and what these are made of, and E H. The
-        products are those of GPTQ, two solutions, one with H in each sweep, and a factorisation
-        of H for each ridge."""
+        products are those of GPTQ, two solutions, one with H in each sweep, and two more
+        factorisations of H: for the ridge and for the target."""
         gptq = GPTQ.cost(rows, columns, GptqSettings())
         return Cost(
             working_bytes=gptq.working_bytes + 7 * rows * columns * _FLOAT,
             shared_products=gptq.shared_products,
-            products=gptq.products
-            + (2 + _SWEEPS) * rows * columns**2
-            + len(_RIDGES) * columns**3 / 3,
+            products=gptq.products + (2 + _SWEEPS) * rows * columns**2 + 2 * columns**3 / 6,
         )
 
     def begin_layer(self, layer: Layer) -> "TwoSidedLayer":
@@ -221,7 +222,11 @@ def _round(
     """
     with _factorized(H, ridge) as feedback:
         target = W if S is None else solve_(S, feedback.factors[0]).add_(W)
-        quantized = round_gptq(target, feedback, scheme, rule).quantized
+        if G is None:
+            quantized = round_gptq(target, feedback, scheme, rule).quantized
+    if G is not None:
+        with _factorized(H, _DAMPING) as feedback:
+            quantized = round_coupled(target, feedback, G, scheme, rule)
     damping = _DAMPING_ONE_SIDED if G is None else _DAMPING
     H.diagonal().add_(damping * alone(feedback.importance.mean))
     quantized = descend(quantized, target, H, G, _SWEEPS, _PASSES)
@@ -248,11 +253,10 @@ def _best_ridge(W: Tensor, S: Tensor, H: Tensor, site: Site, otherwise: float) -
     if held_out is None or held_out.aim is None:
         return otherwise
     rows = torch.arange(0, len(W), max(1, len(W) // _DECIDING_ROWS))
-    misses = []
-    for ridge in _RIDGES:
-        with _factorized(H, ridge) as feedback:
-            target = W[rows] + solve_(S[rows], feedback.factors[0])
-        misses.append(missed(target, W[rows], rows, held_out, held_out.aim))
+    with _factorized(H, _DAMPING) as feedback:
+        mean = alone(feedback.importance.mean).item()
+        changes = solve_for(S[rows], feedback.factors[0], [ridge * mean for ridge in _RIDGES])
+    misses = [missed(W[rows] + change, W[rows], rows, held_out, held_out.aim) for change in changes]
     return _RIDGES[misses.index(min(misses))]
 
 
