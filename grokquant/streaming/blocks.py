@@ -286,7 +286,7 @@ class BlockwiseModel:
     @torch.no_grad()
     def run_layer_over(self, index: int, hidden: Tensor, combine: Combine) -> Tensor:
         """The same, for states that nobody needs any more: they may be overwritten."""
-        if not self._ends_with_experts(index):
+        if not self.ends_with_experts(index):
             return self.run_layer(index, hidden, combine)
         exchange = self._exchange(index, hidden.shape[0] * hidden.shape[1])
         assert exchange is not None
@@ -298,7 +298,7 @@ class BlockwiseModel:
         self._add_mixture(index, hidden, combine(*recorded))
         return hidden
 
-    def _ends_with_experts(self, index: int) -> bool:
+    def ends_with_experts(self, index: int) -> bool:
         """Whether all that a layer does after its attention is adding the sum of its experts."""
         family = self.family
         beside = [part for part in family.matrices(self.config, index) if part.startswith("shared")]
