@@ -16,7 +16,7 @@ from grokquant.grids import Scheme
 from grokquant.methods import METHODS
 from grokquant.recipe import Recipe, load_recipe, parse_recipe
 from grokquant.reporting.signs_of_life import VARIABLE
-from grokquant.streaming.blocks import BlockwiseModel, Expert, Routed
+from grokquant.streaming.blocks import BlockwiseModel
 from grokquant.toy import TOY_PATH
 from grokquant.types import Matrix, Unit
 
@@ -47,11 +47,7 @@ def unit_of(
 
 def run_stored_layer(model: BlockwiseModel, index: int, hidden: Tensor) -> Tensor:
     """Outputs of layer `index` for `hidden`, with its experts as the checkpoint has them."""
-
-    def stored(number: int, routed: Routed) -> Expert:
-        return model.stored_expert(index, number)
-
-    return model.run_layer(index, hidden, model.combine_experts(index, stored))
+    return model.run_layer(index, hidden, model.combine_stored(index))
 
 
 def own_text(output: Path) -> str:

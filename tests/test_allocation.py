@@ -27,7 +27,7 @@ from grokquant.job.allocation.solver import solve
 from grokquant.job.plan import build_plan
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.recipe import BudgetRecipe, load_any_recipe, parse_any_recipe, to_yaml
-from grokquant.streaming.blocks import BlockwiseModel, Expert, Routed
+from grokquant.streaming.blocks import BlockwiseModel, Outputs, Routed
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 
@@ -287,11 +287,11 @@ def run_with(layer: LayerErrors, hidden: torch.Tensor, values: dict) -> torch.Te
         if "self_attn" in tensor:
             model.replace(0, tensor, value)
 
-    def expert(number: int, routed: Routed) -> Expert:
+    def expert(number: int, routed: Routed) -> Outputs:
         names = model.family.expert_tensors(0, number)
         W = {part: values.get(t, model.expert_weight(t)) for part, t in names.items()}
         inner = model.hidden_units(0, number, W["gate"], W["up"])
-        return lambda x: inner(x) @ W["down"].T
+        return model.on_routed(lambda x: inner(x) @ W["down"].T, routed)
 
     after = model.run_layer(0, hidden, model.combine_experts(0, expert))
     model.free_layer(0)

@@ -54,6 +54,7 @@ def test_a_new_method_is_planned_and_runs(run, tmp_path, tiny_release, data):
     assert planned.returncode == 0, planned.stderr
     plan = json.loads(planned.stdout)
     assert plan["seconds"] > 0 and plan["peak_bytes"] > 0
+    assert plan["seconds"] == pytest.approx(sum(plan["seconds_by_step"].values()))
     done = run("quantize", *data, out=tmp_path / "out")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out" / "quantization-report.json").read_text())

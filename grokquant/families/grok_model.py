@@ -29,6 +29,9 @@ from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# Queries whose logits a CPU computes at once: those of one kv head then stay in its cache.
+QUERIES_AT_ONCE = 128
+
 
 class Grok1Config(PreTrainedConfig):
     """The published hyperparameters of Grok-1 are the defaults.
@@ -145,9 +148,26 @@ class GrokAttention(nn.Module):
         position_embeddings: tuple[Tensor, ...],
         attention_mask: Tensor | None,
     ) -> Tensor:
+        size = QUERIES_AT_ONCE if q.device.type == "cpu" else q.shape[-2]
+        attended = []
+        for start in range(0, q.shape[-2], size):
+            some = slice(start, start + size)
+            tables = tuple(table[..., some, :] for table in position_embeddings)
+            mask = None if attention_mask is None else attention_mask[..., some, :]
+            attended.append(self._attend_from(q[..., some, :], k, v, tables, mask))
+        return torch.cat(attended, -2)
+
+    def _attend_from(
+        self,
+        q: Tensor,  # (batch, kv_heads, heads per kv head, queries, head_dim)
+        k: Tensor,
+        v: Tensor,
+        position_embeddings: tuple[Tensor, ...],
+        attention_mask: Tensor | None,
+    ) -> Tensor:
         logits = (q @ k.unsqueeze(2).transpose(-1, -2)).float() * self.config.attn_output_multiplier
         cap = self.config.attn_logit_softcapping
-        logits = cap * torch.tanh(logits / cap)  # (batch, kv_heads, per kv, time, keys)
+        logits = cap * torch.tanh(logits / cap)  # (batch, kv_heads, per kv, queries, keys)
         logits = self.at_positions(logits, position_embeddings)
         if attention_mask is not None:
             logits = logits + attention_mask.unsqueeze(1)

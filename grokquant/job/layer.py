@@ -1,6 +1,7 @@
 """Quantizing one layer while the calibration tokens pass through it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from grokquant.calibration.hessian import Hessian, accumulate
 from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
 from grokquant.job.division import Division
+from grokquant.job.hidden_units import HiddenUnits, kept_tokens
 from grokquant.job.mixture import Mixture, Original
 from grokquant.job.plan import Plan
 from grokquant.job.unit import report_of, round_unit
@@ -20,7 +22,7 @@ from grokquant.methods.method import Aim, Needs, UnusableHessian, errors_of
 from grokquant.methods.refit import refit
 from grokquant.parallel import ALONE
 from grokquant.recipe import ExpertsSection
-from grokquant.streaming.blocks import BlockwiseModel, Combine, Expert, Routed
+from grokquant.streaming.blocks import BlockwiseModel, Combine, Outputs, Routed
 from grokquant.types import QTensor, Unit, UnitReport
 
 # Weight of the Hessian of all tokens in that of a starved expert, in tokens per input feature.
@@ -84,7 +86,10 @@ class LayerQuantizer:
         self._mixture: Mixture | None = None
 
     def run(self, states: States) -> States:
-        """Quantizes the layer and returns the states after it, its errors included."""
+        """Quantizes the layer and returns the states after it, its errors included.
+
+        `states` may be overwritten.
+        """
         self.inputs = states.hidden
         self.model.load_layer(self.index)
         reference = self._run_reference(states.reference)
@@ -126,7 +131,11 @@ class LayerQuantizer:
         self.reference_inputs = hidden
         before: list[Tensor] = []
         keep = before.append if self._has_aim else None
-        combine = self._record_original(before) if self._has_aim else self._combine_stored()
+        combine = (
+            self._record_original(before)
+            if self._has_aim
+            else self.model.combine_stored(self.index)
+        )
         self.reference_outputs = self.model.run_layer(self.index, hidden, combine, keep)
         return self.reference_outputs
 
@@ -136,16 +145,10 @@ class LayerQuantizer:
         needed = {METHODS[unit.method].needs for unit in self.units if unit.expert is not None}
         return Needs.REFERENCE in needed and self.model.family.mixture_norm is not None
 
-    def _combine_stored(self) -> Combine:
-        return self.model.combine_experts(self.index, self._stored_expert)
-
-    def _stored_expert(self, expert: int, routed: Routed) -> Expert:
-        return self.model.stored_expert(self.index, expert)
-
     def _record_original(self, before: list[Tensor]) -> Combine:
         """Combines the experts as they are stored and keeps what they take and give; `before` gets
         the states without them."""
-        combine = self._combine_stored()
+        combine = self.model.combine_stored(self.index)
 
         def combine_and_keep(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             outputs = combine(x, experts, gates)
@@ -164,18 +167,24 @@ class LayerQuantizer:
         combine = self._combine_quantized()
         original = self._original
         if original is None:
-            return self.model.run_layer(self.index, hidden, combine)
+            return self._run(hidden, combine)
         if not self.revises:  # then the layer runs again, and its memory is kept
             self._original = None
         before: list[Tensor] = []
 
         def aim_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-            stored = self._combine_stored()(x, experts, gates)
+            stored = self.model.combine_stored(self.index)(x, experts, gates)
             without = before.pop().flatten(0, 1)
             self._mixture = Mixture(original, without, stored, self.mixture_gain)
             return combine(x, experts, gates)
 
         return self.model.run_layer(self.index, hidden, aim_and_combine, before.append)
+
+    def _run(self, hidden: Tensor, combine: Combine) -> Tensor:
+        """The states after the layer, over those before it unless a method may ask for them."""
+        if self.revises or self.plan.needs_reference:
+            return self.model.run_layer(self.index, hidden, combine)
+        return self.model.run_layer_over(self.index, hidden, combine)
 
     def _combine_quantized(self) -> Combine:
         """Combines the experts and quantizes each where its owner is."""
@@ -251,7 +260,7 @@ class LayerQuantizer:
                 quantized = self._known(unit) or self._made_by_its_maker(unit, None)
                 self.model.replace_expert(unit, quantized.dequantize())
 
-    def _make_expert(self, expert: int, given: Routed) -> Expert:
+    def _make_expert(self, expert: int, given: Routed) -> Outputs:
         """Quantizes gate and up on one site, then down on the hidden units that they make."""
         x = given.x
         token = given.token
@@ -263,24 +272,20 @@ class LayerQuantizer:
         site = self._site(expert, first, routed, len(token), x.shape[1], everyone, to_inner)
         W_gate = self._expert_weight(expert, "gate", site) if first == "gate" else None
         W_up = self._expert_weight(expert, "up", site)
-        hidden_units = self.model.hidden_units(self.index, expert, W_gate, W_up)
-
-        def inner(inputs: Inputs) -> Inputs:
-            return lambda: (self.model.by_rows(hidden_units, x) for x in inputs())
-
+        del site  # with the factors of its Hessian
+        make = self.model.hidden_units(self.index, expert, W_gate, W_up)
         features = len(W_up)
-        site = self._site(
-            expert,
-            "down",
-            list(map(inner, routed)),
-            len(token),
-            features,
-            lambda block: accumulate(inner(self._everyones_inputs)(), features, block),
-            to_down,
-        )
+        units = HiddenUnits(self.model, make, features, given, kept_tokens(self.plan))
+
+        def everyones(block: int | None) -> Hessian:
+            inputs = (self.model.by_rows(make, x) for x in self._everyones_inputs())
+            return accumulate(inputs, features, block)
+
+        inner: list[Inputs] = [partial(units.inputs, part) for part in parts]
+        site = self._site(expert, "down", inner, len(token), features, everyones, to_down)
         W_down = self._expert_weight(expert, "down", site)
         bias = self.model.expert_bias(self.index, expert, "down")
-        return lambda x: F.linear(hidden_units(x), W_down, bias)
+        return lambda part: F.linear(units.of(part), W_down, bias)
 
     def _parts(self, token: Tensor) -> list[Tensor]:
         """The places among the tokens of an expert that its rounding sees, and those held out: all

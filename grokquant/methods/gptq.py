@@ -310,7 +310,8 @@ class Gptq(Method):
         """Four float32 slabs, of all threads together; a Cholesky factorisation of each block,
         n^3 / 6; half of a product of W with the block for the feedback."""
         block = self.block_columns(columns, settings)
-        at_once = max(SLAB_ROWS, _PIECE_ROWS * torch.get_num_threads())
+        on_gpu = torch.cuda.is_available()
+        at_once = SLAB_ROWS if on_gpu else _PIECE_ROWS * torch.get_num_threads()
         return Cost(
             working_bytes=4 * min(rows, at_once) * columns * _FLOAT,
             shared_products=columns * block**2 / 6,

@@ -138,9 +138,9 @@ class Site(Protocol):
 class Layer(Protocol):
     """A layer while it is quantized, as a method sees it.
 
-    States are [rows, time, hidden]: `inputs` and `outputs` of the layer as it is quantized,
-    `reference_inputs` and `reference_outputs` of the original model (for Needs.REFERENCE alone).
-    Outputs are there when the whole layer has run.
+    States are [rows, time, hidden]: `inputs` and `outputs` of the layer as it is quantized (for a
+    method that revises, or Needs.REFERENCE), `reference_inputs` and `reference_outputs` of the
+    original model (for Needs.REFERENCE alone). Outputs are there when the whole layer has run.
 
     `output_gradients` float32 [hidden, hidden] is E[g g^T] for the gradients g of predictions by
     the sum of the experts' outputs, up to a factor; there where a unit's method `needs_gradients`.

@@ -39,6 +39,7 @@ from grokquant.types import TensorRef, UnitReport
 _PIPE_WIDTH = 1000
 # Bits per weight of a layer without quantized matrices.
 _BF16_BITS = 16.0
+_LEAST_SHARE = 0.005  # of the time, for a step that `plan` prints
 _LABEL_WIDTH = 18  # of the longest label that `inspect` prints, right-aligned
 
 
@@ -59,6 +60,7 @@ def plan_as_dict(plan: Plan, budget: Budget) -> dict:
         "peak_step": budget.peak.name,
         "peak_knob": budget.peak.knob,
         "seconds": budget.seconds,
+        "seconds_by_step": budget.times,
         "kept": list(plan.kept),
         "runs_in": verdicts(plan.contents),
         "units": [
@@ -122,6 +124,10 @@ def print_budget(budget: Budget) -> None:
     knob = f"; {budget.peak.knob} lowers it" if budget.peak.knob else ""
     console.print(f"memory: {size(budget.peak_bytes)} at {budget.peak.name}{knob}")
     console.print(f"time: {duration(budget.seconds)} on this machine")
+    for step, seconds in sorted(budget.times.items(), key=lambda item: -item[1]):
+        share = seconds / budget.seconds
+        if share >= _LEAST_SHARE:
+            console.print(f"{share:>10.0%}  {step}, {duration(seconds)}")
 
 
 def sharing_as_dict(sharing: Sharing, budget: Budget) -> dict:

@@ -9,6 +9,9 @@ Experts run through transformers' experts registry, in two passes over all rows:
              combine: every expert, one after the other, for all tokens
     pass 2   attention -> router -> experts return the outputs of combine
 
+Where a layer only adds the experts' sum to the residual, `run_layer_over` does that itself, and
+attention runs once.
+
 So each expert is read once for all tokens, and a block needs no more memory than its attention and
 one expert.
 """
@@ -54,13 +57,16 @@ Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 Keep = Callable[[Tensor], None]
 # inputs [tokens, hidden] -> outputs [tokens, hidden]
 Expert = Callable[[Tensor], Tensor]
-
-
+# some of the tokens routed to an expert -> its outputs [some, hidden]
+Outputs = Callable[[slice], Tensor]
+# (expert, what is routed to it) -> its outputs
+MakeExpert = Callable[[int, Routed], Outputs]
 # Takes the outputs [part, hidden] of an expert for the tokens int64 [part].
 Watch = Callable[[int, Tensor, Tensor], None]
 
-# (expert, what is routed to it) -> the expert
-MakeExpert = Callable[[int, Routed], Expert]
+
+class _Captured(Exception):
+    """Ends a forward pass whose rest is not needed."""
 
 
 class Place(local):
@@ -277,6 +283,39 @@ class BlockwiseModel:
         """
         return self._run_layer(index, [(None, hidden)], combine, keep)[0]
 
+    @torch.no_grad()
+    def run_layer_over(self, index: int, hidden: Tensor, combine: Combine) -> Tensor:
+        """The same, for states that nobody needs any more: they may be overwritten."""
+        if not self.ends_with_experts(index):
+            return self.run_layer(index, hidden, combine)
+        exchange = self._exchange(index, hidden.shape[0] * hidden.shape[1])
+        assert exchange is not None
+        if parts := self._run_rows(index, hidden):
+            torch.cat(parts, out=hidden)
+        del parts
+        recorded = exchange.recorded or self._nothing_recorded([(None, hidden)])
+        exchange.recorded = ()
+        self._add_mixture(index, hidden, combine(*recorded))
+        return hidden
+
+    def ends_with_experts(self, index: int) -> bool:
+        """Whether all that a layer does after its attention is adding the sum of its experts."""
+        family = self.family
+        beside = [part for part in family.matrices(self.config, index) if part.startswith("shared")]
+        has_experts = family.experts_of(self.layers[index]) is not None
+        return has_experts and family.streams and family.mixture_norm is not None and not beside
+
+    def _add_mixture(self, index: int, hidden: Tensor, outputs: Tensor) -> None:
+        """Adds the experts' outputs [tokens, hidden] to the states after the rest of the layer."""
+        norm = self.family.mixture_norm
+        after = self.layers[index].get_submodule(norm) if norm else nn.Identity()
+        states = hidden.flatten(0, 1)
+
+        def add(part: slice) -> None:
+            states[part] += after(outputs[part].to(self.device, hidden.dtype)).to(hidden.device)
+
+        self.in_parts(add, len(states))
+
     def run_batches(
         self,
         index: int,
@@ -338,9 +377,12 @@ class BlockwiseModel:
         inputs: dict[int, Tensor] = {}  # by the first of their tokens
         layer = self.layers[index]
         linear, _ = parameter_parent(layer, self.family.parameter_name(layer, index, tensor))
-        hook = linear.register_forward_pre_hook(
-            lambda _, args: inputs.update({self._place.start: args[0].flatten(0, -2).cpu()})
-        )
+
+        def capture(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[self._place.start] = args[0].flatten(0, -2).cpu()
+            raise _Captured
+
+        hook = linear.register_forward_pre_hook(capture)
         self._run_rows(index, hidden)
         hook.remove()
         none = torch.empty(0, self.source.tensors[tensor].shape[1], dtype=hidden.dtype)
@@ -413,21 +455,37 @@ class BlockwiseModel:
                 combined.index_add_(0, routed.token[part], gated)
 
             for number, routed, take in team.at_owners(given, owners, add):
-                expert = make_expert(number, routed)
-                self._run_expert(expert, routed, take)
-                del expert  # frees its matrices before the next ones are read
+                outputs = make_expert(number, routed)
+                self._take_outputs(outputs, len(routed.token), take)
+                del outputs  # frees its matrices before the next ones are read
             return combined
 
         return combine
 
-    def _run_expert(self, expert: Expert, routed: Routed, take: Take) -> None:
-        """Gives the outputs [part, hidden] of an expert to `take`, part by part."""
+    def combine_stored(
+        self,
+        index: int,
+        team: Team = ALONE,
+        owners: Sequence[int] | None = None,
+        watch: Watch | None = None,
+    ) -> Combine:
+        """`combine_experts` for the experts as the checkpoint holds them."""
 
-        def run(part: slice) -> None:
-            rows = routed.token[part]
-            take(part, expert(routed.x[rows].to(self.device)).cpu())
+        def stored(number: int, routed: Routed) -> Outputs:
+            return self.on_routed(self.stored_expert(index, number), routed)
 
-        self._each(run, slices(0, len(routed.token), self._tokens_at_once))
+        return self.combine_experts(index, stored, team, owners, watch)
+
+    def on_routed(self, expert: Expert, routed: Routed) -> Outputs:
+        """The outputs of an expert for what is routed to it."""
+        return lambda part: expert(routed.x[routed.token[part]].to(self.device))
+
+    def _take_outputs(self, outputs: Outputs, tokens: int, take: Take) -> None:
+        self.in_parts(lambda part: take(part, outputs(part).cpu()), tokens)
+
+    def in_parts(self, work: Callable[[slice], T], tokens: int) -> list[T]:
+        """What `work` makes of as many tokens as run at once, for all of so many."""
+        return self._each(work, slices(0, tokens, self._tokens_at_once))
 
     def stored_expert(self, index: int, number: int) -> Expert:
         """An expert as the checkpoint holds it; reads its three matrices."""
@@ -529,7 +587,10 @@ class BlockwiseModel:
         """The outputs of layer `index` for some rows, whose first token has the number `first`."""
         self._place.start = first
         args, kwargs = self.taps[index].arguments
-        out = self.layers[index](hidden, *args, **kwargs)
+        try:
+            out = self.layers[index](hidden, *args, **kwargs)
+        except _Captured:
+            return hidden
         # Layers of some models return a tuple that begins with the hidden states.
         return out[0] if isinstance(out, tuple) else out
 

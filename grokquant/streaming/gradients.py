@@ -31,9 +31,7 @@ from grokquant.streaming.blocks import (
     CALIBRATION_DTYPE,
     TOKENS_IN_PIECE,
     BlockwiseModel,
-    Expert,
     Place,
-    Routed,
 )
 from grokquant.threads import alone, in_pieces, slices
 
@@ -125,11 +123,7 @@ def _layer_forward(
     model: "DifferentiableModel", index: int, hidden: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The outputs of a layer, and those of its experts if it has any."""
-
-    def stored(number: int, routed: Routed) -> Expert:
-        return model.stored_expert(index, number)
-
-    combine = model.combine_experts(index, stored)
+    combine = model.combine_stored(index)
     sums: list[Tensor] = []
 
     def combine_and_keep(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grokquant.errors import InputError
 from grokquant.parallel import ALONE, Team
-from grokquant.streaming.blocks import BlockwiseModel, Expert, Routed, Rows
+from grokquant.streaming.blocks import BlockwiseModel, Rows
 
 
 class View:
@@ -98,11 +98,8 @@ class Stream:
         view = view or View(slice(0, 0))
         self.chosen = None
 
-        def make_expert(number: int, routed: Routed) -> Expert:
-            return model.stored_expert(index, number)
-
         owners = self.team.assign([1.0] * model.family.num_experts(model.config, index))
-        combine = model.combine_experts(index, make_expert, self.team, owners, view.output)
+        combine = model.combine_stored(index, self.team, owners, view.output)
 
         def watched(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             passing = slice(view.extra, None)

@@ -33,7 +33,7 @@ from grokquant.calibration.site import Site
 from grokquant.methods import METHODS
 from grokquant.methods.method import Layer, UnusableHessian, dense, errors_of
 from grokquant.methods.output_metric import metric_of_sum
-from grokquant.streaming.blocks import TOKENS_IN_PIECE, BlockwiseModel, Combine, Expert, Routed
+from grokquant.streaming.blocks import TOKENS_IN_PIECE, BlockwiseModel, Expert, Outputs, Routed
 from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor, Unit
 
@@ -108,7 +108,7 @@ class LayerErrors:
         self._metric = metric_of_sum(readers, hidden.shape[2], gradients=False).cpu()
         self._measure_outside_experts(original)
         tokens = rows * hidden.shape[1]
-        stored = self._combine_stored()
+        stored = self.model.combine_stored(self.index)
 
         def measure_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             combined = stored(x, experts, gates)
@@ -132,15 +132,9 @@ class LayerErrors:
 
     def _run_as_stored(self, hidden: Tensor) -> Tensor:
         self.model.load_layer(self.index)
-        after = self.model.run_layer(self.index, hidden, self._combine_stored())
+        after = self.model.run_layer(self.index, hidden, self.model.combine_stored(self.index))
         self.model.free_layer(self.index)
         return after
-
-    def _combine_stored(self) -> Combine:
-        def stored(expert: int, routed: Routed) -> Expert:
-            return self.model.stored_expert(self.index, expert)
-
-        return self.model.combine_experts(self.index, stored)
 
     # --- outside the experts
 
@@ -171,8 +165,9 @@ class LayerErrors:
 
     # --- experts
 
-    def _measure_expert(self, expert: int, routed: Routed) -> Expert:
+    def _measure_expert(self, expert: int, routed: Routed) -> Outputs:
         """Measures the matrices of an expert one by one; the expert itself adds nothing."""
+        nothing = self.model.on_routed(torch.zeros_like, routed)
         names = self.model.family.expert_tensors(self.index, expert)
         owned = {
             _of(units).part: (name, units)
@@ -180,7 +175,7 @@ class LayerErrors:
             if _of(units).expert == expert
         }
         if not owned:
-            return torch.zeros_like
+            return nothing
         stored = {part: self._original(name) for part, name in names.items()}
         seen, unseen = _held_out(len(routed.token))
         outer = self._site(routed.x, routed.token[seen])
@@ -197,7 +192,7 @@ class LayerErrors:
                 lost = (self._outputs(expert, rounded, x).float() - y.float()).cpu() * gate
                 cost = self._cost_in_sum(lost, self._combined[token])
                 self.errors[name].outputs[grid] = cost * share
-        return torch.zeros_like
+        return nothing
 
     def _outputs(self, expert: int, weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """The outputs of an expert with these matrices for x [tokens, hidden]."""
@@ -241,13 +236,13 @@ class LayerErrors:
         for tensor in outside:
             self.model.replace(self.index, tensor, rounded[tensor].dequantize())
 
-        def expert(number: int, routed: Routed) -> Expert:
+        def expert(number: int, routed: Routed) -> Outputs:
             names = self.model.family.expert_tensors(self.index, number)
             weights = {
                 part: rounded[t].dequantize() if t in rounded else self._original(t)
                 for part, t in names.items()
             }
-            return self._expert(number, weights)
+            return self.model.on_routed(self._expert(number, weights), routed)
 
         combine = self.model.combine_experts(self.index, expert)
         after = self.model.run_layer(self.index, hidden, combine)

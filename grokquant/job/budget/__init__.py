@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from grokquant.job.budget.memory import Step, peak_step, resident_bytes
-from grokquant.job.budget.timing import expected_seconds, is_small
+from grokquant.job.budget.timing import expected_times, is_small
 from grokquant.job.plan import Plan
 
 _THREADS = 1 << 26  # what the allocator keeps for the threads of a run
@@ -11,20 +11,25 @@ _THREADS = 1 << 26  # what the allocator keeps for the threads of a run
 
 @dataclass(frozen=True)
 class Budget:
-    """`peak_bytes` of memory, reached at the step `peak`; `seconds` of time on this machine."""
+    """`peak_bytes` of memory, reached at the step `peak`; `times` in seconds on this machine, by
+    step, beyond what a run does beside its other steps."""
 
     peak: Step
     peak_bytes: int
-    seconds: float
+    times: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.times.values())
 
 
 def budget_of(plan: Plan) -> Budget:
     """Probes this machine for a few seconds with samples of the source and the calibration text."""
     before = resident_bytes()
     step = peak_step(plan)
-    seconds = expected_seconds(plan)
+    times = expected_times(plan)
     peak = before + step.bytes
     if plan.needs_calibration and is_small(plan):
         # The probe ran a whole layer, so its peak includes what the formulas leave out.
         peak = max(peak, resident_bytes(peak=True))
-    return Budget(step, peak + _THREADS, seconds)
+    return Budget(step, peak + _THREADS, times)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from grokquant.job.hidden_units import kept_tokens
 from grokquant.job.plan import Plan
 from grokquant.methods import METHODS
 from grokquant.streaming.blocks import (
@@ -141,18 +142,24 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     size = CALIBRATION_DTYPE.itemsize
     weights = rows * columns
     # The matrix as stored (int8), dequantized (bfloat16) and rounded (int8).
-    own = weights * (1 + 2 + 1) + method.cost(rows, columns, unit.settings).working_bytes
+    matrix = weights * (1 + 2 + 1)
+    working = method.cost(rows, columns, unit.settings).working_bytes
     hessian = 0
     if method.needs_site:
         hessian = columns * method.block_columns(columns, unit.settings) * FLOAT
+    own = matrix + hessian + working
     if unit.expert is not None and unit.part == "down":
-        # gate and up as rounded; the hidden units of some tokens, several times over: of one part
-        # on a GPU; of a piece for each thread of a CPU, and once of all that are held at once.
-        pieces = 6 * TOKENS_IN_PIECE * torch.get_num_threads() * FLOAT + INPUTS_AT_ONCE * size
-        own += 2 * weights * size + max(6 * TOKENS_AT_ONCE * FLOAT, pieces) * columns
+        # gate and up as rounded, and what they make of the tokens. While they do that, the hidden
+        # units of some tokens are there several times over: of one part on a GPU, of a piece for
+        # each thread of a CPU. Then the Hessian takes those of some tokens at once.
+        held = 2 * weights * size + kept_tokens(plan) * columns * size
+        pieces = max(TOKENS_AT_ONCE, TOKENS_IN_PIECE * torch.get_num_threads())
+        making = 6 * pieces * columns * FLOAT
+        adding = matrix + hessian + INPUTS_AT_ONCE * columns * size
+        own = held + max(making, adding, own)
     has_blocks = hasattr(unit.settings, "hessian_block")
     knob = "hessian_block" if has_blocks and hessian > always else "calibration.samples"
-    return Step(f"{unit.name}: {unit.method}", always + own + hessian, knob)
+    return Step(f"{unit.name}: {unit.method}", always + own, knob)
 
 
 def _shape(plan: Plan, name: str) -> tuple[int, ...]:

@@ -17,19 +17,21 @@ from grokquant.calibration.site import Site
 from grokquant.errors import InputError
 from grokquant.files import atomic
 from grokquant.files.direct_io import PlacedFile
+from grokquant.job.budget.probe_model import ProbeModel
 from grokquant.job.layer import LayerQuantizer, is_starved
 from grokquant.job.plan import Plan
 from grokquant.job.unit import round_without_data
 from grokquant.job.workdir import States
 from grokquant.methods import METHODS
-from grokquant.methods.method import Cost
-from grokquant.streaming.blocks import CALIBRATION_DTYPE
+from grokquant.methods.method import Cost, errors_of
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_IN_PIECE
 from grokquant.streaming.gradients import DTYPE, differentiated_tokens
 from grokquant.streaming.whole import running
 from grokquant.text import python_docs
 from grokquant.text.documents import calibration_rows, token_rows
 from grokquant.text.tokenizer import load_tokenizer
-from grokquant.types import Matrix, QTensor, TensorRef, Unit
+from grokquant.threads import in_pieces
+from grokquant.types import QTensor, TensorRef, Unit
 
 # Of the modules with documentation one in so many is read; calibration takes 8 % of them.
 _TEXT_SHARE = 8
@@ -44,25 +46,50 @@ _START_AND_END = 1.0  # seconds of fixed work: tokenizer, metadata files, verifi
 
 def expected_seconds(plan: Plan) -> float:
     """From the first tensor to the last file."""
-    written = plan.output_bytes / _write_rate(plan)
+    return sum(expected_times(plan).values())
+
+
+def expected_times(plan: Plan) -> dict[str, float]:
+    """Seconds of each step of a run, beyond what it does beside the others."""
+    rate = _write_rate(plan)
+    written = plan.output_bytes / rate
     read = plan.checkpoint.stored_bytes / _read_rate(plan.checkpoint.source.weight_files)
+    times = {"start and end": _START_AND_END}
     if plan.needs_calibration:
-        reads = 3 if plan.needs_gradients else 1
-        return _START_AND_END + max(reads * read + _calibrating(plan), written)
-    stages = (read, written, _rounding(plan))
+        times["reading"] = read * (3 if plan.needs_gradients else 1)
+        times |= _calibrating(plan)
+        times["saved states"] = _state_bytes(plan) / rate
+        times["writing"] = max(written - sum(times.values()), 0.0)
+        return times
+    stages = {"reading": read, "rounding": _rounding(plan), "writing": written}
+    longest = max(stages, key=lambda name: stages[name])
     # They overlap, but they share the cores.
-    return _START_AND_END + max(stages) + (sum(stages) - max(stages)) / torch.get_num_threads()
+    threads = torch.get_num_threads()
+    times |= {name: s if name == longest else s / threads for name, s in stages.items()}
+    return times
 
 
-def _calibrating(plan: Plan) -> float:
+def _state_bytes(plan: Plan) -> int:
+    """Bytes of the states that are saved after each layer but the last."""
+    config = plan.checkpoint.text_config
+    size = _tokens(plan) * config.hidden_size * CALIBRATION_DTYPE.itemsize
+    return (plan.checkpoint.num_layers - 1) * size * (1 + plan.needs_reference)
+
+
+def _tokens(plan: Plan) -> int:
+    settings = plan.recipe.calibration
+    return settings.samples * min(settings.length, plan.checkpoint.positions)
+
+
+def _calibrating(plan: Plan) -> dict[str, float]:
     """Seconds of text and layers: by a real layer where that is short, else from pieces of one."""
     rows, text = _timed_rows(plan)
+    times = {"text": text}
     if plan.needs_gradients:
-        text += _differentiating(plan)
-    layers = plan.checkpoint.num_layers
+        times["gradients"] = _differentiating(plan)
     if is_small(plan):
-        return text + layers * _one_layer(plan, rows)
-    return text + _by_pieces(plan, rows.numel())
+        return times | {"layers": plan.checkpoint.num_layers * _one_layer(plan, rows)}
+    return times | _by_pieces(plan, rows.numel())
 
 
 def _timed_rows(plan: Plan) -> tuple[Tensor, float]:
@@ -153,26 +180,32 @@ def _piece(ref: TensorRef, rows: int, columns: int) -> torch.Tensor | QTensor:
     if ref.scheme is None:
         return torch.randn(rows, columns, generator=generator).to(ref.dtype)
     codes = torch.randint(-127, 128, (columns, rows), generator=generator, dtype=torch.int8)
-    scales = torch.full((ref.scheme.groups(columns), rows), 0.001, dtype=torch.bfloat16)
+    groups = max(ref.scheme.groups(columns), 1)  # a group may be wider than the piece
+    scales = torch.full((groups, rows), 0.001, dtype=torch.bfloat16)
     return QTensor(codes.T, scales.T, ref.scheme)
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """Multiply-adds per second on this machine, in the model's products and in Hessians."""
+    """Multiply-adds per second on this machine: in products of the model, in gate and up with what
+    follows them, in Hessians, and in float32 products of GPTQ."""
 
     products: float
+    hidden_units: float
     hessians: float
+    floats: float
 
 
 @dataclass(frozen=True)
 class _Rounding:
     """Seconds that a method takes for a piece of a matrix: `shared` by the matrices of a site, and
-    its `own`. They grow with `weights` and with `cost`."""
+    its `own`. They grow with `cost`, `own` with `weights` too, `shared` with those in Hessians:
+    `square`."""
 
     shared: float
     own: float
     weights: int
+    square: int
     cost: Cost
 
 
@@ -193,58 +226,85 @@ class _ProbeSite(Site):
         return [self.H.clone()]
 
 
-def _by_pieces(plan: Plan, tokens: int) -> float:
+def _by_pieces(plan: Plan, tokens: int) -> dict[str, float]:
     """Seconds of forward passes, Hessians and rounding, with tokens spread evenly over experts."""
     routed = plan.checkpoint.tokens_per_expert(tokens)
-    rates = _rates(plan, min(routed, _PIECE))
+    model = ProbeModel(plan.checkpoint)
+    rates = _rates(plan, model)
     sites: set[tuple] = set()
     pieces: dict[tuple, _Rounding] = {}
-    seconds = _rounding(plan)
+    times = {
+        "forward outside experts": _outside_experts(plan, model, tokens, rates),
+        "forward of experts": 0.0,
+        "Hessians": 0.0,
+        "factorization": 0.0,
+        "rounding": _rounding(plan),
+    }
     for matrix in plan.checkpoint.matrices():
         unit = plan.units.get(matrix.name)
         seen = tokens if matrix.expert is None else routed
         rows, columns = plan.checkpoint.source.tensors[matrix.tensor].shape
-        passes = _passes(matrix, unit, plan.needs_reference)
-        seconds += passes * seen * rows * columns / rates.products
+        if matrix.expert is not None:
+            rate = rates.products if matrix.part == "down" else rates.hidden_units
+            # With a reference, experts also run as they are stored: in the original, all for the
+            # sum that the others should complete, and each for its own part.
+            passes = 1 + 3 * plan.needs_reference
+            times["forward of experts"] += passes * seen * rows * columns / rate
         if unit is None or not _needs_data(unit):
             continue
         site = (matrix.layer, matrix.expert, matrix.reads)
-        kind = (unit.method, unit.settings, unit.scheme)
+        stored = plan.checkpoint.source.tensors[matrix.tensor]
+        kind = (unit.method, unit.settings, unit.scheme, stored.scheme)
         if kind not in pieces:
-            pieces[kind] = _round_piece(unit, min(routed, _PIECE))
-        seconds += _solving(unit, pieces[kind], rates, shared=site not in sites)
+            pieces[kind] = _round_piece(unit, stored)
+        times["rounding"] += _own(unit, pieces[kind], rates)
         if site not in sites:
-            seconds += _hessian(plan, unit, seen, tokens, rates)
+            times["factorization"] += _shared(unit, pieces[kind], rates)
+            times["Hessians"] += _hessian(plan, unit, seen, tokens, rates)
         sites.add(site)
-    return seconds
+    return times
 
 
-def _passes(matrix: Matrix, unit: Unit | None, reference: bool) -> int:
-    """How many times inputs pass through a matrix; `reference`: the original model runs as well.
+def _outside_experts(plan: Plan, model: ProbeModel, tokens: int, rates: _Rates) -> float:
+    """Seconds of all that a layer does outside its experts, attention above all, in all layers."""
+    checkpoint = plan.checkpoint
+    shapes = checkpoint.source.tensors
+    matrices = [m for m in checkpoint.matrices() if m.layer == 0 and m.expert is None]
+    weights = {m.name: prod(shapes[m.tensor].shape) for m in matrices}
+    whole = max(sum(weights.values()), 1)
+    # Inputs are captured in passes that end there.
+    captured = 0.0
+    for units in plan.sites_outside_experts(0):
+        if any(map(_needs_data, units)):
+            before = list(weights).index(units[0].name)
+            captured += sum(list(weights.values())[:before]) / whole
+    if not checkpoint.family.streams:
+        return checkpoint.num_layers * tokens * whole * (1 + captured) / rates.products
+    length = min(plan.recipe.calibration.length, checkpoint.positions)
+    over = not plan.needs_reference
+    seconds, passes = model.time_outside_experts(length, over)
+    times = passes * (1 + plan.needs_reference) + captured
+    return checkpoint.num_layers * tokens * times * seconds
 
-    A layer runs twice. With a reference, experts also run as they are stored: in the original, all
-    for the sum that the others should complete, and each for its own part. The inputs of a site
-    outside the experts are captured in another pass. gate and up of an expert run for the Hessian
-    of down and for the outputs, down for the outputs alone.
-    """
-    if matrix.expert is not None:
-        own = 1 if matrix.part == "down" else 2
-        return own + 3 * reference
-    captured = unit is not None and _needs_data(unit)
-    return 2 + captured + 2 * reference
 
-
-def _solving(unit: Unit, piece: _Rounding, rates: _Rates, shared: bool) -> float:
-    """Seconds of rounding a unit, including the work shared by its site if `shared`."""
+def _own(unit: Unit, piece: _Rounding, rates: _Rates) -> float:
+    """Seconds of rounding a unit, without what its site shares."""
     rows, columns = unit.shape
     cost = METHODS[unit.method].cost(rows, columns, unit.settings)
     scale = rows * columns / piece.weights
-    seconds = scale * piece.own
-    # A wider matrix has longer feedback than the piece; those products run at the Hessians' rate.
-    seconds += max(cost.products - scale * piece.cost.products, 0) / rates.hessians
-    if shared and piece.cost.shared_products:
-        seconds += piece.shared * cost.shared_products / piece.cost.shared_products
-    return seconds
+    # A wider matrix has longer feedback than the piece.
+    return scale * piece.own + max(cost.products - scale * piece.cost.products, 0) / rates.floats
+
+
+def _shared(unit: Unit, piece: _Rounding, rates: _Rates) -> float:
+    """Seconds of the work that a site's matrices share: large products, and what grows with the
+    Hessian alone."""
+    rows, columns = unit.shape
+    method = METHODS[unit.method]
+    products = method.cost(rows, columns, unit.settings).shared_products
+    square = columns * method.block_columns(columns, unit.settings)
+    rest = max(piece.shared - piece.cost.shared_products / rates.floats, 0)
+    return products / rates.floats + rest * square / piece.square
 
 
 def _hessian(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> float:
@@ -256,32 +316,48 @@ def _hessian(plan: Plan, unit: Unit, seen: int, tokens: int, rates: _Rates) -> f
         return own
     everyone = tokens * columns * block / rates.hessians
     if unit.part == "down":  # its inputs come from gate and up
-        return own + everyone + 2 * tokens * rows * columns / rates.products
+        return own + everyone + 2 * tokens * rows * columns / rates.hidden_units
     # Those of gate and up are the layer's: their Hessian is made once, for expert 0.
     return own + everyone if unit.expert == 0 else own
 
 
-def _rates(plan: Plan, tokens: int) -> _Rates:
-    """The rates of products, measured on a piece of a matrix with `tokens` inputs."""
+def _rates(plan: Plan, model: ProbeModel) -> _Rates:
+    """The rates of products, measured on pieces of a matrix, as many as there are threads."""
     unit = next(unit for unit in plan.units.values() if _needs_data(unit))
     rows, columns = (min(size, _PIECE) for size in unit.shape)
+    tokens = max(_PIECE, TOKENS_IN_PIECE * torch.get_num_threads())
     W, X = _random_piece(rows, columns, tokens)
+    halves = W.float()
+    runs_experts = plan.checkpoint.num_experts and plan.checkpoint.family.runs_experts
+
+    def each(work: Callable[[Tensor], Tensor]) -> float:
+        return _time(lambda: in_pieces(work, X.split(TOKENS_IN_PIECE)))
+
+    count = tokens * rows * columns
+    products = count / each(lambda x: F.linear(x, W))
     return _Rates(
-        products=tokens * rows * columns / _time(lambda: F.linear(X, W)),
-        hessians=tokens * columns**2 / _time(lambda: accumulate([X], columns)),
+        products=products,
+        hidden_units=model.hidden_unit_rate() if runs_experts else products,
+        # Several times, so that what is done once, when the last input has come, counts little.
+        hessians=4 * tokens * columns**2 / _time(lambda: accumulate([X] * 4, columns)),
+        floats=count / each(lambda x: x.float() @ halves.T),
     )
 
 
-def _round_piece(unit: Unit, tokens: int) -> _Rounding:
-    """A piece of a unit, rounded by its method on random inputs."""
+def _round_piece(unit: Unit, stored: TensorRef) -> _Rounding:
+    """A piece of a unit, read, rounded by its method on random inputs, and dequantized."""
     rows, columns = (min(size, _PIECE) for size in unit.shape)
-    W, X = _random_piece(rows, columns, tokens)
+    _, X = _random_piece(rows, columns, _PIECE)
+    W = _piece(stored, rows, columns)
     method = METHODS[unit.method]
     scheme = unit.scheme
 
     def once(site: Site) -> float:
         start = perf_counter()
-        method.round(W, scheme, unit.settings, site)
+        read = W.dequantize() if isinstance(W, QTensor) else W
+        quantized = method.round(read, scheme, unit.settings, site).quantized
+        errors_of(read, quantized)
+        quantized.dequantize().to(CALIBRATION_DTYPE)
         return perf_counter() - start
 
     once(_ProbeSite.of(X))  # compiles and warms up
@@ -289,7 +365,8 @@ def _round_piece(unit: Unit, tokens: int) -> _Rounding:
     first = once(site)
     again = once(site)
     cost = method.cost(rows, columns, unit.settings)
-    return _Rounding(max(first - again, 0.0), again, rows * columns, cost)
+    square = columns * method.block_columns(columns, unit.settings)
+    return _Rounding(max(first - again, 0.0), again, rows * columns, square, cost)
 
 
 def _random_piece(rows: int, columns: int, tokens: int) -> tuple[Tensor, Tensor]:
