@@ -24,7 +24,7 @@ EXACT = """
     _to_copy _unsafe_view abs add add_ alias all aminmax bucketize clone copy_ detach diagonal
     div div_ eq equal flip gather index lift_fresh mul mul_ ne new_empty new_zeros permute
     select slice split split_with_sizes stack sub sub_ transpose tril tril_ triu triu_ unsqueeze
-    view zeros_like
+    unbind view zeros_like
 """
 RULES = {
     "gptq": {"method": "gptq"},
