@@ -4,10 +4,10 @@
 
 Both make the blocks of the same random float32 weights. ggml is taken from the file that
 GGML_LIBRARY names or from an installed llama_cpp package; without it its figures are null. It gets
-no importance of columns, and in a second run one, as llama-quantize does with `--imatrix`. We search scales (`mse`) and take those
-of the largest weights (`absmax`). Figures are millions of weights a second of CPU time, medians of
-runs in turn, and ratios of ours to ggml's. Errors are sums of squares over those of the weights.
-Prints one JSON line for each grid.
+no importance of columns, and in a second run one, as llama-quantize does with `--imatrix`. We
+search scales (`mse`), or take those of the largest weights (`absmax`). Figures are millions of
+weights a second of CPU time, medians of runs in turn, and ratios of ours to ggml's. Errors are sums
+of squares over those of the weights. Prints one JSON line for each grid.
 """
 
 import argparse
