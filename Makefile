@@ -106,7 +106,7 @@ docs: install
 # Prints a JSON line per case: what runs in minutes, and what needs Grok-1's real shapes (30 GB of
 # disk, an hour; the programs take peers and places as options, see eval/bench/README.md).
 bench: install
-	for name in quality rtn_kernel hessian gptq_solver planning import_cost ranks; do \
+	for name in quality rtn_kernel llama_cpp_grids hessian gptq_solver planning import_cost ranks; do \
 		$(BIN)/python eval/bench/$$name.py || exit 1; done
 
 bench-real: install

@@ -124,9 +124,11 @@ def test_errors_and_rows_of_zeros_are_measured(scheme):
 
 
 @blocks
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38, 3e8])
 def test_what_no_block_holds_has_no_finite_error(value, scheme):
     W = random_weights(70, COLUMNS)
+    W[69] = 3e8 if value == 3e8 else 1  # a whole row, or one weight
+    W[69, ::2] *= -1
     W[69, 300] = value
     errors = RTN.round_tile(W, scheme, ScaleSettings("mse"))[1]
     assert not torch.tensor(errors.squared_error + errors.squared_norm).isfinite()

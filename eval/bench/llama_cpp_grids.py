@@ -3,17 +3,18 @@
     python eval/bench/llama_cpp_grids.py [--rows N] [--columns N] [--repeats N] [--grids NAME ..]
 
 Both make the blocks of the same random float32 weights. ggml is taken from the file that
-GGML_LIBRARY names or from an installed llama_cpp package; it gets no importance of columns, and in
-a second run one, as llama-quantize does with `--imatrix`. We search scales (`mse`) and take those
-of the largest weights (`absmax`). Figures are millions of weights a second of CPU time, medians of
-runs in turn, and ratios of ours to ggml's. Errors are sums of squares over those of the weights.
-Prints one JSON line for each grid.
+GGML_LIBRARY names or from an installed llama_cpp package; without it its figures are null. It gets
+no importance of columns, and in a second run one, as llama-quantize does with `--imatrix`. We
+search scales (`mse`), or take those of the largest weights (`absmax`). Figures are millions of
+weights a second of CPU time, medians of runs in turn, and ratios of ours to ggml's. Errors are sums
+of squares over those of the weights. Prints one JSON line for each grid.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import measure
@@ -47,9 +48,9 @@ def ours(W: torch.Tensor, grid: Grid, rule: ScaleRule) -> Callable[[], np.ndarra
     return run
 
 
-def ggml(W: np.ndarray, grid: Grid, importance: np.ndarray | None) -> Callable[[], np.ndarray]:
-    library = ggml_library()
-    assert library is not None, "no ggml: set GGML_LIBRARY or install llama-cpp-python"
+def ggml(
+    library: Path, W: np.ndarray, grid: Grid, importance: np.ndarray | None
+) -> Callable[[], np.ndarray]:
     quantize = quantizer(library)
     rows, columns = W.shape
     blocks = np.zeros((rows, columns // grid.block_columns * grid.block_bytes), np.uint8)
@@ -65,13 +66,14 @@ def ggml(W: np.ndarray, grid: Grid, importance: np.ndarray | None) -> Callable[[
 
 def figures(name: str, W: np.ndarray, repeats: int) -> dict:
     grid = GRIDS[name]
-    ones = np.ones(W.shape[1], np.float32)
     runs = {
         "mse": ours(torch.from_numpy(W), grid, "mse"),
         "absmax": ours(torch.from_numpy(W), grid, "absmax"),
-        "ggml": ggml(W, grid, None),
-        "ggml_imatrix": ggml(W, grid, ones),
     }
+    if library := ggml_library():
+        ones = np.ones(W.shape[1], np.float32)
+        runs["ggml"] = ggml(library, W, grid, None)
+        runs["ggml_imatrix"] = ggml(library, W, grid, ones)
     errors = {}
     for label, run in runs.items():
         values = quants.dequantize(run(), GGMLQuantizationType[name.upper()])
@@ -83,13 +85,15 @@ def figures(name: str, W: np.ndarray, repeats: int) -> dict:
             run()
             seconds[label].append(time.thread_time() - start)
     speeds = {label: W.size / median(found) / 1e6 for label, found in seconds.items()}
+    peer = speeds.get("ggml")
+    imatrix = speeds.get("ggml_imatrix")
     return {
         "bench": "llama_cpp_grids",
         "grid": name,
-        "million_weights_per_second": speeds,
-        "ratio_to_ggml": speeds["mse"] / speeds["ggml"],
-        "ratio_to_ggml_imatrix": speeds["mse"] / speeds["ggml_imatrix"],
-        "absmax_ratio_to_ggml": speeds["absmax"] / speeds["ggml"],
+        "million_weights_per_second": {"ggml": None, "ggml_imatrix": None} | speeds,
+        "ratio_to_ggml": peer and speeds["mse"] / peer,
+        "ratio_to_ggml_imatrix": imatrix and speeds["mse"] / imatrix,
+        "absmax_ratio_to_ggml": peer and speeds["absmax"] / peer,
         "squared_errors": errors,
     }
 

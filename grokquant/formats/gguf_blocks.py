@@ -279,6 +279,10 @@ def _with_scales(
 
 def _pack_runs(codes: Tensor, bits: int) -> Tensor:
     """Bytes [.., n] of codes uint8 [.., runs, n]: each run is `bits` further up."""
+    if codes.device.type == "cpu":
+        joined = torch.empty(*codes.shape[:-2], codes.shape[-1], dtype=torch.uint8)
+        _join_runs(codes.flatten(0, -3).numpy(), bits, joined.flatten(0, -2).numpy())
+        return joined
     packed = codes[..., 0, :].clone()
     for run in range(1, codes.shape[-2]):
         packed |= codes[..., run, :] << (bits * run)
@@ -300,6 +304,18 @@ def _unpack_runs(packed: Tensor, runs: int, bits: int, lowest: int = 0) -> Tenso
     packed = packed.contiguous()  # read once for each run
     split = torch.stack([(packed >> (bits * run)) & mask for run in range(runs)], dim=-2)
     return (split.view(torch.int8) + lowest).view(torch.uint8)
+
+
+@njit(nogil=True, cache=True)
+def _join_runs(codes, bits, packed):
+    """Codes [rows, runs, n] to the bytes [rows, n] that hold them, in one pass."""
+    for row in range(len(packed)):
+        for i in range(packed.shape[1]):
+            packed[row, i] = codes[row, 0, i]
+        for run in range(1, codes.shape[1]):
+            shift = np.uint8(bits * run)
+            for i in range(packed.shape[1]):
+                packed[row, i] |= np.uint8(codes[row, run, i] << shift)
 
 
 @njit(nogil=True, cache=True)

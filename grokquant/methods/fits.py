@@ -29,7 +29,7 @@ _TABLE_STRETCHES = range(-25, 26, 5)
 # few coarse ones do, but where columns differ in weight, the largest one may be far outside.
 _SHARES = {
     6: (*(-0.75 - 0.0175 * step for step in range(17)), 1.0, 1.15),
-    3: (*(-0.75 - 0.0625 * step for step in range(9)), -1.6, 0.75, 1.0, 1.25),
+    3: (*(-0.75 - 0.1 * step for step in range(6)), -1.5, -1.8, 1.0, 1.3),
 }
 # The reciprocal of a smaller float32 may be infinite.
 LEAST_STEP = torch.finfo(torch.float32).tiny
