@@ -30,7 +30,7 @@ quantize:{RULES}output:
 
 EXPERTS_KEYS = "blend_tokens, min_tokens"
 RULE_KEYS = "match, method, grid, bits, group, symmetric, scale_dtype, scale, act_order, damping"
-TEXT = "expected python-docs, a .txt, .json, .jsonl or .parquet file, or a datasets name such as"
+TEXT = "expected python-docs, python-code, package-docs, a .txt, .json, .jsonl or .parquet file,"
 GROUPS = "expected 32, 64, 128, 256, 512, 1024, 2048, 4096, channel or release"
 
 # What to replace in GOOD, by what, and the error's line, column and text.
