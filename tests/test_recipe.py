@@ -110,7 +110,11 @@ MISTAKES = [
         "calibration:\n  length: 2k\noutput:",
         '10:11: calibration.length: should be a valid integer, not "2k"',
     ),
-    ("output:", "eval: {text: python-doc}\noutput:", f"9:14: eval.text: {TEXT}"),
+    (
+        "output:",
+        "eval: {text: python-doc}\noutput:",
+        "9:14: eval.text: no such text 'python-doc', did you mean python-docs?",
+    ),
     ("output:", "calibration: {text: a.csv}\noutput:", f"9:21: calibration.text: {TEXT}"),
     ("path: toy", "path: 12", "2:9: model.path: should be a valid string, not 12"),
     ("path: toy", "path: ''", "2:9: model.path: expected a path, not ''"),

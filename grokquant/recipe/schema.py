@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -80,6 +81,8 @@ def check_text(text: str) -> str:
         raise ValueError(f"expected a file or an absolute path after expansion of {as_typed!r}")
     if text in BUILT_IN_TEXTS or is_file(text) or "/" in text.partition(":")[0]:
         return text
+    if near := get_close_matches(text, BUILT_IN_TEXTS, n=1):
+        raise ValueError(f"no such text {text!r}, did you mean {near[0]}?")
     raise ValueError(
         f"expected {', '.join(BUILT_IN_TEXTS)}, a .txt, .json, .jsonl or .parquet file, or a "
         f"datasets name such as hub/name:config:split, not {text!r}"

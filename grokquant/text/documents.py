@@ -140,7 +140,8 @@ def document_rows(
             break
     if not rows:
         raise InputError(
-            f"the longest document has {longest} tokens, but one row needs {length} of a document"
+            f"the longest document has {longest} tokens, but one row needs {length} of a document; "
+            "lower length, or leave packed true"
         )
     return torch.tensor([rows[number] for number in sorted(rows)])
 
