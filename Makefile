@@ -46,9 +46,9 @@ $(READERS)/triton/installed: tests/readers/requirements-triton.txt
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<
 	touch $@
 
-# Has llama.cpp and gptqmodel load what we write, and hqq and torchao write what we read, each from an
-# environment of its own. Building them takes half an hour and 6 GB the first time.
-test-readers: install $(foreach name,llama-cpp gptqmodel hqq torchao,$(READERS)/$(name)/installed)
+# Has llama.cpp and gptqmodel load what we write, and hqq, torchao and Quark write what we read, each
+# from an environment of its own. Building them takes half an hour and 8 GB the first time.
+test-readers: install $(foreach name,llama-cpp gptqmodel hqq torchao quark,$(READERS)/$(name)/installed)
 	GROKQUANT_READERS=$(abspath $(READERS)) $(BIN)/python -m pytest -m readers
 
 # Tries every architecture of transformers on a tiny model and records what holds: an hour.

@@ -755,7 +755,9 @@ def test_reports_cannot_be_written(hf, tiny_release):
 
 def test_text_that_does_not_exist(place, quantized, tiny_release):
     command = ("eval", quantized, "--reference", tiny_release, "--text")
-    assert place.fails(*command, "wikitext").startswith("--text: expected python-docs, a .txt")
+    assert place.fails(*command, "wikitext").startswith(
+        "--text: expected python-docs, python-code, package-docs, a .txt"
+    )
     message = place.fails(*command, "absent.jsonl")
     assert message == "absent.jsonl: cannot be read: No such file or directory"
 

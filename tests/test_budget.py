@@ -106,9 +106,9 @@ def test_a_part_of_the_documentation_is_read_to_time_it(tiny_recipe, monkeypatch
     asked = {"text": "python-docs", "samples": 16, "length": 64}
     plan = build_plan(tiny_recipe(calibration=asked))
     read = []
-    covered = len(list(python_docs._covered(Path(sysconfig.get_path("stdlib")))))
-    docstrings = python_docs._docstrings
-    monkeypatch.setattr(python_docs, "_docstrings", lambda p: read.append(p) or docstrings(p))
+    covered = len(list(python_docs.covered_files(Path(sysconfig.get_path("stdlib")))))
+    docstrings = python_docs.docstrings_of
+    monkeypatch.setattr(python_docs, "docstrings_of", lambda p: read.append(p) or docstrings(p))
     rows, seconds = timing._timed_rows(plan)
     assert 0 < len(read) <= covered // 8 + 1
     assert rows.shape == (16, 64) and seconds > 0

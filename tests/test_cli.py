@@ -292,7 +292,7 @@ def test_windows_is_still_an_option(evaluated, output, tiny_release, text_file, 
         (["--suite", "smoke", "--samples", 3], "--samples: cannot be combined with suite smoke"),
         (["--suite", "smoke", "--windows", 3], "--samples: cannot be combined with suite smoke"),
         (["--suite", "fidelty"], "--suite: no suite 'fidelty', expected a file or one of"),
-        (["--text", "wikitext"], "--text: expected python-docs, a .txt"),
+        (["--text", "wikitext"], "--text: expected python-docs, python-code, package-docs, a .txt"),
     ],
 )
 def test_errors_about_a_parameter_name_its_option(output, tiny_release, options, complaint):

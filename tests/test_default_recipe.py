@@ -326,3 +326,9 @@ def test_what_is_not_quantized_cannot_be_converted(mixtral):
     result = CliRunner().invoke(main, ["convert", str(mixtral), "--format", "gptq"])
     assert result.exit_code == 2
     assert f"; grokquant quantize {mixtral} --format gptq quantizes it" in result.stderr
+
+
+def test_several_kinds_of_text_calibrate_all_but_the_toy(mixtral):
+    mixed = recipe_for(mixtral).calibration
+    assert mixed.samples_of == {"python-docs": 32, "python-code": 32, "package-docs": 64}
+    assert recipe_for("toy").calibration.text == "python-docs"

@@ -292,7 +292,7 @@ def test_gptq_rules_for_some_modules(quantized):
         ({"dynamic": {"+:.*": {"bits": 8}}}, "int8 g32 sym needs torch.int32"),
         ({"quant_method": "spqr"}, "'spqr' cannot be read (compressed-tensors, "),
         ({"quant_method": "spqr"}, "; it is SpQR, codes with outliers beside them"),
-        ({"quant_method": "quark"}, "'quark' cannot be read"),
+        ({"quant_method": "quark"}, "quantization_config.export: Field required"),
         ({"quant_method": None}, "quant_method: None cannot be read"),
     ],
 )
@@ -1038,10 +1038,11 @@ RECORDED = Path(__file__).parent / "recorded"
 CONFIGS = {
     "hqq": {"quant_config": {"weight_quant_params": {"nbits": 4, "group_size": 32}}},
     "torchao": {"quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}},
+    "quark": {"export": {"weight_format": "real_quantized"}, "global_quant_config": {}},
 }
 
 
-FIRST = {"hqq": "8 bits, axis 0", "torchao": "int8 rows"}
+FIRST = {"hqq": "8 bits, axis 0", "torchao": "int8 rows", "quark": "mxfp4"}
 
 
 def recorded(file: Path) -> dict[str, Tensors]:
@@ -1072,14 +1073,14 @@ def check_recorded(path: Path, library: str, ways: dict[str, Tensors]) -> None:
             assert torch.equal(ref.read().to(expected.dtype), expected), name
 
 
-@pytest.mark.parametrize(("library", "count"), [("hqq", 10), ("torchao", 5)])
+@pytest.mark.parametrize(("library", "count"), [("hqq", 10), ("torchao", 5), ("quark", 3)])
 def test_matrices_that_libraries_have_packed(saved, tmp_path, library, count):
     ways = recorded(RECORDED / f"{library}.safetensors")
     assert len(ways) == count
     check_recorded(shutil.copytree(saved("mixtral"), tmp_path / "source"), library, ways)
 
 
-@pytest.mark.parametrize("library", ["hqq", "torchao"])
+@pytest.mark.parametrize("library", ["hqq", "torchao", "quark"])
 def test_such_a_source_on_its_whole_way(saved, text_file, tmp_path, library):
     path = shutil.copytree(saved("mixtral"), tmp_path / "source")
     with_packed_query(path, library, recorded(RECORDED / f"{library}.safetensors")[FIRST[library]])
@@ -1094,6 +1095,11 @@ def test_such_a_source_on_its_whole_way(saved, text_file, tmp_path, library):
         ("hqq", lambda t: t[f"{QUERY}.shape"].fill_(-1), f"{QUERY}.shape is no shape of a matrix"),
         ("hqq", lambda t: t.pop(f"{QUERY}.zero"), f"{QUERY}.zero is missing"),
         ("hqq", lambda t: t[f"{QUERY}.quant_zero"].fill_(1), "this variant of HQQ is not"),
+        (
+            "quark",
+            lambda t: t.update({f"{QUERY}.weight_scale": torch.ones(3)}),
+            "is no export of Quark that is supported",
+        ),
         ("torchao", lambda t: t.pop(f"{QUERY}._weight_scale"), "_weight_scale is missing"),
         (
             "torchao",
@@ -1119,7 +1125,7 @@ def test_other_torchao_is_refused(saved, tmp_path, kind):
 
 @pytest.mark.readers
 @pytest.mark.skipif(not READERS, reason="GROKQUANT_READERS names no environments")
-@pytest.mark.parametrize("library", ["hqq", "torchao"])
+@pytest.mark.parametrize("library", ["hqq", "torchao", "quark"])
 def test_what_the_libraries_write_now(saved, tmp_path, library):
     run_reader(library, "write_packed.py", library, tmp_path / "packed.safetensors")
     ways = recorded(tmp_path / "packed.safetensors")

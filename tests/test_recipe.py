@@ -30,7 +30,7 @@ quantize:{RULES}output:
 
 EXPERTS_KEYS = "blend_tokens, min_tokens"
 RULE_KEYS = "match, method, grid, bits, group, symmetric, scale_dtype, scale, act_order, damping"
-TEXT = "expected python-docs, a .txt, .json, .jsonl or .parquet file, or a datasets name such as"
+TEXT = "expected python-docs, python-code, package-docs, a .txt, .json, .jsonl or .parquet file,"
 GROUPS = "expected 32, 64, 128, 256, 512, 1024, 2048, 4096, channel or release"
 
 # What to replace in GOOD, by what, and the error's line, column and text.
@@ -110,7 +110,11 @@ MISTAKES = [
         "calibration:\n  length: 2k\noutput:",
         '10:11: calibration.length: should be a valid integer, not "2k"',
     ),
-    ("output:", "eval: {text: python-doc}\noutput:", f"9:14: eval.text: {TEXT}"),
+    (
+        "output:",
+        "eval: {text: python-doc}\noutput:",
+        "9:14: eval.text: no such text 'python-doc', did you mean python-docs?",
+    ),
     ("output:", "calibration: {text: a.csv}\noutput:", f"9:21: calibration.text: {TEXT}"),
     ("path: toy", "path: 12", "2:9: model.path: should be a valid string, not 12"),
     ("path: toy", "path: ''", "2:9: model.path: expected a path, not ''"),

@@ -18,7 +18,7 @@ import torch
 from grokquant.errors import InputError
 from grokquant.recipe import TEXT_SUFFIXES, CalibrationSection, EvalSection
 from grokquant.recipe.of_output import origin_of_text, settings_of
-from grokquant.text import document, python_docs, records
+from grokquant.text import document, installed, python_docs, records
 from grokquant.text.document import Chat, TokenIds
 from grokquant.text.documents import (
     READERS,
@@ -117,7 +117,7 @@ def test_digest_sees_texts_and_borders() -> None:
 
 
 def test_python_docs_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(python_docs, "documents", lambda part: [f"the {part} part"])
+    monkeypatch.setitem(installed.TEXTS, "python-docs", lambda part: [f"the {part} part"])
     assert load_documents("python-docs", "heldout") == ["the heldout part"]
 
 
@@ -392,7 +392,7 @@ def test_several_texts_give_their_shares(tmp_path: Path) -> None:
     [
         ({}, "expected at least one text"),
         ({"a.txt": 0}, "greater than 0"),
-        ({"a.csv": 1}, "expected python-docs, a .txt"),
+        ({"a.csv": 1}, "expected python-docs, python-code, package-docs, a .txt"),
         ({"a.txt": "half"}, "valid number"),
         (["a.txt"], "valid"),
     ],
@@ -518,7 +518,9 @@ def test_the_eval_extra_is_named_where_it_is_missing(
 
 
 def test_names_that_are_no_text() -> None:
-    assert message("notes.md").startswith("text: expected python-docs, a .txt, .json, .jsonl or")
+    assert message("notes.md").startswith(
+        "text: expected python-docs, python-code, package-docs, a .txt, .json, .jsonl or"
+    )
     assert message("").endswith("not ''")
 
 
@@ -533,6 +535,42 @@ def test_docstrings_are_in_the_order_of_the_whole_tree(tmp_path: Path) -> None:
     source.write_text("'module'\n" + blocks.format(*map(inner.format, range(8))))
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     walked = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, holders)]
-    found = python_docs._docstrings(source)
+    found = python_docs.docstrings_of(source)
     assert found == [ast.get_docstring(node) for node in walked] and len(found) == 17
     assert gc.isenabled()
+
+
+# Texts of every installation
+
+
+def test_the_code_of_a_module_is_held_out_with_its_documentation() -> None:
+    found = dict(installed._modules(python_docs.standard_library(), "module"))
+    documented = {name for name, _ in python_docs._all_documents() if name.startswith("module:")}
+    assert documented <= found.keys()
+    heldout = installed.documents("python-code", "heldout")
+    assert sum(map(len, heldout)) > 200_000
+    names = [name for name in found if python_docs.part_of(name) == "heldout"]
+    sources = [installed._source(found[name]) for name in names]
+    assert heldout == [source for source in sources if source.strip()]
+    assert not set(heldout) & set(installed.documents("python-code", "calibration"))
+
+
+def test_documentation_of_packages_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "_PACKAGES", ("numpy",))
+    calibration, heldout = (
+        installed.documents("package-docs", part) for part in ("calibration", "heldout")
+    )
+    assert not set(calibration) & set(heldout)
+    assert "array" in "".join(calibration) and len(heldout) > 3
+
+
+def test_of_texts_of_every_installation_some_documents_are_drawn() -> None:
+    asked = CalibrationSection(text="python-code", samples=4, length=64)
+    tokenizers = [Characters(), Characters()]
+    rows = [calibration_rows(asked, t, SimpleNamespace(positions=99)) for t in tokenizers]
+    assert torch.equal(*rows) and rows[0].shape == (4, 64)
+    assert 0 < tokenizers[0].seen < 20
+    other = asked.model_copy(update={"seed": 1})
+    assert not torch.equal(
+        rows[0], calibration_rows(other, Characters(), SimpleNamespace(positions=99))
+    )

@@ -11,6 +11,7 @@ from grokquant.evaluation.measure import Windows
 from grokquant.evaluation.report import Protocol
 from grokquant.evaluation.suite import TextSection
 from grokquant.files.published import published_path
+from grokquant.recipe import BUILT_IN_TEXTS
 from grokquant.text.document import Document
 from grokquant.text.documents import load_documents, rows_of, text_digest
 from grokquant.text.tokenizer import load_tokenizer
@@ -59,9 +60,9 @@ def _with_bos(rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase, key: str) 
 
 def _protocol(section: TextSection, documents: list[Document], windows: Windows) -> Protocol:
     count, length = windows.rows.shape
-    held_out = section.text == "python-docs"
+    held_out = section.text in BUILT_IN_TEXTS
     return Protocol(
-        text="python-docs, held-out part" if held_out else published_path(section.text),
+        text=f"{section.text}, held-out part" if held_out else published_path(section.text),
         text_sha256=text_digest(documents),
         windows=count,
         length=length,

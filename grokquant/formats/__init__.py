@@ -19,6 +19,7 @@ from grokquant.formats import (
     hqq,
     modelopt,
     mxfp4,
+    quark,
     torchao,
 )
 from grokquant.formats.activations import without_activations
@@ -48,6 +49,7 @@ READ_ONLY: dict[str, ReadableFormat] = {
         hqq.FORMAT,
         modelopt.FORMAT,
         mxfp4.FORMAT,
+        quark.FORMAT,
         torchao.FORMAT,
     )
 }
@@ -63,7 +65,6 @@ _UNREAD = {
     "fp_quant": "FP-Quant, 4-bit floats after rotations at run time",
     "higgs": "HIGGS, codebooks of vectors after rotations",
     "quanto": "Quanto, tensors of the optimum-quanto package, which dequantizes it",
-    "quark": "AMD Quark, whose layout depends on its own export settings",
     "quip": "QuIP, codebooks of vectors after rotations",
     "sinq": "SINQ, whose rows and columns both have scales",
     "spqr": "SpQR, codes with outliers beside them",

@@ -10,6 +10,7 @@ from grokquant.recipe.reading import (
     with_overrides,
 )
 from grokquant.recipe.schema import (
+    BUILT_IN_TEXTS,
     TEXT_SUFFIXES,
     BudgetRecipe,
     BudgetSection,
@@ -34,6 +35,7 @@ from grokquant.recipe.schema import (
 )
 
 __all__ = [
+    "BUILT_IN_TEXTS",
     "TEXT_SUFFIXES",
     "BudgetRecipe",
     "BudgetSection",

@@ -5,11 +5,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from grokquant.errors import InputError
-from grokquant.recipe import EvalSection, is_file, load_recipe, load_values
+from grokquant.recipe import BUILT_IN_TEXTS, EvalSection, is_file, load_recipe, load_values
 
 # Texts that the recipe in a result may name: that of Python itself, and a data set of the hub. Any
 # other name could be that of a private file.
-_KNOWN_TEXTS = ("python-docs", "Salesforce/wikitext")
+_KNOWN_TEXTS = (*BUILT_IN_TEXTS, "Salesforce/wikitext")
 
 
 def settings_of(

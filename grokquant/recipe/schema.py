@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from dataclasses import Field as DataclassField
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -37,6 +38,8 @@ from grokquant.grids import GRIDS
 from grokquant.methods import METHODS
 from grokquant.types import BudgetUnit
 
+# Texts of every installation, see `text/installed.py`.
+BUILT_IN_TEXTS = ("python-docs", "python-code", "package-docs")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 # Of compressed texts; parquet files are compressed inside.
 PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -68,19 +71,21 @@ else:  # values that pydantic lists in errors and in the schema
 def check_text(text: str) -> str:
     """Returns `text`, its `~` and variables replaced, if it is a valid name of a text.
 
-    That is `python-docs`, a .txt, .json, .jsonl or .parquet file, or `hub/name[:config[:split]]` of
-    the datasets library. Raises ValueError otherwise.
+    That is one of BUILT_IN_TEXTS, a .txt, .json, .jsonl or .parquet file, or
+    `hub/name[:config[:split]]` of the datasets library. Raises ValueError otherwise.
     """
     as_typed = text
     text = expanded(text)
     if text != as_typed and not is_file(text) and not Path(text).is_absolute():
         # The value of a variable must not be asked for at the hub.
         raise ValueError(f"expected a file or an absolute path after expansion of {as_typed!r}")
-    if text == "python-docs" or is_file(text) or "/" in text.partition(":")[0]:
+    if text in BUILT_IN_TEXTS or is_file(text) or "/" in text.partition(":")[0]:
         return text
+    if near := get_close_matches(text, BUILT_IN_TEXTS, n=1):
+        raise ValueError(f"no such text {text!r}, did you mean {near[0]}?")
     raise ValueError(
-        "expected python-docs, a .txt, .json, .jsonl or .parquet file, or a datasets name such as "
-        f"hub/name:config:split, not {text!r}"
+        f"expected {', '.join(BUILT_IN_TEXTS)}, a .txt, .json, .jsonl or .parquet file, or a "
+        f"datasets name such as hub/name:config:split, not {text!r}"
     )
 
 
@@ -200,8 +205,9 @@ class CalibrationSection(Section):
     """The calibration text; only methods that need calibration data use it."""
 
     text: TextShares = "python-docs"
-    """`python-docs` (the documentation inside every Python installation), a .txt, .json, .jsonl or
-    .parquet file (also .gz, .bz2, .xz, .zst), or a name for the datasets library such as
+    """`python-docs` (the documentation inside every Python installation), `python-code` (the code
+    of its standard library), `package-docs` (the documentation of numpy and scipy), a .txt, .json,
+    .jsonl or .parquet file (also .gz, .bz2, .xz, .zst), or a name for the datasets library such as
     `hub/name:config:split`. Several texts are given with their shares:
     `{python-docs: 0.3, chats.jsonl: 0.7}`."""
     field: TextField = None
@@ -468,7 +474,8 @@ class EvalSection(Section):
     """The held-out text on which the result is compared with its source."""
 
     text: TextName = "python-docs"
-    """Like `calibration.text`; `python-docs` has a part that calibration does not use."""
+    """Like `calibration.text`; `python-docs`, `python-code` and `package-docs` have a part that
+    calibration does not use."""
     field: TextField = None
     """Like `calibration.field`."""
     samples: Rows = 64

@@ -4,6 +4,8 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from grokquant.errors import InputError
-from grokquant.recipe import CalibrationSection, check_text, text_suffix
+from grokquant.recipe import BUILT_IN_TEXTS, CalibrationSection, check_text, text_suffix
 from grokquant.text.document import Document, bytes_of, tokens_of_document
 from grokquant.text.records import READERS, excerpts, is_large, read_dataset
 
@@ -28,21 +30,21 @@ def load_documents(
 ) -> list[Document]:
     """The documents that `text` names, without empty ones.
 
-    `python-docs` is the text of this Python installation; `part` chooses documents of it. A .txt
-    file is one document of at most 64 MB; a .json, .jsonl or .parquet file holds one per element,
-    line or row. Anything else is `name[:config[:split]]` for the datasets library, where `name` is
-    a data set on the hub or a directory; the split is `train` by default. A row holds its document
-    in `field`, by default the first of text, messages, conversations, input_ids and content: a
+    Of BUILT_IN_TEXTS, which every installation has, `part` chooses documents. A .txt file is one
+    document of at most 64 MB; a .json, .jsonl or .parquet file holds one per element, line or row.
+    Anything else is `name[:config[:split]]` for the datasets library, where `name` is a data set on
+    the hub or a directory; the split is `train` by default. A row holds its document in `field`, by
+    default the first of text, messages, conversations, input_ids and content: a
     text, a conversation or token numbers. Raises InputError naming file and line.
     """
     try:
         check_text(text)
     except ValueError as error:
         raise InputError(str(error), "text") from None
-    if text == "python-docs":
-        from grokquant.text import python_docs
+    if text in BUILT_IN_TEXTS:
+        from grokquant.text import installed
 
-        return list(python_docs.documents(part))
+        return list(installed.documents(text, part))
     read = READERS.get(text_suffix(text), read_dataset)
     documents = [document for document in read(text, field) if not _is_empty(document)]
     if not documents:
@@ -138,7 +140,8 @@ def document_rows(
             break
     if not rows:
         raise InputError(
-            f"the longest document has {longest} tokens, but one row needs {length} of a document"
+            f"the longest document has {longest} tokens, but one row needs {length} of a document; "
+            "lower length, or leave packed true"
         )
     return torch.tensor([rows[number] for number in sorted(rows)])
 
@@ -165,10 +168,22 @@ def calibration_rows(
 def _calibration_documents(
     settings: CalibrationSection, text: str, tokens: int
 ) -> Iterable[Document]:
-    """All documents of a calibration text; of a large file excerpts, drawn by the seed."""
+    """All documents of a calibration text; of a large one some, drawn by the seed."""
+    if text in ("python-code", "package-docs"):  # python-docs has little more than a run needs
+        documents = load_documents(text, "calibration")
+        return _drawn(documents, tokens * _BYTES_PER_TOKEN, settings.seed)
     if not is_large(text):
         return load_documents(text, "calibration", settings.field)
     return excerpts(text, settings.field, tokens * _BYTES_PER_TOKEN, settings.seed)
+
+
+def _drawn(documents: list[Document], wanted: int, seed: int) -> list[Document]:
+    """Documents of about `wanted` characters together, in the order of the text."""
+    order = list(range(len(documents)))
+    Random(seed).shuffle(order)
+    ends = accumulate(len(documents[number]) for number in order)
+    enough = sum(end < wanted for end in ends) + 1
+    return [documents[number] for number in sorted(order[:enough])]
 
 
 def text_digest(documents: Sequence[Document]) -> str:

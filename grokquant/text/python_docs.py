@@ -53,7 +53,7 @@ def digest(name: str) -> int:
 
 def some_documents(share: int) -> list[str]:
     """The documents of one in `share` modules, of any part: what takes that share of the time."""
-    with _uncollected():
+    with uncollected():
         return [text for _, text in _modules(share)]
 
 
@@ -61,7 +61,7 @@ def some_documents(share: int) -> list[str]:
 def _all_documents() -> tuple[tuple[str, str], ...]:
     seen: set[str] = set()
     found = []
-    with _uncollected():
+    with uncollected():
         read = sorted([*_topics(), *_modules()])
     for name, text in read:
         if fresh := unseen_paragraphs(text, seen):
@@ -70,7 +70,7 @@ def _all_documents() -> tuple[tuple[str, str], ...]:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No garbage is collected in the block: syntax trees need none, and the many objects that
     parsing makes start collections that visit all of torch and transformers."""
     was_enabled = gc.isenabled()
@@ -101,25 +101,31 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def _modules(share: int = 1) -> Iterator[tuple[str, str]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(_covered(root))[::share]:
-        yield f"module:{path.relative_to(root).as_posix()}", "\n\n".join(_docstrings(path))
+    root = standard_library()
+    for path in sorted(covered_files(root))[::share]:
+        yield f"module:{path.relative_to(root).as_posix()}", "\n\n".join(docstrings_of(path))
 
 
-def _covered(root: Path) -> Iterator[Path]:
+def standard_library() -> Path:
+    """The folder of Python's own modules."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def covered_files(root: Path) -> Iterator[Path]:
     """The files that the text includes. Folders of packages, often large, are not entered."""
     for folder, folders, names in os.walk(root):
         folders[:] = (name for name in folders if name not in _SKIPPED_FOLDERS)
         paths = (Path(folder, name) for name in names if name.endswith(".py"))
-        yield from (path for path in paths if is_covered(path.relative_to(root)))
+        yield from (path for path in paths if iscovered_files(path.relative_to(root)))
 
 
-def is_covered(relative: Path) -> bool:
+def iscovered_files(relative: Path) -> bool:
     """Whether the text includes this file: it leaves out tests and third-party packages."""
     return not _SKIPPED_FOLDERS.intersection(relative.parts)
 
 
-def _docstrings(path: Path) -> list[str]:
+def docstrings_of(path: Path) -> list[str]:
+    """The docstrings of a module and of all that is in it, without empty ones."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
