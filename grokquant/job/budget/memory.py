@@ -152,7 +152,7 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
         # gate and up as rounded, and what they make of the tokens. While they do that, the hidden
         # units of some tokens are there several times over: of one part on a GPU, of a piece for
         # each thread of a CPU. Then the Hessian takes those of some tokens at once.
-        held = 2 * weights * size + kept_tokens(plan) * columns * size
+        held = 2 * weights * size + hidden_unit_bytes(plan, unit)
         pieces = max(TOKENS_AT_ONCE, TOKENS_IN_PIECE * torch.get_num_threads())
         making = 6 * pieces * columns * FLOAT
         adding = matrix + hessian + INPUTS_AT_ONCE * columns * size
@@ -160,6 +160,11 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     has_blocks = hasattr(unit.settings, "hessian_block")
     knob = "hessian_block" if has_blocks and hessian > always else "calibration.samples"
     return Step(f"{unit.name}: {unit.method}", always + own, knob)
+
+
+def hidden_unit_bytes(plan: Plan, down: Unit) -> int:
+    """Of the hidden units that are kept for the down of an expert."""
+    return kept_tokens(plan) * down.shape[1] * CALIBRATION_DTYPE.itemsize
 
 
 def _shape(plan: Plan, name: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from grokquant.errors import InputError
-from grokquant.job.budget.memory import on_device, peak_step
+from grokquant.job.budget.memory import hidden_unit_bytes, on_device, peak_step
 from grokquant.job.division import Division
 from grokquant.job.layer import is_starved
 from grokquant.job.plan import Plan
@@ -71,7 +71,8 @@ def _peak(division: Division, processes: int) -> int:
     piece = max(1, TOKENS_IN_PIECE // asked.length)
     rows = min(asked.samples, ceil(asked.samples / piece / processes) * piece)
     own = asked.model_copy(update={"samples": rows})
-    alone = peak_step(replace(plan, recipe=plan.recipe.model_copy(update={"calibration": own})))
+    with_own = replace(plan, recipe=plan.recipe.model_copy(update={"calibration": own}))
+    alone = peak_step(with_own)
     if processes == 1:
         return alone.bytes
     owners = division.owners(plan.checkpoint.num_layers - 1)
@@ -85,6 +86,9 @@ def _peak(division: Division, processes: int) -> int:
     sites = [units for units in plan.sites_outside_experts(0) if _needs_inputs(units)]
     widest = max((units[0].shape[1] for units in sites), default=0)
     come = max(for_experts, division.tokens * widest * size)
+    # An owner keeps hidden units of the tokens of all.
+    downs = [unit for unit in plan.units_of(0) if unit.expert == 0 and unit.part == "down"]
+    come += sum(hidden_unit_bytes(plan, u) - hidden_unit_bytes(with_own, u) for u in downs)
     return alone.bytes + come + 2 * min(AT_ONCE, come)  # and buffers of the exchange
 
 
