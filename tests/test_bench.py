@@ -13,6 +13,7 @@ import torch
 import train_toy
 from make_release import framed_size
 
+import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.families.grok_model import Grok1Config
 from grokquant.grids import Scheme
@@ -232,10 +233,16 @@ def test_streamed_eval_reads_each_model_once(small, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_ablation_compares_equal_draws_and_texts(tmp_path):
+def test_an_ablation_compares_equal_draws_and_texts(tmp_path, monkeypatch):
     program = load("ablation")
     assert all(hasattr(two_sided, name) for part in program.PARTS.values() for name in part.patches)
     setup = program.Setup("toy", 3, 64, [None, "texts/code.txt"])
+    made = []
+    monkeypatch.setattr(grokquant, "quantize", lambda r: made.append((r, two_sided._SWEEPS)))
+    for name in ("gptq", "no descent", "two-sided"):
+        setup.quantized(program.PARTS[name], 1, tmp_path)
+    assert [r["quantize"][0]["method"] for r, _ in made] == ["gptq", "two-sided", "two-sided"]
+    assert made[1][1] == 0 < made[0][1] == made[2][1]  # a patch ends with its run
     klds = {"gptq": (0.4, 0.2, 0.8, 0.5), "two-sided": (0.2, 0.1, 0.4)}
     rows = []
     for name, values in klds.items():

@@ -91,7 +91,7 @@ class Setup:
             "quantize": [rule | {"group": self.group, **part.keys}],
             "output": {"path": str(output), "format": "gptq"},
         }
-        with patch.multiple(two_sided, **part.patches):
+        with patch.dict(vars(two_sided), part.patches):
             return grokquant.quantize(recipe)
 
     def measured(self, name: str, seed: int, texts: Iterable[str | None]) -> Iterator[dict]:

@@ -67,8 +67,8 @@ _DECIDING_ROWS = 128
 _DAMPING = 0.5
 _DAMPING_ONE_SIDED = 0.1
 # Sweeps over a matrix, and passes over all codes in each.
-_SWEEPS = 2
-_PASSES = 1
+_SWEEPS = 3
+_PASSES = 2
 
 
 @dataclass(frozen=True)
