@@ -14,6 +14,7 @@ from math import ceil, prod
 from grokquant.errors import InputError
 from grokquant.job.budget.memory import on_device, peak_step
 from grokquant.job.division import Division
+from grokquant.job.hidden_units import kept_tokens
 from grokquant.job.layer import is_starved
 from grokquant.job.plan import Plan
 from grokquant.methods import METHODS
@@ -71,9 +72,14 @@ def _peak(division: Division, processes: int) -> int:
     piece = max(1, TOKENS_IN_PIECE // asked.length)
     rows = min(asked.samples, ceil(asked.samples / piece / processes) * piece)
     own = asked.model_copy(update={"samples": rows})
-    alone = peak_step(replace(plan, recipe=plan.recipe.model_copy(update={"calibration": own})))
+    alone = replace(plan, recipe=plan.recipe.model_copy(update={"calibration": own}))
+    held = peak_step(alone).bytes
+    # Hidden units of an expert are those of the tokens of all.
+    inner = (u.shape[1] for u in plan.units_of(0) if u.expert is not None and u.part == "down")
+    further = kept_tokens(plan) - kept_tokens(alone)
+    held += further * max(inner, default=0) * CALIBRATION_DTYPE.itemsize
     if processes == 1:
-        return alone.bytes
+        return held
     owners = division.owners(plan.checkpoint.num_layers - 1)
     most = max((owners.count(owner) for owner in owners), default=0)
     routed = plan.checkpoint.tokens_per_expert(division.tokens)
@@ -85,7 +91,7 @@ def _peak(division: Division, processes: int) -> int:
     sites = [units for units in plan.sites_outside_experts(0) if _needs_inputs(units)]
     widest = max((units[0].shape[1] for units in sites), default=0)
     come = max(for_experts, division.tokens * widest * size)
-    return alone.bytes + come + 2 * min(AT_ONCE, come)  # and buffers of the exchange
+    return held + come + 2 * min(AT_ONCE, come)  # and buffers of the exchange
 
 
 def _moved_in_layer(division: Division, layer: int, processes: int) -> float:
