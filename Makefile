@@ -39,8 +39,8 @@ test-ranks: install
 # Kernels for GPUs without one: run by Triton's interpreter, then compiled for A100 and H100. Triton
 # comes with torch's CUDA builds only, and takes 800 MB.
 test-kernels: install $(READERS)/triton/installed
-	TRITON_INTERPRET=1 PYTHONPATH=$(READERS)/triton $(BIN)/python -m pytest -m kernels
-	PYTHONPATH=$(READERS)/triton $(BIN)/python -m pytest -m kernels
+	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(READERS)/triton) $(BIN)/python -m pytest -m kernels
+	PYTHONPATH=$(abspath $(READERS)/triton) $(BIN)/python -m pytest -m kernels
 
 $(READERS)/triton/installed: tests/readers/requirements-triton.txt
 	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r $<

@@ -155,7 +155,7 @@ def test_a_member_that_lives_but_does_not_come_is_named(monkeypatch):
 
 def test_one_file_knows_ranks():
     root = Path(grokquant.__file__).parent
-    rooms = ("job", "streaming", "calibration", "methods", "text", "files")
+    rooms = ("job", "streaming", "calibration", "evaluation", "methods", "text", "files")
     paths = [path for room in rooms for path in (root / room).rglob("*.py")]
     paths += [path for path in root.glob("*.py") if path.name != "parallel.py"]
     for path in paths:

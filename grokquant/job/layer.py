@@ -14,6 +14,7 @@ from grokquant.job.division import Division
 from grokquant.job.hidden_units import HiddenUnits, kept_tokens
 from grokquant.job.mixture import Mixture, Original
 from grokquant.job.plan import Plan
+from grokquant.job.read_ahead import ReadAhead
 from grokquant.job.unit import report_of, round_unit
 from grokquant.job.workdir import States
 from grokquant.memory import memory_for
@@ -84,6 +85,13 @@ class LayerQuantizer:
         self._all_inputs: Tensor | None = None  # of the experts, where some of them need it
         self._original: Original | None = None
         self._mixture: Mixture | None = None
+        tensors = plan.checkpoint.source.tensors
+        self._reading = ReadAhead([tensors[unit.tensor] for unit in self._own_experts()])
+
+    def _own_experts(self) -> list[Unit]:
+        """The units of experts that are made here, expert by expert."""
+        own = [unit for unit in self.units if self.division.is_made_here(unit)]
+        return sorted((u for u in own if u.expert is not None), key=lambda unit: unit.expert or 0)
 
     def run(self, states: States) -> States:
         """Quantizes the layer and returns the states after it, its errors included.
@@ -97,6 +105,7 @@ class LayerQuantizer:
         if self.revises:
             self._revise()
             self.outputs = self._run_quantized(states.hidden)
+        self._reading.close()
         self.model.free_layer(self.index)
         self._emit_held()
         return States(self.outputs, reference)
@@ -410,7 +419,7 @@ class LayerQuantizer:
         return self._held[unit.name][0] if unit.name in self._held else None
 
     def _round(self, unit: Unit, site: Site | None) -> QTensor:
-        ref = self.plan.checkpoint.source.tensors[unit.tensor]
+        ref = self._reading.of(self.plan.checkpoint.source.tensors[unit.tensor])
         rounding = self._rounding[unit.method]
         with memory_for(f"{unit.name}: {unit.method}"):
             quantized, report = round_unit(unit, ref, rounding, site, self.model.device)

@@ -141,8 +141,8 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     method = METHODS[unit.method]
     size = CALIBRATION_DTYPE.itemsize
     weights = rows * columns
-    # The matrix as stored (int8), dequantized (bfloat16) and rounded (int8).
-    matrix = weights * (1 + 2 + 1)
+    # The matrix as stored (int8), the next one, dequantized (bfloat16) and rounded (int8).
+    matrix = weights * (1 + 1 + 2 + 1)
     working = method.cost(rows, columns, unit.settings).working_bytes
     hessian = 0
     if method.needs_site:
