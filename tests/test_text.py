@@ -349,6 +349,20 @@ def test_of_a_large_parquet_file_rows_of_some_groups_are_read(
     assert all(row in "".join(texts) for row in rows)
 
 
+def test_of_small_row_groups_of_parquet_more_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(records, "_EXCERPTS_ABOVE", 100_000)
+    path = tmp_path / "a.parquet"
+    texts = [f"{number:08}" for number in range(50_000)]
+    parquet.write_table(pa.table({"text": texts}), path, row_group_size=20)
+    settings = CalibrationSection(text=str(path), samples=100, length=18)
+    rows = calibration_rows(settings, Characters(), SimpleNamespace(positions=99))
+    assert len(rows) == 100
+
+
 def test_unpacked_sequences_are_beginnings_of_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     texts = ["short", *(f"{letter} is the first of many" for letter in "abcdefgh")]

@@ -93,11 +93,16 @@ def test_no_document_is_in_two_parts():
     assert len(shared) < 0.02 * len(paragraphs[2])
 
 
-def test_training_code_has_no_docstrings():
-    tree = train_toy._without_docstrings(
-        __import__("ast").parse('"""Doc."""\ndef f():\n    """Doc."""\n    return 1\n')
-    )
-    assert __import__("ast").unparse(tree) == "def f():\n    return 1"
+def test_training_code_is_of_covered_modules_without_docstrings(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_toy.sysconfig, "get_path", lambda name: str(tmp_path))
+    code = '"""Doc."""\ndef f():\n    """Doc."""\n    return 1\n'
+    names = [f"{number}.py" for number in range(20)]
+    (tmp_path / "test").mkdir()
+    for name in names:
+        (tmp_path / name).write_text(code)
+        (tmp_path / "test" / name).write_text(code)
+    count = sum(python_docs.part_of(f"module:{name}") == "train" for name in names)
+    assert count and train_toy.train_code() == ["def f():\n    return 1\n"] * count
 
 
 def test_the_export_is_the_model(tmp_path):

@@ -116,10 +116,10 @@ def covered_files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = (name for name in folders if name not in _SKIPPED_FOLDERS)
         paths = (Path(folder, name) for name in names if name.endswith(".py"))
-        yield from (path for path in paths if iscovered_files(path.relative_to(root)))
+        yield from (path for path in paths if is_covered(path.relative_to(root)))
 
 
-def iscovered_files(relative: Path) -> bool:
+def is_covered(relative: Path) -> bool:
     """Whether the text includes this file: it leaves out tests and third-party packages."""
     return not _SKIPPED_FOLDERS.intersection(relative.parts)
 

@@ -34,7 +34,9 @@ _MAX_DOCUMENT_BYTES = 64_000_000
 # Of larger texts, calibration takes excerpts: as much as it needs from so many bytes at each place.
 _EXCERPTS_ABOVE = _MAX_DOCUMENT_BYTES
 _EXCERPT_BYTES = 16_384
-_GROUPS = 16  # of a .parquet file, which can be read from the start of a row group only
+# Of a .parquet file, which can be read from the start of a row group only; more where so many are
+# too small.
+_GROUPS = 16
 _MAX_VALUES = 100_000  # of the JSON of one document
 _MAX_ARRAY_VALUES = 4_000_000  # of all documents of a .json file
 # Parquet files of prose unpack to five times their size, of empty rows and repetitions to more.
@@ -174,7 +176,8 @@ def excerpts(path: str, field: str | None, wanted: int, seed: int) -> Iterator[D
     """Documents at random places of a large text, about `wanted` bytes, in the order of the file.
 
     Of a .txt each is a part of the text; of a .jsonl file those of the lines that follow a place;
-    of a .parquet file those of the rows that follow one, in at most `_GROUPS` row groups.
+    of a .parquet file those of the rows that follow one, in `_GROUPS` row groups or as many as hold
+    enough.
     """
     if path.lower().endswith(".parquet"):
         yield from _rows_at(path, field, wanted, seed)
@@ -213,7 +216,9 @@ def _rows_at(path: str, field: str | None, wanted: int, seed: int) -> Iterator[D
     draw = Random(seed)
     with _parquet(path, field) as (file, columns):
         count = file.num_row_groups
-        groups = sorted(draw.sample(range(count), min(count, _GROUPS)))
+        # At least half of a group follows each place that is drawn.
+        needed = max(_GROUPS, 2 * wanted * count // max(_column_bytes(file, columns), 1) + 1)
+        groups = sorted(draw.sample(range(count), min(count, needed)))
         for group in groups:
             rows = file.metadata.row_group(group).num_rows
             place = draw.randrange(rows // 2 + 1)  # so that enough rows follow
