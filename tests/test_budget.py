@@ -46,6 +46,20 @@ def test_a_budget_names_a_step_and_takes_seconds(tiny_recipe):
     assert min(budget.times.values()) >= 0 and "reading" in budget.times
 
 
+@pytest.mark.parametrize("others", [(), ({"match": "layers.*", "method": "copy"},)])
+def test_a_budget_is_that_of_the_layer_with_most_to_do(tiny_recipe, monkeypatch, others):
+    of_all, of_last = (
+        build_plan(tiny_recipe(EXPERTS | {"match": f"layers.{layer}.experts.*.*"}, *others))
+        for layer in ("*", "1")
+    )
+    assert of_last.fullest_layer == 1 and of_all.fullest_layer == 0
+    shares = [sharing_of(plan, 2) for plan in (of_all, of_last)]
+    assert shares[0].device_bytes == shares[1].device_bytes
+    assert shares[0].peak_bytes == shares[1].peak_bytes
+    monkeypatch.setattr(timing, "_SMALL_LAYER", 1)
+    assert not timing.is_small(of_last)
+
+
 def test_the_plan_counts_each_product_once(tiny_recipe, monkeypatch):
     """With a second for each multiply-add, steps take as many seconds as a run has of them."""
     monkeypatch.setattr(timing, "_SMALL_LAYER", 0)

@@ -187,6 +187,16 @@ class Plan:
         """The units of a layer in the order of the computation."""
         return self._units_by_layer.get(layer, [])
 
+    @cached_property
+    def fullest_layer(self) -> int:
+        """The first of the layers with most to do: others may be copied, or dense."""
+
+        def to_do(layer: int) -> tuple[int, int]:
+            units = self.units_of(layer)
+            return sum(METHODS[unit.method].needs_site for unit in units), len(units)
+
+        return max(range(self.checkpoint.num_layers), key=to_do)
+
     def sites_outside_experts(self, layer: int) -> list[list[Unit]]:
         """Units of a layer outside its experts, grouped by the input that they read."""
         sites: dict[str, list[Unit]] = {}

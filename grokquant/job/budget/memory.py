@@ -42,9 +42,10 @@ def peak_step(plan: Plan) -> Step:
 def on_device(plan: Plan) -> int:
     """The most that a calibrated run holds on a GPU, where it has one: what lies outside the
     experts of a layer, and a matrix with its Hessian while it is rounded."""
-    outside = sum(prod(unit.shape) for unit in plan.units_of(0) if unit.expert is None)
+    units = plan.units_of(plan.fullest_layer)
+    outside = sum(prod(unit.shape) for unit in units if unit.expert is None)
     held = outside * CALIBRATION_DTYPE.itemsize
-    return max(_calibrated_unit(plan, unit, held).bytes for unit in plan.units_of(0))
+    return max(_calibrated_unit(plan, unit, held).bytes for unit in units)
 
 
 def resident_bytes(peak: bool = False) -> int:
@@ -101,7 +102,8 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
     if plan.needs_gradients:
         yield _differentiating(plan)
     # Hidden states, the experts' inputs and the sum of their outputs; the block's attention.
-    outside_experts = [unit for unit in plan.units_of(0) if unit.expert is None]
+    units = plan.units_of(plan.fullest_layer)
+    outside_experts = [unit for unit in units if unit.expert is None]
     attention = sum(prod(unit.shape) * size for unit in outside_experts)
     always = attention + 2 * states + tokens * config.hidden_size * FLOAT
     if plan.needs_reference:
@@ -109,11 +111,12 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
         # two sums in float32 and the states before the experts, of both models.
         always += 3 * states + tokens * config.hidden_size * FLOAT
         summing = always + 2 * states + 2 * tokens * config.hidden_size * FLOAT
-        yield Step("layer 0: what its experts should give", summing, "calibration.samples")
+        name = f"layer {plan.fullest_layer}: what its experts should give"
+        yield Step(name, summing, "calibration.samples")
         # What one expert should give; metrics of the outputs.
         always += plan.checkpoint.tokens_per_expert(tokens) * config.hidden_size * FLOAT
         always += 4 * config.hidden_size**2 * FLOAT
-    for unit in plan.units_of(0):
+    for unit in units:
         yield _calibrated_unit(plan, unit, always)
 
 

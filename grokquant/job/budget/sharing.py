@@ -75,19 +75,20 @@ def _peak(division: Division, processes: int) -> int:
     alone = peak_step(with_own)
     if processes == 1:
         return alone.bytes
-    owners = division.owners(plan.checkpoint.num_layers - 1)
+    owners = division.owners(plan.fullest_layer)
     most = max((owners.count(owner) for owner in owners), default=0)
     routed = plan.checkpoint.tokens_per_expert(division.tokens)
     # Of each owned expert, inputs and outputs; of own rows, a copy to send.
     rows_here = 2 * most * routed + len(owners) * routed // processes
     size = CALIBRATION_DTYPE.itemsize
-    rows_here += division.tokens * _blends(division, 0)
+    rows_here += division.tokens * _blends(division, plan.fullest_layer)
     for_experts = rows_here * plan.checkpoint.text_config.hidden_size * size
-    sites = [units for units in plan.sites_outside_experts(0) if _needs_inputs(units)]
+    layer = plan.fullest_layer
+    sites = [units for units in plan.sites_outside_experts(layer) if _needs_inputs(units)]
     widest = max((units[0].shape[1] for units in sites), default=0)
     come = max(for_experts, division.tokens * widest * size)
     # An owner keeps hidden units of the tokens of all.
-    downs = [unit for unit in plan.units_of(0) if unit.expert == 0 and unit.part == "down"]
+    downs = [unit for unit in plan.units_of(layer) if unit.expert == 0 and unit.part == "down"]
     come += sum(hidden_unit_bytes(plan, u) - hidden_unit_bytes(with_own, u) for u in downs)
     return alone.bytes + come + 2 * min(AT_ONCE, come)  # and buffers of the exchange
 

@@ -132,20 +132,21 @@ def _differentiating(plan: Plan) -> float:
 def is_small(plan: Plan) -> bool:
     """Whether calibrating and quantizing a whole layer takes only seconds."""
     settings = plan.recipe.calibration
-    weights = sum(prod(unit.shape) for unit in plan.units_of(0))
+    weights = sum(prod(unit.shape) for unit in plan.units_of(plan.fullest_layer))
     return settings.samples * settings.length * weights < _SMALL_LAYER
 
 
 def _one_layer(plan: Plan, rows: Tensor) -> float:
-    """Seconds of the first layer, quantized as in the run and discarded."""
+    """Seconds of a layer, quantized as in the run and discarded."""
     start = perf_counter()
     model = running(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
     hidden = model.embed(rows)
     states = States(hidden, hidden if plan.needs_reference else None)
     # Any metric takes the same time.
     metric = torch.eye(hidden.shape[-1]) if plan.needs_gradients else None
+    layer = plan.fullest_layer
     quantizer = LayerQuantizer(
-        plan, model, 0, lambda *_: None, lambda _: None, output_gradients=metric
+        plan, model, layer, lambda *_: None, lambda _: None, output_gradients=metric
     )
     quantizer.run(states)
     return perf_counter() - start
@@ -269,12 +270,13 @@ def _outside_experts(plan: Plan, model: ProbeModel, tokens: int, rates: _Rates) 
     """Seconds of all that a layer does outside its experts, attention above all, in all layers."""
     checkpoint = plan.checkpoint
     shapes = checkpoint.source.tensors
-    matrices = [m for m in checkpoint.matrices() if m.layer == 0 and m.expert is None]
+    layer = plan.fullest_layer
+    matrices = [m for m in checkpoint.matrices() if m.layer == layer and m.expert is None]
     weights = {m.name: prod(shapes[m.tensor].shape) for m in matrices}
     whole = max(sum(weights.values()), 1)
     # Inputs are captured in passes that end there.
     captured = 0.0
-    for units in plan.sites_outside_experts(0):
+    for units in plan.sites_outside_experts(layer):
         if any(map(_needs_data, units)):
             before = list(weights).index(units[0].name)
             captured += sum(list(weights.values())[:before]) / whole
