@@ -1096,6 +1096,42 @@ def test_such_a_source_on_its_whole_way(saved, text_file, tmp_path, library):
         ("hqq", lambda t: t.pop(f"{QUERY}.zero"), f"{QUERY}.zero is missing"),
         ("hqq", lambda t: t[f"{QUERY}.quant_zero"].fill_(1), "this variant of HQQ is not"),
         (
+            "hqq",
+            lambda t: t.update({f"{QUERY}.nbits": torch.tensor([8, 8])}),
+            f"{QUERY}.nbits is torch.int64 [2], expected integers, 1 of them",
+        ),
+        (
+            "hqq",
+            lambda t: t.update({f"{QUERY}.shape": torch.tensor([64.0, float("nan")])}),
+            f"{QUERY}.shape is torch.float32 [2], expected integers",
+        ),
+        (
+            "hqq",
+            lambda t: t.update({f"{QUERY}.quant_zero": torch.zeros(2).int()}),
+            f"{QUERY}.quant_zero is torch.int32 [2], expected integers",
+        ),
+        (
+            "hqq",
+            lambda t: t.update({f"{QUERY}.W_q": torch.tensor(0, dtype=torch.uint8)}),
+            "torch.uint8 [] with scales",
+        ),
+        (
+            "hqq",
+            lambda t: t.update({f"{QUERY}.zero": t[f"{QUERY}.zero"].bool()}),
+            "zero points torch.bool",
+        ),
+        (
+            "quark",
+            lambda t: t.update(
+                {
+                    f"{QUERY}.weight": torch.ones(64, 64, dtype=torch.int8),
+                    f"{QUERY}.weight_scale": torch.ones(64),
+                    f"{QUERY}.weight_zero_point": torch.full((64,), 300),
+                }
+            ),
+            "weight_zero_point torch.int64 [64] is no export of Quark",
+        ),
+        (
             "quark",
             lambda t: t.update({f"{QUERY}.weight_scale": torch.ones(3)}),
             "is no export of Quark that is supported",

@@ -69,48 +69,65 @@ def unpacked(source: Source) -> Source:
 def _unpacked_ref(source: Source, stem: str) -> TensorRef:
     """The matrix `stem`weight. Raises InputError where its tensors do not fit together."""
     for flag in _REFUSED:
-        if (ref := source.tensors.get(stem + flag)) and bool(ref.read()):
-            raise InputError(f"{source.path}: {ref.name}: this variant of HQQ is not supported")
+        name = stem + flag
+        if name in source.tensors and _integers(source, name, 1)[0]:
+            raise InputError(f"{source.path}: {name}: this variant of HQQ is not supported")
     codes, scale, zero = (packed_tensor(source, stem + name) for name in (_CODES, "scale", "zero"))
-    bits = int(packed_tensor(source, f"{stem}nbits").read())
+    (bits,) = _integers(source, f"{stem}nbits", 1)
     rows, columns = _shape(source, stem)
     dtype, per_word = _WORDS.get(bits, (torch.uint8, 0))
-    width = codes.shape[-1]
-    held = codes.shape[0] * per_word
-    spans = ((rows * columns // width, 1), (1, width))
+    held = _held_rows(codes, dtype, per_word, rows * columns)
+    width = codes.shape[-1] if held else 0
     fits = (
-        len(codes.shape) == 2
-        and codes.dtype == dtype
-        and rows * columns % width == 0
-        and 0 <= held - rows * columns // width < max(per_word, 1)
+        held > 0
         and scale.dtype in _FLOATS
-        and scale.shape == zero.shape
-        and scale.shape in spans
+        and (scale.dtype, scale.shape) == (zero.dtype, zero.shape)
+        and scale.shape in ((held, 1), (1, width))
     )
     if not fits:
         raise InputError(
             f"{source.path}: {codes.name} is {codes.dtype} {list(codes.shape)} with scales "
-            f"{scale.dtype} {list(scale.shape)}, which is no matrix [{rows}, {columns}] of "
-            f"{bits} bits"
+            f"{scale.dtype} {list(scale.shape)} and zero points {zero.dtype} {list(zero.shape)}, "
+            f"which is no matrix [{rows}, {columns}] of {bits} bits"
         )
 
     def load() -> Tensor:
-        found = _in_rows(codes.read(), bits, per_word)[: rows * columns // width]
+        found = _in_rows(codes.read(), bits, per_word)[:held]
         values = (found.to(scale.dtype) - zero.read()) * scale.read()
         return values.reshape(rows, columns)
 
     stored = sum(ref.stored_bytes for ref in (codes, scale, zero))
-    group = width if scale.shape[1] == 1 else rows * columns // width
+    group = width if scale.shape[1] == 1 else held
     name = f"hqq int{bits} g{group}"
     return TensorRef(f"{stem}weight", (rows, columns), scale.dtype, stored, load, grid_name=name)
 
 
+def _held_rows(codes: TensorRef, dtype: torch.dtype, per_word: int, weights: int) -> int:
+    """The rows of codes that a matrix of so many weights has in these words; 0 if it has none."""
+    if codes.dtype != dtype or len(codes.shape) != 2:
+        return 0
+    words, width = codes.shape
+    rows = weights // width
+    filled = 0 <= words * per_word - rows < max(per_word, 1)
+    return rows if filled and rows * width == weights else 0
+
+
 def _shape(source: Source, stem: str) -> tuple[int, int]:
-    ref = packed_tensor(source, f"{stem}shape")
-    values = ref.read().tolist() if prod(ref.shape) == 2 else [0]
-    if len(values) != 2 or min(values) < 1 or max(values) > 2**24:
-        raise InputError(f"{source.path}: {ref.name} is no shape of a matrix")
-    return int(values[0]), int(values[1])
+    name = f"{stem}shape"
+    rows, columns = _integers(source, name, 2)
+    if min(rows, columns) < 1 or max(rows, columns) > 2**24:
+        raise InputError(f"{source.path}: {name} is no shape of a matrix")
+    return rows, columns
+
+
+def _integers(source: Source, name: str, count: int) -> list[int]:
+    """The integers that a tensor holds. Raises InputError unless it holds so many."""
+    ref = packed_tensor(source, name)
+    is_integer = not (ref.dtype.is_floating_point or ref.dtype.is_complex)
+    if not is_integer or prod(ref.shape) != count:
+        found = f"{ref.dtype} {list(ref.shape)}"
+        raise InputError(f"{source.path}: {name} is {found}, expected integers, {count} of them")
+    return list(map(int, ref.read().flatten().tolist()))
 
 
 def _in_rows(words: Tensor, bits: int, per_word: int) -> Tensor:

@@ -29,6 +29,8 @@ from grokquant.types import QTensor, Source, TensorRef
 NAME = "quark"
 
 _MX_GROUP = 32
+# Of zero points.
+_WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
@@ -91,15 +93,10 @@ def _float4(source: Source, codes: TensorRef, scale: TensorRef) -> TensorRef:
 def _integers(source: Source, codes: TensorRef, scale: TensorRef) -> TensorRef:
     """int8 with a scale for the matrix, which becomes one for each row, or for each row."""
     rows, columns = codes.shape
-    zero_point = source.tensors.get(f"{codes.name}_zero_point")
     if scale.shape not in ((), (1,), (rows,), (rows, 1)):
         raise _misfit(source, codes, scale)
-    if zero_point is not None and prod(zero_point.shape) != prod(scale.shape):
-        raise _misfit(source, codes, zero_point)
+    zero_point = _zero_point(source, codes, scale)
     stored = sum(ref.stored_bytes for ref in (codes, scale, zero_point) if ref)
-    # Symmetric matrices have zero points of zero.
-    if zero_point is not None and not zero_point.read().any():
-        zero_point = None
     scheme = Scheme(8, None, zero_point is None, _SCALE_NAMES[scale.dtype])
 
     def of_rows(ref: TensorRef) -> Tensor:
@@ -110,6 +107,18 @@ def _integers(source: Source, codes: TensorRef, scale: TensorRef) -> TensorRef:
         return QTensor(codes.read(), of_rows(scale), scheme, *zeros)
 
     return TensorRef(codes.name, (rows, columns), scale.dtype, stored, load, scheme)
+
+
+def _zero_point(source: Source, codes: TensorRef, scale: TensorRef) -> TensorRef | None:
+    """As many int8 numbers as there are scales; None where all are zero: it is symmetric."""
+    ref = source.tensors.get(f"{codes.name}_zero_point")
+    if ref is None:
+        return None
+    points = ref.read()
+    is_int8 = ref.dtype in _WHOLE and torch.equal(points, points.to(torch.int8).to(ref.dtype))
+    if not is_int8 or points.numel() != prod(scale.shape):
+        raise _misfit(source, codes, ref)
+    return ref if points.any() else None
 
 
 def _misfit(source: Source, codes: TensorRef, scale: TensorRef) -> InputError:
