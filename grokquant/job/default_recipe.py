@@ -91,7 +91,6 @@ GOALS = {
     ),
     "bf16": Goal("Nothing quantized: one checkpoint of floats, as transformers reads it", "bf16"),
 }
-_DEFAULT = "int4"
 
 
 def is_recipe(path: str | Path) -> bool:

@@ -13,6 +13,7 @@ Triton comes with the CUDA builds of torch. Its interpreter runs this on a CPU, 
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -105,18 +106,19 @@ def round_columns(c: "Columns", table: Tensor, part: slice, lost: Tensor) -> Non
     """
     targets = c.targets[part]
     columns, rows = targets.shape
-    _round_leaf[(triton.cdiv(rows, _ROWS),)](
-        *(c.errors[part], targets, c.codes[part], lost),
-        *(c.groups[part], c.D[part], c.F[part, part]),
-        *(c.scales, c.zero_points, c.offsets, table),
-        *c.limits,
-        columns,
-        rows,
-        c.F.stride(0),
-        len(table),
-        HAS_TABLE=len(table) > 0,
-        COLUMNS=triton.next_power_of_2(columns),
-        ROWS=_ROWS,
-        num_warps=1,
-        enable_fp_fusion=True,  # as on the CPU: a product and a sum may become one instruction
-    )
+    with torch.cuda.device_of(targets):  # else Triton launches on the current GPU
+        _round_leaf[(triton.cdiv(rows, _ROWS),)](
+            *(c.errors[part], targets, c.codes[part], lost),
+            *(c.groups[part], c.D[part], c.F[part, part]),
+            *(c.scales, c.zero_points, c.offsets, table),
+            *c.limits,
+            columns,
+            rows,
+            c.F.stride(0),
+            len(table),
+            HAS_TABLE=len(table) > 0,
+            COLUMNS=triton.next_power_of_2(columns),
+            ROWS=_ROWS,
+            num_warps=1,
+            enable_fp_fusion=True,  # as on the CPU: a product and a sum may become one instruction
+        )
