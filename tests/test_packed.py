@@ -265,3 +265,17 @@ def test_a_table_in_groups_of_no_whole_registers():
     assert torch.equal(
         dequantize(quantized, torch.float32, torch.bfloat16), unrounded(quantized).bfloat16()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_tiles_of_bfloat16_have_memory_of_their_own(dtype):
+    """The others are made anew, so that memory for them would be taken in vain."""
+    given: list[bool] = []
+
+    def rows(part: slice, memory: torch.Tensor | None) -> torch.Tensor:
+        given.append(memory is not None)
+        return torch.ones(part.stop - part.start, 64, dtype=dtype)
+
+    out = product_with_rows(torch.ones(2, 64, dtype=dtype), (96, 64), rows)
+    assert torch.equal(out, torch.full((2, 96), 64, dtype=dtype))
+    assert set(given) == {dtype == torch.bfloat16}

@@ -48,11 +48,12 @@ def product_with_rows(x: Tensor, shape: tuple[int, int], rows: Rows) -> Tensor:
     [tokens, out]"""
     at_once = _rows_at_once(x, shape)
     kept = torch.is_grad_enabled() and x.requires_grad  # a gradient needs all tiles again
+    reused = not kept and x.dtype == torch.bfloat16 and x.device.type == "cpu"  # see `dequantize`
     memory: dict[int, Tensor] = {}  # by thread
 
     def product(part: slice) -> Tensor:
         thread = get_ident()
-        if thread not in memory and not kept:
+        if reused and thread not in memory:
             memory[thread] = x.new_empty(at_once, shape[1])
         return x @ rows(part, memory.get(thread)).T  # (tokens, rows)
 
