@@ -222,7 +222,11 @@ def test_a_recipe_changed_by_hand_is_kept(budgeted):
     ("keys", "format", "line"),
     [
         ({"bits_per_weight": 2.0}, "gptq", "bits_per_weight: the smallest of the grids take 2."),
-        ({"match": "layers.7.*"}, "gptq", "budget.match: 'layers.7.*' matches no matrix"),
+        (
+            {"match": "layers.7.*"},
+            "gptq",
+            "'layers.7.*' matches no matrix that the rules leave, such",
+        ),
         ({"match": "*attention*"}, "gptq", "matches no matrix that the rules leave"),
         ({"unit": "expert", "grids": ["q8_0", "q4_0"]}, "gguf", "for each expert; use projection"),
         ({"grids": ["iq4_nl", "q4_1"]}, "gptq", "none fits layers.0.experts"),

@@ -200,6 +200,11 @@ def test_it_says_that_it_is_experimental(tiny, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_what_a_model_does_not_say_has_no_line(capsys):
+    print_description(describe("toy") | {"experts_per_token": None})
+    assert "experts per token" not in capsys.readouterr().out
+
+
 def test_files_of_ranks(tiny, tmp_path):
     """As published: eight ranks share all but the experts, of which each has an eighth."""
     path, files = tmp_path / "x", {}

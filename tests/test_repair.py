@@ -178,7 +178,7 @@ def test_other_bytes_than_before_change_nothing(damaged, tiny_recipe, tmp_path):
 
 
 def test_what_cannot_be_repaired(damaged, tiny_recipe, tmp_path):
-    with pytest.raises(InputError, match="out: no such directory"):
+    with pytest.raises(InputError, match="out: no such directory to repair; choose another output"):
         pipeline.repair(tiny_recipe())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

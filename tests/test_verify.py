@@ -158,6 +158,11 @@ def flip_a_code(result: Path) -> None:
     (result / SHARD).write_bytes(flipped)
 
 
+def test_a_missing_file_is_named_once(result):
+    (result / SHARD).unlink()
+    assert found(result) == {f"{result / SHARD}: is missing": SHARD}
+
+
 def test_every_fault_is_named_with_the_file_to_make_again(result):
     flip_a_code(result)
     (result / "note.txt").write_text("x")

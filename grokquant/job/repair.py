@@ -18,7 +18,7 @@ from pathlib import Path
 from grokquant.errors import GateError, InputError
 from grokquant.files import atomic
 from grokquant.files.json_objects import read_json_object
-from grokquant.files.unfinished import check_directory
+from grokquant.files.unfinished import check_directory, work_path
 from grokquant.grids import Scheme
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME, SUMS_NAME, is_result
@@ -50,6 +50,8 @@ def damage_of(output: Path) -> Damage:
 
     Raises InputError if `output` is not a result, or if nothing in it tells what it was.
     """
+    if not output.exists() and not work_path(output).exists():
+        raise InputError(f"{output}: no such directory to repair; choose another output.path")
     has_report = is_result(output)
     if not has_report and not (output / SUMS_NAME).is_file():
         check_directory(output)

@@ -434,6 +434,7 @@ def print_description(description: dict) -> None:
     facts = [
         (key.replace("_", " "), str(description[key]))
         for key in ("path", "layout", "family", "layers", "experts", "experts_per_token")
+        if description[key] is not None
     ]
     facts.append(("parameters", f"{description['parameters']:,}"))
     facts.append(("size", size(description["bytes"])))

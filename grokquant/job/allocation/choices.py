@@ -53,13 +53,15 @@ def choices_of(recipe: BudgetRecipe, checkpoint: Checkpoint) -> list[Choice]:
         held = " or ".join(output_format.budget_units)
         text = f"format {output_format.name} cannot hold a grid for each {unit}; use {held}"
         raise InputError(f"recipe: quantize.budget.unit: {text}")
+    rules = recipe.quantize.rules
+    left = [m for m in checkpoint.matrices() if not any(rule.matches(m.name) for rule in rules)]
     matched: dict[tuple[str, str], list[Matrix]] = {}
-    for matrix in checkpoint.matrices():
-        is_ruled = any(rule.matches(matrix.name) for rule in recipe.quantize.rules)
-        if fnmatchcase(matrix.name, budget.match) and not is_ruled:
+    for matrix in left:
+        if fnmatchcase(matrix.name, budget.match):
             matched.setdefault(_patterns(matrix, unit), []).append(matrix)
     if not matched:
-        text = f"{budget.match!r} matches no matrix that the rules leave"
+        example = f", such as {left[0].name}" if left else ""
+        text = f"{budget.match!r} matches no matrix that the rules leave{example}"
         raise InputError(f"recipe: quantize.budget.match: {text}")
     return [
         _choice(recipe, checkpoint, output_format, match, kind, matrices)

@@ -97,13 +97,15 @@ def _digest_faults(path: Path, digest: str | None) -> Iterator[Fault]:
 def _plan_of(
     path: Path, sums: Mapping[str, str], report: Mapping
 ) -> tuple[Plan | None, list[Fault]]:
-    """The plan of a result, None and a fault where recipe, config and headers make none."""
+    """The plan of a result; None where recipe, config and headers make none, and the fault."""
     try:
         recipe = load_recipe(path / metadata.RECIPE_NAME)
         return planned_again(recipe, open_checkpoint(path), report), []
     except InputError as error:
         text = str(error)
         file = next((name for name in sums if text.startswith(f"{path / name}:")), None)
+        if file and not (path / file).is_file():
+            return None, []  # named as missing already
         return None, [Fault(text, file)]
 
 
