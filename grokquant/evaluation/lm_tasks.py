@@ -193,7 +193,7 @@ def _load(wanted: TaskSection, directory: Path) -> Any:
         near = get_close_matches(wanted.name, _manager(stock=True).all_tasks, n=1)
         hint = f", did you mean {near[0]}?" if near else ""
         raise InputError(f"tasks: {wanted.name}: lm-eval has no task of this name{hint}")
-    waiting = impatiently() if isinstance(spec, str) else contextlib.nullcontext()
+    waiting = impatiently() if by_name else contextlib.nullcontext()  # theirs are on the hub
     with refused(f"tasks: {wanted.name}: cannot be loaded"), _quiet(), waiting:
         loaded = _manager(by_name).load([spec])
     for task in loaded["tasks"].values():
