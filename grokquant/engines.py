@@ -351,7 +351,7 @@ CONSUMERS = (
     Consumer(
         "transformers",
         "transformers alone",
-        "5.24 with compressed-tensors 0.20, bitsandbytes 0.50, or optimum 2.3 and gptqmodel 7.7",
+        "5.24 with compressed-tensors 0.20, bitsandbytes 0.50, or optimum 2.3 (gptqmodel 7.6, 7.7)",
         _TRANSFORMERS_ALONE,
         by_code=True,
         packages={
@@ -372,7 +372,7 @@ CONSUMERS = (
     Consumer(
         "gptqmodel",
         "GPTQModel",
-        "7.7",
+        "7.6 and 7.7",
         (
             _formats("gptq"),
             _model("grok-1", "Grok-1"),
