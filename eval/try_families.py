@@ -346,7 +346,8 @@ def main() -> None:
     for kind in options.kinds or everything:
         with tempfile.TemporaryDirectory() as place:
             found = attempt(lambda: try_family(kind, Path(place)))  # noqa: B023
-        found = found if isinstance(found, dict) else {"refused": found}
+        if not isinstance(found, dict):
+            found = {"refused": str(found).replace(f"{place}/", "")}
         version = {"transformers": transformers.__version__}
         results[kind] = found | {"passes": passes(found)} | version
         print(json.dumps({"kind": kind} | results[kind]), flush=True)
