@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SCALE_DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 # Functions of methods/levels.py that find the scales of a matrix, and its offsets where it has any.
 FinderName = Literal["integers", "absmax", "range", "table", "block_scales", "block_minima"]

@@ -34,7 +34,7 @@ from grokquant.formats.reading import (
 )
 from grokquant.formats.targets import first_match
 from grokquant.formats.words import pack_words, unpack_words
-from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.grids import SCALE_DTYPE_NAMES, SCALE_DTYPES, Scheme
 from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef, Unit
 
 NAME = compressed_config.NAME
@@ -50,7 +50,6 @@ _PARTS: dict[Storage, tuple[str, ...]] = {
 }
 # Of a `X.weight` that holds codes.
 _CODE_DTYPES = (torch.int8, torch.float8_e4m3fn)
-_DTYPE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 def refusal(scheme: Scheme, shape: tuple[int, int]) -> str | None:
@@ -159,9 +158,9 @@ def _unpacked_ref(source: Source, tensor: str, group: Group) -> TensorRef:
     if not isinstance(weights, Integers):
         return float_quantized.dense_ref(source, tensor, group.storage, weights)
     scale = packed_tensor(source, f"{tensor}_scale")
-    if scale.dtype not in _DTYPE_NAMES:
+    if scale.dtype not in SCALE_DTYPE_NAMES:
         raise InputError(f"{source.path}: {scale.name} has the unsupported dtype {scale.dtype}")
-    scheme = replace(weights.scheme, scale_dtype=_DTYPE_NAMES[scale.dtype])
+    scheme = replace(weights.scheme, scale_dtype=SCALE_DTYPE_NAMES[scale.dtype])
     if group.storage == "int-quantized":
         return int_quantized.unpacked_ref(source, tensor, weights, scheme, scale)
     return _words_ref(source, tensor, scheme, scale)

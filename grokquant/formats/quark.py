@@ -23,7 +23,7 @@ from grokquant.formats import fp8
 from grokquant.formats.format import ReadableFormat
 from grokquant.formats.reading import packed_tensor, validated
 from grokquant.formats.scaled_floats import ScaledFloats, from_exponents, from_float4, scaled_ref
-from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.grids import SCALE_DTYPE_NAMES, Scheme
 from grokquant.types import QTensor, Source, TensorRef
 
 NAME = "quark"
@@ -31,7 +31,6 @@ NAME = "quark"
 _MX_GROUP = 32
 # Of zero points.
 _WHOLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-_SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 class _Export(BaseModel):
@@ -68,7 +67,7 @@ def _unpacked_ref(source: Source, codes: TensorRef, scale: TensorRef) -> TensorR
             return fp8.dense_ref(source, codes, scale, None)
         if codes.dtype == torch.uint8 and scale.dtype == torch.uint8:
             return _float4(source, codes, scale)
-        if codes.dtype == torch.int8 and scale.dtype in _SCALE_NAMES:
+        if codes.dtype == torch.int8 and scale.dtype in SCALE_DTYPE_NAMES:
             return _integers(source, codes, scale)
     raise _misfit(source, codes, scale)
 
@@ -97,7 +96,7 @@ def _integers(source: Source, codes: TensorRef, scale: TensorRef) -> TensorRef:
         raise _misfit(source, codes, scale)
     zero_point = _zero_point(source, codes, scale)
     stored = sum(ref.stored_bytes for ref in (codes, scale, zero_point) if ref)
-    scheme = Scheme(8, None, zero_point is None, _SCALE_NAMES[scale.dtype])
+    scheme = Scheme(8, None, zero_point is None, SCALE_DTYPE_NAMES[scale.dtype])
 
     def of_rows(ref: TensorRef) -> Tensor:
         return ref.read().reshape(-1, 1).expand(rows, 1).contiguous()

@@ -20,7 +20,7 @@ from grokquant.errors import InputError
 from grokquant.formats.format import ReadableFormat
 from grokquant.formats.fp8 import dense_ref
 from grokquant.formats.reading import check_group_size, packed_tensor
-from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.grids import SCALE_DTYPE_NAMES, Scheme
 from grokquant.types import QTensor, Source, TensorRef
 
 NAME = "torchao"
@@ -38,7 +38,6 @@ _KNOWN = {
     "IntxWeightOnlyConfig": False,
 }
 _OF_MODULES = ("FqnToConfig", "ModuleFqnToConfig")  # one configuration for each of some modules
-_SCALE_NAMES = {dtype: name for name, dtype in SCALE_DTYPES.items()}
 
 
 def unpacked(source: Source) -> Source:
@@ -95,7 +94,7 @@ def _integers(source: Source, stem: str, codes: TensorRef, scale: TensorRef) -> 
     zero_point = source.tensors.get(stem + _ZERO_POINT)
     fits = (
         codes.dtype == torch.int8
-        and scale.dtype in _SCALE_NAMES
+        and scale.dtype in SCALE_DTYPE_NAMES
         and scale.shape == (rows, groups)
         and groups > 0
         and columns % groups == 0
@@ -113,7 +112,7 @@ def _integers(source: Source, stem: str, codes: TensorRef, scale: TensorRef) -> 
     if zero_point is not None and not zero_point.read().any():
         zero_point = None
     group_size = None if groups == 1 else columns // groups
-    scheme = Scheme(8, group_size, zero_point is None, _SCALE_NAMES[scale.dtype])
+    scheme = Scheme(8, group_size, zero_point is None, SCALE_DTYPE_NAMES[scale.dtype])
     check_group_size(source, stem, scheme, columns)
 
     def load() -> QTensor:

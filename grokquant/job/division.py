@@ -97,7 +97,7 @@ class Division:
             if unit.expert is None:
                 continue
             site = (unit.expert, unit.reads)
-            tokens = checkpoint.tokens_per_expert(self.tokens)
+            tokens = checkpoint.tokens_per_expert(self.plan.calibration_tokens)
             costs[unit.expert] += self.cost(unit, tokens, shared=site not in sites)
             sites.add(site)
         return costs
@@ -119,12 +119,6 @@ class Division:
             block = method.block_columns(columns, unit.settings)
             products += tokens * columns * block + cost.shared_products
         return products
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of the calibration text."""
-        asked = self.plan.recipe.calibration
-        return asked.samples * min(asked.length, self.plan.checkpoint.positions)
 
     def _writers(self) -> dict[str, int]:
         """The writer of each file, by its name."""

@@ -13,9 +13,7 @@ from grokquant.types import Routed
 def kept_tokens(plan: Plan) -> int:
     """The number of tokens of an expert whose hidden units are kept in memory: those that an expert
     has on average, so that the memory of a run does not depend on how its tokens are routed."""
-    settings = plan.recipe.calibration
-    tokens = settings.samples * min(settings.length, plan.checkpoint.positions)
-    average = plan.checkpoint.tokens_per_expert(tokens)
+    average = plan.checkpoint.tokens_per_expert(plan.calibration_tokens)
     # In whole parts, as many as models run at once.
     return -(-average // TOKENS_AT_ONCE) * TOKENS_AT_ONCE
 

@@ -197,6 +197,12 @@ class Plan:
 
         return max(range(self.checkpoint.num_layers), key=to_do)
 
+    @property
+    def calibration_tokens(self) -> int:
+        """The number of tokens that a run asks for."""
+        asked = self.recipe.calibration
+        return asked.samples * min(asked.length, self.checkpoint.positions)
+
     def sites_outside_experts(self, layer: int) -> list[list[Unit]]:
         """Units of a layer outside its experts, grouped by the input that they read."""
         sites: dict[str, list[Unit]] = {}

@@ -92,9 +92,8 @@ def _without_data(plan: Plan) -> Iterator[Step]:
 
 def _calibrated(plan: Plan) -> Iterator[Step]:
     """The embedding; then each unit of a layer, beside all that calibration holds throughout."""
-    settings = plan.recipe.calibration
     config = plan.checkpoint.text_config
-    tokens = settings.samples * min(settings.length, plan.checkpoint.positions)
+    tokens = plan.calibration_tokens
     size = CALIBRATION_DTYPE.itemsize
     states = tokens * config.hidden_size * size
     outside = sum(prod(_shape(plan, name)) * (size + FLOAT) for name in plan.kept_outside_layers)

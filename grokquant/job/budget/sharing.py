@@ -75,18 +75,18 @@ def _peak(division: Division, processes: int) -> int:
     alone = peak_step(with_own)
     if processes == 1:
         return alone.bytes
-    owners = division.owners(plan.fullest_layer)
+    layer = plan.fullest_layer
+    owners = division.owners(layer)
     most = max((owners.count(owner) for owner in owners), default=0)
-    routed = plan.checkpoint.tokens_per_expert(division.tokens)
+    routed = plan.checkpoint.tokens_per_expert(plan.calibration_tokens)
     # Of each owned expert, inputs and outputs; of own rows, a copy to send.
     rows_here = 2 * most * routed + len(owners) * routed // processes
     size = CALIBRATION_DTYPE.itemsize
-    rows_here += division.tokens * _blends(division, plan.fullest_layer)
+    rows_here += plan.calibration_tokens * _blends(division, layer)
     for_experts = rows_here * plan.checkpoint.text_config.hidden_size * size
-    layer = plan.fullest_layer
     sites = [units for units in plan.sites_outside_experts(layer) if _needs_inputs(units)]
     widest = max((units[0].shape[1] for units in sites), default=0)
-    come = max(for_experts, division.tokens * widest * size)
+    come = max(for_experts, plan.calibration_tokens * widest * size)
     # An owner keeps hidden units of the tokens of all.
     downs = [unit for unit in plan.units_of(layer) if unit.expert == 0 and unit.part == "down"]
     come += sum(hidden_unit_bytes(plan, u) - hidden_unit_bytes(with_own, u) for u in downs)
@@ -101,12 +101,12 @@ def _moved_in_layer(division: Division, layer: int, processes: int) -> float:
     elsewhere = (1 - 1 / processes) * CALIBRATION_DTYPE.itemsize
     moved = 0.0
     owners = division.owners(layer)
-    rows = 2 * len(owners) * plan.checkpoint.tokens_per_expert(division.tokens)
-    rows += division.tokens * len(set(owners)) * _blends(division, layer)
+    rows = 2 * len(owners) * plan.checkpoint.tokens_per_expert(plan.calibration_tokens)
+    rows += plan.calibration_tokens * len(set(owners)) * _blends(division, layer)
     moved += rows * plan.checkpoint.text_config.hidden_size * elsewhere
     for units in plan.sites_outside_experts(layer):
         if _needs_inputs(units):
-            moved += division.tokens * units[0].shape[1] * elsewhere
+            moved += plan.calibration_tokens * units[0].shape[1] * elsewhere
         moved += sum(map(plan.packed_bytes, units)) * (processes - 1)
     return moved
 
@@ -130,9 +130,9 @@ def _work_in_layer(
     costs = division.costs_of_experts(layer)
     for owner, cost in zip(division.owners(layer), costs, strict=True):
         owned[owner] += cost
-    passes = _PASSES * division.tokens * outside
+    passes = _PASSES * plan.calibration_tokens * outside
     solved = sum(
-        division.cost(unit, division.tokens, shared=unit is units[0])
+        division.cost(unit, plan.calibration_tokens, shared=unit is units[0])
         for units in plan.sites_outside_experts(layer)
         for unit in units
         if METHODS[unit.method].needs_site
@@ -144,7 +144,7 @@ def _blends(division: Division, layer: int) -> bool:
     """Whether experts get so few tokens that their Hessians are blended with that of all."""
     plan = division.plan
     limits = plan.recipe.experts
-    tokens = plan.checkpoint.tokens_per_expert(division.tokens)
+    tokens = plan.checkpoint.tokens_per_expert(plan.calibration_tokens)
     solved = (
         unit
         for unit in plan.units_of(layer)

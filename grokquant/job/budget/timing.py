@@ -72,13 +72,8 @@ def expected_times(plan: Plan) -> dict[str, float]:
 def _state_bytes(plan: Plan) -> int:
     """Bytes of the states that are saved after each layer but the last."""
     config = plan.checkpoint.text_config
-    size = _tokens(plan) * config.hidden_size * CALIBRATION_DTYPE.itemsize
+    size = plan.calibration_tokens * config.hidden_size * CALIBRATION_DTYPE.itemsize
     return (plan.checkpoint.num_layers - 1) * size * (1 + plan.needs_reference)
-
-
-def _tokens(plan: Plan) -> int:
-    settings = plan.recipe.calibration
-    return settings.samples * min(settings.length, plan.checkpoint.positions)
 
 
 def _calibrating(plan: Plan) -> dict[str, float]:
