@@ -7,10 +7,13 @@ from os.path import relpath
 from pathlib import Path
 
 import pytest
+import torch
 from jobs import Job, Launcher, new_job
 from make_release import write_random_release
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import grokquant
 from grokquant.files.atomic import sha256
 from grokquant.grids import Scheme
 from grokquant.methods import METHODS
@@ -62,6 +65,15 @@ def seal(output: Path) -> None:
     (output / "SHA256SUMS").write_text("".join(f"{sha256(p)}  {p.name}\n" for p in files))
 
 
+def saved_model(place: Path, family: str, **sizes: object) -> Path:
+    """A random model in bf16 as transformers saves it, with the toy's tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
+    shutil.copyfile(TOY_PATH / "tokenizer.model", place / "tokenizer.model")
+    return place
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_signs_of_life() -> Iterator[None]:
     """Commands, in processes of their own too, say nothing that depends on their speed."""
@@ -79,6 +91,18 @@ def tiny_release(tmp_path_factory) -> Path:
     )
     shutil.copyfile(TOY_PATH / "tokenizer.model", directory / "tokenizer.model")
     return directory
+
+
+@pytest.fixture(scope="module")
+def int4(tiny_release, tmp_path_factory) -> Path:
+    """The tiny release rounded without data; each module has its own."""
+    return grokquant.quantize(
+        {
+            "model": {"path": str(tiny_release)},
+            "quantize": [EXPERTS | {"method": "rtn"}, ATTENTION],
+            "output": {"path": str(tmp_path_factory.mktemp("out") / "int4")},
+        }
+    )
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
+from conftest import saved_model
 from test_families import FOUR, MODELS, SIZES
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import grokquant
 from grokquant import recipe_for
@@ -20,7 +19,6 @@ from grokquant.grids import GRIDS
 from grokquant.job.default_recipe import GOALS, goal_of, is_recipe
 from grokquant.job.plan import Plan, build_plan
 from grokquant.sources.located import located
-from grokquant.toy import TOY_PATH
 
 SPARSE = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss"}
 # As in real models, and multiples of 32, 128 or 256 as there.
@@ -28,12 +26,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_local_experts": 4}
 
 
 def saved(place: Path, family: str, **sizes: object) -> Path:
-    """A random model in bf16 as transformers saves it, with the toy's tokenizer."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SIZES | MODELS[family] | sizes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
-    shutil.copyfile(TOY_PATH / "tokenizer.model", place / "tokenizer.model")
-    return place
+    return saved_model(place, family, **SIZES | MODELS[family] | sizes)
 
 
 @pytest.fixture(scope="module")

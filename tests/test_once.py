@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EXPERTS
+from conftest import EXPERTS, saved_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from grokquant.job import hidden_units, pipeline
 from grokquant.job.plan import build_plan
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel
-from grokquant.toy import TOY_PATH
 
 ROUTED = 16 * 64 * 2  # tokens of the recipe times the experts of a token
 
@@ -64,7 +62,6 @@ def test_as_many_tokens_are_kept_as_an_expert_has(tiny_recipe):
 def mixtral(tmp_path_factory) -> Path:
     """Experts whose sum is added to the residual as it is."""
     path = tmp_path_factory.mktemp("mixtral")
-    torch.manual_seed(0)
     sizes = {
         "hidden_size": 128,
         "intermediate_size": 128,
@@ -74,10 +71,7 @@ def mixtral(tmp_path_factory) -> Path:
         "num_key_value_heads": 1,
         "vocab_size": 2048,
     }
-    config = AutoConfig.for_model("mixtral", **sizes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-    shutil.copyfile(TOY_PATH / "tokenizer.model", path / "tokenizer.model")
-    return path
+    return saved_model(path, "mixtral", **sizes)
 
 
 @pytest.fixture(params=["tiny_release", "mixtral"])

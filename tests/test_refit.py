@@ -1,14 +1,12 @@
 """Routers and projections in floating point are fitted to the quantized model's inputs."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS
+from conftest import ATTENTION, EXPERTS, saved_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from grokquant.calibration.site import Site
 from grokquant.checkpoint import open_checkpoint
@@ -17,7 +15,6 @@ from grokquant.job.plan import build_plan
 from grokquant.job.verify import verify
 from grokquant.methods.method import Aim
 from grokquant.methods.refit import refit
-from grokquant.toy import TOY_PATH
 
 TWO_SIDED = EXPERTS | {"method": "two-sided"}
 COARSE = {"match": "layers.*.attention.*", "method": "rtn", "bits": 4, "group": 64}
@@ -80,7 +77,6 @@ def test_routers_stay_if_asked(tiny_recipe, tiny_release):
 
 @pytest.fixture
 def mixtral(tmp_path) -> Path:
-    torch.manual_seed(0)
     path = tmp_path / "mixtral"
     sizes = {
         "hidden_size": 64,
@@ -91,10 +87,7 @@ def mixtral(tmp_path) -> Path:
         "num_local_experts": 4,
         "vocab_size": 2048,
     }
-    config = AutoConfig.for_model("mixtral", **sizes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-    shutil.copyfile(TOY_PATH / "tokenizer.model", path / "tokenizer.model")
-    return path
+    return saved_model(path, "mixtral", **sizes)
 
 
 def test_projections_in_floating_point_are_refitted(tiny_recipe, mixtral):

@@ -1,13 +1,9 @@
 """Several processes evaluate together and get the figures of one, to the last bit."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS
 from members import together
 
-import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import likelihoods, measure
@@ -18,17 +14,6 @@ from grokquant.evaluation.suite import Suite, TextSection
 from grokquant.parallel import ALONE, Team
 from grokquant.streaming import blocks
 from grokquant.streaming.blocks import BlockwiseModel
-
-
-@pytest.fixture(scope="module")
-def int4(tiny_release, tmp_path_factory) -> Path:
-    return grokquant.quantize(
-        {
-            "model": {"path": str(tiny_release)},
-            "quantize": [EXPERTS | {"method": "rtn"}, ATTENTION],
-            "output": {"path": str(tmp_path_factory.mktemp("out") / "int4")},
-        }
-    )
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import ATTENTION, EXPERTS
 
 import grokquant
 from grokquant.checkpoint import open_checkpoint
@@ -27,17 +26,6 @@ from grokquant.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("fidelity", "grok-1", "smoke", "tasks")
-
-
-@pytest.fixture(scope="module")
-def int4(tiny_release, tmp_path_factory) -> Path:
-    return grokquant.quantize(
-        {
-            "model": {"path": str(tiny_release)},
-            "quantize": [EXPERTS | {"method": "rtn"}, ATTENTION],
-            "output": {"path": str(tmp_path_factory.mktemp("out") / "int4")},
-        }
-    )
 
 
 @pytest.fixture

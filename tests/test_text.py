@@ -327,15 +327,23 @@ def test_of_a_large_text_excerpts_are_read(tmp_path: Path, monkeypatch: pytest.M
         draw(plain, 0)
 
 
-def test_of_a_large_parquet_file_rows_of_some_groups_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def large_parquet(
+    place: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], row_group_size: int
+) -> Path:
+    """A file that counts as large."""
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(records, "_EXCERPTS_ABOVE", 100_000)
-    path = tmp_path / "a.parquet"
+    path = place / "a.parquet"
+    parquet.write_table(pa.table({"text": texts}), path, row_group_size=row_group_size)
+    return path
+
+
+def test_of_a_large_parquet_file_rows_of_some_groups_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     texts = [f"ö{number:07}" for number in range(50_000)]
-    parquet.write_table(pa.table({"text": texts}), path, row_group_size=1000)
+    path = large_parquet(tmp_path, monkeypatch, texts, 1000)
 
     def draw(seed: int) -> tuple[list[str], set[int]]:
         settings = CalibrationSection(text=str(path), samples=4, length=18, seed=seed)
@@ -352,12 +360,8 @@ def test_of_a_large_parquet_file_rows_of_some_groups_are_read(
 def test_of_small_row_groups_of_parquet_more_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pa = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(records, "_EXCERPTS_ABOVE", 100_000)
-    path = tmp_path / "a.parquet"
     texts = [f"{number:08}" for number in range(50_000)]
-    parquet.write_table(pa.table({"text": texts}), path, row_group_size=20)
+    path = large_parquet(tmp_path, monkeypatch, texts, 20)
     settings = CalibrationSection(text=str(path), samples=100, length=18)
     rows = calibration_rows(settings, Characters(), SimpleNamespace(positions=99))
     assert len(rows) == 100

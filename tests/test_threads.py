@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS
+from conftest import ATTENTION, EXPERTS, saved_model
 from make_release import write_random_release
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from grokquant.job import pipeline
 from grokquant.recipe import Recipe
@@ -60,7 +59,6 @@ def grok(tmp_path_factory) -> Path:
 def qwen2_moe(tmp_path_factory) -> Path:
     """A model of transformers: fused attention, a shared expert."""
     path = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
     sizes = {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -73,10 +71,7 @@ def qwen2_moe(tmp_path_factory) -> Path:
         "num_key_value_heads": 2,
         "vocab_size": 2048,
     }
-    config = AutoConfig.for_model("qwen2_moe", **sizes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-    shutil.copyfile(TOY_PATH / "tokenizer.model", path / "tokenizer.model")
-    return path
+    return saved_model(path, "qwen2_moe", **sizes)
 
 
 @pytest.fixture(
