@@ -77,7 +77,7 @@ $(READERS)/%/installed: tests/readers/requirements-%.txt
 # The peers of eval/compare/compare.py, each in an environment of its own: 5 GB. torch's CPU build
 # must be in reach of pip, as for test-engines.
 PEERS := .peers
-peers: $(addprefix $(PEERS)/,$(addsuffix /installed,gptqmodel llm-compressor auto-round llama-cpp))
+peers: $(addprefix $(PEERS)/,$(addsuffix /installed,gptqmodel llm-compressor auto-round hqq llama-cpp))
 
 # llama.cpp's own programs: a quarter of an hour of cmake.
 $(PEERS)/llama-cpp/installed: eval/compare/peers/requirements-llama-cpp.txt

@@ -330,12 +330,10 @@ def comparison() -> str:
     from comparison import table
 
     lines = (ROOT / "eval" / "baselines" / "compare.jsonl").read_text().splitlines()
-    models: dict[tuple[str, str], list[dict]] = {}
+    models: dict[str, list[dict]] = {}
     for row in map(json.loads, lines):
-        models.setdefault((row["model"], row["text"]), []).append(row)
-    return "\n\n".join(
-        f"### {model}, on {text}\n\n{table(rows)}" for (model, text), rows in models.items()
-    )
+        models.setdefault(row["model"], []).append(row)
+    return "\n\n".join(f"### {model}\n\n{table(rows)}" for model, rows in models.items())
 
 
 PARTS = {

@@ -19,6 +19,8 @@ from grokquant.text.tokenizer import load_tokenizer
 
 COMPARE = Path(__file__).parents[1] / "eval" / "compare"
 ROW = {
+    "seed": 0,
+    "text": "prose.txt",
     "line": "int4-g128",
     "entrant": "gptqmodel",
     "version": "7.6.0",
@@ -28,7 +30,6 @@ ROW = {
     "kld_99": 0.0125,
     "same_top": 0.9751,
     "router_set": [0.99, None, 0.985],
-    "behind": [0.0002, 0.0001, 0.0003],
     "cpu_seconds": 15.25,
     "peak_rss": 885_657_600,
 }
@@ -47,8 +48,8 @@ def compare() -> ModuleType:
 
 def test_every_peer_has_a_program_and_pinned_requirements(compare):
     entrants = {entrant for line in compare.LINES.values() for entrant in line.entrants}
-    ours = {entrant for entrant in entrants if entrant.startswith("grokquant")}
-    peers = {entrant.removesuffix("-imatrix") for entrant in entrants - ours}
+    assert all(entrant.startswith("grokquant") for entrant in compare.OWN)
+    peers = {entrant.removesuffix("-imatrix") for entrant in entrants - compare.OWN.keys()}
     assert peers == compare.PEERS.keys()
     for peer, distribution in compare.PEERS.items():
         assert (COMPARE / "peers" / f"run_{peer.replace('-', '_')}.py").is_file()
@@ -61,18 +62,18 @@ def test_every_peer_has_a_program_and_pinned_requirements(compare):
 def test_a_run_of_ours_gets_the_tokens_that_the_peers_get(
     compare, tiny_release, text_file, tmp_path
 ):
-    job = compare.Job(str(tiny_release), tmp_path, str(text_file), "", tmp_path, 8, 32)
+    job = compare.Job(str(tiny_release), tmp_path, str(text_file), tmp_path, 8, 32, 1)
     job.write_tokens()
     checkpoint = open_checkpoint(tiny_release)
     tokenizer = load_tokenizer(checkpoint)
     section = CalibrationSection(text=str(job.tokens), samples=8, length=32)
     ours = calibration_rows(section, tokenizer, checkpoint).tolist()
-    asked = CalibrationSection(text=str(text_file), samples=8, length=32)
+    asked = CalibrationSection(text=str(text_file), samples=8, length=32, seed=1)
     assert sorted(ours) == sorted(calibration_rows(asked, tokenizer, checkpoint).tolist())
 
 
 def test_a_peer_that_is_not_installed_is_named(compare, tmp_path, capsys):
-    job = compare.Job("model", tmp_path, "", "", tmp_path / "peers", 8, 32)
+    job = compare.Job("model", tmp_path, "", tmp_path / "peers", 8, 32, 0)
     assert compare.made(job, "int4-g128", "auto-round") is None
     assert capsys.readouterr().err == "int4-g128: auto-round is not installed\n"
 
@@ -87,9 +88,18 @@ def test_bits_are_those_in_the_files(compare, tiny_recipe):
     assert compare.expert_bits(pipeline.quantize(recipe)) == pytest.approx(stored, rel=0.01)
 
 
-def test_a_row_of_the_table(compare):
-    head, _, row = compare.table([ROW]).splitlines()
-    assert head.count("|") == row.count("|") == 11
-    assert "| 0.001250 ± 0.000030 | 0.01250 | 97.51 | 99.00, 98.50 |" in row
-    assert "+0.000200 (+0.000100 to +0.000300)" in row
-    assert "| – |" in compare.table([ROW | {"behind": [0, 0, 0]}])
+def test_rows_of_the_table_are_means_beside_the_best_peer(compare):
+    other = ROW | {"text": "code.txt", "kld": 0.00075}
+    ours = {"entrant": "grokquant-gptq", "version": "0.1.0"}
+    own = [ROW | ours | {"kld": 0.0005}, other | ours | {"kld": 0.00045}]
+    worse = [row | {"entrant": "hqq", "kld": 0.005} for row in (ROW, other)]
+    head, _, *lines = compare.table([*own, ROW, other, *worse]).splitlines()
+    assert {line.count("|") for line in (head, *lines)} == {11}
+    assert "| grokquant-gptq 0.1.0 | 4.281 | 0.000475 | 0.50 ± 0.10 | 0.01250 |" in lines[0]
+    assert "| 4.281 | 0.001000 | 1 | 0.01250 | 97.51 | 99.00, 98.50 | 15 | 0.89 |" in lines[1]
+    assert "| 0.005000 | 5.33 ± 1.33 |" in lines[2]
+
+
+def test_a_line_without_peers_has_no_shares(compare):
+    (line,) = compare.table([ROW | {"entrant": "grokquant-gptq"}]).splitlines()[2:]
+    assert "| 0.001250 | – |" in line

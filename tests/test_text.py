@@ -282,7 +282,9 @@ def test_a_field_given_to_an_evaluation_replaces_the_recipe_s(tmp_path: Path) ->
 
 
 def test_the_recipe_of_another_tool_is_none_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("default_stage: {default_modifiers: {GPTQModifier: {}}}")
+    order = "!!python/object/apply:compressed_tensors.quantization.ActivationOrdering [static]"
+    stage = f"default_stage:\n  default_modifiers:\n    GPTQModifier: {{actorder: {order}}}\n"
+    (tmp_path / "recipe.yaml").write_text(stage)
     assert settings_of(tmp_path) == EvalSection()
     assert origin_of_text(tmp_path, None) == "the default"
 

@@ -1,12 +1,13 @@
 """This package and others at equal bits: one checkpoint, one calibration text, one evaluator.
 
-    python eval/compare/compare.py MODEL WORK --text FILE [--line NAME ...] [--peers DIR]
+    python eval/compare/compare.py MODEL WORK --text FILE [--text FILE] [--line NAME ...]
+        [--seed N ...] [--peers DIR]
 
 Each line of LINES is a grid; each of its entrants rounds the experts of MODEL onto it, in a process
-of its own. What it wrote is read by this package's readers and evaluated on FILE. Results, and the
-table as `table.md` with the plot `plot.html`, are kept in WORK; what is there is not made again.
-Prints a JSON line per entrant, and names those that are not installed in DIR: `make peers` does
-that.
+of its own, once for each draw of calibration sequences. What it wrote is read by this package's
+readers and evaluated on each FILE. Results, and the table as `table.md` with the plot `plot.html`,
+are kept in WORK; what is there is not made again. Prints a JSON line per entrant, draw and text,
+and names those that are not installed in DIR: `make peers` does that.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -41,6 +42,7 @@ PEERS = {
     "gptqmodel": "gptqmodel",
     "llm-compressor": "llmcompressor",
     "auto-round": "auto-round",
+    "hqq": "hqq",
     "llama-cpp": "llama-cpp-python",
 }
 
@@ -62,8 +64,14 @@ class Line:
         return {"grid": self.grid} if self.grid else {"bits": self.bits, "group": self.group}
 
 
-_INTEGERS = ("grokquant-gptq", "grokquant-two-sided", "gptqmodel", "llm-compressor", "auto-round")
-_BLOCKS = ("grokquant-gptq", "grokquant-two-sided", "llama-cpp", "llama-cpp-imatrix")
+# Ours, and the keys of their rule beside the grid.
+OWN = {
+    "grokquant-gptq": {"method": "gptq"},
+    "grokquant-two-sided": {"method": "two-sided"},
+    "grokquant-gradients": {"method": "two-sided", "metric": "gradients"},
+}
+_INTEGERS = (*OWN, "gptqmodel", "llm-compressor", "auto-round", "hqq")
+_BLOCKS = (*OWN, "llama-cpp", "llama-cpp-imatrix")
 LINES = {
     "int4-g128": Line(_INTEGERS, "compressed-tensors", 4, 128),
     "int4-g32": Line(_INTEGERS, "compressed-tensors", 4, 32),
@@ -76,15 +84,15 @@ LINES = {
 
 @dataclass(frozen=True)
 class Job:
-    """A comparison of `model` on `text`, in the directory `work`."""
+    """A comparison of `model` after a draw of calibration sequences, in the directory `work`."""
 
     model: str
     work: Path
     calibration: str
-    text: str
     peers: Path
     samples: int
     length: int
+    seed: int
 
     @property
     def tokens(self) -> Path:
@@ -93,7 +101,7 @@ class Job:
     def write_tokens(self) -> None:
         """The calibration sequences, which every entrant gets as token numbers."""
         checkpoint = open_checkpoint(self.model)
-        how = {"samples": self.samples, "length": self.length}
+        how = {"samples": self.samples, "length": self.length, "seed": self.seed}
         section = CalibrationSection(text=self.calibration, **how)
         rows = calibration_rows(section, load_tokenizer(checkpoint), checkpoint)
         lines = (json.dumps({"input_ids": row.tolist()}) + "\n" for row in rows)
@@ -102,7 +110,6 @@ class Job:
 
 def grokquant_command(job: Job, line: Line, entrant: str, output: Path) -> list[str]:
     """Ours. The recipe is written beside the output."""
-    method = entrant.removeprefix("grokquant-")
     recipe = {
         "model": {"path": job.model},
         "calibration": {
@@ -110,7 +117,7 @@ def grokquant_command(job: Job, line: Line, entrant: str, output: Path) -> list[
             "samples": job.samples,
             "length": job.length,
         },
-        "quantize": [{"match": "layers.*.experts.*", "method": method, **line.rule}],
+        "quantize": [{"match": "layers.*.experts.*", **OWN[entrant], **line.rule}],
         "output": {"path": str(output), "format": line.format},
     }
     path = output.with_suffix(".json")
@@ -142,7 +149,7 @@ def llama_cpp_command(job: Job, line: Line, entrant: str, output: Path) -> list[
 
 
 def version_of(job: Job, entrant: str) -> str:
-    if entrant.startswith("grokquant"):
+    if entrant in OWN:
         return grokquant.__version__
     if entrant.startswith("llama-cpp"):
         text = (HERE / "peers" / "requirements-llama-cpp.txt").read_text()
@@ -160,8 +167,7 @@ def made(job: Job, name: str, entrant: str) -> dict | None:
     costs = job.work / f"{entrant}-{name}.costs.json"
     if costs.exists():
         return json.loads(costs.read_text())
-    is_own = entrant.startswith("grokquant")
-    command = (grokquant_command if is_own else peer_command)(job, line, entrant, output)
+    command = (grokquant_command if entrant in OWN else peer_command)(job, line, entrant, output)
     if command is None:
         print(f"{name}: {entrant} is not installed", file=sys.stderr)
         return None
@@ -188,19 +194,19 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def evaluated(job: Job, output: Path) -> Report:
-    """The evaluation of a result, which is made unless it is there."""
-    path = output.with_name(output.name + ".report.json")
+def evaluated(job: Job, output: Path, text: Path) -> Report:
+    """The evaluation of a result on a text, which is made unless it is there."""
+    path = output.with_name(f"{output.name}.{text.stem}.json")
     if path.exists():
         return read_report(path)
     report = grokquant.evaluate(
         output,
         job.model,
-        text=job.text,
+        text=str(text),
         samples=128,
         length=job.length,
         quick=True,
-        cache=job.work / "cache",
+        cache=job.work.parent / "cache",
         any_reference=True,
     )
     path.write_text(report.model_dump_json(exclude_none=True))
@@ -215,14 +221,14 @@ def expert_bits(output: Path) -> float:
     return 8 * sum(ref.stored_bytes for ref in refs) / sum(prod(ref.shape) for ref in refs)
 
 
-def row(job: Job, name: str, entrant: str, costs: dict, report: Report, ours: Report) -> dict:
+def row(job: Job, name: str, entrant: str, costs: dict, report: Report, first: Report) -> dict:
     output = job.work / f"{entrant}-{name}"
-    models = (EvaluatedModel(e, output, r) for e, r in ((entrant, report), ("ours", ours)))
+    models = (EvaluatedModel(e, output, r) for e, r in ((entrant, report), ("first", first)))
     behind = difference(*models, "kld")
     return {
         "bench": "compare",
         "model": Path(job.model).name,
-        "text": Path(job.text).name,
+        "seed": job.seed,
         "line": name,
         "entrant": entrant,
         "version": costs["version"],
@@ -240,41 +246,60 @@ def row(job: Job, name: str, entrant: str, costs: dict, report: Report, ours: Re
     }
 
 
-def rows(job: Job, name: str) -> Iterator[tuple[dict, Report]]:
-    """A row for each entrant that there is, the first entrant's first."""
-    ours: Report | None = None
+def rows(job: Job, name: str, texts: Sequence[Path]) -> Iterator[tuple[dict, Report]]:
+    """A row for each entrant that there is and each text, the first entrant's first."""
+    first: dict[Path, Report] = {}
     for entrant in LINES[name].entrants:
         costs = made(job, name, entrant)
         if costs is None:
             continue
-        report = evaluated(job, job.work / f"{entrant}-{name}")
-        ours = ours or report
-        yield row(job, name, entrant, costs, report, ours), report
+        for text in texts:
+            report = evaluated(job, job.work / f"{entrant}-{name}", text)
+            first.setdefault(text, report)
+            found = row(job, name, entrant, costs, report, first[text])
+            yield found | {"text": text.name}, report
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """One for each draw, in a directory of its own that holds the calibration sequences."""
+    is_path = options.model != TOY
+    model = str(Path(options.model).absolute()) if is_path else TOY
+    for seed in options.seed or range(3):
+        work = options.work.absolute() / f"seed-{seed}"
+        work.mkdir(parents=True, exist_ok=True)
+        places = (model, work, options.calibration, options.peers.absolute())
+        job = Job(*places, options.samples, options.length, seed)
+        if not job.tokens.exists():
+            job.write_tokens()
+        yield job
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--text", required=True, help="a text that calibration does not use")
+    parser.add_argument(
+        "--text",
+        action="append",
+        required=True,
+        type=lambda path: Path(path).absolute(),
+        help="a text that calibration does not use",
+    )
     parser.add_argument("--calibration", default="python-docs", help="what all calibrate on")
     parser.add_argument("--line", action="append", choices=LINES)
+    parser.add_argument("--seed", action="append", type=int, help="default: 0, 1 and 2")
     parser.add_argument("--peers", type=Path, default=HERE.parents[1] / ".peers")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=256)
     options = parser.parse_args()
+    found: list[tuple[dict, Report]] = []
+    for job in jobs(options):
+        os.chdir(job.work)  # where some peers leave logs
+        for name in options.line or LINES:
+            for line, report in rows(job, name, options.text):
+                print(json.dumps(line), flush=True)
+                found.append((line, report))
     work = options.work.absolute()
-    model = options.model if options.model == TOY else str(Path(options.model).absolute())
-    text = str(Path(options.text).absolute())
-    places = (model, work, options.calibration, text, options.peers.absolute())
-    job = Job(*places, options.samples, options.length)
-    work.mkdir(parents=True, exist_ok=True)
-    if not job.tokens.exists():
-        job.write_tokens()
-    os.chdir(work)  # where some peers leave logs
-    found = [pair for name in options.line or LINES for pair in rows(job, name)]
-    for line, _ in found:
-        print(json.dumps(line), flush=True)
     (work / "table.md").write_text(table([line for line, _ in found]))
     ranking = grokquant.compare([report for _, report in found])
     (work / "plot.html").write_text(ranking.plot("kld").html)

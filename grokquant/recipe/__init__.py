@@ -7,6 +7,7 @@ from grokquant.recipe.reading import (
     load_values,
     parse_any_recipe,
     parse_recipe,
+    recipe_text,
     with_overrides,
 )
 from grokquant.recipe.schema import (
@@ -61,6 +62,7 @@ __all__ = [
     "parse_any_recipe",
     "parse_recipe",
     "parse_size",
+    "recipe_text",
     "text_suffix",
     "to_yaml",
     "with_overrides",

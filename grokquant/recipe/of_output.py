@@ -1,15 +1,18 @@
 """The evaluation settings in the recipe beside an output."""
 
+import re
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from grokquant.errors import InputError
-from grokquant.recipe import BUILT_IN_TEXTS, EvalSection, is_file, load_recipe, load_values
+from grokquant.recipe import BUILT_IN_TEXTS, EvalSection, is_file, load_recipe, recipe_text
 
 # Texts that the recipe in a result may name: that of Python itself, and a data set of the hub. Any
 # other name could be that of a private file.
 _KNOWN_TEXTS = (*BUILT_IN_TEXTS, "Salesforce/wikitext")
+# A recipe of llm-compressor has stages. It may hold Python objects, so it is not read as YAML.
+_STAGE = re.compile(r"^\w+_stage\s*:", re.MULTILINE)
 
 
 def settings_of(
@@ -56,9 +59,7 @@ def origin_of_text(output: str | Path, text: str | None) -> str:
 
 
 def _recipe_of(output: str | Path) -> Path | None:
-    """The recipe that made `output`, if it has one. llm-compressor calls its own the same: that is
-    one of stages."""
+    """The recipe that made `output`, if it has one. llm-compressor calls its own the same."""
     path = Path(output) / "recipe.yaml"
-    if not path.is_file() or any(str(key).endswith("_stage") for key in load_values(path)):
-        return None
-    return path
+    is_ours = path.is_file() and not _STAGE.search(recipe_text(path))
+    return path if is_ours else None

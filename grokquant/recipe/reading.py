@@ -70,7 +70,7 @@ def load_values(path: str | Path) -> dict[str, Any]:
 def _read_document(path: str | Path) -> Document:
     """A YAML file whose value is a mapping, empty if the file is."""
     try:
-        document = read_yaml(_read_text(path))
+        document = read_yaml(recipe_text(path))
     except YamlProblem as problem:
         raise _input_error(_at(str(path), problem.mark), problem.text) from None
     if document.value is None:
@@ -97,7 +97,8 @@ def with_overrides(mapping: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return values
 
 
-def _read_text(path: str | Path) -> str:
+def recipe_text(path: str | Path) -> str:
+    """The text of a recipe file. Raises InputError."""
     raw = read_regular(Path(path), _MAX_BYTES)
     try:
         return raw.decode("utf-8-sig")
