@@ -17,8 +17,9 @@ demo: install
 	$(BIN)/grokquant quantize recipes/toy-int4.yaml
 	$(BIN)/grokquant eval runs/toy-int4 --reference toy
 
+# Two processes, a file of tests in either: with the threads of torch they would be in each other's way.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # A million mutated headers for each reader of files from strangers: a minute on two cores.
 fuzz: install
