@@ -6,9 +6,9 @@ there, and publish.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import cycle
@@ -157,20 +157,11 @@ def quantize(
             return output
         _announce(output, progress)
         provenance = metadata.Provenance(recipe, made_from(plan, identity))
-        try:
-            with memory_for("quantize"):
-                _fill(division, work, rows, provenance, progress, stop, device)
+        with _resumable(plan, work, stop), memory_for("quantize"):
+            _fill(division, work, rows, provenance, progress, stop, device)
             team.once(partial(refuse_changed_source, plan, stamps))
             stop.busy = lambda: True  # nothing is left to stop
             team.once(partial(work.publish, overwrite))
-        except Stopped:
-            raise Stopped(_where_it_stands(plan, work)) from None
-        except Elsewhere:
-            if stop.requested:  # the signal came to all, and some have stopped before
-                raise Stopped(_where_it_stands(plan, work)) from None
-            raise
-        except OutOfMemory as error:
-            raise OutOfMemory(f"{error}; {_with_less_memory(plan, work)}") from None
     return output
 
 
@@ -203,13 +194,11 @@ def repair(recipe: Recipe, progress: Progress | None = None, device: torch.devic
     )
     with stopping(progress.stopping) as stop, work_directory(output, identity) as work:
         adopt(work, plan, output, damage)
-        try:
+        with _resumable(plan, work, stop):
             _fill(Division(plan, ALONE), work, rows, provenance, progress, stop, device)
             refuse_changed_source(plan, stamps)
             stop.busy = lambda: True
             names = take_over(work, output, damage)
-        except Stopped:
-            raise Stopped(_where_it_stands(plan, work)) from None
     progress.repaired(plan, names)
     return output
 
@@ -220,6 +209,21 @@ def _provenance_of(output: Path, damage: Damage, now: metadata.Provenance) -> me
     is_intact = path.is_file() and path.name not in damage.rejected
     recipe = load_recipe(path) if is_intact else now.recipe
     return metadata.Provenance(recipe, damage.report.get(MADE_FROM, now.made_from))
+
+
+@contextmanager
+def _resumable(plan: Plan, work: WorkDirectory, stop: StopRequest) -> Iterator[None]:
+    """Adds to what ends a run early how far it is, or what would need less memory."""
+    try:
+        yield
+    except Stopped:
+        raise Stopped(_where_it_stands(plan, work)) from None
+    except Elsewhere:
+        if stop.requested:  # the signal came to all, and some have stopped before
+            raise Stopped(_where_it_stands(plan, work)) from None
+        raise
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error}; {_with_less_memory(plan, work)}") from None
 
 
 def _announce(output: Path, progress: Progress) -> None:
