@@ -286,7 +286,7 @@ class BlockwiseModel:
     @torch.no_grad()
     def run_layer_over(self, index: int, hidden: Tensor, combine: Combine) -> Tensor:
         """The same, for states that nobody needs any more: they may be overwritten."""
-        if not self.ends_with_experts(index):
+        if not self.family.ends_with_experts(self.config, index):
             return self.run_layer(index, hidden, combine)
         exchange = self._exchange(index, hidden.shape[0] * hidden.shape[1])
         assert exchange is not None
@@ -297,13 +297,6 @@ class BlockwiseModel:
         exchange.recorded = ()
         self._add_mixture(index, hidden, combine(*recorded))
         return hidden
-
-    def ends_with_experts(self, index: int) -> bool:
-        """Whether all that a layer does after its attention is adding the sum of its experts."""
-        family = self.family
-        beside = [part for part in family.matrices(self.config, index) if part.startswith("shared")]
-        has_experts = family.experts_of(self.layers[index]) is not None
-        return has_experts and family.streams and family.mixture_norm is not None and not beside
 
     def _add_mixture(self, index: int, hidden: Tensor, outputs: Tensor) -> None:
         """Adds the experts' outputs [tokens, hidden] to the states after the rest of the layer."""
