@@ -33,7 +33,9 @@ class ProbeModel(BlockwiseModel):
             value = row.expand(like.shape).clone()
         self._set(module, name, value)
 
-    def expert_bias(self, index: int, number: int, part: str) -> Tensor | None:
+    def expert_bias(
+        self, index: int, number: int, part: str, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
         return None
 
     def time_outside_experts(self, length: int) -> float:
