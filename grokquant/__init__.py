@@ -150,6 +150,7 @@ def evaluate(
     any_reference: bool = False,
     task_files: bool = False,
     field: str | None = None,
+    dtype: str = "auto",
 ) -> "ShownReport":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
@@ -161,8 +162,9 @@ def evaluate(
     directory of at most `cache_size` that caches the reference's results for later evaluations.
     `data` is the former name of `text`. A reference that `quantized` was not made from is refused,
     or with `any_reference` named in the report. A suite may name files of tasks, which can run
-    any code, only with `task_files`. Processes that torchrun has started evaluate together, and
-    each gets the report. Raises InputError.
+    any code, only with `task_files`. `dtype` is that of the products of experts: float32, bfloat16,
+    or auto, which is bfloat16 where that is faster for a large model. Processes that torchrun has
+    started evaluate together, and each gets the report. Raises InputError.
     """
     from warnings import warn
 
@@ -193,6 +195,7 @@ def evaluate(
         cache=cache_at(cache, cache_size, warn),
         any_reference=any_reference,
         team=team,
+        dtype=dtype,
     )
     team.leave()
     return ShownReport.of(evaluation.report)

@@ -591,6 +591,13 @@ def convert(
 )
 @click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
 @click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    show_default=True,
+    help="Products of experts; auto is bfloat16 where that is faster for a large model.",
+)
+@click.option(
     "--cache",
     type=_PATH,
     metavar="DIR",
@@ -618,6 +625,7 @@ def evaluate(
     any_reference: bool,
     task_files: bool,
     quick: bool,
+    dtype: str,
     cache: str | None,
     cache_size: str,
     overwrite: bool,
@@ -639,6 +647,7 @@ def evaluate(
     from grokquant.checkpoint import open_checkpoint
     from grokquant.devices import device_of
     from grokquant.evaluation.finished import finished_evaluation, identity_of
+    from grokquant.evaluation.models import dtype_of_products
     from grokquant.evaluation.report import Report
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
@@ -666,7 +675,8 @@ def evaluate(
     about_text = ""
     if suite is None:
         about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"
-    identity = identity_of(*models, chosen, forced=not quick)
+    products = dtype_of_products(models[1], dtype, run_on)
+    identity = identity_of(*models, chosen, not quick, products)
     team.agree(identity, partial(difference, words="{0} is {2}, not {1}"))
 
     def finished() -> dict | None:
@@ -698,6 +708,7 @@ def evaluate(
             cache=states,
             any_reference=any_reference,
             team=team,
+            dtype=dtype,
         ).report
     report = report.model_copy(update={"made_from": identity})
 

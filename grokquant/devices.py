@@ -7,6 +7,15 @@ import torch
 from grokquant.errors import InputError
 
 CPU = torch.device("cpu")
+_AMPERE = (8, 0)  # the first GPUs with such products
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 products there."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= _AMPERE
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 lacks it
+    return any(known.get(name) for name in ("amx_bf16", "avx512_bf16", "sve_bf16"))
 
 
 def device_of(name: str) -> torch.device:

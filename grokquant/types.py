@@ -114,13 +114,15 @@ class Routed:
     """The tokens of one expert: rows `token` int64 [routed] of `x` [tokens, hidden], the inputs of
     all experts. `gate` float32 [routed, 1] multiplies its outputs; `combined` float32 [tokens,
     hidden] is the sum of the gated outputs of the experts before it. Both are empty where the
-    tokens come from other processes, which know their gates and add up their outputs.
+    tokens come from other processes, which know their gates and add up their outputs. Products of
+    `exact` tokens are in the dtype of x, whatever that of others.
     """
 
     x: Tensor
     token: Tensor
     gate: Tensor
     combined: Tensor
+    exact: bool = False
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def content(layers: int = 4, experts: int = 8) -> dict:
             "perplexity_ratio": 0.9999999912,
             "same_top_p": 0.9999123,
             "how": "reference against itself, reordered",
+            "note": None,
         },
         "routing": routing() if routed else None,
         "layers": [layer(i) for i in range(layers)],

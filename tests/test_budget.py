@@ -3,9 +3,11 @@
 import shutil
 import sysconfig
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ATTENTION, EXPERTS
 from make_release import write_hollow_grok_1
 from members import together
@@ -14,11 +16,14 @@ from grokquant.errors import InputError
 from grokquant.job import pipeline
 from grokquant.job.budget import budget_of, timing
 from grokquant.job.budget.memory import peak_step, resident_bytes
-from grokquant.job.budget.probe_model import ProbeModel
 from grokquant.job.budget.sharing import sharing_of
+from grokquant.job.layer import LayerQuantizer
 from grokquant.job.plan import build_plan
+from grokquant.job.workdir import States
 from grokquant.methods.method import Cost
 from grokquant.parallel import Team
+from grokquant.streaming.blocks import CALIBRATION_DTYPE
+from grokquant.streaming.whole import running
 from grokquant.text import python_docs
 from grokquant.toy import TOY_PATH
 
@@ -76,19 +81,34 @@ def test_the_plan_counts_each_product_once(tiny_recipe, monkeypatch):
     assert times["factorization"] == of_all * (hidden**3 + inner**3) / 6
 
 
-def test_a_copied_attention_is_not_captured(tiny_recipe, monkeypatch):
-    """Its passes: one where it is copied, parts of others where its inputs are captured."""
-    monkeypatch.setattr(timing, "_SMALL_LAYER", 0)
-    monkeypatch.setattr(ProbeModel, "time_outside_experts", lambda *_: (1.0, 1))
-    tokens = 16 * 64
-    gptq = {"match": "layers.*.attention.*", "method": "gptq", "bits": 8, "group": 32}
-    passes = [
-        timing.expected_times(build_plan(tiny_recipe(EXPERTS, rule)))["forward outside experts"]
-        for rule in (ATTENTION, gptq)
-    ]
-    assert passes[0] == 2 * tokens
-    q_k_v = 128 * 128 + 2 * 128 * 64
-    assert passes[1] == pytest.approx(2 * tokens * (1 + q_k_v / (q_k_v + 128 * 128)))
+GPTQ_ATTENTION = ATTENTION | {"method": "gptq", "bits": 8, "group": 32}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [(EXPERTS, ATTENTION), (EXPERTS, GPTQ_ATTENTION), (EXPERTS | {"method": "two-sided"},)],
+)
+def test_the_passes_of_a_plan_are_those_of_a_run(tiny_recipe, monkeypatch, rules):
+    """Outside the experts, in multiply-adds: inputs of attention are captured where it needs them,
+    and states are written over where nobody needs them any more."""
+    plan = build_plan(tiny_recipe(*rules))
+    model = running(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
+    nothing = partial(model.on_routed, torch.zeros_like)
+    monkeypatch.setattr(LayerQuantizer, "_make_expert", lambda layer, number, given: nothing(given))
+    hidden = model.embed(torch.arange(16 * 64).view(16, 64) % 500)
+    products: list[int] = []
+
+    def count(linear: torch.nn.Module, args: tuple[torch.Tensor], _: object) -> None:
+        products.append(args[0].numel() * len(linear.weight))
+
+    for module in model.layers[0].self_attn.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(count)
+    states = States(hidden, hidden if plan.needs_reference else None)
+    LayerQuantizer(plan, model, 0, lambda *_: None, lambda _: None).run(states)
+    weights = timing.weights_outside_experts(plan)[0]
+    passes = timing.passes_outside_experts(plan, 0, weights)
+    assert sum(products) == pytest.approx(passes * 16 * 64 * sum(weights.values()))
 
 
 def test_the_probe_leaves_nothing_behind(tiny_recipe, tmp_path):
@@ -126,9 +146,6 @@ def test_a_part_of_the_documentation_is_read_to_time_it(tiny_recipe, monkeypatch
     rows, seconds = timing._timed_rows(plan)
     assert 0 < len(read) <= covered // 8 + 1
     assert rows.shape == (16, 64) and seconds > 0
-
-
-GPTQ_ATTENTION = ATTENTION | {"method": "gptq", "bits": 8, "group": 32}
 
 
 @pytest.mark.parametrize("rules", [(EXPERTS, GPTQ_ATTENTION), (EXPERTS, ATTENTION), (RTN,)])

@@ -14,17 +14,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import ATTENTION, EXPERTS, own_text, run_stored_layer
-from make_release import write_random_release
+from make_release import write_hollow_grok_1, write_random_release
 from numpy.typing import NDArray
 from torch import Tensor
 
 import grokquant
 from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.devices import CPU
 from grokquant.errors import InputError
-from grokquant.evaluation import measure, statistics
+from grokquant.evaluation import measure, models, statistics
+from grokquant.evaluation.estimates import noise_floor
 from grokquant.evaluation.measure import Windows, compare_texts
+from grokquant.evaluation.models import dtype_of_products
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.run import run_suite
+from grokquant.evaluation.statistics import TokenFigures
 from grokquant.evaluation.suite import suite_of
 from grokquant.families.grok_model import GrokDecoderLayer, GrokRouter
 from grokquant.humanize import unbroken_size
@@ -302,7 +306,8 @@ def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatc
     assert pieces.perplexity.ratio.value == pytest.approx(whole.perplexity.ratio.value, rel=1e-6)
 
 
-def test_each_tensor_is_read_once(outputs, tiny_release):
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
+def test_each_tensor_is_read_once(outputs, tiny_release, products):
     reads: Counter[str] = Counter()
 
     def counting(checkpoint: Checkpoint, side: str) -> Checkpoint:
@@ -317,7 +322,7 @@ def test_each_tensor_is_read_once(outputs, tiny_release):
         return replace(checkpoint, source=replace(checkpoint.source, tensors=tensors))
 
     both = [counting(open_checkpoint(path), str(path)) for path in (outputs["int4"], tiny_release)]
-    compare_texts(*both, [Windows(torch.arange(120).view(4, 30))])
+    compare_texts(*both, [Windows(torch.arange(120).view(4, 30))], products=products)
     assert set(reads.values()) == {1}
     assert len(reads) == sum(len(checkpoint.source.tensors) for checkpoint in both)
 
@@ -376,6 +381,44 @@ def test_the_noise_floor_is_measured(outputs, tiny_release, monkeypatch):
     text = own_text(outputs["copy"])
     report = grokquant.evaluate(outputs["copy"], tiny_release, text, samples=4, length=32)
     assert 1e-5 < report.noise_floor.mean_kld < 1e-3
+
+
+def test_products_of_experts_in_bfloat16(outputs, tiny_release):
+    """Their floor is the reference's distance from itself in float32, on some of the tokens."""
+    both = open_checkpoint(outputs["int4"]), open_checkpoint(tiny_release)
+    texts = [Windows(torch.arange(1200).view(12, 100) % 500)]
+    exact = compare_texts(*both, texts, forced=False)
+    found = compare_texts(*both, texts, products=torch.bfloat16)
+    some = slice(0, 63)  # of the beginning of the first window
+    assert torch.equal(found.noise.nll_reference, found.figures.nll_reference[some])
+    assert torch.allclose(found.noise.nll, exact.figures.nll_reference[some], rtol=0, atol=1e-4)
+    kld, exact_kld, floor = (
+        figures.kld.mean().item() for figures in (found.figures, exact.figures, found.noise)
+    )
+    assert kld == pytest.approx(exact_kld, rel=0.02)
+    assert 1e-8 < floor < kld / 100
+
+
+def test_a_floor_too_high_for_what_was_measured_is_a_note():
+    noise = TokenFigures(*torch.full((5, 7), 0.001).double())
+    low, high = (noise_floor(noise, kld, torch.bfloat16) for kld in (0.011, 0.009))
+    assert low.note is None and "dtype float32" in str(high.note)
+    assert "7 tokens" in low.how
+    assert noise_floor(noise, 0.0, torch.float32).note is None
+
+
+def test_products_are_in_bfloat16_where_that_pays(tiny_release, tmp_path, monkeypatch):
+    write_hollow_grok_1(tmp_path, layers=1)
+    large, small = open_checkpoint(tmp_path), open_checkpoint(tiny_release)
+    dtypes = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    monkeypatch.setattr(models, "multiplies_bfloat16", lambda _: True)
+    for name, dtype in dtypes.items():
+        assert dtype_of_products(large, name, CPU) == dtype
+    assert dtype_of_products(small, "auto", CPU) == torch.float32
+    monkeypatch.setattr(models, "multiplies_bfloat16", lambda _: False)
+    assert dtype_of_products(large, "auto", CPU) == torch.float32
+    with pytest.raises(InputError, match="^dtype: expected auto, float32 or bfloat16"):
+        dtype_of_products(large, "float16", CPU)
 
 
 # What is evaluated on which text

@@ -2,10 +2,17 @@
 
 import threading
 
+import pytest
 import torch
 
+from grokquant.errors import InputError
 from grokquant.job import pipeline
+from grokquant.job.layer import LayerQuantizer
+from grokquant.job.plan import build_plan
 from grokquant.job.read_ahead import ReadAhead
+from grokquant.job.workdir import States
+from grokquant.streaming.blocks import CALIBRATION_DTYPE
+from grokquant.streaming.whole import running
 from grokquant.types import TensorRef
 
 
@@ -30,6 +37,21 @@ def test_the_next_tensor_is_read_before_it_is_asked_for():
     assert ahead.of(refs["d"]).read().item() == ord("d")  # c is not needed after all
     ahead.close()
     assert read == [("a", True), ("b", False), ("c", False), ("d", True)]
+
+
+def test_reading_ends_with_a_layer_that_fails(tiny_recipe, monkeypatch):
+    closed: list[ReadAhead] = []
+    monkeypatch.setattr(ReadAhead, "close", lambda ahead: closed.append(ahead))
+    plan = build_plan(tiny_recipe())
+    model = running(plan.checkpoint, CALIBRATION_DTYPE)
+
+    def fail(*_: object) -> None:
+        raise InputError("no space left")
+
+    layer = LayerQuantizer(plan, model, 0, fail, lambda _: None)
+    with pytest.raises(InputError, match="no space left"):
+        layer.run(States(model.embed(torch.arange(64).view(2, 32))))
+    assert closed == [layer._reading]
 
 
 def test_experts_are_read_ahead_in_a_run(tiny_recipe, monkeypatch):

@@ -29,8 +29,11 @@ def numbers(found: Comparison) -> list[torch.Tensor]:
     return [*columns, found.first_change]
 
 
-@pytest.mark.parametrize(("forced", "sizes"), [(True, (2, 7)), (False, (3,))])
-def test_all_figures_are_those_of_one_process(int4, tiny_release, forced, sizes):
+@pytest.mark.parametrize(
+    ("forced", "sizes", "products"),
+    [(True, (2, 7), torch.float32), (False, (3,), torch.bfloat16)],
+)
+def test_all_figures_are_those_of_one_process(int4, tiny_release, forced, sizes, products):
     generator = torch.Generator().manual_seed(0)
     texts = [
         Windows(torch.randint(4, 500, shape, generator=generator)) for shape in ((9, 50), (4, 70))
@@ -42,7 +45,7 @@ def test_all_figures_are_those_of_one_process(int4, tiny_release, forced, sizes)
 
     def compare(team: Team) -> Comparison:
         both = open_checkpoint(int4), open_checkpoint(tiny_release)
-        return compare_texts(*both, texts, requests, forced=forced, team=team)
+        return compare_texts(*both, texts, requests, forced=forced, team=team, products=products)
 
     alone = compare(ALONE)
     assert all((layer.forced is not None) == forced for layer in alone.layers)
@@ -59,9 +62,9 @@ def test_rows_are_divided_and_each_expert_is_read_once(int4, tiny_release, monke
     passed: list[tuple[str, int]] = []
     expert_weight, run_batches = BlockwiseModel.expert_weight, BlockwiseModel.run_batches
 
-    def noted_weight(model, tensor):
+    def noted_weight(model, tensor, dtype):
         read.append((model.source.path.name, tensor))
-        return expert_weight(model, tensor)
+        return expert_weight(model, tensor, dtype)
 
     def noted_batches(model, index, batches, hidden, *others):
         passed.append((model.source.path.name, sum(map(len, hidden))))

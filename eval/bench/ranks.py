@@ -5,8 +5,8 @@
 The work is the same for any number of ranks: a random Grok of two layers and eight experts, GPTQ
 for the experts. Every rank has one thread, so more ranks than cores measure nothing. Prints a JSON
 line for each number of ranks: seconds of the slowest rank, of them those in which bytes moved and
-those in which a rank waited for others, and bytes sent by all. Fails unless all results have the
-same bytes.
+those in which a rank waited for others, CPU seconds of each rank, and bytes sent by all. Where
+other programs run, only the last two tell something. Fails unless all results have the same bytes.
 """
 
 import argparse
@@ -61,9 +61,11 @@ def work_as_member(settings: Path, results: Path) -> None:
     parallel.Members._swap = timed_swap  # type: ignore[method-assign, assignment]
     team = parallel.join(CPU, print)
     begun = time.perf_counter()
+    begun_cpu = time.process_time()
     pipeline.quantize(parse_recipe(json.loads(settings.read_text())), team=team)
     figures = {
         "seconds": time.perf_counter() - begun,
+        "cpu_seconds": time.process_time() - begun_cpu,
         "exchanging": team.traffic.seconds,
         "moving": moved,
         "sent_bytes": team.traffic.sent_bytes,
@@ -88,6 +90,7 @@ def figures(ranks: int, model: Path, samples: int, work: Path) -> dict:
         "seconds": slowest["seconds"],
         "moving_share": slowest["moving"] / slowest["seconds"],
         "waiting_share": (slowest["exchanging"] - slowest["moving"]) / slowest["seconds"],
+        "cpu_seconds": [one["cpu_seconds"] for one in each],
         "sent_bytes": sum(one["sent_bytes"] for one in each),
         "sha256": sha256(output / "SHA256SUMS"),
     }
@@ -115,6 +118,7 @@ def main() -> None:
         lines = [figures(ranks, model, given.samples, work) for ranks in given.ranks]
     for line in lines:
         line["speedup"] = lines[0]["seconds"] / line["seconds"]
+        line["cpu_ratio"] = sum(line["cpu_seconds"]) / sum(lines[0]["cpu_seconds"])
         print(json.dumps(line | measure.conditions()), flush=True)
     if len({line["sha256"] for line in lines}) > 1:
         sys.exit("the bytes depend on the number of ranks")

@@ -36,10 +36,14 @@ _OVERHEAD = 100_000
 
 
 def key_of(
-    reference: Checkpoint, batches: Iterable[Rows], windows: int, device: torch.device
+    reference: Checkpoint,
+    batches: Iterable[Rows],
+    windows: int,
+    device: torch.device,
+    products: torch.dtype,
 ) -> dict:
     """All that the states depend on: files of the checkpoint (path, size and time of change),
-    tokens, kind of device, versions of packages. JSON values only."""
+    tokens, kind of device, dtype of products, versions of packages. JSON values only."""
     digest = hashlib.sha256()
     for rows in batches:
         for tensor in (rows.tokens, rows.branches, rows.positions):
@@ -53,6 +57,7 @@ def key_of(
         "tokens": digest.hexdigest(),
         "windows": windows,
         "device": device.type,
+        "products": str(products),
         "version": {package: version(package) for package in _PACKAGES},
     }
 

@@ -26,6 +26,12 @@ from grokquant.evaluation.report import (
 )
 from grokquant.evaluation.statistics import TokenFigures
 
+# The share of the mean KLD up to which a noise floor changes no conclusion: both models have one.
+_SMALL_FLOOR = 0.1
+_HIGH_FLOOR = (
+    "The noise floor is more than a tenth of the mean KLD: products in bfloat16 are too coarse for "
+    "a difference this small. Evaluate with the dtype float32."
+)
 # Means over tokens by column, each [...] -> a figure [...]
 Figure = Callable[[dict[str, FloatArray]], FloatArray]
 
@@ -86,13 +92,23 @@ def text_figures(protocol: Protocol, figures: TokenFigures, documents: Tensor) -
     )
 
 
-def noise_floor(noise: TokenFigures) -> NoiseFloor:
-    """The figures of `noise`, the reference against itself."""
+def noise_floor(noise: TokenFigures, kld: float, products: torch.dtype) -> NoiseFloor:
+    """The figures of `noise`, the reference against itself; `kld` is the mean KL divergence of the
+    evaluation, and `products` the dtype of the products of its experts."""
+    how = "the reference against itself, the same windows in another batch order"
+    note = None
+    if products != torch.float32:
+        how = (
+            f"the reference against itself, {len(noise.kld):,} tokens with all products in float32"
+        )
+        if noise.kld.mean().item() > _SMALL_FLOOR * kld:
+            note = _HIGH_FLOOR
     return NoiseFloor(
         mean_kld=noise.kld.mean().item(),
         perplexity_ratio=(noise.nll - noise.nll_reference).mean().exp().item(),
         same_top_p=noise.same_top.mean().item(),
-        how="the reference against itself, the same windows in another batch order",
+        how=how,
+        note=note,
     )
 
 

@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation.report import JSON_NAME, Report, read_report
@@ -19,7 +21,13 @@ _PACKAGES = ("grokquant", "torch", "transformers")
 _DIGITS = 16  # of a checksum that people may have to read
 
 
-def identity_of(quantized: Checkpoint, reference: Checkpoint, suite: Suite, forced: bool) -> dict:
+def identity_of(
+    quantized: Checkpoint,
+    reference: Checkpoint,
+    suite: Suite,
+    forced: bool,
+    products: torch.dtype = torch.float32,
+) -> dict:
     """All that determines the figures of an evaluation; JSON values only, without full paths.
 
     Raises InputError where a text cannot be read.
@@ -35,6 +43,7 @@ def identity_of(quantized: Checkpoint, reference: Checkpoint, suite: Suite, forc
         "reference": _digest(contents_of(reference)),
         "suite": settings,
         "layers in isolation": forced,
+        "products of experts": str(products).removeprefix("torch."),
         "version": {package: version(package) for package in _PACKAGES},
     }
 

@@ -27,8 +27,12 @@ from grokquant.streaming.stream import Stream, own_rows
 from grokquant.streaming.whole import running
 from grokquant.threads import slices
 
-# Windows that the reference runs a second time, in another batch order: the noise floor.
+# Windows that the reference runs a second time, for the noise floor: in another batch order.
 _REPEATED = 4
+# Where products are in bfloat16, it runs one token in so many in float32, which takes up to four
+# times as long: a twentieth of what both models take. Fewer than so many would say little.
+_ONE_EXACT_IN = 40
+_EXACT = 64
 # Tokens of the reference, in whole windows, that also pass each quantized layer: enough for shares
 # of tokens to 1 %, and the states of Grok-1 for them are 200 MB.
 _FORCED = 8192
@@ -51,7 +55,7 @@ class Comparison:
     `figures`, `layers` and `first_change` are about the first text, `further` holds the figures of
     the others. `first_change` [tokens] is the first layer in which a scored token goes to other
     experts than in the reference, -1 if there is none; None for a dense model. `noise` compares the
-    reference with itself, in another batch order, on some windows. `answers` are the
+    reference with itself, in float32 and in another batch order, on some windows. `answers` are the
     log-likelihoods of the requested pairs under the quantized model and under the reference.
     `choices` are the tokens that both rank first at the end of the first window.
     """
@@ -79,18 +83,21 @@ def compare_texts(
     forced: bool = True,
     cache: Cache | None = None,
     team: Team = ALONE,
+    products: torch.dtype = torch.float32,
 ) -> Comparison:
     """Runs both models over all `texts` and `requests`, layer by layer, each layer read once.
 
     With `forced`, the reference's states of some windows of the first text also pass each quantized
     layer; with a `cache`, layers of the reference are read only if they are not in it. Arithmetic
-    is float32. Members of a `team` share the rows, and all of them get the same result.
+    is float32 but for `products` of experts. Members of a `team` share the rows, and all of them
+    get the same result.
     """
-    base = running(reference, device=device)
-    model = running(quantized, device=device, twin=base)
+    base = running(reference, device=device, products=products)
+    model = running(quantized, device=device, twin=base, products=products)
     rows = texts[0].rows
     traced = rows[: max(1, _FORCED // rows.shape[1]) if forced else 0]
-    repeated = rows[:_REPEATED].flip(0)
+    repeated = _repeated(rows, base).flip(0)
+    first = texts[0].first if repeated.shape[1] == rows.shape[1] else 1
     batches = [*(Rows(text.rows) for text in texts), *(batch.rows for batch in requests)]
     lead = max(len(traced), len(repeated))
     parts = own_rows(team, base, [batch.tokens for batch in batches], lead)
@@ -98,7 +105,9 @@ def compare_texts(
     # What the first member has beside its own rows comes first, as they do.
     traced, repeated = (team.only_first(more, more[:0]) for more in (traced, repeated))
     both = [Rows(repeated), *batches]
-    entry = cache.entry(key_of(reference, both, len(traced), device)) if cache else None
+    entry = None
+    if cache:
+        entry = cache.entry(key_of(reference, both, len(traced), device, products))
     theirs = ReferenceStream(base, both, len(traced), entry, team)
     own = Stream(model, [Rows(traced), *batches], team)
     layers, changes = _run_layers(own, theirs, layer_done)
@@ -111,7 +120,7 @@ def compare_texts(
     return Comparison(
         figures=figures[0],
         layers=layers,
-        noise=_joined(team, _noise(theirs, Windows(repeated.flip(0), texts[0].first))),
+        noise=_joined(team, _noise(theirs, Windows(repeated.flip(0), first))),
         choices=Choices(**team.once(lambda: vars(_choices(own, theirs, texts_here[0])))),
         first_change=changes.of(texts[0]),
         further=figures[1:],
@@ -242,10 +251,18 @@ def _scores(own: Stream, theirs: Stream, texts: Sequence[Windows]) -> list[Token
     return [_score(own.model, h, theirs.model, h_base, text) for h, h_base, text in passed]
 
 
+def _repeated(rows: Tensor, base: BlockwiseModel) -> Tensor:
+    """The first of the windows [windows, time], or the beginning of the first one."""
+    if base.products == base.dtype:
+        return rows[:_REPEATED]
+    tokens = max(rows.numel() // _ONE_EXACT_IN, _EXACT)
+    return rows[: min(max(1, tokens // rows.shape[1]), _REPEATED), :tokens]
+
+
 def _noise(theirs: Stream, text: Windows) -> TokenFigures:
     """The reference against itself, on the windows `text` that it ran twice."""
     again = theirs.hidden[0].flip(0)
-    first = theirs.hidden[1][: len(again)]
+    first = theirs.hidden[1][: len(again), : text.rows.shape[1]]
     return _score(theirs.model, again, theirs.model, first, text)
 
 

@@ -4,7 +4,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grokquant.checkpoint import Checkpoint
+from grokquant.devices import multiplies_bfloat16
 from grokquant.errors import InputError
 from grokquant.evaluation.report import ComparedModel, UnitRow
 from grokquant.files.json_objects import read_json_object
@@ -13,6 +16,8 @@ from grokquant.formats import format_of
 from grokquant.job.shards import REPORT_NAME
 from grokquant.types import Matrix
 
+# Weights from which products take most of the time of an evaluation; float32 is quick for fewer.
+_LARGE = 10**9
 # Keys of config.json that must be equal for a comparison token by token and layer by layer.
 _SAME = (
     "num_hidden_layers",
@@ -23,6 +28,22 @@ _SAME = (
     "hidden_size",
     "vocab_size",
 )
+
+
+def dtype_of_products(reference: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype in which products of experts are computed.
+
+    `auto` is bfloat16 where those of a large model are faster in it, else float32. Raises
+    InputError for bfloat16 where no experts run one by one.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"expected auto, float32 or bfloat16, not {dtype!r}", "dtype")
+    family = reference.family
+    has_experts = bool(reference.num_experts) and family.streams and family.runs_experts
+    if dtype == "bfloat16" and not has_experts:
+        raise InputError("only experts that run one by one can multiply in bfloat16", "dtype")
+    pays = has_experts and reference.parameters >= _LARGE and multiplies_bfloat16(device)
+    return torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and pays) else torch.float32
 
 
 def check_comparable(

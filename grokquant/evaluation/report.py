@@ -239,6 +239,8 @@ class NoiseFloor(_Part):
     """Share of tokens for which both runs rank the same token first."""
     how: str
     """What was repeated, and what was different the second time."""
+    note: str | None = None
+    """What to do about a floor that is too high for what was measured; None if it is not."""
 
 
 class RouterAgreement(_Part):

@@ -13,7 +13,7 @@ from grokquant.evaluation.cache import Cache
 from grokquant.evaluation.estimates import noise_floor, routing, text_figures
 from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.measure import LayerDone, compare_texts
-from grokquant.evaluation.models import check_comparable, described, unit_rows
+from grokquant.evaluation.models import check_comparable, described, dtype_of_products, unit_rows
 from grokquant.evaluation.passage import passage
 from grokquant.evaluation.report import Report
 from grokquant.evaluation.same_model import check_same_model
@@ -93,6 +93,7 @@ def run_suite(
     cache: Cache | None = None,
     any_reference: bool = False,
     team: Team = ALONE,
+    dtype: str = "auto",
 ) -> Evaluation:
     """Runs both checkpoints over all texts and tasks of a suite, each block read once.
 
@@ -100,6 +101,7 @@ def run_suite(
     also measured alone; a `cache` keeps the reference's states for the next evaluation. With
     `any_reference`, the reference may be another model than the source, which the report then says.
     Members of a `team` share the rows; all of them make this call and get the same evaluation.
+    `dtype` is that of the products of experts, as `dtype_of_products` takes it.
     Raises InputError where the two cannot be compared, or a text or task cannot be used.
     """
     if cache and team.is_divided:
@@ -110,11 +112,21 @@ def run_suite(
     own_units = unit_rows(candidate)
     note = check_same_model(candidate, base, any_reference)
     base_units = unit_rows(base)
-    texts = [read_text(text, base, _key(name, i)) for i, text in enumerate(suite.texts)]
+    products = dtype_of_products(base, dtype, device)
+    texts = [read_text(text, base, _key(name, i), products) for i, text in enumerate(suite.texts)]
     with opened_tasks(suite, candidate, base, device, team) as tasks:
         windows = [text.windows for text in texts]
         comparison = compare_texts(
-            candidate, base, windows, tasks.batches, layer_done, device, forced, cache, team
+            candidate,
+            base,
+            windows,
+            tasks.batches,
+            layer_done,
+            device,
+            forced,
+            cache,
+            team,
+            products,
         )
         task_rows, items = tasks.results(*comparison.answers)
     measured = [comparison.figures, *comparison.further]
@@ -128,7 +140,7 @@ def run_suite(
         grokquant=__version__,
         quantized=described(candidate, quantized, own_units),
         reference=described(base, reference, base_units),
-        noise_floor=noise_floor(comparison.noise),
+        noise_floor=noise_floor(comparison.noise, first.kld.mean.value, products),
         routing=routing(comparison),
         layers=tuple(comparison.layers),
         units=own_units,

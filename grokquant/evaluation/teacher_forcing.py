@@ -154,7 +154,7 @@ class LayerProbe(View):
 
 class ReferenceStream(Stream):
     """The reference on its way, with a `trace` of each layer for the first `windows` rows of batch
-    1, the first text.
+    1, the first text. Batch 0 is exact.
 
     Layers in the cache are taken from there: then their weights are not read.
     """
@@ -168,6 +168,7 @@ class ReferenceStream(Stream):
         team: Team = ALONE,
     ) -> None:
         super().__init__(model, batches, team)
+        self.exact = batches[0].tokens.numel()
         self.windows = windows
         self.cache = cache
         self.entered = self.left

@@ -22,6 +22,13 @@ _SCORED = {
 }
 
 
+# By the dtype of the products of experts.
+_ARITHMETIC = {
+    torch.float32: "float32 on the stored weights",
+    torch.bfloat16: "float32 on the stored weights, products of experts in bfloat16",
+}
+
+
 @dataclass(frozen=True)
 class TextWindows:
     """`documents` [windows, scored] holds the document number of each scored token."""
@@ -31,9 +38,12 @@ class TextWindows:
     protocol: Protocol
 
 
-def read_text(section: TextSection, base: Checkpoint, key: str) -> TextWindows:
+def read_text(
+    section: TextSection, base: Checkpoint, key: str, products: torch.dtype = torch.float32
+) -> TextWindows:
     """The windows of a text, cut by the tokenizer of `base`, no longer than its positions.
 
+    Its protocol says that products of experts are in the dtype `products`.
     Raises InputError that begins with `key`, the section, where the text has no whole window.
     """
     documents = load_documents(section.text, "heldout", section.field)
@@ -46,7 +56,7 @@ def read_text(section: TextSection, base: Checkpoint, key: str) -> TextWindows:
     rows = _with_bos(cut.tokens, tokenizer, key) if section.bos else cut.tokens
     windows = Windows(rows, section.first_scored(length))
     scored = cut.documents[:, windows.first :]
-    return TextWindows(windows, scored, _protocol(section, documents, windows))
+    return TextWindows(windows, scored, _protocol(section, documents, windows, products))
 
 
 def _with_bos(rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase, key: str) -> torch.Tensor:
@@ -58,7 +68,9 @@ def _with_bos(rows: torch.Tensor, tokenizer: PreTrainedTokenizerBase, key: str) 
     return rows
 
 
-def _protocol(section: TextSection, documents: list[Document], windows: Windows) -> Protocol:
+def _protocol(
+    section: TextSection, documents: list[Document], windows: Windows, products: torch.dtype
+) -> Protocol:
     count, length = windows.rows.shape
     held_out = section.text in BUILT_IN_TEXTS
     return Protocol(
@@ -70,5 +82,5 @@ def _protocol(section: TextSection, documents: list[Document], windows: Windows)
         tokens_scored=count * (length - windows.first),
         scored=_SCORED[section.protocol],
         bos=section.bos,
-        arithmetic="float32 on the stored weights",
+        arithmetic=_ARITHMETIC[products],
     )

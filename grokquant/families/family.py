@@ -142,6 +142,12 @@ class Family:
         """Routed experts of a layer, 0 where it is dense."""
         return config.num_experts if self.experts and self.routed(config, layer) else 0
 
+    def ends_with_experts(self, config: PreTrainedConfig, layer: int) -> bool:
+        """Whether all that a layer does after its attention is adding the sum of its experts."""
+        shared = any(part.startswith("shared") for part in self.matrices(config, layer))
+        has_experts = self.num_experts(config, layer) > 0
+        return has_experts and self.streams and self.mixture_norm is not None and not shared
+
     def units(self, config: PreTrainedConfig) -> Iterator[Matrix]:
         """Every quantizable matrix, layer by layer."""
         for layer in range(self.num_layers(config)):

@@ -1,6 +1,7 @@
 """Quantizing one layer while the calibration tokens pass through it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from time import perf_counter
 
@@ -101,11 +102,11 @@ class LayerQuantizer:
         self.inputs = states.hidden
         self.model.load_layer(self.index)
         reference = self._run_reference(states.reference)
-        self.outputs = self._run_quantized(states.hidden)
-        if self.revises:
-            self._revise()
+        with closing(self._reading):
             self.outputs = self._run_quantized(states.hidden)
-        self._reading.close()
+            if self.revises:
+                self._revise()
+                self.outputs = self._run_quantized(states.hidden)
         self.model.free_layer(self.index)
         self._emit_held()
         return States(self.outputs, reference)

@@ -80,8 +80,14 @@ def row_source(tile: Tensor | QTensor) -> RowSource:
         if plain and tile.scales.dtype == torch.bfloat16:
             return _stored_rows(tile)
         tile = tile.dequantize()
-    values = _bits(tile) if tile.dtype == torch.bfloat16 else tile.float().numpy()
-    return RowSource(np.ravel(values), tile.shape[1], np.empty((0, 0), np.float32), 0)
+    if tile.T.is_contiguous():  # in float32, for which alone the kernels read columns
+        return _dense(tile.T.float().numpy(), by_column=True)
+    return _dense(_bits(tile) if tile.dtype == torch.bfloat16 else tile.float().numpy())
+
+
+def _dense(values: np.ndarray, by_column: bool = False) -> RowSource:
+    no_scales = np.empty((0, 0), np.float32)
+    return RowSource(np.ravel(values), values.shape[1], by_column, no_scales, 0)
 
 
 def _stored_rows(tile: QTensor) -> RowSource:
@@ -94,7 +100,7 @@ def _stored_rows(tile: QTensor) -> RowSource:
     group_size = columns // tile.scales.shape[1]
     # A bfloat16 number is the upper half of the float32 one.
     scales = (_bits(tile.scales.T).astype(np.uint32, order="C") << 16).view(np.float32)
-    return RowSource(values, stride, scales, group_size)
+    return RowSource(values, stride, True, scales, group_size)
 
 
 def _bits(values: Tensor) -> np.ndarray:

@@ -46,15 +46,16 @@ class RowSource(NamedTuple):
     """Rows to round, in one piece of memory with gaps of a fixed size.
 
     Dense rows are float32, or bfloat16 seen as uint16; `scales` and `group_size` mean nothing then.
-    Stored matrices are int8 codes, column after column, with bfloat16 `scales` [groups, rows]
-    widened to float32, one for each `group_size` columns.
+    Stored matrices are int8 codes with bfloat16 `scales` [groups, rows] widened to float32, one for
+    each `group_size` columns.
 
-        dense     row r, column k  at  values[r * stride + k]
-        stored    row r, column k  at  values[k * stride + r]
+        by row                row r, column k  at  values[r * stride + k]
+        by_column, stored     row r, column k  at  values[k * stride + r]
     """
 
     values: np.ndarray
     stride: int
+    by_column: bool
     scales: np.ndarray
     group_size: int
 
@@ -176,7 +177,21 @@ def _load_stored(source, first, lanes, column, columns, W):
 
 
 @_compiled
+def _load_columns(source, first, lanes, column, columns, W):
+    for k in range(columns):
+        at = (column + k) * source.stride + first
+        _prefetch(source.values, at + _AHEAD * source.stride)  # type: ignore[call-arg]
+        values = source.values[at : at + lanes]
+        line = W[k * LANES : (k + 1) * LANES]
+        for n in range(lanes):
+            line[n] = values[n]
+
+
+@_compiled
 def _load_dense(source, first, lanes, column, columns, W):
+    if source.by_column:
+        _load_columns(source, first, lanes, column, columns, W)
+        return
     for start in range(0, columns, STEP):
         for n in range(lanes):
             at = (first + n) * source.stride + column + start

@@ -230,7 +230,7 @@ def _router_rows(report: Report) -> Iterator[Row]:
 
 def notes(report: Report) -> list[str]:
     """What a reader must know before any figure: it comes first, wherever the report is shown."""
-    first = [report.reference_note] if report.reference_note else []
+    first = [note for note in (report.reference_note, report.noise_floor.note) if note]
     protocols = (text.protocol for text in (report, *report.further_texts))
     cut = (
         f"Windows of {protocol.text} have {protocol.length:,} tokens and not the "

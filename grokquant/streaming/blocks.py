@@ -18,7 +18,7 @@ one expert.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from threading import Lock, local
 from typing import Any, TypeVar
@@ -163,6 +163,9 @@ class BlockwiseModel:
 
     With `pieces` each thread of a CPU runs some rows by itself, so that results do not depend on
     the number of threads; hooks and experts are then called from several threads at once.
+
+    Experts as the checkpoint holds them multiply in `products`, by default `dtype`: inputs,
+    matrices and hidden units are rounded to it, and products summed in float32.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class BlockwiseModel:
         device: torch.device = CPU,
         twin: "BlockwiseModel | None" = None,
         pieces: bool = False,
+        products: torch.dtype | None = None,
     ) -> None:
         shared = pieces and device.type == "cpu"
         self._each = in_pieces if shared else in_order
@@ -181,6 +185,7 @@ class BlockwiseModel:
         self.source = checkpoint.source
         self.family = checkpoint.family
         self.dtype = dtype
+        self.products = products or dtype
         self.device = device
         self.config = deepcopy(checkpoint.config)
         self.config._experts_implementation = STREAMED
@@ -286,7 +291,7 @@ class BlockwiseModel:
     @torch.no_grad()
     def run_layer_over(self, index: int, hidden: Tensor, combine: Combine) -> Tensor:
         """The same, for states that nobody needs any more: they may be overwritten."""
-        if not self.ends_with_experts(index):
+        if not self.family.ends_with_experts(self.config, index):
             return self.run_layer(index, hidden, combine)
         exchange = self._exchange(index, hidden.shape[0] * hidden.shape[1])
         assert exchange is not None
@@ -297,13 +302,6 @@ class BlockwiseModel:
         exchange.recorded = ()
         self._add_mixture(index, hidden, combine(*recorded))
         return hidden
-
-    def ends_with_experts(self, index: int) -> bool:
-        """Whether all that a layer does after its attention is adding the sum of its experts."""
-        family = self.family
-        beside = [part for part in family.matrices(self.config, index) if part.startswith("shared")]
-        has_experts = family.experts_of(self.layers[index]) is not None
-        return has_experts and family.streams and family.mixture_norm is not None and not beside
 
     def _add_mixture(self, index: int, hidden: Tensor, outputs: Tensor) -> None:
         """Adds the experts' outputs [tokens, hidden] to the states after the rest of the layer."""
@@ -414,14 +412,16 @@ class BlockwiseModel:
         self.taps[-1].hidden = None
         return logits
 
-    def expert_weight(self, tensor: str) -> Tensor:
-        """Reads one expert matrix [out, in] from the source, in the working dtype."""
-        return self.source.tensors[tensor].load_on(self.device).to(self.dtype)
+    def expert_weight(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Reads one expert matrix [out, in] from the source, by default in the working dtype."""
+        return self.source.tensors[tensor].load_on(self.device).to(dtype or self.dtype)
 
-    def expert_bias(self, index: int, number: int, part: str) -> Tensor | None:
-        """The bias [out] of an expert matrix in the working dtype, or None."""
+    def expert_bias(
+        self, index: int, number: int, part: str, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        """The bias [out] of an expert matrix, by default in the working dtype, or None."""
         name = self.family.expert_biases(index, number).get(part)
-        return None if name is None else self.expert_weight(name)
+        return None if name is None else self.expert_weight(name, dtype)
 
     def combine_experts(
         self,
@@ -430,14 +430,20 @@ class BlockwiseModel:
         team: Team = ALONE,
         owners: Sequence[int] | None = None,
         watch: Watch | None = None,
+        exact: int = 0,
     ) -> Combine:
         """A function that runs each expert on the tokens routed to it and adds up the outputs.
 
         The expert is made, and runs, where its owner among the members of `team` is; tokens go
-        there and outputs come back. `watch` sees them.
+        there and outputs come back. `watch` sees them. Where products have a dtype of their own, an
+        expert is made for those of the first `exact` tokens, then for the others:
+
+            task      0              1        2              3
+            expert    0, exact       0        1, exact       1       ...
         """
         experts_here = self.family.num_experts(self.config, index)
-        owners = owners or [0] * experts_here
+        tasks = 1 if self.products == self.dtype else 2  # of each expert
+        owners = [owner for owner in owners or [0] * experts_here for _ in range(tasks)]
 
         def combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             combined = torch.zeros(x.shape, dtype=torch.float32)
@@ -445,17 +451,18 @@ class BlockwiseModel:
             given: list[Routed] = []
             for number in range(experts_here):
                 token, slot = torch.where(experts == number)
-                given.append(Routed(x, token, gates[token, slot].unsqueeze(1), combined))
+                routed = Routed(x, token, gates[token, slot].unsqueeze(1), combined)
+                given += [routed] if tasks == 1 else _apart(routed, exact)
 
-            def add(number: int, part: slice, y: Tensor) -> None:
-                routed = given[number]
+            def add(task: int, part: slice, y: Tensor) -> None:
+                routed = given[task]
                 if watch is not None:
-                    watch(number, routed.token[part], y)
+                    watch(task // tasks, routed.token[part], y)
                 gated = y.float() * routed.gate[part]
                 combined.index_add_(0, routed.token[part], gated)
 
-            for number, routed, take in team.at_owners(given, owners, add):
-                outputs = make_expert(number, routed)
+            for task, routed, take in team.at_owners(given, owners, add):
+                outputs = make_expert(task // tasks, routed)
                 self._take_outputs(outputs, len(routed.token), take)
                 del outputs  # frees its matrices before the next ones are read
             return combined
@@ -468,13 +475,23 @@ class BlockwiseModel:
         team: Team = ALONE,
         owners: Sequence[int] | None = None,
         watch: Watch | None = None,
+        exact: int = 0,
     ) -> Combine:
         """`combine_experts` for the experts as the checkpoint holds them."""
+        held: dict[int, dict[str, Tensor]] = {}  # the matrices of an expert between its two tasks
 
         def stored(number: int, routed: Routed) -> Outputs:
-            return self.on_routed(self.stored_expert(index, number), routed)
+            if routed.exact and not len(routed.token):
+                return self.on_routed(torch.zeros_like, routed)
+            dtype = self.dtype if routed.exact else self.products
+            matrices = held.pop(number, None) or self._matrices(index, number, dtype)
+            for part in matrices:  # one after the other, so that each is soon free
+                matrices[part] = matrices[part].to(dtype)
+            if routed.exact:
+                held[number] = matrices
+            return self.on_routed(self._expert_of(index, number, matrices), routed)
 
-        return self.combine_experts(index, stored, team, owners, watch)
+        return self.combine_experts(index, stored, team, owners, watch, exact)
 
     def on_routed(self, expert: Expert, routed: Routed) -> Outputs:
         """The outputs of an expert for what is routed to it."""
@@ -489,12 +506,18 @@ class BlockwiseModel:
 
     def stored_expert(self, index: int, number: int) -> Expert:
         """An expert as the checkpoint holds it; reads its three matrices."""
+        return self._expert_of(index, number, self._matrices(index, number, self.dtype))
+
+    def _matrices(self, index: int, number: int, dtype: torch.dtype) -> dict[str, Tensor]:
         names = self.family.expert_tensors(index, number)
-        W_gate = self.expert_weight(names["gate"]) if "gate" in names else None
-        W_up, W_down = (self.expert_weight(names[part]) for part in ("up", "down"))
-        inner = self.hidden_units(index, number, W_gate, W_up)
-        bias = self.expert_bias(index, number, "down")
-        return lambda x: F.linear(inner(x), W_down, bias)
+        return {part: self.expert_weight(name, dtype) for part, name in names.items()}
+
+    def _expert_of(self, index: int, number: int, matrices: dict[str, Tensor]) -> Expert:
+        W_down = matrices["down"]
+        dtype = W_down.dtype
+        inner = self.hidden_units(index, number, matrices.get("gate"), matrices["up"])
+        bias = self.expert_bias(index, number, "down", dtype)
+        return lambda x: F.linear(inner(x.to(dtype)), W_down, bias).to(x.dtype)
 
     def attention_output(self, index: int) -> nn.Module:
         """The module of layer `index` that projects the attention's output to the residual."""
@@ -504,7 +527,9 @@ class BlockwiseModel:
 
     def hidden_units(self, index: int, number: int, W_gate: Tensor | None, W_up: Tensor) -> Expert:
         """The part of an expert before its down projection: [tokens, hidden] to [tokens, inner]."""
-        gate_bias, up_bias = (self.expert_bias(index, number, part) for part in ("gate", "up"))
+        gate_bias, up_bias = (
+            self.expert_bias(index, number, part, W_up.dtype) for part in ("gate", "up")
+        )
         experts = self.family.experts_of(self.layers[index])
 
         def inner(x: Tensor) -> Tensor:
@@ -616,3 +641,13 @@ class BlockwiseModel:
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
         dtype = self.family.working_dtype(name, self.dtype) if value.is_floating_point() else None
         set_parameter(module, name, value.to(self.device, dtype))
+
+
+def _apart(routed: Routed, exact: int) -> list[Routed]:
+    """Those of the first `exact` tokens that are routed to an expert, and the others."""
+    count = int((routed.token < exact).sum())
+    first, others = slice(0, count), slice(count, None)
+    return [
+        replace(routed, token=routed.token[first], gate=routed.gate[first], exact=True),
+        replace(routed, token=routed.token[others], gate=routed.gate[others]),
+    ]

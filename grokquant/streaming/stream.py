@@ -75,7 +75,10 @@ class Stream:
     `hidden` are the states of each batch [rows, time, hidden] after the layers run so far. `chosen`
     are the experts that the last layer's router chose, [tokens, k] for each batch, the largest gate
     first; None if that layer is dense. In a `team`, all this is about the rows of this member.
+    Products of experts with the first `exact` tokens are in the dtype of the states.
     """
+
+    exact = 0
 
     def __init__(self, model: BlockwiseModel, batches: Sequence[Rows], team: Team = ALONE) -> None:
         self.model = model
@@ -99,7 +102,7 @@ class Stream:
         self.chosen = None
 
         owners = self.team.assign([1.0] * model.family.num_experts(model.config, index))
-        combine = model.combine_stored(index, self.team, owners, view.output)
+        combine = model.combine_stored(index, self.team, owners, view.output, self.exact)
 
         def watched(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             passing = slice(view.extra, None)

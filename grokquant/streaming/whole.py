@@ -26,10 +26,11 @@ def running(
     device: torch.device = CPU,
     twin: BlockwiseModel | None = None,
     pieces: bool = False,
+    products: torch.dtype | None = None,
 ) -> BlockwiseModel:
     """A checkpoint that runs block by block, or whole if it has to."""
     kind = BlockwiseModel if checkpoint.family.streams else WholeModel
-    return kind(checkpoint, dtype, device, twin, pieces)
+    return kind(checkpoint, dtype, device, twin, pieces, products)
 
 
 class WholeModel(BlockwiseModel):

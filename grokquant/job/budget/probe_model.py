@@ -33,24 +33,25 @@ class ProbeModel(BlockwiseModel):
             value = row.expand(like.shape).clone()
         self._set(module, name, value)
 
-    def expert_bias(self, index: int, number: int, part: str) -> Tensor | None:
+    def expert_bias(
+        self, index: int, number: int, part: str, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
         return None
 
-    def time_outside_experts(self, length: int, over: bool) -> tuple[float, int]:
+    def time_outside_experts(self, length: int) -> float:
         """The seconds that a token of rows of this length takes through a layer without its
-        experts, and how many times it does in a run, where states may be written `over`."""
+        experts."""
         index = self._layer
         rows = max(1, TOKENS_IN_PIECE // length) * torch.get_num_threads()
         self.embed(torch.zeros(rows, length, dtype=torch.long))
         self.load_layer(index)
         hidden = torch.randn(rows, length, self._hidden).to(self.dtype)
-        has_experts = self._exchange(index, rows * length) is not None
+        self._exchange(index, rows * length)
         start = perf_counter()
         self._run_rows(index, hidden)
         seconds = perf_counter() - start
         self.free_layer(index)
-        twice = has_experts and not (over and self.ends_with_experts(index))
-        return seconds / (rows * length), 1 + twice
+        return seconds / (rows * length)
 
     def hidden_unit_rate(self) -> float:
         """Multiply-adds per second in gate and up of an expert, with what follows them."""

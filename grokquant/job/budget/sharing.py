@@ -7,12 +7,12 @@ In a layer all wait for the one that has most to do. Its work is counted in mult
     experts               all of it                      by their owners
 """
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from math import ceil, prod
+from math import ceil
 
 from grokquant.errors import InputError
 from grokquant.job.budget.memory import hidden_unit_bytes, on_device, peak_step
+from grokquant.job.budget.timing import passes_outside_experts, weights_outside_experts
 from grokquant.job.division import Division
 from grokquant.job.layer import is_starved
 from grokquant.job.plan import Plan
@@ -20,8 +20,6 @@ from grokquant.methods import METHODS
 from grokquant.parallel import AT_ONCE, supposed
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_IN_PIECE
 from grokquant.types import Unit
-
-_PASSES = 2  # of a layer, outside its experts
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def sharing_of(plan: Plan, processes: int) -> Sharing:
     for unit in plan.units.values():
         if division.maker_of(unit) != division.writer_of(unit):
             moved += plan.packed_bytes(unit)
-    outside = _weights_outside_experts(plan)
+    outside = weights_outside_experts(plan)
     works = [_work_in_layer(division, layer, processes, outside[layer]) for layer in layers]
     alone, longest = (sum(column) for column in zip(*works, strict=True))
     peak = _peak(division, processes)
@@ -111,17 +109,8 @@ def _moved_in_layer(division: Division, layer: int, processes: int) -> float:
     return moved
 
 
-def _weights_outside_experts(plan: Plan) -> Counter[int]:
-    """By layer, quantized or not."""
-    weights: Counter[int] = Counter()
-    for matrix in plan.checkpoint.matrices():
-        if matrix.expert is None:
-            weights[matrix.layer] += prod(plan.checkpoint.source.tensors[matrix.tensor].shape)
-    return weights
-
-
 def _work_in_layer(
-    division: Division, layer: int, processes: int, outside: int
+    division: Division, layer: int, processes: int, outside: dict[str, int]
 ) -> tuple[float, float]:
     """Multiply-adds of one process alone, and of the one that the others wait for; `outside` are
     the weights outside the experts."""
@@ -130,14 +119,15 @@ def _work_in_layer(
     costs = division.costs_of_experts(layer)
     for owner, cost in zip(division.owners(layer), costs, strict=True):
         owned[owner] += cost
-    passes = _PASSES * plan.calibration_tokens * outside
+    passes = passes_outside_experts(plan, layer, outside)
+    passed = passes * plan.calibration_tokens * sum(outside.values())
     solved = sum(
         division.cost(unit, plan.calibration_tokens, shared=unit is units[0])
         for units in plan.sites_outside_experts(layer)
         for unit in units
         if METHODS[unit.method].needs_site
     )
-    return passes + solved + sum(owned), passes / processes + solved + max(owned)
+    return passed + solved + sum(owned), passed / processes + solved + max(owned)
 
 
 def _blends(division: Division, layer: int) -> bool:

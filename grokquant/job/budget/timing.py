@@ -1,7 +1,7 @@
 """The time of a run, estimated by running the real code on small pieces of this model here."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
@@ -264,24 +264,40 @@ def _by_pieces(plan: Plan, tokens: int) -> dict[str, float]:
 def _outside_experts(plan: Plan, model: ProbeModel, tokens: int, rates: _Rates) -> float:
     """Seconds of all that a layer does outside its experts, attention above all, in all layers."""
     checkpoint = plan.checkpoint
-    shapes = checkpoint.source.tensors
     layer = plan.fullest_layer
-    matrices = [m for m in checkpoint.matrices() if m.layer == layer and m.expert is None]
-    weights = {m.name: prod(shapes[m.tensor].shape) for m in matrices}
-    whole = max(sum(weights.values()), 1)
-    # Inputs are captured in passes that end there.
-    captured = 0.0
+    weights = weights_outside_experts(plan)[layer]
+    passes = checkpoint.num_layers * tokens * passes_outside_experts(plan, layer, weights)
+    if not checkpoint.family.streams:
+        return passes * sum(weights.values()) / rates.products
+    length = min(plan.recipe.calibration.length, checkpoint.positions)
+    return passes * model.time_outside_experts(length)
+
+
+def passes_outside_experts(plan: Plan, layer: int, weights: dict[str, int]) -> float:
+    """How many times the tokens pass the `weights` that a layer has outside its experts. Where the
+    inputs of a matrix are captured, they pass those before it once more."""
+    family = plan.checkpoint.family
+    config = plan.checkpoint.config
+    has_experts = family.num_experts(config, layer) > 0
+    once = family.ends_with_experts(config, layer) and not plan.needs_reference
+    twice = family.streams and has_experts and not once
+    passes = (1.0 + twice) * (1 + plan.needs_reference)
+    passes += plan.refitted_router(layer) is not None  # its inputs come after everything else
     for units in plan.sites_outside_experts(layer):
         if any(map(_needs_data, units)):
             before = list(weights).index(units[0].name)
-            captured += sum(list(weights.values())[:before]) / whole
-    if not checkpoint.family.streams:
-        return checkpoint.num_layers * tokens * whole * (1 + captured) / rates.products
-    length = min(plan.recipe.calibration.length, checkpoint.positions)
-    over = not plan.needs_reference
-    seconds, passes = model.time_outside_experts(length, over)
-    times = passes * (1 + plan.needs_reference) + captured
-    return checkpoint.num_layers * tokens * times * seconds
+            passes += sum(list(weights.values())[:before]) / sum(weights.values())
+    return passes
+
+
+def weights_outside_experts(plan: Plan) -> dict[int, dict[str, int]]:
+    """By layer, the sizes of the matrices outside its experts, in order, quantized or not."""
+    tensors = plan.checkpoint.source.tensors
+    sizes: dict[int, dict[str, int]] = defaultdict(dict)
+    for matrix in plan.checkpoint.matrices():
+        if matrix.expert is None:
+            sizes[matrix.layer][matrix.name] = prod(tensors[matrix.tensor].shape)
+    return sizes
 
 
 def _own(unit: Unit, piece: _Rounding, rates: _Rates) -> float:
