@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from grokquant.checkpoint import open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation.cache import Cache
+from grokquant.evaluation.continuation import continuations
 from grokquant.evaluation.estimates import noise_floor, routing, text_figures
 from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.measure import LayerDone, compare_texts
@@ -97,9 +99,10 @@ def run_suite(
     """Runs both checkpoints over all texts and tasks of a suite, each block read once.
 
     With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
-    also measured alone; a `cache` keeps the reference's states for the next evaluation. With
-    `any_reference`, the reference may be another model than the source, which the report then says.
-    Members of a `team` share the rows; all of them make this call and get the same evaluation.
+    also measured alone, and both write a text if they fit in memory; a `cache` keeps the
+    reference's states for the next evaluation. With `any_reference`, the reference may be another
+    model than the source, which the report then says. Members of a `team` share the rows; all of
+    them make this call and get the same evaluation.
     Raises InputError where the two cannot be compared, or a text or task cannot be used.
     """
     if cache and team.is_divided:
@@ -117,6 +120,11 @@ def run_suite(
             candidate, base, windows, tasks.batches, layer_done, device, forced, cache, team
         )
         task_rows, items = tasks.results(*comparison.answers)
+    continued: list[list[int]] | str = "it was a quick evaluation"
+    if forced:
+        said = comparison.choices
+        write = partial(continuations, candidate, base, said.before, len(said.own), device)
+        continued = team.once(write)
     measured = [comparison.figures, *comparison.further]
     first, *further = (
         text_figures(text.protocol, figures, text.documents)
@@ -134,7 +142,7 @@ def run_suite(
         units=own_units,
         further_texts=tuple(further),
         tasks=task_rows,
-        passage=passage(comparison.choices, load_tokenizer(base)),
+        passage=passage(comparison.choices, continued, load_tokenizer(base)),
     )
     if name:
         report = report.model_copy(update={"suite": judged(report, name, suite.thresholds)})
