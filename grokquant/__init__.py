@@ -146,7 +146,6 @@ def evaluate(
     quick: bool = False,
     cache: "str | Path | None" = None,
     cache_size: str = "20GB",
-    data: str | None = None,
     any_reference: bool = False,
     task_files: bool = False,
     field: str | None = None,
@@ -154,17 +153,17 @@ def evaluate(
 ) -> "ShownReport":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
-    but a file or data set of its own must be given as `text`. `field` is that of its records which
-    holds the text.
-    A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
-    which thresholds are met. `quick` skips the per-layer isolation measurements. `cache` is a
-    directory of at most `cache_size` that caches the reference's results for later evaluations.
-    `data` is the former name of `text`. A reference that `quantized` was not made from is refused,
-    or with `any_reference` named in the report. A suite may name files of tasks, which can run
-    any code, only with `task_files`. `dtype` is that of the products of experts: float32, bfloat16,
-    or auto, which is bfloat16 where that is faster for a large model. Processes that torchrun has
-    started evaluate together, and each gets the report. Raises InputError.
+        `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
+        but a file or data set of its own must be given as `text`. `field` is that of its records which
+        holds the text.
+        A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
+        which thresholds are met. `quick` skips the per-layer isolation measurements and the generated
+    text. `cache` is a directory of at most `cache_size` that caches the reference's results for
+    later evaluations. A reference that `quantized` was not made from is refused, or with
+    `any_reference` named in the report. A suite may name files of tasks, which can run any code,
+    only with `task_files`. `dtype` is that of the products of experts: float32, bfloat16, or auto,
+    which is bfloat16 where that is faster for a large model. Processes that torchrun has started
+    evaluate together, and each gets the report. Raises InputError.
     """
     from warnings import warn
 
@@ -182,7 +181,7 @@ def evaluate(
         suite_for(
             quantized,
             suite,
-            data if text is None else text,
+            text,
             samples,
             length,
             task_files,

@@ -564,7 +564,6 @@ def convert(
 )
 @click.option("--field", metavar="NAME", help="Field of its records that holds the text.")
 @click.option("--samples", type=click.IntRange(1), help="Number of sequences to score.")
-@click.option("--windows", "samples", type=click.IntRange(1), hidden=True)  # former name
 @click.option("--length", type=click.IntRange(8), help="Tokens per sequence.")
 @click.option(
     "--suite",
@@ -589,7 +588,11 @@ def convert(
     is_flag=True,
     help="Let the suite name files of tasks, which can run any code.",
 )
-@click.option("--quick", is_flag=True, help="Skip the measurement of each layer in isolation.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Skip the measurement of each layer in isolation and the generated text.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),

@@ -186,6 +186,12 @@ def content(layers: int = 4, experts: int = 8) -> dict:
                  "quantized": f" {own}", "quantized_p": 0.6123456}
                 for word, own in [("with", "with"), ("open", "<b>"), ("(", "\n"), ("", "")]
             ],
+            "generated": {
+                "reference": [" with", " open", "(path", ")"],
+                "quantized": [" with", " <i>", "\n", "\n"],
+                "same": 1,
+            },
+            "not_generated": None,
         },
     }  # fmt: skip
 

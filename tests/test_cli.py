@@ -279,19 +279,10 @@ def test_eval_keeps_the_reference_for_the_next_time(output, tiny_release, place,
     assert small.exit_code == 2 and "--cache-size: expected a size with a unit" in small.stderr
 
 
-def test_windows_is_still_an_option(evaluated, output, tiny_release, text_file, place):
-    """By its former name, which no help shows."""
-    options = ("--text", text_file, "--windows", 3, "--length", 32, "--output", place / "former")
-    again = run("eval", output, "--reference", tiny_release, *options, "--json")
-    assert again.stdout == evaluated.stdout
-    assert "--windows" not in done("eval", "--help")
-
-
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
         (["--suite", "smoke", "--samples", 3], "--samples: cannot be combined with suite smoke"),
-        (["--suite", "smoke", "--windows", 3], "--samples: cannot be combined with suite smoke"),
         (["--suite", "fidelty"], "--suite: no suite 'fidelty', expected a file or one of"),
         (["--text", "wikitext"], "--text: expected python-docs, python-code, package-docs, a .txt"),
     ],

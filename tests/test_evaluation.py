@@ -17,12 +17,14 @@ from conftest import ATTENTION, EXPERTS, own_text, run_stored_layer
 from make_release import write_hollow_grok_1, write_random_release
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import GenerationMixin
 
 import grokquant
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
-from grokquant.evaluation import measure, models, statistics
+from grokquant.evaluation import continuation, measure, models, statistics
+from grokquant.evaluation.continuation import continuations
 from grokquant.evaluation.estimates import noise_floor
 from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.models import dtype_of_products
@@ -298,9 +300,9 @@ def test_layers_are_those_of_whole_models(report, pair):
 def test_logits_may_be_taken_in_pieces(report, outputs, tiny_release, monkeypatch, at_once):
     monkeypatch.setattr(measure, "_LOGITS_AT_ONCE", at_once * 2048)
     text = own_text(outputs["int4"])
-    pieces = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=2)
+    pieces = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=2, quick=True)
     monkeypatch.undo()
-    whole = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=2)
+    whole = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=2, quick=True)
     assert pieces.protocol == whole.protocol
     assert pieces.kld.mean.value == pytest.approx(whole.kld.mean.value, rel=1e-6)
     assert pieces.perplexity.ratio.value == pytest.approx(whole.perplexity.ratio.value, rel=1e-6)
@@ -379,7 +381,7 @@ def test_the_noise_floor_is_measured(outputs, tiny_release, monkeypatch):
 
     monkeypatch.setattr(BlockwiseModel, "logits", shaky)
     text = own_text(outputs["copy"])
-    report = grokquant.evaluate(outputs["copy"], tiny_release, text, samples=4, length=32)
+    report = grokquant.evaluate(outputs["copy"], tiny_release, text, 4, 32, quick=True)
     assert 1e-5 < report.noise_floor.mean_kld < 1e-3
 
 
@@ -448,7 +450,7 @@ def test_settings_that_make_no_sense_are_refused(outputs, given, words):
 
 def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, text_file):
     text = own_text(outputs["int4"])
-    report = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=3, length=40)
+    report = grokquant.evaluate(outputs["int4"], tiny_release, text, 3, 40, quick=True)
     assert (report.protocol.windows, report.protocol.length) == (3, 40)
     assert report.protocol.tokens_scored == 3 * 39
     assert report.protocol.text == relpath(text_file)
@@ -458,7 +460,7 @@ def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, te
 
 def test_windows_are_no_longer_than_the_model_has_positions(outputs, tiny_release):
     text = own_text(outputs["int4"])
-    report = grokquant.evaluate(outputs["int4"], tiny_release, text, samples=1, length=100_000)
+    report = grokquant.evaluate(outputs["int4"], tiny_release, text, 1, 100_000, quick=True)
     assert (report.protocol.windows, report.protocol.length) == (1, 512)
     assert report.protocol.asked_length == 100_000
     (line,) = notes(report)
@@ -475,9 +477,10 @@ def test_windows_of_the_length_asked_for_need_no_words(report):
 def test_other_texts_can_be_given(outputs, tiny_release, text_file, tmp_path):
     lines = tmp_path / "text.jsonl"
     lines.write_text(json.dumps({"text": text_file.read_text()}) + "\n")
-    evaluate = partial(grokquant.evaluate, outputs["int4"], tiny_release, samples=2, length=32)
+    evaluate = partial(
+        grokquant.evaluate, outputs["int4"], tiny_release, samples=2, length=32, quick=True
+    )
     same, other = evaluate(text=str(text_file)), evaluate(text=str(lines))
-    assert evaluate(data=str(lines)) == other  # its former name
     assert other.kld == same.kld
     assert other.protocol.text == lines.name
     assert other.protocol.text_sha256 == same.protocol.text_sha256
@@ -487,7 +490,7 @@ def test_python_docs_is_the_held_out_part(outputs, tiny_release, monkeypatch):
     texts = {"heldout": ["A text that is held out. " * 20], "train": [], "calibration": []}
     monkeypatch.setattr(python_docs, "documents", texts.__getitem__)
     report = grokquant.evaluate(
-        outputs["int4"], tiny_release, text="python-docs", samples=2, length=16
+        outputs["int4"], tiny_release, text="python-docs", samples=2, length=16, quick=True
     )
     assert report.protocol.text == "python-docs, held-out part"
     assert report.protocol.windows == 2
@@ -574,7 +577,7 @@ def test_kept_matrices_are_counted_by_their_dtype(tiny_release, settings, tmp_pa
             "output": {"path": str(tmp_path / "half")},
         }
     )
-    report = grokquant.evaluate(output, tiny_release, **settings.model_dump())
+    report = grokquant.evaluate(output, tiny_release, **settings.model_dump(), quick=True)
     assert report.quantized.schemes == {
         "bfloat16": 16,
         "int8 channel sym (copy)": 11,
@@ -599,7 +602,7 @@ def test_publish_writes_the_report_and_fills_the_card(report, output):
 def test_publishing_again_replaces_the_table(report, output, tiny_release):
     publish(report, output)
     first = (output / "README.md").read_text()
-    fewer = grokquant.evaluate(output, tiny_release, samples=2, text=own_text(output))
+    fewer = grokquant.evaluate(output, tiny_release, own_text(output), samples=2, quick=True)
     publish(fewer, output)
     second = (output / "README.md").read_text()
     assert markdown_table(report).strip() not in second
@@ -675,3 +678,36 @@ def test_a_passage_is_the_end_of_the_first_window(report, outputs, tiny_release,
     assert found.tokens[-1].reference == tokenizer.decode(
         [*row[-5:-1], expected.indices[-1]]
     ).removeprefix(tokenizer.decode(row[-5:-1]))
+    assert found.generated.reference[0] == found.tokens[0].reference
+    assert found.generated.quantized[0] == found.tokens[0].quantized
+
+
+@torch.no_grad()
+def test_each_model_writes_its_likeliest_tokens(outputs):
+    prompt = [100, 120, 90]
+    paths = (outputs["int4"], "toy")
+    found = continuations(*map(open_checkpoint, paths), prompt, 4, torch.device("cpu"))
+    for path, written in zip(paths, found, strict=True):
+        model, _ = grokquant.load(path, dtype=torch.float32, packed=False)
+        tokens = list(prompt)
+        for _ in range(4):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        assert written == tokens[3:]
+    assert len({*found[1]}) > 1
+
+
+def test_models_that_are_too_large_write_nothing(outputs, tiny_release, monkeypatch):
+    models = open_checkpoint(outputs["int4"]), open_checkpoint(tiny_release)
+    needed = 4 * models[1].parameters
+    monkeypatch.setattr(continuation, "available_bytes", lambda device: 4 * needed - 1)
+    found = continuations(*models, [5], 2, torch.device("cpu"))
+    assert found.endswith("in float32, more than a quarter of the memory that was free")
+    monkeypatch.setattr(continuation, "available_bytes", lambda device: 4 * needed)
+    assert len(continuations(*models, [5], 2, torch.device("cpu"))) == 2
+
+
+def test_a_model_that_generates_no_text_costs_no_figures(outputs, tiny_release, monkeypatch):
+    models = open_checkpoint(outputs["int4"]), open_checkpoint(tiny_release)
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *_, **__: 1 / 0)
+    found = continuations(*models, [5], 2, torch.device("cpu"))
+    assert found == "grok-1 generates no text in transformers: division by zero"

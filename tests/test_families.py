@@ -145,6 +145,7 @@ def test_quantize_evaluate_load_and_generate(saved, family, text_file, tmp_path)
     assert all(schemes.values()) and len(schemes) == len(dict(open_checkpoint(path).units()))
     report = grokquant.evaluate(output, path, text=own_text(output))
     assert 0 < report.kld.mean.value < 0.02
+    assert report.passage.generated is not None, report.passage.not_generated
     sparse = [layer for layer in report.layers if layer.router_top1 is not None]
     assert bool(sparse) == (open_checkpoint(path).num_experts > 0)
     publish(report, output)

@@ -536,9 +536,33 @@ def test_a_page_says_when_it_was_made(monkeypatch) -> None:
 
 def test_a_passage_marks_where_the_models_differ() -> None:
     page = render_html(report())
-    assert page.count("<mark>") == 4  # two tokens, each in both rows
+    assert page.count("<mark>") == 6  # two tokens, each in both rows, and the first one generated
     assert "<mark> &lt;b&gt;</mark>" in page and "<mark> \u21b5</mark>" in page
     assert "In 2 places, which are marked, they differ." in page
     without = parse_report(content() | {"passage": None}, "test")
     assert "What they would say next" not in render_html(without)
     assert "passage" not in without.to_json()
+
+
+def with_passage(**changes: object) -> str:
+    tree = content()
+    return render_html(parse_report(tree | {"passage": tree["passage"] | changes}, "test"))
+
+
+def test_the_first_difference_of_what_both_models_write_is_marked() -> None:
+    page = render_html(report())
+    assert "The first 1 tokens are the same in both; the next one is marked." in page
+    assert "with<mark> open</mark>(path)" in page
+    assert "with<mark> &lt;i&gt;</mark>\u21b5\u21b5" in page
+    alike = {"reference": ["a", "b"], "quantized": ["a", "b"], "same": 2}
+    assert "Both write the same 2 tokens." in with_passage(generated=alike)
+    shorter = {"reference": ["a", "b"], "quantized": ["a"], "same": 1}
+    assert "a<mark>b</mark>" in with_passage(generated=shorter)
+
+
+def test_the_page_says_why_nothing_was_generated() -> None:
+    page = with_passage(generated=None, not_generated="too <large>")
+    assert "No text was generated: too &lt;large&gt;." in page
+    assert "What they write" not in page
+    earlier = with_passage(generated=None)
+    assert "generated" not in earlier and "What they write" not in earlier

@@ -103,12 +103,6 @@ def test_errors_name_line_column_and_key(tmp_path, text, problem):
     assert str(error.value).startswith(f"{path}:{problem}") and "\n" not in str(error.value)
 
 
-def test_texts_are_still_read_by_their_former_keys(tmp_path):
-    path = tmp_path / "suite.yaml"
-    path.write_text("texts: [{data: a.txt, windows: 3}]\n")
-    assert load_suite(path).texts == (TextSection(text="a.txt", samples=3),)
-
-
 def test_an_unknown_name_lists_the_known_ones(tiny_release):
     with pytest.raises(InputError, match=r"no suite 'fidelty', .* fidelity, grok-1, smoke, tasks$"):
         load_suite("fidelty")

@@ -1,11 +1,12 @@
 """What each model would say next, token by token, at the end of a window of the text."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grokquant.evaluation.report import NextToken, Passage
+from grokquant.evaluation.report import Generated, NextToken, Passage
 from grokquant.streaming.blocks import BlockwiseModel
 
 _TOKENS = 48  # some lines of text
@@ -24,6 +25,11 @@ class Choices:
     own_p: list[float]
     base: list[int]
     base_p: list[float]
+
+    @property
+    def before(self) -> list[int]:
+        """The tokens before the last n."""
+        return self.tokens[: -len(self.own)]
 
 
 def choices(
@@ -48,8 +54,11 @@ def _first(model: BlockwiseModel, hidden: Tensor) -> tuple[list[int], list[float
     return where.tolist(), p.tolist()
 
 
-def passage(found: Choices, tokenizer: PreTrainedTokenizerBase) -> Passage:
-    """The choices as text."""
+def passage(
+    found: Choices, continued: list[list[int]] | str, tokenizer: PreTrainedTokenizerBase
+) -> Passage:
+    """The choices as text, and beside them what both models write in the place of the passage: the
+    tokens of the quantized model and of the other, or why there are none."""
     tokens = found.tokens
     start = len(tokens) - len(found.own)
     rows = []
@@ -64,8 +73,36 @@ def passage(found: Choices, tokenizer: PreTrainedTokenizerBase) -> Passage:
                 quantized_p=found.own_p[number],
             )
         )
-    before = tokenizer.decode(tokens[max(0, start - _BEFORE) : start])
-    return Passage(before=str(before), tokens=tuple(rows))
+    before = str(tokenizer.decode(tokens[max(0, start - _BEFORE) : start]))
+    if isinstance(continued, str):
+        return Passage(before=before, tokens=tuple(rows), not_generated=continued)
+    own, base = continued
+    generated = _generated(tokens[:start], own, base, tokenizer)
+    return Passage(before=before, tokens=tuple(rows), generated=generated)
+
+
+def _generated(
+    prompt: list[int], own: list[int], base: list[int], tokenizer: PreTrainedTokenizerBase
+) -> Generated:
+    pairs = zip(own, base, strict=False)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return Generated(
+        reference=_texts(prompt, base, tokenizer),
+        quantized=_texts(prompt, own, tokenizer),
+        same=same,
+    )
+
+
+def _texts(
+    prompt: list[int], tokens: list[int], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, ...]:
+    """The text of each token that follows a prompt."""
+    whole = [*prompt, *tokens]
+    places = range(len(prompt), len(whole))
+    return tuple(
+        _decoded(tokenizer, whole[max(0, place - _CONTEXT) : place], whole[place])
+        for place in places
+    )
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, context: list[int], token: int) -> str:

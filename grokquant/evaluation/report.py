@@ -517,14 +517,36 @@ class NextToken(_Part):
     """Its probability there."""
 
 
+class Generated(_Part):
+    """What both models write after the text before a passage, always the likeliest token: a token
+    that differs changes all that come after it."""
+
+    reference: tuple[str, ...]
+    """The tokens of the reference, in order."""
+    quantized: tuple[str, ...]
+    """The tokens of the quantized model, in order."""
+    same: Count
+    """How many of the first tokens are the same in both."""
+
+    @model_validator(mode="after")
+    def _within(self) -> "Generated":
+        if self.same > min(len(self.reference), len(self.quantized)):
+            raise ValueError("more tokens are the same than there are")
+        return self
+
+
 class Passage(_Part):
-    """The end of the first window. Both models read the true text before each token, so this is not
-    generated text: a token that differs does not change those after it."""
+    """The end of the first window. Both models read the true text before each of its `tokens`, so
+    these are not generated text: a token that differs does not change those after it."""
 
     before: str
     """The text before it."""
     tokens: tuple[NextToken, ...]
     """Its tokens, in order."""
+    generated: Generated | None = None
+    """What both models write in its place; None if they were too large, and in earlier reports."""
+    not_generated: str | None = None
+    """Why they have written nothing; None if they have, and in earlier reports."""
 
 
 class ReportHeader(_Part):

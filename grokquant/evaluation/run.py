@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from grokquant.checkpoint import open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation.cache import Cache
+from grokquant.evaluation.continuation import continuations
 from grokquant.evaluation.estimates import noise_floor, routing, text_figures
 from grokquant.evaluation.items import ItemResults
 from grokquant.evaluation.measure import LayerDone, compare_texts
@@ -97,12 +99,13 @@ def run_suite(
 ) -> Evaluation:
     """Runs both checkpoints over all texts and tasks of a suite, each block read once.
 
-    With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
-    also measured alone; a `cache` keeps the reference's states for the next evaluation. With
-    `any_reference`, the reference may be another model than the source, which the report then says.
-    Members of a `team` share the rows; all of them make this call and get the same evaluation.
-    `dtype` is that of the products of experts, as `dtype_of_products` takes it.
-    Raises InputError where the two cannot be compared, or a text or task cannot be used.
+        With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
+        also measured alone, and both write a text if they fit in memory; a `cache` keeps the
+    reference's states for the next evaluation. With `any_reference`, the reference may be another
+    model than the source, which the report then says. Members of a `team` share the rows; all of
+    them make this call and get the same evaluation. `dtype` is that of the products of experts, as
+    `dtype_of_products` takes it.
+        Raises InputError where the two cannot be compared, or a text or task cannot be used.
     """
     if cache and team.is_divided:
         raise InputError("several processes would keep parts of their own; leave it out", "cache")
@@ -129,6 +132,11 @@ def run_suite(
             products,
         )
         task_rows, items = tasks.results(*comparison.answers)
+    continued: list[list[int]] | str = "it was a quick evaluation"
+    if forced:
+        said = comparison.choices
+        write = partial(continuations, candidate, base, said.before, len(said.own), device)
+        continued = team.once(write)
     measured = [comparison.figures, *comparison.further]
     first, *further = (
         text_figures(text.protocol, figures, text.documents)
@@ -146,7 +154,7 @@ def run_suite(
         units=own_units,
         further_texts=tuple(further),
         tasks=task_rows,
-        passage=passage(comparison.choices, load_tokenizer(base)),
+        passage=passage(comparison.choices, continued, load_tokenizer(base)),
     )
     if name:
         report = report.model_copy(update={"suite": judged(report, name, suite.thresholds)})

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from grokquant.errors import GateError, InputError
@@ -39,7 +39,7 @@ class TextSection(Section):
     text: TextName = "python-docs"
     field: TextField = None
     protocol: Literal["hf", "llama.cpp"] = "hf"
-    samples: Annotated[Rows, Field(validation_alias=AliasChoices("samples", "windows"))] = 64
+    samples: Rows = 64
     length: RowLength | None = None
     bos: bool = False
 

@@ -1,7 +1,10 @@
-"""The section of the page with a passage of text and what both models would say next."""
+"""The section of the page with a passage of text, what both models would say next in it, and what
+they write in its place."""
+
+from collections.abc import Sequence
 
 from grokquant.escaping import html_text
-from grokquant.evaluation.report import NextToken, Passage, Report
+from grokquant.evaluation.report import ComparedModel, Generated, NextToken, Passage, Report
 from grokquant.humanize import percent
 from grokquant.reporting.html.markup import card, details, section, table, wide_table
 from grokquant.reporting.rows import name_of
@@ -15,33 +18,69 @@ def passage_section(report: Report) -> str:
         return ""
     differing = [token for token in found.tokens if token.quantized != token.reference]
     words = (
-        "The end of the first window, and what each model ranks first in place of each of its last "
-        f"{len(found.tokens)} tokens. In {len(differing)} places, which are marked, they differ. "
-        "This is no generated text: both models always go on from the true text. "
-        "`grokquant generate` writes some."
+        "The end of the first sequence, and what each model ranks first in place of each of its "
+        f"last {len(found.tokens)} tokens. In {len(differing)} places, which are marked, they "
+        f"differ. Both models always go on from the true text. {_about_generated(found)}"
     )
-    return section("What they would say next", words, _texts(report, found) + _places(differing))
+    marked = {
+        role: "".join(_marked(getattr(token, role), token) for token in found.tokens)
+        for role in ("reference", "quantized")
+    }
+    said = {
+        "The text": "".join(_text(token.text) for token in found.tokens),
+        _model("Reference", report.reference): marked["reference"],
+        _model("Quantized", report.quantized): marked["quantized"],
+    }
+    body = _texts(found.before, said) + _places(differing)
+    if found.generated is not None:
+        body += _generated(report, found.before, found.generated)
+    return section("What they would say next", words, body)
 
 
-def _texts(report: Report, found: Passage) -> str:
-    """The text, and the choices of both models in its place."""
-    names = (
-        ("The text", ""),
-        ("Reference", name_of(report.reference)),
-        ("Quantized", name_of(report.quantized)),
+def _about_generated(found: Passage) -> str:
+    if found.generated is not None:
+        return "Below it, each goes on from its own."
+    if found.not_generated is not None:
+        return f"No text was generated: {found.not_generated}."
+    return ""
+
+
+def _generated(report: Report, before: str, found: Generated) -> str:
+    """What both models write, with the first token that differs marked in each."""
+    first = found.same
+    count = max(len(found.reference), len(found.quantized))
+    words = f"Both write the same {count} tokens."
+    if first < count:
+        words = f"The first {first} tokens are the same in both; the next one is marked."
+    written = {
+        _model("Reference", report.reference): _with_mark(found.reference, first),
+        _model("Quantized", report.quantized): _with_mark(found.quantized, first),
+    }
+    intro = f"<h3>What they write</h3><p>{words} Each token is the likeliest one.</p>"
+    return intro + _texts(before, written)
+
+
+def _with_mark(tokens: Sequence[str], place: int) -> str:
+    shown = [_text(token) for token in tokens]
+    if place < len(shown):
+        shown[place] = f"<mark>{shown[place]}</mark>"
+    return "".join(shown)
+
+
+def _model(role: str, model: ComparedModel) -> str:
+    return f'{role}<br><span class="ends">{html_text(name_of(model))}</span>'
+
+
+def _texts(before: str, rows: dict[str, str]) -> str:
+    """Texts by their heads, the first one after what stands before all of them."""
+    shown = dict(rows)
+    first = next(iter(shown))
+    shown[first] = f'<span class="soft">{_text(before)}</span>{shown[first]}'
+    body = "".join(
+        f'<tr><th scope="row">{head}</th><td class="passage">{text}</td></tr>'
+        for head, text in shown.items()
     )
-    tokens = found.tokens
-    shown = (
-        f'<span class="soft">{_text(found.before)}</span>' + "".join(_text(t.text) for t in tokens),
-        "".join(_marked(t.reference, t) for t in tokens),
-        "".join(_marked(t.quantized, t) for t in tokens),
-    )
-    rows = (
-        f'<tr><th scope="row">{head}<br><span class="ends">{html_text(name)}</span></th>'
-        f'<td class="passage">{text}</td></tr>'
-        for (head, name), text in zip(names, shown, strict=True)
-    )
-    return card(table("", "".join(rows), "said"))
+    return card(table("", body, "said"))
 
 
 def _places(differing: list[NextToken]) -> str:
