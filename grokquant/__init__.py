@@ -153,11 +153,11 @@ def evaluate(
 ) -> "ShownReport":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-        `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
-        but a file or data set of its own must be given as `text`. `field` is that of its records which
-        holds the text.
-        A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
-        which thresholds are met. `quick` skips the per-layer isolation measurements and the generated
+    `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
+    but a file or data set of its own must be given as `text`. `field` is that of its records which
+    holds the text.
+    A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
+    which thresholds are met. `quick` skips the per-layer isolation measurements and the generated
     text. `cache` is a directory of at most `cache_size` that caches the reference's results for
     later evaluations. A reference that `quantized` was not made from is refused, or with
     `any_reference` named in the report. A suite may name files of tasks, which can run any code,

@@ -99,13 +99,13 @@ def run_suite(
 ) -> Evaluation:
     """Runs both checkpoints over all texts and tasks of a suite, each block read once.
 
-        With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
-        also measured alone, and both write a text if they fit in memory; a `cache` keeps the
+    With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
+    also measured alone, and both write a text if they fit in memory; a `cache` keeps the
     reference's states for the next evaluation. With `any_reference`, the reference may be another
     model than the source, which the report then says. Members of a `team` share the rows; all of
     them make this call and get the same evaluation. `dtype` is that of the products of experts, as
     `dtype_of_products` takes it.
-        Raises InputError where the two cannot be compared, or a text or task cannot be used.
+    Raises InputError where the two cannot be compared, or a text or task cannot be used.
     """
     if cache and team.is_divided:
         raise InputError("several processes would keep parts of their own; leave it out", "cache")
