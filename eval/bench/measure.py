@@ -20,10 +20,12 @@ class Measured:
     """`peak_rss` counts pages of mapped files too, `peak_anonymous` does not.
 
     Both are sampled: wait4's figure would count what the measuring program held when it forked.
-    `disk_read` are bytes that came from the disk and not from the page cache.
+    `disk_read` are bytes that came from the disk and not from the page cache. `cpu_seconds` are
+    those of all threads, which other programs hardly change.
     """
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int
     peak_anonymous: int
     disk_read: int
@@ -38,14 +40,16 @@ def run(command: list[str]) -> Measured:
         child = subprocess.Popen(command, stdout=stdout)
         peak_rss, peak_anonymous = _watch(child.pid)
         seconds = time.perf_counter() - start
-        counters = _numbers(child.pid, "io")  # of a process that has ended but is still there
+        # Of a process that has ended but is still there.
+        counters = _numbers(child.pid, "io")
+        cpu_seconds = _cpu_seconds(child.pid)
         child.wait()
         stdout.seek(0)
         text = stdout.read()
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command, text)
     read, written = counters["read_bytes"], counters["write_bytes"]
-    return Measured(seconds, peak_rss, peak_anonymous, read, written, text)
+    return Measured(seconds, cpu_seconds, peak_rss, peak_anonymous, read, written, text)
 
 
 def _watch(pid: int) -> tuple[int, int]:
@@ -63,6 +67,12 @@ def _numbers(pid: int, name: str) -> dict[str, int]:
     """The fields of /proc/PID/`name` that are numbers."""
     words = (line.split() for line in Path(f"/proc/{pid}/{name}").read_text().splitlines())
     return {word[0].rstrip(":"): int(word[1]) for word in words if word[1:] and word[1].isdigit()}
+
+
+def _cpu_seconds(pid: int) -> float:
+    """In user code and in the system: fields 14 and 15 of proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from field 3 on
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def drop_from_cache(files: Iterable[Path]) -> None:

@@ -65,6 +65,7 @@ def figures(rules: str, release: Path, work: Path, repeat: int) -> dict:
         "rules": rules,
         "seconds": seconds,
         "all_seconds": [found.seconds for found, _ in runs],
+        "cpu_seconds": median(found.cpu_seconds for found, _ in runs),
         "source_bytes": source,
         "output_bytes": written,
         "source_gb_per_second": source / seconds / 1e9,
