@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from grokquant.checkpoint import Opener
     from grokquant.evaluation.report import Report
     from grokquant.parallel import Team
     from grokquant.recipe import BudgetRecipe, Recipe
@@ -88,7 +89,8 @@ def plan(recipe: "Recipe | str | Path | Mapping") -> "ShownPlan":
     from grokquant.job.plan import build_plan
     from grokquant.reporting.shown import ShownPlan
 
-    return ShownPlan.of(build_plan(_as_recipe(recipe)))
+    opened = _opener()
+    return ShownPlan.of(build_plan(_as_recipe(recipe, opened), opened))
 
 
 def quantize(
@@ -124,11 +126,12 @@ def quantize(
     if repair:
         parallel.refuse_to_share("quantize(repair=True): does not run")
     team = parallel.join(place, warn)
-    made = _solved(_as_any_recipe(recipe), place, team)
+    opened = _opener()
+    made = _solved(_as_any_recipe(recipe, opened), place, team, opened)
     if repair:
-        output = pipeline.repair(made, progress, place)
+        output = pipeline.repair(made, progress, place, opened)
     else:
-        output = pipeline.quantize(made, progress, place, overwrite, team)
+        output = pipeline.quantize(made, progress, place, overwrite, team, opened)
     team.leave()
     if progress.asked_to_stop:  # when nothing was left to stop
         raise Stopped(f"{output}: is finished; a signal came while it was published")
@@ -229,30 +232,43 @@ def compare(runs: "Sequence[str | Path | Report]") -> "ShownRanking":
     return ShownRanking.of(runs)
 
 
-def _as_recipe(recipe: "Recipe | str | Path | Mapping") -> "Recipe":
+def _opener() -> "Opener":
+    """Opens each checkpoint once, for the recipe and the plan of one call."""
+    from functools import cache
+
+    from grokquant.checkpoint import open_checkpoint
+
+    return cache(open_checkpoint)
+
+
+def _as_recipe(recipe: "Recipe | str | Path | Mapping", opened: "Opener") -> "Recipe":
     from grokquant.errors import InputError
     from grokquant.recipe import BudgetRecipe
 
-    given = _as_any_recipe(recipe)
+    given = _as_any_recipe(recipe, opened)
     if isinstance(given, BudgetRecipe):
         raise InputError("recipe: quantize: has a budget, whose grids `quantize` chooses first")
     return given
 
 
 def _as_any_recipe(
-    recipe: "Recipe | BudgetRecipe | str | Path | Mapping",
+    recipe: "Recipe | BudgetRecipe | str | Path | Mapping", opened: "Opener"
 ) -> "Recipe | BudgetRecipe":
-    from grokquant.job.default_recipe import is_recipe
+    from grokquant.job.default_recipe import is_recipe, values_for
     from grokquant.recipe import BudgetRecipe, Recipe, load_any_recipe, parse_any_recipe
 
     if isinstance(recipe, (Recipe, BudgetRecipe)):
         return recipe
     if isinstance(recipe, Mapping):
         return parse_any_recipe(recipe)
-    return load_any_recipe(recipe) if is_recipe(recipe) else recipe_for(recipe)
+    if is_recipe(recipe):
+        return load_any_recipe(recipe)
+    return parse_any_recipe(values_for(recipe, opened=opened))
 
 
-def _solved(recipe: "Recipe | BudgetRecipe", device: "torch.device", team: "Team") -> "Recipe":
+def _solved(
+    recipe: "Recipe | BudgetRecipe", device: "torch.device", team: "Team", opened: "Opener"
+) -> "Recipe":
     """The recipe, its budget solved if it has one: by the first member of `team`, and for all."""
     from grokquant.recipe import BudgetRecipe, load_recipe
 
@@ -260,4 +276,7 @@ def _solved(recipe: "Recipe | BudgetRecipe", device: "torch.device", team: "Team
         return recipe
     from grokquant.job.allocation.allocate import allocate
 
-    return load_recipe(team.once(lambda: str(allocate(recipe, lambda line: None, device).path)))
+    def solve() -> str:
+        return str(allocate(recipe, lambda line: None, device, opened).path)
+
+    return load_recipe(team.once(solve))

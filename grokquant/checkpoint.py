@@ -1,7 +1,7 @@
 """An opened checkpoint: its source, the family that runs it, and proof that it is complete."""
 
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -26,6 +26,10 @@ _INTEGERS = (torch.int64, torch.int32, torch.bool)
 _NAMED = 20  # keys of a config in a note
 # Tensors that older versions of transformers stored although they follow from the config.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+# `open_checkpoint`, or what remembers the checkpoints that it has opened: (path, config) -> one
+Opener = Callable[[str | Path, str | Path | None], "Checkpoint"]
 
 
 @dataclass(frozen=True)

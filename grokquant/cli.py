@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
+    from grokquant.checkpoint import Opener
     from grokquant.evaluation.report import Report
     from grokquant.job.allocation.allocate import Allocation
     from grokquant.recipe import BudgetRecipe, Recipe
@@ -256,13 +257,14 @@ class _Asked:
     effort: str
     overrides: tuple[str, ...]
 
-    def values(self, model: str) -> dict[str, Any]:
+    def values(self, model: str, opened: "Opener") -> dict[str, Any]:
         """The keys of the recipe made for `model`. Raises InputError."""
         from grokquant.job.default_recipe import values_for
         from grokquant.recipe import with_overrides
 
         wanted = (self.shipped, self.bits, self.grid, self.output_format, self.output)
-        return with_overrides(values_for(model, *wanted, self.effort), self.overrides)
+        given = values_for(model, *wanted, self.effort, opened)
+        return with_overrides(given, self.overrides)
 
 
 def _asks(command: Callable[..., None]) -> Callable[..., None]:
@@ -321,9 +323,10 @@ def quantize(
     place = device_of(parallel.own_device(device))
     team = parallel.join(place, _say_own)
     context.meta[_TEAM] = team
-    loaded, shown = _recipe_of(model, asked, None if dry_run else place, team)
+    opened = _opener()
+    loaded, shown = _recipe_of(model, asked, opened, None if dry_run else place, team)
     if dry_run:
-        team.once(lambda: _show_plan(loaded, as_json, shown=shown))
+        team.once(lambda: _show_plan(loaded, opened, as_json, shown=shown))
         return
     if repair:
         parallel.refuse_to_share("quantize --repair: does not run")
@@ -331,9 +334,9 @@ def quantize(
         raise InputError("keeps nothing that --repair could repair; give one of them", "overwrite")
     with RunProgress(shown, context.obj) as progress:
         if repair:
-            made = pipeline.repair(loaded, progress, place)
+            made = pipeline.repair(loaded, progress, place, opened)
         else:
-            made = pipeline.quantize(loaded, progress, place, overwrite, team)
+            made = pipeline.quantize(loaded, progress, place, overwrite, team, opened)
 
     def tell() -> None:
         if as_json:
@@ -386,8 +389,9 @@ def plan(
     that needs it, the estimated time, and the programs that can load the result. Sizes come from
     file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
-    recipe, shown = _recipe_of(model, asked)
-    _show_plan(recipe, as_json, engine, shown, processes)
+    opened = _opener()
+    recipe, shown = _recipe_of(model, asked, opened)
+    _show_plan(recipe, opened, as_json, engine, shown, processes)
 
 
 @main.command()
@@ -408,10 +412,20 @@ def budget(recipe: str, overrides: tuple[str, ...], device: str) -> None:
     loaded = load_any_recipe(recipe, overrides)
     if not isinstance(loaded, BudgetRecipe):
         raise InputError(f"{recipe}: quantize: has no budget; `grokquant quantize` takes it")
-    click.echo(escaping.lines(_allocated(loaded, device_of(device)).text), nl=False)
+    found = _allocated(loaded, device_of(device), _opener())
+    click.echo(escaping.lines(found.text), nl=False)
 
 
-def _allocated(recipe: "BudgetRecipe", device: "torch.device") -> "Allocation":
+def _opener() -> "Opener":
+    """Opens each checkpoint once, for the recipe and the plan of a command."""
+    from functools import cache
+
+    from grokquant.checkpoint import open_checkpoint
+
+    return cache(open_checkpoint)
+
+
+def _allocated(recipe: "BudgetRecipe", device: "torch.device", opened: "Opener") -> "Allocation":
     """A budget solved, and a line about it on stderr."""
     from grokquant.job.allocation.allocate import allocate
 
@@ -422,7 +436,7 @@ def _allocated(recipe: "BudgetRecipe", device: "torch.device") -> "Allocation":
         signs.heard()
         _say(line, err=True)
 
-    found = allocate(recipe, note, device)
+    found = allocate(recipe, note, device, opened)
     _say(f"budget: {found.bits_per_weight:.4f} bits per weight; recipe: {found.path}", err=True)
     return found
 
@@ -446,7 +460,7 @@ def recipes(
         width = max(map(len, GOALS))
         _say(*(f"{name:{width}}  {goal.text}" for name, goal in GOALS.items()))
         return
-    values = asked.values(model)
+    values = asked.values(model, _opener())
     parse_recipe(values)
     click.echo(escaping.lines(to_yaml(values)), nl=False)
 
@@ -454,6 +468,7 @@ def recipes(
 def _recipe_of(
     model: str,
     asked: _Asked,
+    opened: "Opener",
     device: "torch.device | None" = None,
     team: parallel.Team = parallel.ALONE,
 ) -> "tuple[Recipe, list[str]]":
@@ -483,12 +498,12 @@ def _recipe_of(
             raise InputError(f"{model}: quantize: {text} {model}")
 
         def solve() -> list[str]:
-            found = _allocated(loaded, device)
+            found = _allocated(loaded, device, opened)
             return [str(found.path), *found.text.splitlines()]
 
         path, *lines = team.once(solve)
         return load_recipe(path), [f"recipe for {model}:", *lines]
-    values = asked.values(model)
+    values = asked.values(model, opened)
     lines = [f"  {line}" for line in to_yaml(values).splitlines()]
     return parse_recipe(values), [f"recipe for {model}:", *lines]
 
@@ -941,6 +956,7 @@ def generate(
 
 def _show_plan(
     recipe: "Recipe",
+    opened: "Opener",
     as_json: bool,
     engine: str | None = None,
     shown: Sequence[str] = (),
@@ -955,7 +971,7 @@ def _show_plan(
     from grokquant.job.shards import check_writable
     from grokquant.reporting import terminal
 
-    plan = build_plan(recipe)
+    plan = build_plan(recipe, opened)
     check_writable(Path(recipe.output.path))
     sharing = sharing_of(plan, processes) if processes else None
     budget = budget_of(plan)

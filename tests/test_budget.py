@@ -24,7 +24,8 @@ from grokquant.methods.method import Cost
 from grokquant.parallel import Team
 from grokquant.streaming.blocks import CALIBRATION_DTYPE
 from grokquant.streaming.whole import running
-from grokquant.text import python_docs
+from grokquant.text import documents, installed, python_docs
+from grokquant.text.records import READERS
 from grokquant.toy import TOY_PATH
 
 RTN = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
@@ -136,16 +137,32 @@ def test_a_smaller_hessian_lowers_the_peak_of_grok_1(tmp_path, tiny_recipe, monk
     assert whole.bytes < 14e9
 
 
-def test_a_part_of_the_documentation_is_read_to_time_it(tiny_recipe, monkeypatch):
-    asked = {"text": "python-docs", "samples": 16, "length": 64}
-    plan = build_plan(tiny_recipe(calibration=asked))
+def test_a_part_of_the_texts_is_read_to_time_them(tiny_recipe, monkeypatch, text_file):
+    """Of every installation; of others all, once."""
+    monkeypatch.setattr(installed, "_PACKAGES", ("numpy",))
+    own = str(text_file)
+    shares = {"python-docs": 1.0, "package-docs": 2.0, own: 1.0}
+    plan = build_plan(tiny_recipe(calibration={"text": shares, "samples": 16, "length": 64}))
     read = []
-    covered = len(list(python_docs.covered_files(Path(sysconfig.get_path("stdlib")))))
+    folders = [Path(sysconfig.get_path("stdlib")), installed._folder("numpy")]
+    covered = [len(list(python_docs.covered_files(folder))) for folder in folders]
     docstrings = python_docs.docstrings_of
     monkeypatch.setattr(python_docs, "docstrings_of", lambda p: read.append(p) or docstrings(p))
+    readers = dict(documents.READERS)
+    readers[".txt"] = lambda text, field: read.append(Path(text)) or READERS[".txt"](text, field)
+    monkeypatch.setattr(documents, "READERS", readers)
     rows, seconds = timing._timed_rows(plan)
-    assert 0 < len(read) <= covered // 8 + 1
     assert rows.shape == (16, 64) and seconds > 0
+    assert read.count(Path(own)) == 1
+    assert 0 < len(read) <= sum(covered) // 8 + 3
+
+
+def test_a_text_of_few_sequences_is_timed_with_as_many(tiny_recipe, monkeypatch):
+    """One module in eight gives two sequences, so all give sixteen, of which 88 % calibrate."""
+    monkeypatch.setattr(installed, "some_documents", lambda text, share: ["word " * 140])
+    asked = {"text": "python-code", "samples": 99, "length": 64}
+    rows, _ = timing._timed_rows(build_plan(tiny_recipe(calibration=asked)))
+    assert rows.shape == (14, 64)
 
 
 @pytest.mark.parametrize("rules", [(EXPERTS, GPTQ_ATTENTION), (EXPERTS, ATTENTION), (RTN,)])

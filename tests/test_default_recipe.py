@@ -10,7 +10,7 @@ from conftest import saved_model
 from test_families import FOUR, MODELS, SIZES
 
 import grokquant
-from grokquant import recipe_for
+from grokquant import checkpoint, recipe_for
 from grokquant.checkpoint import open_checkpoint
 from grokquant.cli import main
 from grokquant.errors import InputError
@@ -18,6 +18,7 @@ from grokquant.files.atomic import sha256
 from grokquant.grids import GRIDS
 from grokquant.job.default_recipe import GOALS, goal_of, is_recipe
 from grokquant.job.plan import Plan, build_plan
+from grokquant.sources import open_source
 from grokquant.sources.located import located
 
 SPARSE = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "gpt_oss"}
@@ -276,12 +277,26 @@ def run(*arguments: object) -> tuple[str, str]:
 FEW = ("--set", "calibration.samples=4", "--set", "calibration.length=32")
 
 
+@pytest.fixture
+def opened(monkeypatch) -> list[Path]:
+    """The sources that were opened."""
+    paths: list[Path] = []
+
+    def counted(path: Path, config: Path | None) -> object:
+        paths.append(path)
+        return open_source(path, config)
+
+    monkeypatch.setattr(checkpoint, "open_source", counted)
+    return paths
+
+
 def test_one_line_quantizes_a_model_and_its_recipe_makes_the_same(
-    mixtral, tmp_path, monkeypatch, text_file
+    mixtral, tmp_path, monkeypatch, text_file, opened
 ):
     monkeypatch.chdir(tmp_path)
     few = (*FEW, "--set", f"calibration.text={text_file}", "--set", "max_fallbacks=1")
     told, plan = run("quantize", mixtral, *few)
+    assert opened.count(mixtral) == 1
     assert "int4 g128 sym (gptq)" in plan and "match: layers.*.experts.*" in plan
     place = Path("Mixtral-tiny-int4")
     last = told.splitlines()[-1]
@@ -330,9 +345,11 @@ def test_options_change_a_recipe_file_too(mixtral, tmp_path, monkeypatch):
     )
 
 
-def test_python_takes_a_model_as_well(mixtral, tmp_path, monkeypatch):
+def test_python_takes_a_model_as_well(mixtral, tmp_path, monkeypatch, opened):
     monkeypatch.chdir(tmp_path)
-    assert grokquant.plan(mixtral).recipe == grokquant.recipe_for(mixtral)
+    planned = grokquant.plan(mixtral)
+    assert opened == [mixtral]
+    assert planned.recipe == grokquant.recipe_for(mixtral)
     assert grokquant.plan(str(mixtral)).recipe == grokquant.recipe_for(mixtral, bits=4)
 
 

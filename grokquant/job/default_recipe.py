@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.checkpoint import Checkpoint, Opener, open_checkpoint
 from grokquant.errors import InputError
 from grokquant.families.tokenizer import has_tokenizer
 from grokquant.files.published import published_path
@@ -116,6 +116,7 @@ def values_for(
     format: str | None = None,
     output: str | Path | None = None,
     effort: str = "normal",
+    opened: Opener = open_checkpoint,
 ) -> Values:
     """The keys of a recipe for `model`, in their order; all others have their defaults.
 
@@ -136,7 +137,7 @@ def values_for(
             raise InputError(f"recipe {recipe} has methods of its own: change them", "effort")
         return _of_file(model, recipe, format, output)
     name, goal = goal_of(None if recipe is None else str(recipe), bits, grid, format)
-    checkpoint = open_checkpoint(model)
+    checkpoint = opened(model, None)
     rules = _rules(checkpoint, replace(goal, effort=effort))
     if effort == "high" and not any(rule["method"] == "two-sided" for rule in rules):
         raise InputError(f"high changes nothing: no experts of {model} are calibrated", "effort")

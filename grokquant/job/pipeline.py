@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grokquant.checkpoint import Opener, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import Elsewhere, InputError, OutOfMemory, Stopped
 from grokquant.files.unfinished import work_path
@@ -110,6 +111,7 @@ def quantize(
     device: torch.device = CPU,
     overwrite: bool = False,
     team: Team = ALONE,
+    opened: Opener = open_checkpoint,
 ) -> Path:
     """Quantizes as `recipe` says and returns the output directory.
 
@@ -120,7 +122,7 @@ def quantize(
     after a signal; in each of these cases nothing new appears under the output's name.
     """
     progress = team.only_first(progress or Silence(), Mute())
-    plan = build_plan(recipe)
+    plan = build_plan(recipe, opened)
     output = Path(recipe.output.path)
     check_output(output, plan.checkpoint.source.path)
     division = Division(plan, team)
@@ -165,7 +167,12 @@ def quantize(
     return output
 
 
-def repair(recipe: Recipe, progress: Progress | None = None, device: torch.device = CPU) -> Path:
+def repair(
+    recipe: Recipe,
+    progress: Progress | None = None,
+    device: torch.device = CPU,
+    opened: Opener = open_checkpoint,
+) -> Path:
     """Makes the files of a finished result again that `verify` rejects; returns the directory.
 
     `recipe` must be the one that made it, but for paths and what changes no weight. All other files
@@ -174,7 +181,7 @@ def repair(recipe: Recipe, progress: Progress | None = None, device: torch.devic
     GateError if the files could not be made as they were, or other faults remain.
     """
     progress = progress or Silence()
-    plan = build_plan(recipe)
+    plan = build_plan(recipe, opened)
     output = Path(recipe.output.path)
     check_place(output, plan.checkpoint.source.path)
     damage = damage_of(output)

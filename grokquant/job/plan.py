@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.checkpoint import Checkpoint, Opener, open_checkpoint
 from grokquant.containers import container_of
 from grokquant.containers.container import (
     Container,
@@ -266,14 +266,14 @@ class Plan:
         return {part: file_of[place.tensor] for part, place in self.slots.items()}
 
 
-def build_plan(recipe: Recipe) -> Plan:
-    """Opens the checkpoint of `recipe` (headers only) and applies its rules.
+def build_plan(recipe: Recipe, opened: Opener = open_checkpoint) -> Plan:
+    """The rules of `recipe` applied to its checkpoint, which is `opened` (headers only).
 
     Raises InputError naming the rule or unit if a rule matches nothing or a grid does not fit a
     matrix. `check_disk` checks the free space.
     """
     refuse_no_place(Path(recipe.output.path))
-    return plan_of(recipe, open_checkpoint(recipe.model.path, recipe.model.config))
+    return plan_of(recipe, opened(recipe.model.path, recipe.model.config))
 
 
 def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from grokquant.text import python_docs
-from grokquant.text.python_docs import Part, covered_files, docstrings_of, part_of
+from grokquant.text.python_docs import Part, covered_files, part_of
 
 # Both are requirements of grokquant.
 _PACKAGES = ("numpy", "scipy")
@@ -36,14 +36,28 @@ def _package_docs(part: Part) -> list[str]:
     found = []
     with python_docs.uncollected():
         for package in _PACKAGES:
-            spec = find_spec(package)
-            assert spec and spec.submodule_search_locations
-            root = Path(spec.submodule_search_locations[0])
-            for name, path in _modules(root, package):
+            for name, path in _modules(_folder(package), package):
                 if _is_of(name, part):
-                    text = "\n\n".join(docstrings_of(path))
+                    text = python_docs.documentation_of(path)
                     found.append(python_docs.unseen_paragraphs(text, seen))
     return [text + "\n" for text in found if text]
+
+
+def some_documents(text: str, share: int) -> list[str]:
+    """The documents of one in `share` modules, of any part: what takes that share of the time."""
+    folders = [python_docs.standard_library()]
+    if text == "package-docs":
+        folders = [_folder(package) for package in _PACKAGES]
+    paths = [path for folder in folders for path in sorted(covered_files(folder))]
+    read = _source if text == "python-code" else python_docs.documentation_of
+    with python_docs.uncollected():
+        return list(filter(str.strip, map(read, paths[::share])))
+
+
+def _folder(package: str) -> Path:
+    spec = find_spec(package)
+    assert spec and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
 
 
 def _modules(root: Path, prefix: str) -> Iterator[tuple[str, Path]]:

@@ -51,12 +51,6 @@ def digest(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
-def some_documents(share: int) -> list[str]:
-    """The documents of one in `share` modules, of any part: what takes that share of the time."""
-    with uncollected():
-        return [text for _, text in _modules(share)]
-
-
 @cache
 def _all_documents() -> tuple[tuple[str, str], ...]:
     seen: set[str] = set()
@@ -100,10 +94,10 @@ def _topics() -> Iterator[tuple[str, str]]:
         yield f"topic:{name}", text.strip()
 
 
-def _modules(share: int = 1) -> Iterator[tuple[str, str]]:
+def _modules() -> Iterator[tuple[str, str]]:
     root = standard_library()
-    for path in sorted(covered_files(root))[::share]:
-        yield f"module:{path.relative_to(root).as_posix()}", "\n\n".join(docstrings_of(path))
+    for path in sorted(covered_files(root)):
+        yield f"module:{path.relative_to(root).as_posix()}", documentation_of(path)
 
 
 def standard_library() -> Path:
@@ -132,6 +126,11 @@ def docstrings_of(path: Path) -> list[str]:
         return []  # some installations carry files for other Python versions
     nodes = _holders(tree)
     return [text.strip() for node in nodes if (text := ast.get_docstring(node)) and text.strip()]
+
+
+def documentation_of(path: Path) -> str:
+    """Them as the paragraphs of one text."""
+    return "\n\n".join(docstrings_of(path))
 
 
 def _holders(tree: ast.Module) -> Iterator[_Holder]:

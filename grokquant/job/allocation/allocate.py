@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.checkpoint import Checkpoint, Opener, open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.escaping import one_line
@@ -85,14 +85,19 @@ def budget_path(output: Path) -> Path:
     return output.with_name(output.name + ".budget")
 
 
-def allocate(recipe: BudgetRecipe, note: Note, device: torch.device = CPU) -> Allocation:
+def allocate(
+    recipe: BudgetRecipe,
+    note: Note,
+    device: torch.device = CPU,
+    opened: Opener = open_checkpoint,
+) -> Allocation:
     """Chooses the grid of each matrix of the budget, and writes the recipe that says so.
 
     Goes on from an interrupted measurement, and measures nothing twice. Raises InputError for a
     budget that cannot be met, for measurements of something else, and for a recipe in the place of
     its own that was changed by hand.
     """
-    checkpoint = open_checkpoint(recipe.model.path, recipe.model.config)
+    checkpoint = opened(recipe.model.path, recipe.model.config)
     output = Path(recipe.output.path)
     check_output(output, checkpoint.source.path)
     choices = choices_of(recipe, checkpoint)

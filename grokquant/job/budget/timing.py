@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from grokquant.calibration.hessian import accumulate
 from grokquant.calibration.site import Site
@@ -27,14 +28,16 @@ from grokquant.methods.method import Cost, errors_of
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_IN_PIECE
 from grokquant.streaming.gradients import DTYPE, differentiated_tokens
 from grokquant.streaming.whole import running
-from grokquant.text import python_docs
+from grokquant.text import installed
 from grokquant.text.documents import calibration_rows, token_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.threads import in_pieces
 from grokquant.types import QTensor, TensorRef, Unit
 
-# Of the modules with documentation one in so many is read; calibration takes 8 % of them.
+# Of the modules behind a text of every installation one in so many is read.
 _TEXT_SHARE = 8
+# Rows of the run for each row from those: it takes 8 % of python-docs, 88 % of the others.
+_ROWS_FOR_ONE = {"python-docs": 1, "python-code": 7, "package-docs": 7}
 _PIECE = 2048  # rows, columns or tokens of a probe at most
 # The source is read in this many places, and this much in each: more than a disk's own cache.
 _SAMPLES = 8
@@ -88,21 +91,37 @@ def _calibrating(plan: Plan) -> dict[str, float]:
 
 
 def _timed_rows(plan: Plan) -> tuple[Tensor, float]:
-    """Rows of tokens like those of the run, and the seconds that making its rows takes.
-
-    The documentation of Python is the same everywhere, so a part of it is enough.
-    """
-    asked = plan.recipe.calibration
+    """Rows of tokens like those of the run, and the seconds that making its rows takes."""
     start = perf_counter()
     tokenizer = load_tokenizer(plan.checkpoint)
-    if asked.text != "python-docs":
+    seconds = perf_counter() - start
+    parts = []
+    for text, samples in plan.recipe.calibration.samples_of.items():
+        rows, took = _timed_text(plan, tokenizer, text, samples)
+        parts.append(rows)
+        seconds += took
+    return torch.cat(parts), seconds
+
+
+def _timed_text(
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, text: str, samples: int
+) -> tuple[Tensor, float]:
+    """Rows like those of one text, and the seconds that it takes.
+
+    Texts of every installation are the same everywhere, so a part of their modules is enough.
+    """
+    asked = plan.recipe.calibration.model_copy(update={"text": text, "samples": samples})
+    start = perf_counter()
+    if text not in _ROWS_FOR_ONE or not asked.packed:
         rows = calibration_rows(asked, tokenizer, plan.checkpoint)
         return rows, perf_counter() - start
-    length = min(asked.length, plan.checkpoint.positions)
-    documents = python_docs.some_documents(_TEXT_SHARE)
+    documents = installed.some_documents(text, _TEXT_SHARE)
     read = perf_counter() - start
-    rows = token_rows(documents, tokenizer, asked.samples, length, None)
-    return rows, perf_counter() - start + (_TEXT_SHARE - 1) * read
+    length = min(asked.length, plan.checkpoint.positions)
+    rows = token_rows(documents, tokenizer, samples, length, None)
+    seconds = perf_counter() - start + (_TEXT_SHARE - 1) * read
+    count = min(samples, _ROWS_FOR_ONE[text] * len(rows))
+    return rows[torch.arange(count) % len(rows)], seconds
 
 
 def _differentiating(plan: Plan) -> float:
