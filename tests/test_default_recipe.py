@@ -144,6 +144,12 @@ def test_grids_of_llama_cpp_have_another_beside_them_where_they_do_not_fit(mixtr
     beside = "IQ4_NL" if GRIDS[grid].bits <= 4 else "Q8_0"
     fits = GRIDS[grid].block_columns == 32
     assert types["experts.down"] == (grid.upper() if fits else beside)
+    count = sum(unit.kind == "experts.down" for unit in plan.units.values())
+    told = [line for line in plan.notes if "K types" in line]
+    words = (
+        f"{count} of {len(plan.units)} matrices have 384 input features, which the blocks of 256"
+    )
+    assert told == ([] if fits else [f"{words} of K types do not divide: {beside}"])
 
 
 def test_without_a_tokenizer_nothing_is_calibrated(mixtral, tmp_path):

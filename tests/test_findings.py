@@ -7,9 +7,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_families import saved  # noqa: F401
 
+from grokquant import recipe_for
 from grokquant.grids import Scheme
 from grokquant.job import pipeline
+from grokquant.job.card import model_card
 from grokquant.job.findings import findings, listed
+from grokquant.job.metadata import Record, report_of_plan
+from grokquant.job.plan import build_plan
 from grokquant.recipe import parse_recipe
 from grokquant.reporting.terminal import RunProgress
 from grokquant.types import UnitReport
@@ -55,6 +59,17 @@ def test_a_matrix_of_which_nothing_is_left_has_one_line():
         "down9: 64 rows became zero, too small for the grid's scales; "
         "relative error 1, nothing is left of its weights"
     )
+
+
+def test_a_type_in_place_of_another_is_named_everywhere(saved, tmp_path):  # noqa: F811
+    """All experts have 64 or 96 input features: no matrix is of the type that names the result."""
+    recipe = recipe_for(saved("mixtral")[1], grid="q4_k", output=tmp_path / "mixtral-q4_k")
+    plan = build_plan(recipe)
+    lines = [line for line in plan.notes if "K types" in line]
+    assert len(lines) == 2 and all(line.endswith("do not divide: IQ4_NL") for line in lines)
+    report = report_of_plan(plan, Record([], [], (), {}))
+    assert report["findings"] == lines
+    assert "\n".join(f"* {line}" for line in lines) in model_card(plan, [])
 
 
 def test_a_long_list_ends_with_a_number():

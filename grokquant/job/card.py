@@ -20,6 +20,7 @@ from grokquant.job.card_parts import EVALUATION, NOT_EVALUATED, with_table
 from grokquant.job.findings import findings, listed
 from grokquant.job.plan import Plan
 from grokquant.job.shards import CARD_NAME, REPORT_NAME
+from grokquant.job.smaller_blocks import smaller_blocks
 from grokquant.recipe import is_file, is_repository_text
 from grokquant.types import UnitReport
 from grokquant.version import OWN
@@ -38,7 +39,7 @@ def model_card(plan: Plan, reports: list[UnitReport]) -> str:
         "## What was quantized",
         _grids(plan, reports),
         *_listed("Fallbacks to round-to-nearest:", _fallbacks(reports)),
-        *_listed("Unusual losses:", listed(unusual(plan, reports))),
+        *_listed("Unusual:", listed(unusual(plan, reports))),
         "## How it was made",
         _commands(plan),
         "## Evaluation",
@@ -162,12 +163,12 @@ def _listed(head: str, lines: list[str]) -> list[str]:
 
 
 def unusual(plan: Plan, reports: list[UnitReport]) -> list[str]:
-    """A line for each matrix of which too much was lost."""
+    """Lines for matrices that have another type than the rest, or of which too much was lost."""
     kinds = {
         name: f"{unit.kind} in {plan.format.grid_name(unit.scheme)}"
         for name, unit in plan.units.items()
     }
-    return findings(reports, kinds)
+    return [*smaller_blocks(plan.units.values()), *findings(reports, kinds)]
 
 
 def _commands(plan: Plan) -> str:

@@ -30,6 +30,7 @@ from grokquant.files.links import refuse_no_place
 from grokquant.files.unfinished import work_path
 from grokquant.formats import FORMATS, Format
 from grokquant.humanize import size
+from grokquant.job.smaller_blocks import smaller_blocks
 from grokquant.job.units import planned_units
 from grokquant.methods import METHODS
 from grokquant.methods.method import Needs
@@ -293,7 +294,8 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     groups = _part_groups(checkpoint, planned, output_format)
     schemes = {tensor: unit.scheme for tensor, unit in planned.items()}
     container = container_of(recipe.output.format)
-    notes = _check_tokenizer(recipe, checkpoint.source, container)
+    without = _check_tokenizer(recipe, checkpoint.source, container)
+    notes = (*without, *smaller_blocks(units.values()))
     laid_out = checkpoint.source
     if recipe.output.tokenizer == "none":
         laid_out = replace(laid_out, tokenizer_files=())
