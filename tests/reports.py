@@ -120,10 +120,10 @@ def content(layers: int = 4, experts: int = 8) -> dict:
         "protocol": {
             "text": "python-docs (held-out)",
             "text_sha256": "9f86d081884c7d659a2feaa0c55ad015",
-            "windows": 128,
+            "samples": 128,
             "length": 256, "asked_length": None,
             "tokens_scored": 32640,
-            "scored": "every token but the first of each window",
+            "scored": "every token but the first of each sequence",
             "bos": False,
             "arithmetic": "float32 on bf16 weights",
         },
@@ -201,7 +201,7 @@ def with_suite(layers: int = 4, experts: int = 8) -> dict:
     tree = content(layers, experts)
     keys = [key for key in TextFigures.model_fields if key in tree]
     text = copy.deepcopy({key: tree[key] for key in keys})
-    text["protocol"] |= {"length": 512, "scored": "the second half of each window"}
+    text["protocol"] |= {"length": 512, "scored": "the second half of each sequence"}
     text["kld"]["mean"] = estimate(0.0051234567, 0.0000712345)
     paired = {
         "items": 640,

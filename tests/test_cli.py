@@ -244,7 +244,7 @@ def test_eval_json_is_the_report_alone(evaluated, place):
     report = json.loads(evaluated.stdout)
     assert report == json.loads((place / "reports" / "report.json").read_text())
     assert (place / "reports" / "report.html").read_text().startswith("<!doctype html>")
-    assert report["protocol"]["windows"] == 3 and report["protocol"]["length"] == 32
+    assert report["protocol"]["samples"] == 3 and report["protocol"]["length"] == 32
     assert report["protocol"]["tokens_scored"] == 3 * 31
     assert len(report["units"]) == UNITS
 
@@ -259,7 +259,7 @@ def test_eval_prints_a_table_and_fills_the_card(output, tiny_release):
     named = ("--text", own_text(output), "--overwrite")
     text = done("eval", output, "--reference", tiny_release, *named)
     assert f"text: {own_text(output)}, as given" in text.splitlines()
-    for part in ("Mean PPL(Q)", "Mean KLD", "Same top p", "4 windows of 64"):
+    for part in ("Mean PPL(Q)", "Mean KLD", "Same top p", "4 sequences of 64"):
         assert part in text
     page = output / "evaluation" / "report.html"
     assert text.splitlines()[-1] == f"report: {page}" and page.is_file()
@@ -523,7 +523,7 @@ def test_an_evaluation_is_not_repeated_nor_replaced_unasked(evaluating, tmp_path
     assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == stamps
     replaced, runs = evaluating("--output", place, "--samples", 1, "--overwrite")
     assert (replaced.exit_code, runs) == (0, 1)
-    assert json.loads((place / "report.json").read_text())["protocol"]["windows"] == 1
+    assert json.loads((place / "report.json").read_text())["protocol"]["samples"] == 1
 
 
 def test_an_evaluation_that_was_changed_is_not_shown(evaluating, output):

@@ -162,7 +162,7 @@ def test_runs_of_one_name_go_by_what_was_given(tmp_path):
         ("protocol__arithmetic", "bfloat16", "protocol.arithmetic is bfloat16"),
         ("reference__family", "mixtral", "reference.family is mixtral"),
         ("perplexity__reference", estimate(19.9, 0.2), "the reference’s perplexity is 19.9"),
-        ("bootstrap__unit", "window", "bootstrap.unit is window"),
+        ("bootstrap__unit", "sequence", "bootstrap.unit is sequence"),
         ("documents__tokens", [7] * DOCUMENTS, "documents.tokens is not that of .*four"),
     ],
 )

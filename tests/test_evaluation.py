@@ -451,7 +451,7 @@ def test_settings_that_make_no_sense_are_refused(outputs, given, words):
 def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, text_file):
     text = own_text(outputs["int4"])
     report = grokquant.evaluate(outputs["int4"], tiny_release, text, 3, 40, quick=True)
-    assert (report.protocol.windows, report.protocol.length) == (3, 40)
+    assert (report.protocol.samples, report.protocol.length) == (3, 40)
     assert report.protocol.tokens_scored == 3 * 39
     assert report.protocol.text == relpath(text_file)
     for layer in report.layers:
@@ -461,7 +461,7 @@ def test_windows_and_length_are_what_the_protocol_says(outputs, tiny_release, te
 def test_windows_are_no_longer_than_the_model_has_positions(outputs, tiny_release):
     text = own_text(outputs["int4"])
     report = grokquant.evaluate(outputs["int4"], tiny_release, text, 1, 100_000, quick=True)
-    assert (report.protocol.windows, report.protocol.length) == (1, 512)
+    assert (report.protocol.samples, report.protocol.length) == (1, 512)
     assert report.protocol.asked_length == 100_000
     (line,) = notes(report)
     assert line.endswith(
@@ -493,7 +493,7 @@ def test_python_docs_is_the_held_out_part(outputs, tiny_release, monkeypatch):
         outputs["int4"], tiny_release, text="python-docs", samples=2, length=16, quick=True
     )
     assert report.protocol.text == "python-docs, held-out part"
-    assert report.protocol.windows == 2
+    assert report.protocol.samples == 2
 
 
 def test_a_text_too_short_is_named(outputs, tiny_release, tmp_path):

@@ -344,7 +344,7 @@ def test_without_lm_eval_its_command_line_is_one_line(monkeypatch, capsys):
 def test_tasks_are_in_the_report(tiny_release, tmp_path):
     suite = Suite.model_validate(
         {
-            "texts": [{"windows": 2, "length": 32}, {"windows": 1, "protocol": "llama.cpp"}],
+            "texts": [{"samples": 2, "length": 32}, {"samples": 1, "protocol": "llama.cpp"}],
             "tasks": [t.model_dump(exclude_none=True) for t in TASKS[1:]],
             "max_length": LONGEST,
         }

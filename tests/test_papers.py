@@ -399,7 +399,7 @@ def test_no_published_file_tells_where_it_was_made(mixtral, text_file, tmp_path,
     rule = grid | {"method": "gptq"}
     sections = {"calibration": settings, "eval": settings, "max_fallbacks": 1}
     output = pipeline.quantize(recipe_of(source, home / "out", rule, form, **sections))
-    section = {"data": text, "protocol": "hf", "windows": 2, "length": 32, "bos": False}
+    section = {"text": text, "protocol": "hf", "samples": 2, "length": 32, "bos": False}
     (home / "suite.yaml").write_text(json.dumps({"texts": [section]}))
     report = grokquant.evaluate(output, source, suite=str(home / "suite.yaml"))
     publish(report, output)

@@ -414,7 +414,7 @@ def test_tables_of_a_suite() -> None:
     for table in suite_tables(suite):
         console.print(table)
     text = console.export_text()
-    for words in ("at most 1\u00a0%", "missed", "19, 8", "the second half of each window"):
+    for words in ("at most 1\u00a0%", "missed", "19, 8", "the second half of each sequence"):
         assert words in text
     assert list(suite_tables(report())) == [] and tasks_markdown(report()) == []
 
@@ -532,6 +532,14 @@ def test_the_divergence_lies_among_anchors() -> None:
 def test_a_page_says_when_it_was_made(monkeypatch) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     assert "<footer>1970-01-02, grokquant" in render_html(report())
+
+
+def test_reports_that_say_windows_are_still_read() -> None:
+    tree = content()
+    protocol = dict(tree["protocol"])
+    protocol["windows"] = protocol.pop("samples")
+    protocol["scored"] = "every token but the first of each window"
+    assert parse_report(tree | {"protocol": protocol}, "test") == report()
 
 
 def test_a_passage_marks_where_the_models_differ() -> None:

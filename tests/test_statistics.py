@@ -100,12 +100,12 @@ def test_nothing_to_draw_leaves_nothing_open(sums):
     assert found.low == pytest.approx(found.value) == pytest.approx(found.high)
 
 
-def test_documents_windows_or_blocks_are_drawn():
+def test_documents_sequences_or_blocks_are_drawn():
     many = torch.arange(12 * 30).view(12, 30) // 25 + 3  # 15 documents
     unit, numbers = bootstrap.clusters_of(many)
     assert unit == "document" and torch.equal(numbers, many.flatten() - 3)
     unit, numbers = bootstrap.clusters_of(torch.zeros(12, 30, dtype=torch.long))
-    assert unit == "window" and numbers.bincount().tolist() == [30] * 12
+    assert unit == "sequence" and numbers.bincount().tolist() == [30] * 12
     unit, numbers = bootstrap.clusters_of(torch.zeros(2, 70, dtype=torch.long))
     assert unit == "block" and numbers.bincount().tolist() == [32, 32, 6] * 2
 

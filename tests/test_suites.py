@@ -92,7 +92,7 @@ def test_suites_and_tasks_go_into_the_wheel():
             "1:13: thresholds: max_accuracy_drop needs tasks",
         ),
         ("max_length: 4\n", "1:13: max_length: should be greater than or equal to 8, not 4"),
-        ("texts:\n  - windows: 1\n windows: 2\n", "3:2: "),
+        ("texts:\n  - samples: 1\n samples: 2\n", "3:2: "),
     ],
 )
 def test_errors_name_line_column_and_key(tmp_path, text, problem):

@@ -25,7 +25,7 @@ LEVEL = 0.95  # of the confidence intervals
 METHOD = "percentiles, 95 %, expanded for few clusters as by Hesterberg (2015)"
 # Fewer documents say too little about other documents to be drawn from.
 LEAST = 10
-# Tokens in a row that are taken as independent of the next ones, where windows are few as well.
+# Tokens in a row that are taken as independent of the next ones, where sequences are few as well.
 _BLOCK = 32
 # Draw counts [resamples, clusters] held at once: 32 MiB of int64.
 _COUNTS_AT_ONCE = 2**22
@@ -89,14 +89,14 @@ def cluster_sums(columns: list[Tensor], clusters: Tensor) -> FloatArray:
 def clusters_of(documents: Tensor) -> tuple[ClusterKind, Tensor]:
     """What is drawn, and the number of its cluster for each scored token [tokens], from 0.
 
-    `documents` [windows, scored] holds the document number of each token.
+    `documents` [sequences, scored] holds the document number of each token.
     """
-    windows, scored = documents.shape
+    sequences, scored = documents.shape
     numbers = documents.flatten().unique(return_inverse=True)[1]
     if numbers.max() + 1 >= LEAST:
         return "document", numbers
-    window = torch.arange(windows).repeat_interleave(scored)
-    if windows >= LEAST:
-        return "window", window
-    blocks = -(-scored // _BLOCK)  # of a window
-    return "block", window * blocks + torch.arange(scored).repeat(windows) // _BLOCK
+    sequence = torch.arange(sequences).repeat_interleave(scored)
+    if sequences >= LEAST:
+        return "sequence", sequence
+    blocks = -(-scored // _BLOCK)  # of a sequence
+    return "block", sequence * blocks + torch.arange(scored).repeat(sequences) // _BLOCK

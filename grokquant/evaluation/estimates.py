@@ -78,7 +78,7 @@ class _Sample:
 def text_figures(protocol: Protocol, figures: TokenFigures, documents: Tensor) -> TextFigures:
     """All that a report says of a text.
 
-    `documents` [windows, scored] holds the document number of each scored token.
+    `documents` [sequences, scored] holds the document number of each scored token.
     """
     sample = _Sample(figures, documents)
     return TextFigures(
@@ -95,7 +95,7 @@ def text_figures(protocol: Protocol, figures: TokenFigures, documents: Tensor) -
 def noise_floor(noise: TokenFigures, kld: float, products: torch.dtype) -> NoiseFloor:
     """The figures of `noise`, the reference against itself; `kld` is the mean KL divergence of the
     evaluation, and `products` the dtype of the products of its experts."""
-    how = "the reference against itself, the same windows in another batch order"
+    how = "the reference against itself, the same sequences in another batch order"
     note = None
     if products != torch.float32:
         how = (

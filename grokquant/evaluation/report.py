@@ -24,7 +24,7 @@ TokenCount = Annotated[int, Field(ge=0, le=10**15)]
 Sum = Annotated[float, Field(ge=-1e18, le=1e18)]
 _MOST_DRAWS = 10**9  # resamples times clusters: some minutes
 NotNegative = Annotated[float, Field(ge=0)]
-ClusterKind = Literal["document", "window", "block"]
+ClusterKind = Literal["document", "sequence", "block"]
 
 
 def _below(share: str) -> Any:
@@ -98,6 +98,11 @@ def _without_former_words(arithmetic: object) -> object:
     return arithmetic.removesuffix(former) if isinstance(arithmetic, str) else arithmetic
 
 
+def _with_present_word(words: object) -> object:
+    """Earlier reports call a sequence a window."""
+    return words.replace("window", "sequence") if isinstance(words, str) else words
+
+
 class Protocol(_Part):
     """Which tokens were scored, and how. Results of different protocols cannot be compared."""
 
@@ -105,28 +110,37 @@ class Protocol(_Part):
     """Name of the text."""
     text_sha256: str
     """SHA-256 of its documents and their boundaries."""
-    windows: Count
-    """Number of windows, each run on its own."""
+    samples: Count
+    """Number of sequences, each run on its own."""
     length: Count
-    """Tokens per window."""
+    """Tokens per sequence."""
     asked_length: Count | None = None
-    """Tokens per window that were asked for, where the model has fewer positions; else None."""
+    """Tokens per sequence that were asked for, where the model has fewer positions; else None."""
     tokens_scored: Count
     """Number of tokens behind every figure."""
     scored: str
-    """Which tokens of a window are scored."""
+    """Which tokens of a sequence are scored."""
     bos: bool
-    """Whether a window begins with a beginning-of-sequence token."""
+    """Whether a sequence begins with a beginning-of-sequence token."""
     arithmetic: Annotated[str, BeforeValidator(_without_former_words)]
     """The dtype in which both models were run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_report(cls, content: object) -> object:
+        """Earlier reports say windows."""
+        if not isinstance(content, dict) or "windows" not in content:
+            return content
+        own = {"samples": content["windows"], "scored": _with_present_word(content.get("scored"))}
+        return {key: value for key, value in content.items() if key != "windows"} | own
 
 
 class Bootstrap(_Part):
     """How errors and intervals were found: by drawing clusters of tokens with replacement."""
 
-    unit: ClusterKind
-    """What is drawn: documents; windows where the text has too few documents; blocks of 32
-    consecutive tokens where there are too few windows as well. Windows and blocks are taken as
+    unit: Annotated[ClusterKind, BeforeValidator(_with_present_word)]
+    """What is drawn: documents; sequences where the text has too few documents; blocks of 32
+    consecutive tokens where there are too few sequences as well. Sequences and blocks are taken as
     independent."""
     clusters: Count
     """Number of clusters."""
@@ -263,7 +277,7 @@ class Forced(RouterAgreement):
     """
 
     tokens: Count
-    """Number of tokens measured, those of the first windows."""
+    """Number of tokens measured, those of the first sequences."""
     block_error: NotNegative
     """||h_q - h|| / ||h|| of the layer's output h [tokens, hidden]."""
     attention_error: NotNegative
@@ -536,7 +550,7 @@ class Generated(_Part):
 
 
 class Passage(_Part):
-    """The end of the first window. Both models read the true text before each of its `tokens`, so
+    """The end of the first sequence. Both models read the true text before each of its `tokens`, so
     these are not generated text: a token that differs does not change those after it."""
 
     before: str

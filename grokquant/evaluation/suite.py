@@ -22,18 +22,18 @@ from grokquant.recipe import (
 
 SHIPPED = Path(__file__).parent / "suites"
 
-# Tokens per window where a suite does not say: what the protocols' own programs take.
+# Tokens per sequence where a suite does not say: what the protocols' own programs take.
 _LENGTHS = {"hf": 2048, "llama.cpp": 512}
 # Metrics of lm-eval that `max_accuracy_drop` applies to.
 _ACCURACIES = ("acc", "acc_norm", "exact_match")
 
 
 class TextSection(Section):
-    """A text and how it is scored: its first `samples` windows, which do not overlap.
+    """A text and how it is scored: its first `samples` sequences, which do not overlap.
 
-    `hf` scores all tokens but the first of each window of 2048, `llama.cpp` the second half of each
-    window of 512; `length` changes the size of a window. With `bos`, the tokenizer's BOS replaces
-    the first token of each window, which is not scored.
+    `hf` scores all tokens but the first of each sequence of 2048, `llama.cpp` the second half of
+    each sequence of 512; `length` changes the size of a sequence. With `bos`, the tokenizer's BOS
+    replaces the first token of each sequence, which is not scored.
     """
 
     text: TextName = "python-docs"
@@ -48,7 +48,7 @@ class TextSection(Section):
         return self.length or _LENGTHS[self.protocol]
 
     def first_scored(self, length: int) -> int:
-        """Position of the first scored token in a window of `length`."""
+        """Position of the first scored token in a sequence of `length`."""
         return 1 if self.protocol == "hf" else length // 2 + 1
 
 
@@ -163,7 +163,7 @@ def _texts(report: Report) -> Iterator[tuple[TextFigures, str]]:
     texts: list[TextFigures] = [report, *report.further_texts]
     for text in texts:
         protocol = text.protocol
-        yield text, f"{protocol.text} ({protocol.windows} windows of {protocol.length})"
+        yield text, f"{protocol.text} ({protocol.samples} sequences of {protocol.length})"
 
 
 def _mean_kld(report: Report) -> Values:

@@ -17,8 +17,8 @@ from grokquant.text.documents import load_documents, rows_of, text_digest
 from grokquant.text.tokenizer import load_tokenizer
 
 _SCORED = {
-    "hf": "every token but the first of each window",
-    "llama.cpp": "the second half of each window",
+    "hf": "every token but the first of each sequence",
+    "llama.cpp": "the second half of each sequence",
 }
 
 
@@ -76,7 +76,7 @@ def _protocol(
     return Protocol(
         text=f"{section.text}, held-out part" if held_out else published_path(section.text),
         text_sha256=text_digest(documents),
-        windows=count,
+        samples=count,
         length=length,
         asked_length=section.row_length if section.row_length > length else None,
         tokens_scored=count * (length - windows.first),

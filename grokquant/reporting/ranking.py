@@ -26,7 +26,7 @@ SCHEMA = "grokquant.comparison/1"
 Loss = Literal["kld", "nll"]
 Status = Literal["front", "tied", "behind"]
 # Fields of the protocol that may differ: the checksum tells texts apart, whatever their names, and
-# windows were cut as `length` says, whatever was asked for.
+# sequences were cut as `length` says, whatever was asked for.
 _MAY_DIFFER = {"text", "asked_length"}
 # The reference's perplexity tells it from other models; devices change less of it than this.
 _SAME_PERPLEXITY = 1e-5

@@ -32,7 +32,7 @@ KLD_QUANTILES = tuple(name for name in QUANTILES if name not in ("75.0%", "25.0%
 _FLOATS = {"bfloat16", "float16", "float32", "float64"}
 _UNITS = {
     "document": ("document", "documents"),
-    "window": ("window", "windows"),
+    "sequence": ("sequence", "sequences"),
     "block": ("block of 32 tokens", "blocks of 32 tokens"),
 }
 
@@ -233,7 +233,7 @@ def notes(report: Report) -> list[str]:
     first = [note for note in (report.reference_note, report.noise_floor.note) if note]
     protocols = (text.protocol for text in (report, *report.further_texts))
     cut = (
-        f"Windows of {protocol.text} have {protocol.length:,} tokens and not the "
+        f"Sequences of {protocol.text} have {protocol.length:,} tokens and not the "
         f"{protocol.asked_length:,} asked for: the model has no more positions."
         for protocol in protocols
         if protocol.asked_length
@@ -333,7 +333,7 @@ def _basis(report: Report) -> str:
     dequantized = ", dequantized" if stored_quantized(report.reference) else ""
     return (
         f"{protocol.tokens_scored:,} tokens of {protocol.text}, "
-        f"{protocol.windows:,} windows of {protocol.length:,}; reference: "
+        f"{protocol.samples:,} sequences of {protocol.length:,}; reference: "
         f"{name_of(report.reference)}{dequantized}; {protocol.arithmetic}; ± is one standard "
         f"error; errors and 95 % intervals from a paired bootstrap over {bootstrap.clusters:,} "
         f"{bootstrap.unit}s; noise floor: {report.noise_floor.how}"

@@ -67,8 +67,8 @@ def suite_words(suite: SuiteResult) -> str:
 
 def protocol_words(protocol: Protocol) -> str:
     """A text and how it was cut and scored, in a line."""
-    windows = f"{protocol.windows:,} windows of {protocol.length:,}"
-    return f"{protocol.text}, {windows}: {protocol.scored}"
+    sequences = f"{protocol.samples:,} sequences of {protocol.length:,}"
+    return f"{protocol.text}, {sequences}: {protocol.scored}"
 
 
 def metric_words(metric: TaskMetric) -> str:

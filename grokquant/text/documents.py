@@ -89,7 +89,7 @@ def rows_of(
     tokens, ends = _tokens(documents, tokenizer, limit)
     windows = len(tokens) // length
     if windows == 0:
-        raise InputError(f"the text has {len(tokens)} tokens, but one row needs {length}")
+        raise InputError(f"the text has {len(tokens)} tokens, but one sequence needs {length}")
     whole = windows * length
     rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(windows, length)
     # A token is from the first document that ends after it.
@@ -140,7 +140,7 @@ def document_rows(
             break
     if not rows:
         raise InputError(
-            f"the longest document has {longest} tokens, but one row needs {length} of a document; "
+            f"the longest document has {longest} tokens, but a sequence needs {length} of one; "
             "lower length, or leave packed true"
         )
     return torch.tensor([rows[number] for number in sorted(rows)])

@@ -177,11 +177,11 @@ def _protocol(report: Report) -> str:
         (
             ("Text", html_text(protocol.text)),
             ("SHA-256 of the text", f"<code>{html_text(protocol.text_sha256)}</code>"),
-            ("Windows", f"{protocol.windows:,}, of {protocol.length:,} tokens each"),
+            ("Sequences", f"{protocol.samples:,}, of {protocol.length:,} tokens each"),
             ("Scored", f"{protocol.tokens_scored:,} tokens: {html_text(protocol.scored)}"),
             (
                 "Beginning-of-sequence token",
-                "at the start of each window" if protocol.bos else "none",
+                "at the start of each sequence" if protocol.bos else "none",
             ),
             ("Arithmetic", html_text(protocol.arithmetic)),
             ("Noise floor", html_text(report.noise_floor.how)),
@@ -189,5 +189,7 @@ def _protocol(report: Report) -> str:
             ("Reference", file_path(report.reference.path)),
         )
     )
-    words = "Numbers from another text, window length or arithmetic cannot be compared with these."
+    words = (
+        "Numbers from another text, sequence length or arithmetic cannot be compared with these."
+    )
     return section("How it was measured", words, body)
