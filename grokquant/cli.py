@@ -49,6 +49,17 @@ _LESS_MEMORY = {
 class _Command(click.Command):
     """A command whose context has its `SignsOfLife`."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            has_keys = any(parameter.name == "overrides" for parameter in self.params)
+            if has_keys and (keys := _keys_of(error.option_name)):
+                ways = " or ".join(f"--set {key}=VALUE" for key in keys)
+                text = f"No such option '{error.option_name}'; the recipe has it: {ways}"
+                raise click.UsageError(text, ctx) from None
+            raise
+
     def invoke(self, ctx: click.Context) -> object:
         name = self.name or "grokquant"
         if name not in _SHARED:
@@ -58,6 +69,13 @@ class _Command(click.Command):
         ctx.obj = SignsOfLife(doing, say, silence())
         with ctx.obj, memory_for(name):
             return super().invoke(ctx)
+
+
+def _keys_of(option: str) -> list[str]:
+    """The keys of a recipe that are called like an option."""
+    from grokquant.recipe.reading import places_of
+
+    return places_of(option.removeprefix("--").replace("-", "_"))
 
 
 # The commands that several processes carry out together.

@@ -101,6 +101,16 @@ def test_h_is_help_everywhere():
         (["quantize", "toy", "--grid", "q4_k_m"], "--grid: no grid 'q4_k_m', expected one of nf4"),
         (["quantize", "toy", "--device", "gpu"], "grokquant: --device: expected auto, cpu, cuda"),
         (["plan", "toy", "--output", "/proc/x"], "grokquant: /proc/x: cannot be "),
+        (
+            ["plan", "toy", "--text", "x.txt"],
+            "No such option '--text'; the recipe has it: --set calibration.text=VALUE or --set "
+            "eval.text=VALUE",
+        ),
+        (
+            ["plan", "toy", "--max-fallbacks", "1"],
+            "'; the recipe has it: --set max_fallbacks=VALUE",
+        ),
+        (["plan", "toy", "--nothing"], "Error: No such option '--nothing'."),
     ],
 )
 def test_slips_on_the_command_line(arguments, complaint, monkeypatch, tmp_path):

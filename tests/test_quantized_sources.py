@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
+from grokquant.formats.reading import WAY_OUT
 from grokquant.job import pipeline
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
@@ -377,7 +378,11 @@ def test_awq_stays_in_codes_where_packed_is_asked_for(quantized):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"version": "gemv"}, "quantization_config.version: Input should be 'gemm', not 'gemv'"),
+        (
+            {"version": "gemv"},
+            "quantization_config.version: Input should be 'gemm', not 'gemv'; other variants are "
+            f"not supported, {WAY_OUT}",
+        ),
         ({"bits": 8}, "quantization_config.bits: Input should be 4, not 8"),
         ({"zero_point": False}, "quantization_config.zero_point"),
         (
@@ -1134,7 +1139,7 @@ def test_such_a_source_on_its_whole_way(saved, text_file, tmp_path, library):
         (
             "quark",
             lambda t: t.update({f"{QUERY}.weight_scale": torch.ones(3)}),
-            "is no export of Quark that is supported",
+            f"is supported: FP8 and int8 per tensor or row, MXFP4; {WAY_OUT}",
         ),
         ("torchao", lambda t: t.pop(f"{QUERY}._weight_scale"), "_weight_scale is missing"),
         (
@@ -1156,7 +1161,9 @@ def test_other_torchao_is_refused(saved, tmp_path, kind):
     path = shutil.copytree(saved("mixtral"), tmp_path / "source")
     described = {"quant_method": "torchao", "quant_type": {"default": {"_type": kind}}}
     edit_json(path / "config.json", quantization_config=described)
-    assert f"quant_type: {kind or 'no quant_type'} is not supported (Float8" in refusal(path)
+    line = refusal(path)
+    assert f"quant_type: {kind or 'no quant_type'} is not supported (Float8" in line
+    assert line.endswith(WAY_OUT)
 
 
 @pytest.mark.readers

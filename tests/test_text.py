@@ -90,7 +90,7 @@ def test_a_seed_draws_windows_in_the_order_of_the_text() -> None:
 @pytest.mark.parametrize(("documents", "found"), [(["abc", "defg"], 7), ([], 0)])
 def test_too_little_text(documents: list[str], found: int, seed: int | None) -> None:
     with pytest.raises(
-        InputError, match=f"^the text has {found} tokens, but one sequence needs 8$"
+        InputError, match=f"^the text has {found} tokens, but one sequence needs 8; lower"
     ):
         token_rows(documents, Characters(), samples=1, length=8, seed=seed)
 
@@ -385,7 +385,9 @@ def test_unpacked_sequences_are_beginnings_of_documents(tmp_path: Path) -> None:
 
     assert draw(99, 9) == [text[:9] for text in texts[1:]]
     assert len(draw(3, 9)) == 3 and draw(3, 9) == draw(3, 9) != draw(3, 9, seed=1)
-    with pytest.raises(InputError, match=r"a\.jsonl: the longest document has 22 tokens, but a sequence"):
+    with pytest.raises(
+        InputError, match=r"a\.jsonl: the longest document has 22 tokens, but a sequence"
+    ):
         draw(3, 25)
 
 

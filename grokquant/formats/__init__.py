@@ -24,6 +24,7 @@ from grokquant.formats import (
 )
 from grokquant.formats.activations import without_activations
 from grokquant.formats.format import Format, ReadableFormat
+from grokquant.formats.reading import WAY_OUT
 from grokquant.types import Source
 from grokquant.version import OWN
 
@@ -87,8 +88,7 @@ def format_of(source: Source) -> ReadableFormat | None:
         return found
     raise InputError(
         f"{source.path / 'config.json'}: quantization_config.quant_method: {name!r:.60} cannot be "
-        f"read ({', '.join(known)} can){_described(name)}; take the checkpoint that this one was "
-        "made from"
+        f"read ({', '.join(known)} can){_described(name)}; {WAY_OUT}"
     )
 
 

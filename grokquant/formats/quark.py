@@ -21,7 +21,7 @@ from torch import Tensor
 from grokquant.errors import InputError
 from grokquant.formats import fp8
 from grokquant.formats.format import ReadableFormat
-from grokquant.formats.reading import packed_tensor, validated
+from grokquant.formats.reading import WAY_OUT, packed_tensor, validated
 from grokquant.formats.scaled_floats import ScaledFloats, from_exponents, from_float4, scaled_ref
 from grokquant.grids import SCALE_DTYPE_NAMES, Scheme
 from grokquant.types import QTensor, Source, TensorRef
@@ -124,7 +124,7 @@ def _misfit(source: Source, codes: TensorRef, scale: TensorRef) -> InputError:
     return InputError(
         f"{source.path}: {codes.name} {codes.dtype} {list(codes.shape)} with {scale.name} "
         f"{scale.dtype} {list(scale.shape)} is no export of Quark that is supported: FP8 and int8 "
-        "per tensor or row, MXFP4"
+        f"per tensor or row, MXFP4; {WAY_OUT}"
     )
 
 

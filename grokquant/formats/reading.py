@@ -15,6 +15,9 @@ from grokquant.types import ALL_ROWS, QTensor, QuantizedRows, Source, TensorRef
 
 Config = TypeVar("Config", bound=BaseModel)
 
+# What helps where a layout is not read.
+WAY_OUT = "take the checkpoint that this one was made from"
+
 
 def validated(source: Source, model: type[Config], *keys: str) -> Config:
     """The `quantization_config` of a source, or the part of it at `keys`.
@@ -31,7 +34,7 @@ def validated(source: Source, model: type[Config], *keys: str) -> Config:
         found = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.40}"
         raise InputError(
             f"{source.path / 'config.json'}: {key}: {text}{found}; other variants are not "
-            "supported, use the original checkpoint"
+            f"supported, {WAY_OUT}"
         ) from None
 
 

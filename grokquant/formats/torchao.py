@@ -19,7 +19,7 @@ import torch
 from grokquant.errors import InputError
 from grokquant.formats.format import ReadableFormat
 from grokquant.formats.fp8 import dense_ref
-from grokquant.formats.reading import check_group_size, packed_tensor
+from grokquant.formats.reading import WAY_OUT, check_group_size, packed_tensor
 from grokquant.grids import SCALE_DTYPE_NAMES, Scheme
 from grokquant.types import QTensor, Source, TensorRef
 
@@ -47,8 +47,7 @@ def unpacked(source: Source) -> Source:
         if kind not in (*_KNOWN, *_OF_MODULES):
             raise InputError(
                 f"{source.path / 'config.json'}: quantization_config.quant_type: {kind:.60} is not "
-                f"supported ({', '.join(_KNOWN)} are); take the checkpoint that this one was made "
-                "from"
+                f"supported ({', '.join(_KNOWN)} are); {WAY_OUT}"
             )
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():

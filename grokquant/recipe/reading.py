@@ -264,8 +264,16 @@ def _suggestion(loc: Loc, schema: type[Section]) -> str:
     return f"unknown key, expected one of {', '.join(known)}"
 
 
-def _places_of(key: str, schema: type[Section]) -> Iterator[str]:
+def places_of(key: str) -> list[str]:
     """Where a recipe has a key of this name: quantize[0].bits, output.format."""
+    field = Recipe.model_fields.get(key)
+    kind = field.annotation if field else None
+    is_plain = isinstance(kind, type) and not issubclass(kind, Section)
+    return [*([key] if is_plain else []), *_places_of(key, Recipe)]
+
+
+def _places_of(key: str, schema: type[Section]) -> Iterator[str]:
+    """The same in any section."""
     for name, field in schema.model_fields.items():
         for section in (field.annotation, *get_args(field.annotation)):
             if isinstance(section, type) and issubclass(section, Section):

@@ -89,7 +89,10 @@ def rows_of(
     tokens, ends = _tokens(documents, tokenizer, limit)
     windows = len(tokens) // length
     if windows == 0:
-        raise InputError(f"the text has {len(tokens)} tokens, but one sequence needs {length}")
+        raise InputError(
+            f"the text has {len(tokens)} tokens, but one sequence needs {length}"
+            "; lower length, or take a longer text"
+        )
     whole = windows * length
     rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(windows, length)
     # A token is from the first document that ends after it.
