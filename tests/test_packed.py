@@ -16,6 +16,7 @@ from grokquant.runtime.dequantize import dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache
 from grokquant.runtime.packed import PackedMatrix
 from grokquant.runtime.products import KERNELS, Kernel, kernel_for
+from grokquant.runtime.vectors import MULTIPLIES_BFLOAT16
 from grokquant.types import QTensor, TensorRef
 
 ROWS = 1056  # more than are converted at once, and no multiple of them
@@ -82,6 +83,30 @@ def test_the_kernel_multiplies_with_the_codes(scheme, tokens):
     wanted = x.bfloat16().float() @ W.T
     assert in_bf16.shape == (tokens, ROWS)
     assert (in_bf16 - wanted).norm() < 4e-3 * wanted.norm()  # bfloat16 has 2^-8
+
+
+@pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the CPU has no AVX512-BF16")
+@pytest.mark.parametrize("name", ["q8_0", "nf4", "iq4_nl"])
+def test_our_kernel_multiplies_with_the_dequantized_weights_in_bfloat16(name):
+    quantized = matrix(GRIDS[name].scheme)
+    x = torch.randn(7, COLUMNS, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ours = kernel(quantized.scheme)
+    found = ours.product(x, ours.prepare(quantized, torch.bfloat16))
+    W = dequantize(quantized, torch.bfloat16, torch.bfloat16)
+    wanted = x.float() @ W.float().T
+    assert (found.float() - wanted).abs().max() < 2**-8 * wanted.abs().max()
+    assert (found != wanted.bfloat16()).float().mean() < 0.02  # sums in another order
+
+
+@pytest.mark.parametrize("rows", [4, 12])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_our_kernel_takes_rows_by_fours(rows, dtype):
+    quantized = matrix_of((rows, 64), Scheme(8, 32))
+    ours = kernel(quantized.scheme, (rows, 64))
+    held = ours.prepare(quantized, dtype)
+    x = torch.randn(3, 64, dtype=dtype, generator=torch.Generator().manual_seed(2))
+    wanted = x.float() @ unrounded(quantized).T
+    assert torch.allclose(ours.product(x, held).float(), wanted, rtol=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize("scheme", INTEGERS + NAMED, ids=str)

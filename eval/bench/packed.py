@@ -1,25 +1,29 @@
-"""A matrix of Grok-1 that stays packed, multiplied with a few and with many tokens, against bf16.
+"""A matrix of Grok-1 that stays packed, multiplied with a few and with many tokens, against peers.
 
-    python eval/bench/packed.py [--rows N] [--columns N] [--repeats N] [--tokens 1,8,128,512]
-                                [--busy]
+    python eval/bench/packed.py [--rows N] [--columns N] [--repeats N] [--tokens 1,8,128]
+                                [--threads 1,2] [--cases NAMES]
 
-Random codes and scales [rows, columns] on each grid; the matrix is held as `grokquant.load` holds
-it. Figures are milliseconds, medians of runs in turn, and `speed` is bf16's time (torch's product
-with the dense matrix) over that of the packed one. `held` is the memory of the packed matrix over
-the bytes of its file, `first_use` the milliseconds that reading and converting it takes. With
-`--busy` they are the CPU time of one thread, which other work on the machine changes least. Prints
-one JSON line.
+Random weights [rows, columns] on each grid; the matrix is held as `grokquant.load` holds it. Peers
+are torch's product with the dense matrix in bfloat16 and its kernels of 4 and 8 bits, bitsandbytes,
+and ggml if its library is at hand (see `ggml.py`). Figures are milliseconds, medians of rounds in
+which all have a turn: CPU time on one thread, which other work on the machine changes least, else
+time that passed. `to_best_peer` is our time over that of the quickest peer of as many bits or bf16,
+and `speed` bf16's time over ours. `held` is the memory of the packed matrix over the bytes of its
+file, `first_use` the milliseconds that reading and converting it takes. Prints one JSON line.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.metadata import version
 from statistics import median
 
 import measure
 import torch
+from ggml import ggml_library
+from packed_peers import Peer, peers
 from torch import Tensor
 
 from grokquant.formats import FORMATS
@@ -40,11 +44,19 @@ CASES = {
 }
 # Rows that are rounded; the matrix repeats them.
 ROUNDED = 512
+# Relative error of a product that 4 bits explain; a peer that is called wrongly has more.
+MOST_ERROR = 0.2
+Milliseconds = dict[str, float]  # by the name of a product
 
 
-def random_matrix(rows: int, columns: int, scheme: Scheme) -> QTensor:
+def random_rows(columns: int) -> Tensor:
+    """float32 [ROUNDED, columns]."""
     generator = torch.Generator().manual_seed(0)
-    W = torch.randn(ROUNDED, columns, generator=generator).mul_(0.02)
+    return torch.randn(ROUNDED, columns, generator=generator).mul_(0.02)
+
+
+def rounded(rows: int, columns: int, scheme: Scheme) -> QTensor:
+    W = random_rows(columns)
     return QTensor.cat([quantize_rtn(W, scheme, "absmax")] * (rows // ROUNDED))
 
 
@@ -52,7 +64,7 @@ def packed_matrix(rows: int, columns: int, name: str) -> PackedMatrix:
     """The matrix as a file of its format gives it, opened but not yet read."""
     scheme, format_name = CASES[name]
     format = FORMATS[format_name]
-    parts = format.pack("x.weight", random_matrix(rows, columns, scheme))
+    parts = format.pack("x.weight", rounded(rows, columns, scheme))
     ref = TensorRef(
         name,
         (rows, columns),
@@ -74,28 +86,39 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1000 * (clock() - start)
 
 
-def compare(dense: Tensor, packed: PackedMatrix, tokens: int, repeats: int) -> dict:
-    """Medians of both, run in turn."""
-    x = torch.randn(tokens, dense.shape[1], dtype=torch.bfloat16)
-    of_dense = []
-    of_packed = []
-    for _ in range(repeats):
-        of_dense.append(milliseconds(lambda: x @ dense.T))
-        of_packed.append(milliseconds(lambda: packed.product(x)))
-    bf16 = median(of_dense)
-    ours = median(of_packed)
-    return {"bf16": round(bf16, 2), "packed": round(ours, 2), "speed": round(bf16 / ours, 2)}
-
-
-def measured(dense: Tensor, name: str, options: argparse.Namespace) -> dict:
-    packed = packed_matrix(*dense.shape, name)
-    one = torch.randn(1, dense.shape[1], dtype=torch.bfloat16)
+def prepared(packed: PackedMatrix) -> dict[str, float]:
+    """What the first use of a matrix takes."""
+    one = torch.randn(1, packed.shape[1], dtype=torch.bfloat16)
     first_use = milliseconds(lambda: packed.product(one))
-    tokens = [int(count) for count in options.tokens.split(",")]
-    return {
-        "first_use": round(first_use),
-        "held": round(packed.cache.nbytes / packed.ref.stored_bytes, 3),
-    } | {str(count): compare(dense, packed, count, options.repeats) for count in tokens}
+    held = packed.cache.nbytes / packed.ref.stored_bytes
+    return {"first_use": round(first_use), "held": round(held, 3)}
+
+
+def check(W: Tensor, products: Iterable[Peer]) -> None:
+    """Raises if a product is not that with W."""
+    x = torch.randn(2, W.shape[1], dtype=torch.bfloat16)
+    expected = (x @ W.T).float()
+    for peer in products:
+        error = float((peer.product(x).float() - expected).norm() / expected.norm())
+        if not error < MOST_ERROR:
+            raise ValueError(f"{peer.name}: relative error {error:.3f}")
+
+
+@torch.no_grad()
+def compare(products: Iterable[Peer], x: Tensor, repeats: int) -> Milliseconds:
+    """Medians of rounds; the first, in which memory is touched, does not count."""
+    times: dict[str, list[float]] = {peer.name: [] for peer in products}
+    for _ in range(1 + repeats):
+        for peer in products:
+            times[peer.name].append(milliseconds(partial(peer.product, x)))
+    return {name: round(median(of_one[1:]), 2) for name, of_one in times.items()}
+
+
+def to_best_peer(ours: Peer, others: Iterable[Peer], times: Milliseconds) -> tuple[str, float]:
+    """(the quickest peer of as many bits or of bf16, our time over its time)"""
+    names = [peer.name for peer in others if peer.bits in (ours.bits, 16)]
+    best = min(names, key=times.__getitem__)
+    return best, round(times[ours.name] / times[best], 2)
 
 
 def main() -> None:
@@ -103,15 +126,39 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32768)
     parser.add_argument("--columns", type=int, default=6144)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--tokens", default="1,8,128,512")
+    parser.add_argument("--tokens", default="1,8,128")
+    parser.add_argument("--threads", default="1,2")
     parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--busy", action="store_true")
     options = parser.parse_args()
-    if options.busy:
-        torch.set_num_threads(1)
-    dense = torch.randn(options.rows, options.columns).mul_(0.02).bfloat16()
-    found = {name: measured(dense, name, options) for name in options.cases.split(",")}
-    print(json.dumps(measure.conditions() | {"milliseconds": found}))
+    shape = (options.rows, options.columns)
+    packed = {name: packed_matrix(*shape, name) for name in options.cases.split(",")}
+    ours = [Peer(name, CASES[name][0].bits, held.product) for name, held in packed.items()]
+    W = random_rows(options.columns).bfloat16().repeat(options.rows // ROUNDED, 1)
+    others = list(peers(W, partial(rounded, *shape)))
+    library = ggml_library()
+    line = measure.conditions()
+    line["versions"] |= {
+        "bitsandbytes": version("bitsandbytes"),
+        "ggml": library and library.resolve().name,
+    }
+    line["cases"] = {name: prepared(held) for name, held in packed.items()}
+    check(W, ours + others)
+    line["products"] = []
+    for threads in map(int, options.threads.split(",")):
+        torch.set_num_threads(threads)
+        for tokens in map(int, options.tokens.split(",")):
+            x = torch.randn(tokens, options.columns, dtype=torch.bfloat16)
+            times = compare(ours + others, x, options.repeats)
+            line["products"].append(
+                {
+                    "threads": threads,
+                    "tokens": tokens,
+                    "milliseconds": times,
+                    "speed": {one.name: round(times["bf16"] / times[one.name], 2) for one in ours},
+                    "to_best_peer": {one.name: to_best_peer(one, others, times) for one in ours},
+                }
+            )
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

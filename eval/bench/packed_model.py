@@ -1,10 +1,12 @@
 """Tokens a second of a whole Mixtral of .7 G random weights: packed int4 against bf16, in turn.
 
-    python eval/bench/packed_model.py [--tokens N] [--repeats N] [--work DIR]
+    python eval/bench/packed_model.py [--tokens N] [--repeats N] [--threads N]
+                                      [--work DIR]
 
 Both generate greedily after a prompt of 32 tokens: transformers' bf16 model with its fused experts,
 and `grokquant.load` of the same model rounded to int4 in groups of 128. `seconds` are those of one
-token, medians over runs, without the first (it reads the weights); `open` is what `load` takes, and
+token, medians over runs, without the first (it reads the weights): CPU time on one thread, which
+other work on the machine changes least, else time that passed. `open` is what `load` takes, and
 `first` the first run. `resident` is the memory that a process of its own adds above its imports.
 Prints one JSON line.
 """
@@ -57,9 +59,10 @@ def make_models(directory: Path) -> tuple[Path, Path]:
 
 
 def timed(run: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     result = run()
-    return result, time.perf_counter() - start
+    return result, clock() - start
 
 
 def per_token(model: Any, prompt: Tensor, tokens: int) -> float:
@@ -79,8 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "packed-model")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     dense_path, output = make_models(options.work)
     prompt = torch.randint(0, CONFIG.vocab_size, (1, PROMPT))
     before = resident()
@@ -95,6 +100,7 @@ def main() -> None:
         of_theirs.append(per_token(theirs, prompt, options.tokens))
         of_ours.append(per_token(ours, prompt, options.tokens))
     found = {
+        "threads": options.threads,
         "open": round(opened, 2),
         "first": round(first, 2),
         "resident": added,

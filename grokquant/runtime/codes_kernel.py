@@ -9,7 +9,15 @@ from torch import Tensor
 
 from grokquant.grids import Scheme
 from grokquant.runtime.matrix_cache import Parts
-from grokquant.runtime.vectors import COLUMNS, LANES, ROWS, multiply
+from grokquant.runtime.vectors import (
+    COLUMNS,
+    FEW_ROWS,
+    LANES,
+    MULTIPLIES_BFLOAT16,
+    ROWS,
+    bfloat16_lanes,
+    multiply,
+)
 from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
@@ -23,7 +31,7 @@ def takes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> bool:
     rows, columns = shape
     group_size = scheme.group_size or columns
     held = bool(scheme.row.table) or scheme.bits > 4
-    return held and rows % ROWS == 0 and group_size % COLUMNS == 0 and columns % group_size == 0
+    return held and rows % FEW_ROWS == 0 and group_size % COLUMNS == 0 and columns % group_size == 0
 
 
 def held_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
@@ -51,11 +59,17 @@ def prepare(quantized: QTensor, dtype: torch.dtype) -> Parts:
 
 
 def product(x: Tensor, held: Parts) -> Tensor:
-    """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32."""
+    """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32.
+
+    Weights are rounded to bfloat16, as the dequantized ones are, if x is and the CPU multiplies it.
+    """
     codes = held["codes"].numpy()
     scales = held["scales"].numpy()
     table, zeros = (held[name].numpy() if name in held else None for name in ("table", "zeros"))
-    inputs = x.detach().float().contiguous().numpy()
+    if MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16:
+        inputs = bfloat16_lanes(x, table is not None)
+    else:
+        inputs = x.detach().float().contiguous().numpy()
     out = np.empty((len(codes), len(x)), np.float32)
 
     def work(part: slice) -> None:
