@@ -76,6 +76,9 @@ SIZES = {
 }
 # Fields of single architectures that must fit to others.
 _HYBRID = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+_THREE_AXES = {  # of positions in images: time, height, width; as many as half a head's features
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+}
 _FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 3, **_FEW_EXPERTS},
@@ -98,6 +101,8 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 1, "mamba_head_dim": 32}
     | {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
     "olmo_hybrid": _HYBRID,
+    "glm4v_moe_text": _THREE_AXES,
+    "qwen2_5_vl_text": _THREE_AXES,
     "qwen3_moe": _FEW_EXPERTS,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
@@ -110,6 +115,7 @@ OWN: dict[str, dict[str, Any]] = {
 IMAGE_TEXT: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4": {},
+    "glm4v_moe": {},
     "llama4": {},
     "mistral3": {},
     "paligemma": {},

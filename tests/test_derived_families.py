@@ -63,22 +63,68 @@ def test_gptq_is_refused_where_experts_do_not_run_one_by_one(tmp_path):
         build_plan(parse_recipe(content))
 
 
-def test_tensors_beyond_the_model_are_named_and_carried_over(tmp_path):
-    """Those for predicting several tokens, which transformers does not read."""
-    source = tmp_path / "model"
+@pytest.fixture(scope="module")
+def with_extra_tensors(tmp_path_factory):
+    """A model with tensors for predicting several tokens, which transformers does not read."""
+    source = tmp_path_factory.mktemp("extra") / "model"
     save_tiny_model("deepseek_v3", source)
     tensors = load_file(source / "model.safetensors")
-    extra = {"model.layers.61.eh_proj.weight": torch.randn(8, 16).bfloat16()}
+    extra = {
+        "model.layers.61.eh_proj.weight": torch.randn(8, 16).bfloat16(),
+        "model.layers.3.enorm.weight": torch.randn(8).bfloat16(),  # the model has three
+        "mtp.0.proj.weight": torch.randn(8, 8).bfloat16(),
+    }
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 1
+    (source / "config.json").write_text(json.dumps(config))
+    return source, extra
+
+
+@pytest.mark.parametrize(("fate", "word"), [("carry", "carried over"), ("leave_out", "left out")])
+def test_tensors_beyond_the_model_are_named_and_carried_over_or_left_out(
+    with_extra_tensors, tmp_path, fate, word
+):
+    source, extra = with_extra_tensors
     checkpoint = open_checkpoint(source)
-    (note,) = (note for note in checkpoint.notices if "layers.61" in note)
-    assert "1 tensors are no part of deepseek-v3" in note and "carried over" in note
+    assert checkpoint.extra_tensors == extra.keys()
     rules = rules_of(checkpoint, "rtn")
-    output = {"path": str(tmp_path / "out")}
+    output = {"path": str(tmp_path / "out"), "extra_tensors": fate}
     content = {"model": {"path": str(source)}, "quantize": rules, "output": output}
-    made = open_checkpoint(pipeline.quantize(parse_recipe(content)))
-    for name, value in extra.items():
-        assert torch.equal(made.source.tensors[name].read(), value)
+    recipe = parse_recipe(content)
+    (note,) = (note for note in build_plan(recipe).checkpoint.notices if "layers.61" in note)
+    assert f"3 tensors are no part of deepseek-v3 in transformers, and are {word}" in note
+    assert "1 in model.layers.3, 1 in model.layers.61, 1 in mtp.0" in note
+    made = open_checkpoint(pipeline.quantize(recipe))
+    held = made.source.tensors.keys() & extra.keys()
+    assert held == (extra.keys() if fate == "carry" else set())
+    for name in held:
+        assert torch.equal(made.source.tensors[name].read(), extra[name])
+
+
+def test_layers_that_config_json_does_not_count_are_refused(with_extra_tensors, tmp_path):
+    source, _ = with_extra_tensors
+    shutil.copytree(source, tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"unexpected tensor model\.layers\.3\.enorm"):
+        open_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        # It has parameters of experts that compute nothing, which no file holds.
+        ("longcat_flash", r"LongcatFlashExperts .* 4 in down_proj"),
+        ("gpt2", r"gpt2 has no linear layers .* Conv1D modules store matrices as \[in, out\]"),
+    ],
+)
+def test_an_architecture_of_another_form_is_refused_in_one_line(tmp_path, kind, complaint):
+    save_tiny_model(kind, tmp_path)
+    with pytest.raises(InputError, match=complaint) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_unknown_tensors_are_refused(tmp_path):

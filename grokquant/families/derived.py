@@ -7,6 +7,7 @@
 Only code of the installed transformers is used, never any beside the weights.
 """
 
+import re
 from collections.abc import Container, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ _WHOLE = (
     "the layers of this model depend on more than the layer before them: to calibrate or evaluate "
     "it, all of it has to fit into memory"
 )
+# Fields that count the layers for multi-token prediction, which files number after all others.
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+_MOST_FURTHER = 64  # far above any model
 _UNUSED = ("auto_map",)  # names code beside the weights
 
 
@@ -213,7 +217,7 @@ def derived_family(source: Source) -> Family | None:
         mixture_norm=None,
         tied=table.tied,
         integers=table.integers,
-        beyond=tuple(model_class._keys_to_ignore_on_load_unexpected or ()),
+        beyond=tuple(_beyond(model_class, source.config, table)),
         streams=table.passing.streams,
         branches=False,
         returned=table.passing.returned,
@@ -221,6 +225,19 @@ def derived_family(source: Source) -> Family | None:
         notice="; ".join(_notices(model, table)) or None,
         table=table,
     )
+
+
+def _beyond(model_class: type[PreTrainedModel], content: dict, table: Table) -> Iterator[str]:
+    """Patterns of tensors for multi-token prediction: what the class names, the module that most
+    models call mtp, and as many layers after the last one as the `content` of config.json says."""
+    yield from model_class._keys_to_ignore_on_load_unexpected or ()
+    yield r"^(model\.)?mtp\."
+    text = content.get("text_config")
+    fields = content | text if isinstance(text, dict) else content
+    further = [fields[key] for key in _FURTHER_LAYERS if isinstance(fields.get(key), int)]
+    layers = len(table.layers)
+    for number in range(layers, layers + min(max(further, default=0), _MOST_FURTHER)):
+        yield rf"^{re.escape(table.layers_path)}\.{number}\."
 
 
 def _notices(model: PreTrainedModel, table: Table) -> Iterator[str]:

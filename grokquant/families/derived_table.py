@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from grokquant.errors import InputError
 from grokquant.families.family import FUSED_PARTS, FusedExperts
@@ -151,7 +152,12 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
         for (place, layer), found in zip(places.items(), experts, strict=True)
     )
     if not any(table.matrices or table.experts for table in tables):
-        raise InputError(f"{path}: {model.config.model_type} has no linear layers to quantize")
+        turned = any(isinstance(module, Conv1D) for module in layers.modules())
+        reason = "its Conv1D modules store matrices as [in, out], " if turned else ""
+        raise InputError(
+            f"{path}: {model.config.model_type} has no linear layers to quantize: {reason}"
+            "only modules of class Linear are supported"
+        )
     state = model.state_dict()
     ties = {name: names[of] for name, of in model.all_tied_weights_keys.items() if of in names}
     return Table(
@@ -311,6 +317,12 @@ def _experts_in(
     parts = ("gate", "up") if hasattr(module, "gate_up_proj") else ("up",)
     first = module.gate_up_proj if "gate" in parts else module.up_proj
     count, *sizes = module.down_proj.shape
+    if len(first) != count:
+        raise InputError(
+            f"{place}: {type(module).__name__} of transformers has {len(first)} experts in "
+            f"{'gate_up_proj' if 'gate' in parts else 'up_proj'} and {count} in down_proj, as no "
+            "file has; this architecture is not supported"
+        )
     #   down [experts, hidden, inner] beside [experts, 2 * inner, hidden], else both transposed
     transposed = first.shape[1:] != (len(parts) * sizes[1], sizes[0])
     inner, hidden = sizes if transposed else sizes[::-1]
