@@ -115,7 +115,11 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": {},
+    "qwen4_exp_text": _HYBRID
+    | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    | {"indexer_budget": 256, "indexer_compress_ratio": 4},
+    "xlstm": {"qk_dim_factor": 1.0},  # a multiple of 64, as transformers rounds it
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "mamba", "hybrid"], "hybrid_layer_ids": [2]},
     "zaya": {"num_experts_per_tok": 1},
 }

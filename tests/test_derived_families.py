@@ -142,6 +142,26 @@ def test_other_unknown_tensors_are_refused(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_tensors_that_a_model_inside_the_model_does_not_read_are_carried_over(tmp_path):
+    """Files of gemma3n have keys of layers that take them from others."""
+    save_tiny_model("gemma3n_text", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = "model.layers.2.self_attn.k_proj.weight"
+    assert extra not in tensors
+    like = tensors["model.layers.1.self_attn.k_proj.weight"]
+    both = tensors | {extra: like.clone()}
+    save_file(both, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert torch.equal(checkpoint.source.tensors[extra].read(), like)
+    assert any(extra.removesuffix(".self_attn.k_proj.weight") in n for n in checkpoint.notices)
+
+
+def test_experts_in_one_matrix_are_named_where_they_are_not_quantized(tmp_path):
+    save_tiny_model("dbrx", tmp_path)
+    notice = open_checkpoint(tmp_path).family.notice
+    assert notice is not None and "0.ffn.experts.mlp.w1 and the like are not quantized" in notice
+
+
 def test_code_beside_the_weights_is_not_used(tmp_path):
     save_tiny_model("olmo2", tmp_path / "model")
     path = tmp_path / "model" / "config.json"
