@@ -76,16 +76,27 @@ SIZES = {
 }
 # Fields of single architectures that must fit to others.
 _HYBRID = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+
+
+def _three_axes(*sections: int) -> dict[str, Any]:
+    """Positions of time, height and width: `sections` add up to half the features that turn."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(sections)}
+    return {"rope_parameters": rope}
+
+
 _FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 3, **_FEW_EXPERTS},
     "bamba": {"attn_layer_indices": [2], "mamba_d_head": 32},
     "codegen": {"rotary_dim": 8},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
+    | {"ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
     "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0}
     | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
     | {"vocab_size_per_layer_input": 2048, "global_head_dim": 32},
     "gemma3n_text": {"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 2048}
     | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "gpt_neo": {"attention_types": [[["global"], 3]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": _HYBRID,
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2},
@@ -98,11 +109,17 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 1, "mamba_head_dim": 32}
     | {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
     "olmo_hybrid": _HYBRID,
+    "glm4v_moe_text": _three_axes(1, 1, 2),
+    "qwen2_5_vl_text": _three_axes(2, 3, 3),
     "qwen3_moe": _FEW_EXPERTS,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_5_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": {},
+    "qwen4_exp_text": _HYBRID
+    | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
+    | {"indexer_budget": 256, "indexer_compress_ratio": 4},
+    "xlstm": {"qk_dim_factor": 1.0},  # a multiple of 64, as transformers rounds it
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "mamba", "hybrid"], "hybrid_layer_ids": [2]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -110,6 +127,7 @@ OWN: dict[str, dict[str, Any]] = {
 IMAGE_TEXT: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},
     "gemma4": {},
+    "glm4v_moe": {},
     "llama4": {},
     "mistral3": {},
     "paligemma": {},
@@ -272,7 +290,7 @@ def attempt(check: Callable[[], Any]) -> Any:
     try:
         return check()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:240]}"
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """An opened checkpoint: its source, the family that runs it, and proof that it is complete."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -23,7 +24,7 @@ from grokquant.types import Matrix, Source, TensorRef
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.bool)
-_NAMED = 20  # keys of a config in a note
+_NAMED = 20  # keys of a config, or places of tensors, in a note
 # Tensors that older versions of transformers stored although they follow from the config.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 
@@ -34,11 +35,15 @@ Opener = Callable[[str | Path, str | Path | None], "Checkpoint"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source whose tensors have the names and shapes that its family needs."""
+    """A source whose tensors have the names and shapes that its family needs.
+
+    `extra_tensors` names those that its model does not use, such as for multi-token prediction.
+    """
 
     source: Source
     family: Family = field(repr=False)
     config: PreTrainedConfig = field(repr=False)
+    extra_tensors: frozenset[str] = frozenset()
 
     def units(self) -> Iterator[tuple[str, TensorRef]]:
         """(unit name, reference) of every matrix that may be quantized, in layer order."""
@@ -150,12 +155,25 @@ def _complete(checkpoint: Checkpoint) -> Checkpoint:
         if name not in source.tensors:
             raise InputError(f"{path}: tensor {name} is missing")
         _check(path, source.tensors[name], shape, name in checkpoint.family.integers)
-    source = _without_unused(checkpoint, shapes.keys())
-    return replace(checkpoint, source=source)
+    return _without_unused(checkpoint, shapes.keys())
 
 
-def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Source:
-    """The source without tensors that are not `known`.
+def without_extra_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without `extra_tensors`, and a note that names them."""
+    extra = checkpoint.extra_tensors
+    if not extra:
+        return checkpoint
+    source = checkpoint.source
+    carried = _note_on_extra(checkpoint, "carried over as they are")
+    left_out = _note_on_extra(checkpoint, "left out")
+    notes = tuple(left_out if note == carried else note for note in source.notes)
+    tensors = {name: ref for name, ref in source.tensors.items() if name not in extra}
+    source = replace(source, tensors=tensors, notes=notes)
+    return replace(checkpoint, source=source, extra_tensors=frozenset())
+
+
+def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Checkpoint:
+    """The checkpoint without tensors that are not `known`.
 
     Drops only what carries no information: a tied head, biases of zeros, computed buffers. What the
     family names as beyond the model is kept. Raises InputError for any other tensor.
@@ -176,18 +194,30 @@ def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Source:
     source = without_biases(source, sorted(biases))
     kept = known | beyond
     tensors = {name: ref for name, ref in source.tensors.items() if name in kept}
-    notes = (*source.notes, *_beyond(source.path, family, beyond))
-    return replace(source, tensors=tensors, notes=notes)
+    source = replace(source, tensors=tensors)
+    checkpoint = replace(checkpoint, source=source, extra_tensors=frozenset(beyond))
+    if not beyond:
+        return checkpoint
+    note = _note_on_extra(checkpoint, "carried over as they are")
+    return replace(checkpoint, source=replace(source, notes=(*source.notes, note)))
 
 
-def _beyond(path: Path, family: Family, names: Set[str]) -> Iterator[str]:
-    """A line about tensors that the model does not use, if there are any."""
-    if names:
-        first = min(names)
-        yield (
-            f"{path}: {len(names)} tensors are no part of {family.name} in transformers, and are "
-            f"carried over as they are: {first} and the like"
-        )
+def _note_on_extra(checkpoint: Checkpoint, fate: str) -> str:
+    """The line that names tensors that the model does not use, and says what becomes of them."""
+    names = checkpoint.extra_tensors
+    groups = Counter(_place(name) for name in sorted(names))
+    listed = [f"{count} in {place}" for place, count in groups.items()]
+    shown = ", ".join(listed[:_NAMED])
+    return (
+        f"{checkpoint.source.path}: {len(names)} tensors are no part of {checkpoint.family.name} "
+        f"in transformers, and are {fate} (output.extra_tensors): {shown}"
+    )
+
+
+def _place(name: str) -> str:
+    """What a tensor belongs to: its name up to the first number, or its first word."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else name.partition(".")[0]
 
 
 def _is_beside_packed(source: Source, name: str) -> bool:

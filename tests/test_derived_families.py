@@ -63,22 +63,75 @@ def test_gptq_is_refused_where_experts_do_not_run_one_by_one(tmp_path):
         build_plan(parse_recipe(content))
 
 
-def test_tensors_beyond_the_model_are_named_and_carried_over(tmp_path):
-    """Those for predicting several tokens, which transformers does not read."""
-    source = tmp_path / "model"
+@pytest.fixture(scope="module")
+def with_extra_tensors(tmp_path_factory):
+    """A model with tensors for predicting several tokens, which transformers does not read."""
+    source = tmp_path_factory.mktemp("extra") / "model"
     save_tiny_model("deepseek_v3", source)
     tensors = load_file(source / "model.safetensors")
-    extra = {"model.layers.61.eh_proj.weight": torch.randn(8, 16).bfloat16()}
+    extra = {
+        "model.layers.61.eh_proj.weight": torch.randn(8, 16).bfloat16(),
+        "model.layers.3.enorm.weight": torch.randn(8).bfloat16(),  # the model has three
+        "mtp.0.proj.weight": torch.randn(8, 8).bfloat16(),
+    }
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 1
+    (source / "config.json").write_text(json.dumps(config))
+    return source, extra
+
+
+def test_code_that_sets_the_weights_of_linear_modules_is_found(with_extra_tensors, tmp_path):
+    """transformers runs it on packed modules, which have none."""
+    save_tiny_model("nanochat", tmp_path)
+    assert open_checkpoint(tmp_path).family.joins
+    assert not open_checkpoint(with_extra_tensors[0]).family.joins
+
+
+@pytest.mark.parametrize(("fate", "word"), [("carry", "carried over"), ("leave_out", "left out")])
+def test_tensors_beyond_the_model_are_named_and_carried_over_or_left_out(
+    with_extra_tensors, tmp_path, fate, word
+):
+    source, extra = with_extra_tensors
     checkpoint = open_checkpoint(source)
-    (note,) = (note for note in checkpoint.notices if "layers.61" in note)
-    assert "1 tensors are no part of deepseek-v3" in note and "carried over" in note
+    assert checkpoint.extra_tensors == extra.keys()
     rules = rules_of(checkpoint, "rtn")
-    output = {"path": str(tmp_path / "out")}
+    output = {"path": str(tmp_path / "out"), "extra_tensors": fate}
     content = {"model": {"path": str(source)}, "quantize": rules, "output": output}
-    made = open_checkpoint(pipeline.quantize(parse_recipe(content)))
-    for name, value in extra.items():
-        assert torch.equal(made.source.tensors[name].read(), value)
+    recipe = parse_recipe(content)
+    (note,) = (note for note in build_plan(recipe).checkpoint.notices if "layers.61" in note)
+    assert f"3 tensors are no part of deepseek-v3 in transformers, and are {word}" in note
+    assert "1 in model.layers.3, 1 in model.layers.61, 1 in mtp.0" in note
+    made = open_checkpoint(pipeline.quantize(recipe))
+    held = made.source.tensors.keys() & extra.keys()
+    assert held == (extra.keys() if fate == "carry" else set())
+    for name in held:
+        assert torch.equal(made.source.tensors[name].read(), extra[name])
+
+
+def test_layers_that_config_json_does_not_count_are_refused(with_extra_tensors, tmp_path):
+    source, _ = with_extra_tensors
+    shutil.copytree(source, tmp_path / "model")
+    config = json.loads((source / "config.json").read_text())
+    config["num_nextn_predict_layers"] = 0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"unexpected tensor model\.layers\.3\.enorm"):
+        open_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [
+        # It has parameters of experts that compute nothing, which no file holds.
+        ("longcat_flash", r"config\.json: LongcatFlashExperts .* 4 in down_proj"),
+        ("gpt2", r"gpt2 has no linear layers to quantize, but Conv1D"),
+    ],
+)
+def test_an_architecture_of_another_form_is_refused_in_one_line(tmp_path, kind, complaint):
+    save_tiny_model(kind, tmp_path)
+    with pytest.raises(InputError, match=complaint) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_unknown_tensors_are_refused(tmp_path):
@@ -87,6 +140,26 @@ def test_other_unknown_tensors_are_refused(tmp_path):
     save_file(tensors | {"model.extra": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"unexpected tensor model\.extra: olmo2 has no such"):
         open_checkpoint(tmp_path)
+
+
+def test_tensors_that_a_model_inside_the_model_does_not_read_are_carried_over(tmp_path):
+    """Files of gemma3n have keys of layers that take them from others."""
+    save_tiny_model("gemma3n_text", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extra = "model.layers.2.self_attn.k_proj.weight"
+    assert extra not in tensors
+    like = tensors["model.layers.1.self_attn.k_proj.weight"]
+    both = tensors | {extra: like.clone()}
+    save_file(both, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert torch.equal(checkpoint.source.tensors[extra].read(), like)
+    assert any(extra.removesuffix(".self_attn.k_proj.weight") in n for n in checkpoint.notices)
+
+
+def test_experts_in_one_matrix_are_named_where_they_are_not_quantized(tmp_path):
+    save_tiny_model("dbrx", tmp_path)
+    notice = open_checkpoint(tmp_path).family.notice
+    assert notice is not None and "0.ffn.experts.mlp.w1 and the like are not quantized" in notice
 
 
 def test_code_beside_the_weights_is_not_used(tmp_path):

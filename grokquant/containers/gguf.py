@@ -196,7 +196,10 @@ def _location(
 def _location_of(part: PlannedTensor, locations: Mapping[str, _Location]) -> _Location:
     name = part.name.removesuffix(_BLOCKS)
     if name not in locations:
-        raise InputError(f"{name}: llama.cpp has no such tensor, so gguf cannot hold it")
+        raise InputError(
+            f"{name}: llama.cpp has no such tensor, so gguf cannot hold it; if the model does not "
+            "use it, set output.extra_tensors to leave_out"
+        )
     return locations[name]
 
 

@@ -7,6 +7,7 @@
 Only code of the installed transformers is used, never any beside the weights.
 """
 
+import re
 from collections.abc import Container, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ _WHOLE = (
     "the layers of this model depend on more than the layer before them: to calibrate or evaluate "
     "it, all of it has to fit into memory"
 )
+# Fields that count the layers for multi-token prediction, which files number after all others.
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+_MOST_FURTHER = 64  # far above any model
 _UNUSED = ("auto_map",)  # names code beside the weights
 
 
@@ -213,7 +217,7 @@ def derived_family(source: Source) -> Family | None:
         mixture_norm=None,
         tied=table.tied,
         integers=table.integers,
-        beyond=tuple(model_class._keys_to_ignore_on_load_unexpected or ()),
+        beyond=tuple(_beyond(model, source.config, table)),
         streams=table.passing.streams,
         branches=False,
         returned=table.passing.returned,
@@ -223,15 +227,43 @@ def derived_family(source: Source) -> Family | None:
     )
 
 
+def _beyond(model: PreTrainedModel, content: dict, table: Table) -> Iterator[str]:
+    """Patterns of tensors that the model does not read.
+
+    They are those that it or a model inside it names, such as keys of layers that take them from
+    others; and, for multi-token prediction, the module that most models call mtp, and as many
+    layers after the last one as the `content` of config.json says.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            yield from module._keys_to_ignore_on_load_unexpected or ()
+    yield r"^(model\.)?mtp\."
+    text = content.get("text_config")
+    fields = content | text if isinstance(text, dict) else content
+    further = [fields[key] for key in _FURTHER_LAYERS if isinstance(fields.get(key), int)]
+    layers = len(table.layers)
+    for number in range(layers, layers + min(max(further, default=0), _MOST_FURTHER)):
+        yield rf"^{re.escape(table.layers_path)}\.{number}\."
+
+
 def _notices(model: PreTrainedModel, table: Table) -> Iterator[str]:
     if not table.passing.streams:
         yield _WHOLE
     layers = model.get_submodule(table.layers_path)
     for name, value in layers.named_parameters():
         fused = f"{table.layers_path}.{name}" in table.fused
-        if value.ndim == 3 and not fused and min(value.shape[1:]) >= FEWEST_OUTPUTS:
+        if _is_stack(layers, name, value) and not fused:
             yield f"{name} and the like are not quantized: they are experts of an unknown form"
             return
+
+
+def _is_stack(layers: nn.Module, name: str, value: Tensor) -> bool:
+    """Whether a parameter holds the matrices of several experts."""
+    path, _, _ = name.rpartition(".")
+    #   [experts, out, in], or [experts * out, in] in a module of experts that is not linear
+    joined = "expert" in path and not isinstance(layers.get_submodule(path), nn.Linear)
+    axes = value.shape[1:] if value.ndim == 3 else value.shape
+    return (value.ndim == 3 or (value.ndim == 2 and joined)) and min(axes) >= FEWEST_OUTPUTS
 
 
 def derived_config(source: Source) -> PreTrainedConfig | None:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from grokquant.errors import InputError
 from grokquant.families.family import FUSED_PARTS, FusedExperts
@@ -77,7 +78,7 @@ class Table:
     """A model: checkpoint names by those of its parameters, and all that is read of a file.
 
     `outside` are the paths of linear modules that belong to no layer; `own_linears`: some are of a
-    class of the model's own.
+    class of the model's own, or the model's code sets their weights.
     """
 
     layers_path: str
@@ -133,7 +134,7 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
     layers_path = _layers_path(path, model)
     layers = cast(nn.ModuleList, model.get_submodule(layers_path))
     places = {f"{layers_path}.{number}": layer for number, layer in enumerate(layers)}
-    experts = [_experts(place, layer, conversions) for place, layer in places.items()]
+    experts = [_experts(path, place, layer, conversions) for place, layer in places.items()]
     fused: dict[str, FusedExperts] = {}
     shapes: Shapes = {}
     for number, (place, found) in enumerate(zip(places, experts, strict=True)):
@@ -151,7 +152,11 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
         for (place, layer), found in zip(places.items(), experts, strict=True)
     )
     if not any(table.matrices or table.experts for table in tables):
-        raise InputError(f"{path}: {model.config.model_type} has no linear layers to quantize")
+        turned = any(isinstance(module, Conv1D) for module in layers.modules())
+        reason = ", but Conv1D, which is not supported" if turned else ""
+        raise InputError(
+            f"{path}: {model.config.model_type} has no linear layers to quantize{reason}"
+        )
     state = model.state_dict()
     ties = {name: names[of] for name, of in model.all_tied_weights_keys.items() if of in names}
     return Table(
@@ -164,14 +169,57 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
         shapes=shapes,
         tied=ties,
         integers=frozenset(t for n, t in names.items() if not state[n].is_floating_point()),
-        own_linears=any(
-            isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-            for module in layers.modules()
-        ),
+        own_linears=_has_own_linears(model, layers, names, tables),
         wide=frozenset(_wide(model, tuple(places))),
         passing=passing(model, layers_path, trace),
         stored=stored,
     )
+
+
+def _has_own_linears(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    names: Mapping[str, str],
+    tables: tuple[LayerTable, ...],
+) -> bool:
+    """Whether linear modules do or are more than transformers expects of quantized ones."""
+    if any(
+        isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+        for module in layers.modules()
+    ):
+        return True
+    quantized = {tensor for table in tables for tensor in table.matrices.values()}
+    linears = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and names.get(f"{path}.weight") in quantized
+    ]
+    return _sets_weights_of(linears, model, layers)
+
+
+def _sets_weights_of(
+    linears: list[nn.Linear], model: PreTrainedModel, layers: nn.ModuleList
+) -> bool:
+    """Whether the model's code for initial values needs the weights of `linears`, by running it
+    without them: transformers runs it for modules whose weights a file holds packed."""
+    decoder = model.get_decoder()
+    owner = decoder if isinstance(decoder, PreTrainedModel) else model
+    one_of_each = {type(m): m for m in layers.modules() if not isinstance(m, nn.Linear)}
+    before = [module._parameters for module in linears]
+    for module in linears:
+        module._parameters = {k: p for k, p in module._parameters.items() if k != "weight"}
+    try:
+        with torch.no_grad():
+            for other in one_of_each.values():
+                owner._init_weights(other)
+    except AttributeError as error:
+        return "has no attribute 'weight'" in str(error)
+    except Exception:  # of any class, from code that looks at values
+        return False
+    finally:
+        for module, parameters in zip(linears, before, strict=True):
+            module._parameters = parameters
+    return False
 
 
 def _refuse_split(path: Path, model: PreTrainedModel, joined: Mapping[str, Conversion]) -> None:
@@ -297,12 +345,25 @@ def takes_turns(module: nn.Module) -> bool:
     return own and not getattr(module, "has_post_expert_norm", False)
 
 
-def _experts(place: str, layer: nn.Module, conversions: Mapping[str, Conversion]) -> Experts | None:
+def _experts(
+    path: Path, place: str, layer: nn.Module, conversions: Mapping[str, Conversion]
+) -> Experts | None:
     """The experts of a layer, if it has any: a module with a 3-D parameter called down_proj."""
-    for path, module in layer.named_modules():
+    for name, module in layer.named_modules():
         if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3:
-            return _experts_in(f"{place}.{path}", path, module, conversions)
+            _check_equal_number(path, module)
+            return _experts_in(f"{place}.{name}", name, module, conversions)
     return None
+
+
+def _check_equal_number(path: Path, module: Any) -> None:
+    """Raises InputError for experts of which some have no down projection: no file has those."""
+    first = module.gate_up_proj if hasattr(module, "gate_up_proj") else module.up_proj
+    if len(first) != len(module.down_proj):
+        raise InputError(
+            f"{path}: {type(module).__name__} of transformers has {len(first)} experts, but only "
+            f"{len(module.down_proj)} in down_proj, which is not supported"
+        )
 
 
 def _experts_in(

@@ -191,7 +191,8 @@ class Family:
     @property
     def joins(self) -> bool:
         """Whether transformers makes some parameters of several tensors, beside experts, or has
-        linear modules of a class of its own: beside those it does not load quantized ones."""
+        linear modules of a class of its own or sets their weights: then it loads no quantized
+        ones."""
         return False
 
     @property

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from grokquant.checkpoint import Checkpoint, Opener, open_checkpoint
+from grokquant.checkpoint import Checkpoint, Opener, open_checkpoint, without_extra_tensors
 from grokquant.containers import container_of
 from grokquant.containers.container import (
     Container,
@@ -279,6 +279,8 @@ def build_plan(recipe: Recipe, opened: Opener = open_checkpoint) -> Plan:
 
 def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     """The rules of `recipe` applied to `checkpoint`, wherever that lies. Raises InputError."""
+    if recipe.output.extra_tensors == "leave_out":
+        checkpoint = without_extra_tensors(checkpoint)
     if recipe.output.lm_head:
         source = with_own_head(checkpoint.source)
         checkpoint = replace(checkpoint, source=source)

@@ -447,6 +447,10 @@ class OutputSection(Section):
     one layer. A run commits its output file by file, so a killed run repeats at most one file."""
     lm_head: bool = False
     """Write a head that is tied to the embedding as a tensor of its own. SGLang asks for it."""
+    extra_tensors: Literal["carry", "leave_out"] = "carry"
+    """Tensors of the source that its model does not use in transformers, such as the layers for
+    multi-token prediction. `carry`: copied unchanged. `leave_out`: not written. `plan` and the
+    report name them in either case; `gguf` cannot hold them."""
     names: Literal["published", "gptqmodel"] = "published"
     """The names of tensors. `published`: those of the model's own files, which engines read.
     `gptqmodel`: those under which GPTQModel looks for a Mixtral in `gptq`, and engines do not."""
