@@ -259,7 +259,7 @@ def _mark(one: dict, output: dict) -> str:
 
 def _cell(text: str) -> str:
     """An error in a cell, without the directory of a run."""
-    return re.sub(r"/tmp/\S+/", "", text).replace("|", "\\|")[:120]
+    return re.sub(r"/tmp/\S+/", "", text).replace("|", "\\|")[:240]
 
 
 # --- commands, suites, rooms

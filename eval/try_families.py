@@ -120,7 +120,7 @@ OWN: dict[str, dict[str, Any]] = {
     | {"indexer_budget": 256, "indexer_compress_ratio": 4},
     "xlstm": {"qk_dim_factor": 1.0},  # a multiple of 64, as transformers rounds it
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
-    "zamba2": {"layer_types": ["mamba", "mamba", "hybrid"], "hybrid_layer_ids": [2]},
+    "zamba2": {"layer_types": ["mamba", "hybrid", "hybrid"], "hybrid_layer_ids": [1, 2]},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Models for images and text, with fields beside the configs of their parts.

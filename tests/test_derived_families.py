@@ -125,6 +125,8 @@ def test_layers_that_config_json_does_not_count_are_refused(with_extra_tensors, 
         # It has parameters of experts that compute nothing, which no file holds.
         ("longcat_flash", r"config\.json: LongcatFlashExperts .* 4 in down_proj"),
         ("gpt2", r"gpt2 has no linear layers to quantize, but Conv1D"),
+        ("zamba", r"layers of zamba share parameters \(model\.layers\.2\.\S+ is model\.layers\.1"),
+        ("rwkv", r"the code of rwkv changes rwkv\.blocks\.0\.attention\.output\.weight while"),
     ],
 )
 def test_an_architecture_of_another_form_is_refused_in_one_line(tmp_path, kind, complaint):

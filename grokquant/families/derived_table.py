@@ -146,7 +146,10 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
     joined = {name: c for name, c in others.items() if c.operations}
     _refuse_split(path, model, joined)
     names = {name: next(iter(c.tensors)) for name, c in others.items() if not c.operations}
+    _refuse_shared(path, model, layers_path)
+    versions = _versions(model)
     trace = traced(model, layers)
+    _refuse_changed(path, model, versions)
     tables = tuple(
         _layer_table(place, layer, names, found, trace)
         for (place, layer), found in zip(places.items(), experts, strict=True)
@@ -210,8 +213,8 @@ def _sets_weights_of(
         module._parameters = {k: p for k, p in module._parameters.items() if k != "weight"}
     try:
         with torch.no_grad():
-            for other in one_of_each.values():
-                owner._init_weights(other)
+            for filled in (*one_of_each.values(), *linears):
+                owner._init_weights(filled)
     except AttributeError as error:
         return "has no attribute 'weight'" in str(error)
     except Exception:  # of any class, from code that looks at values
@@ -230,6 +233,31 @@ def _refuse_split(path: Path, model: PreTrainedModel, joined: Mapping[str, Conve
                 f"{path}: {conversion.parameters[0]} and others of {model.config.model_type} are "
                 "one tensor in files, which is not supported"
             )
+
+
+def _refuse_shared(path: Path, model: PreTrainedModel, layers_path: str) -> None:
+    """Raises InputError for a parameter of several layers: each layer is read and rounded alone."""
+    for name, of in model.all_tied_weights_keys.items():
+        if name.startswith(f"{layers_path}.") and of.startswith(f"{layers_path}."):
+            raise InputError(
+                f"{path}: layers of {model.config.model_type} share parameters ({name} is {of}), "
+                "which is not supported"
+            )
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often each parameter was changed in place, where torch counts that."""
+    return {n: p._version for n, p in model.named_parameters() if not p.is_inference()}
+
+
+def _refuse_changed(path: Path, model: PreTrainedModel, before: Mapping[str, int]) -> None:
+    """Raises InputError for code that changes parameters while it runs: packed ones stay."""
+    after = _versions(model)
+    if changed := [name for name in after if after[name] != before[name]]:
+        raise InputError(
+            f"{path}: the code of {model.config.model_type} changes {changed[0]} while it runs, "
+            "which is not supported"
+        )
 
 
 def _wide(model: PreTrainedModel, places: tuple[str, ...]) -> Iterator[str]:
