@@ -34,6 +34,8 @@ _WHOLE = (
     "the layers of this model depend on more than the layer before them: to calibrate or evaluate "
     "it, all of it has to fit into memory"
 )
+# Models whose layers add down(act(gate) * up) to the residual, and do nothing else with it.
+_PLAIN_MLP = frozenset({"qwen2", "qwen3", "smollm3"})
 _UNUSED = ("auto_map",)  # names code beside the weights
 
 
@@ -211,6 +213,7 @@ def derived_family(source: Source) -> Family | None:
         interleaved=first is not None and first.interleaved,
         biased=first is not None and bool(first.biases),
         mixture_norm=None,
+        mlp_norm="" if config.model_type in _PLAIN_MLP else None,
         tied=table.tied,
         integers=table.integers,
         beyond=tuple(model_class._keys_to_ignore_on_load_unexpected or ()),
