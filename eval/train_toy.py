@@ -134,7 +134,7 @@ class RouterBalance:
             load = torch.bincount(chosen, minlength=experts) / len(chosen)
             terms.append(experts * (load * probabilities.mean(0)).sum())
         self.logits.clear()
-        return torch.stack(terms).mean()
+        return torch.stack(terms).mean() if terms else torch.zeros(())  # of a dense model
 
 
 def new_model(config: Grok1Config = CONFIG, seed: int = 0) -> Grok1ForCausalLM:

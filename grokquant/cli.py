@@ -256,7 +256,7 @@ _effort = click.option(
     "--effort",
     type=click.Choice(("normal", "high")),
     default="normal",
-    help="high: experts by two-sided rounding, about half the divergence in five times the time.",
+    help="high: experts and dense MLPs by two-sided rounding, in about five times the time.",
 )
 _output = click.option(
     "--output", type=_PATH, metavar="DIR", help="New directory  [default: MODEL-GRID, here]"

@@ -81,13 +81,13 @@ def test_every_family_gets_rules_that_all_its_matrices_take(model_of, family, go
         assert {grid.split()[0] for grid in grids} == {{"gptq": "int4"}.get(goal, goal)}
 
 
-@pytest.mark.parametrize("family", sorted(SPARSE))
-def test_high_effort_rounds_experts_by_two_sides(model_of, family):
+@pytest.mark.parametrize("family", sorted(SPARSE | {"llama", "gemma2"}))
+def test_high_effort_rounds_experts_and_dense_mlps_by_two_sides(model_of, family):
     normal = build_plan(recipe_for(model_of(family)))
     high = build_plan(recipe_for(model_of(family), effort="high"))
     for name, unit in high.units.items():
         how = (unit.method, unit.scheme)
-        if unit.expert is not None:
+        if unit.expert is not None or unit.part.startswith("mlp."):
             assert how == ("two-sided", normal.units[name].scheme)
             assert unit.settings.metric == "gradients"
         else:
@@ -95,8 +95,8 @@ def test_high_effort_rounds_experts_by_two_sides(model_of, family):
 
 
 def test_an_effort_that_changes_nothing_is_refused(mixtral, model_of):
-    for model, wanted in ((model_of("llama"), {}), (mixtral, {"bits": 8})):
-        with pytest.raises(InputError, match="high changes nothing: no experts of .* calibrated"):
+    for model, wanted in ((model_of("llama"), {"bits": 8}), (mixtral, {"bits": 8})):
+        with pytest.raises(InputError, match="high changes nothing: no experts or .* calibrated"):
             recipe_for(model, effort="high", **wanted)
     with pytest.raises(InputError, match="expected normal or high, not low"):
         recipe_for(mixtral, effort="low")

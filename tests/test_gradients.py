@@ -79,13 +79,18 @@ def whole_model(checkpoint: Checkpoint) -> nn.Module:
 
 
 def naive_gradients(checkpoint: Checkpoint, seed: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """layer -> the outputs of its experts [tokens, hidden] and the gradients by them."""
+    """layer -> the outputs of its experts, or of its MLP [tokens, hidden], and the gradients by
+    them."""
     model = whole_model(checkpoint)
     seen: list[Tensor] = []
     losses: list[Tensor] = []
 
     def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         index = len(seen)
+        seen.append(output if output.requires_grad else output.detach().requires_grad_())
+        seen[-1].retain_grad()
+        if len(given) == 1:  # a dense MLP
+            return seen[-1]
         x, experts = given[0].flatten(0, -2), given[1]
         router = checkpoint.source.tensors[checkpoint.family.router(checkpoint.config, index)[0]]
         best = (x @ router.read().float().T).sort(descending=True).values
@@ -93,12 +98,11 @@ def naive_gradients(checkpoint: Checkpoint, seed: int) -> dict[int, tuple[Tensor
         draws = torch.rand(len(x), generator=torch.Generator().manual_seed(seed + 1 + index))
         side = torch.where(draws < torch.sigmoid(4 * margin.detach()), 1.0, -1.0)
         losses.append(-0.25 * nn.functional.logsigmoid(4 * side * margin).sum())
-        seen.append(output if output.requires_grad else output.detach().requires_grad_())
-        seen[-1].retain_grad()
         return seen[-1]
 
     for layer in checkpoint.family.layers(model):
-        checkpoint.family.experts_of(layer).register_forward_hook(note)
+        experts = checkpoint.family.experts_of(layer)
+        (layer.mlp if experts is None else experts).register_forward_hook(note)
     logits = model(input_ids=ROWS, use_cache=False).logits
     draws = torch.rand(ROWS.shape, generator=torch.Generator().manual_seed(seed))
     reached = logits.detach().softmax(-1).cumsum(-1) < draws.unsqueeze(-1)
@@ -108,14 +112,17 @@ def naive_gradients(checkpoint: Checkpoint, seed: int) -> dict[int, tuple[Tensor
     return {i: (y.detach().flatten(0, -2), y.grad.flatten(0, -2)) for i, y in enumerate(seen)}
 
 
-@pytest.mark.parametrize("checkpoint", ["grok", "mixtral"], indirect=True)
+@pytest.mark.parametrize("checkpoint", ["grok", "mixtral", "llama", "gemma2"], indirect=True)
 def test_gradients_are_those_of_the_whole_model(checkpoint):
     model = DifferentiableModel(checkpoint, torch.float32, pieces=True)
+    for index in range(2):
+        if checkpoint.family.lone_expert(checkpoint.config, index):
+            model.take_as_expert(index)
     found = dict(output_gradients(model, ROWS, 5, Memory()))
     naive = naive_gradients(checkpoint, 5)
     assert found.keys() == naive.keys() == {0, 1}
     for index, (y, g) in naive.items():
-        if checkpoint.family.mixture_norm:
+        if model.mixture_norm(index):
             g = g * y.square().mean(1, keepdim=True).sqrt()
         wanted = g.double().T @ g.double()
         assert (found[index] - wanted).norm() < 1e-4 * wanted.norm()

@@ -1,14 +1,17 @@
 """Two-sided rounding against naive versions, and its runs: resumed, starved, better than GPTQ."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS
+from conftest import ATTENTION, EXPERTS, saved_model
 from jobs import interrupt_after
 from torch import Tensor
 
 from grokquant.calibration.site import Site
+from grokquant.checkpoint import open_checkpoint
 from grokquant.grids import Scheme
 from grokquant.job import pipeline
 from grokquant.job.budget import timing
@@ -29,6 +32,16 @@ from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import QTensor, Unit, UnitReport
 
 TWO_SIDED = EXPERTS | {"method": "two-sided"}
+MLP = EXPERTS | {"match": "layers.*.mlp.*"}
+DENSE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 2048,
+}
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -171,6 +184,54 @@ def test_the_second_expert_makes_good_for_the_first():
     assert torch.allclose(wanted, second - 0.1, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def dense_model(tmp_path_factory) -> Callable[[str], Path]:
+    """A small random dense model of a family."""
+
+    @cache
+    def make(family: str) -> Path:
+        return saved_model(tmp_path_factory.mktemp(family), family, **DENSE)
+
+    return make
+
+
+@pytest.fixture(params=["grok", "gemma2"])
+def small_recipe(request, tiny_recipe, dense_model) -> Callable[..., Recipe]:
+    """Recipes for a model with experts, or a dense one: a rule for its experts, and others."""
+
+    def make(keys: dict, *others: dict, **sections: object) -> Recipe:
+        if request.param == "grok":
+            return tiny_recipe(EXPERTS | keys, *others, **sections)
+        model = {"path": str(dense_model(request.param))}
+        return tiny_recipe(MLP | keys, *others, model=model, **sections)
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_a_dense_mlp_runs_as_the_only_expert(dense_model, family):
+    checkpoint = open_checkpoint(dense_model(family))
+    plain, taken = BlockwiseModel(checkpoint), BlockwiseModel(checkpoint)
+    taken.take_as_expert(1)
+    rows = torch.arange(40).view(2, 20) + 7
+    hidden, _ = (model.embed(rows) for model in (plain, taken))
+    for model in (plain, taken):
+        model.load_layer(1)
+    before: list[Tensor] = []
+    sums: list[Tensor] = []
+
+    def combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        sums.append(taken.combine_stored(1)(x, experts, gates))
+        return sums[0]
+
+    output = taken.run_layer(1, hidden, combine, before.append)
+    assert torch.allclose(output, plain.run_layer(1, hidden, combine), atol=1e-5)
+    y, gain = sums[0].view_as(hidden), taken.mixture_gain(1)
+    if gain is not None:
+        y = y * (y.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain
+    assert torch.allclose(before[0] + y, output, atol=1e-5)
+
+
 Quantize = Callable[..., tuple[dict[str, QTensor], States, dict[str, UnitReport]]]
 
 
@@ -215,8 +276,9 @@ def test_what_is_already_rounded_changes_nothing(tiny_recipe, first_layer, known
         assert all(map(torch.equal, parts_of(quantized), parts_of(whole[name])))
 
 
-def test_an_interrupted_run_is_resumed_with_the_same_bytes(tiny_recipe, tmp_path, monkeypatch):
-    recipe = tiny_recipe(TWO_SIDED, output={"path": str(tmp_path / "whole"), "shard": "20KB"})
+def test_an_interrupted_run_is_resumed_with_the_same_bytes(small_recipe, tmp_path, monkeypatch):
+    output = {"path": str(tmp_path / "whole"), "shard": "20KB"}
+    recipe = small_recipe({"method": "two-sided"}, output=output)
     whole = pipeline.quantize(recipe)
     changed = recipe.output.model_copy(update={"path": str(tmp_path / "again")})
     again = recipe.model_copy(update={"output": changed})
@@ -236,11 +298,11 @@ def test_experts_with_too_few_tokens_are_rounded_to_nearest(tiny_recipe, first_l
     assert "fewer than" in (reports[name].fallback or "")
 
 
-def test_the_output_of_a_layer_is_closer_to_the_original(tiny_recipe, first_layer):
+def test_the_output_of_a_layer_is_closer_to_the_original(small_recipe, first_layer):
     errors = {}
+    attention = {"match": "layers.*.attention.*", "method": "rtn", "bits": 4, "group": 32}
     for method in ("gptq", "two-sided"):
-        rule = EXPERTS | {"method": method}
-        recipe = tiny_recipe(rule, {"match": "layers.*.attention.*", "method": "rtn", "bits": 4})
+        recipe = small_recipe({"method": method}, attention)
         _, states, reports = first_layer(recipe)
         if states.reference is not None:
             reference = states.reference.float()
@@ -342,11 +404,11 @@ def test_head_and_later_routers_are_those_of_the_checkpoint(tiny_recipe):
     assert not list(last.later_routers())
 
 
-def test_a_plan_counts_the_original_model(tiny_recipe, monkeypatch):
+def test_a_plan_counts_the_original_model(small_recipe, monkeypatch):
     monkeypatch.setattr(timing, "_SMALL_LAYER", 0)
-    plans = [build_plan(tiny_recipe(rule, ATTENTION)) for rule in (EXPERTS, TWO_SIDED)]
+    plans = [build_plan(small_recipe({"method": name})) for name in ("gptq", "two-sided")]
     gptq, two_sided = (peak_step(plan) for plan in plans)
-    states = 16 * 64 * 128 * 2
+    states = 16 * 64 * plans[0].checkpoint.config.hidden_size * 2
     assert two_sided.bytes - gptq.bytes > 5 * states and two_sided.knob == "calibration.samples"
     assert timing.expected_seconds(plans[1]) > 0
 

@@ -1,11 +1,12 @@
 """What each part of two-sided rounding is worth: it is left out, and the KL divergence compared.
 
-    python eval/bench/ablation.py MODEL RESULTS [--bits N] [--seeds N] [--part P] [--text F]
+    python eval/bench/ablation.py MODEL RESULTS [--match M] [--bits N] [--seeds N] [--part P]
+                                  [--text F]
 
-Experts are quantized once for each part and draw of calibration windows, and evaluated on each
-text. RESULTS gets a JSON line for each; what is there is not measured again, so that a program
-that was stopped goes on. Prints the table: ratios to `gptq` on the same windows of calibration and
-test, their mean and its standard error over draws and texts.
+Experts, or what else the rule matches, are quantized once for each part and draw of calibration
+windows, and evaluated on each text. RESULTS gets a JSON line for each; what is there is not
+measured again, so that a program that was stopped goes on. Prints the table: ratios to `gptq` on
+the same windows of calibration and test, their mean and its standard error over draws and texts.
 """
 
 import argparse
@@ -33,7 +34,7 @@ BASE = "gptq"
 
 @dataclass(frozen=True)
 class Part:
-    """Keys of the experts' rule, and what is put in place of names of `two_sided`."""
+    """Keys of the rule, and what is put in place of names of `two_sided`."""
 
     keys: Mapping[str, object] = field(default_factory=dict)
     patches: Mapping[str, object] = field(default_factory=dict)
@@ -81,10 +82,11 @@ class Setup:
     bits: int
     group: int
     texts: Sequence[str | None]
+    match: str = "layers.*.experts.*"
 
     def quantized(self, part: Part, seed: int, output: Path) -> Path:
-        """The experts of the model, rounded with a part on or off; the rest stays."""
-        rule = {"match": "layers.*.experts.*", "method": "two-sided", "bits": self.bits}
+        """Matrices of the model, rounded with a part on or off; the rest stays."""
+        rule = {"match": self.match, "method": "two-sided", "bits": self.bits}
         recipe = {
             "model": {"path": self.model},
             "calibration": WINDOWS | {"seed": seed},
@@ -149,13 +151,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("results", type=Path)
+    parser.add_argument("--match", default=Setup.match, help="the matrices")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--text", action="append", help="default: that of the recipe")
     options = parser.parse_args()
-    setup = Setup(options.model, options.bits, options.group, options.text or [None])
+    texts = options.text or [None]
+    setup = Setup(options.model, options.bits, options.group, texts, options.match)
     for seed, name in product(range(options.seeds), options.part or PARTS):
         rows = read(options.results)
         keys = {text: setup.key(name, seed, text) for text in setup.texts}

@@ -1,4 +1,4 @@
-"""Trains a small mixture-of-experts model to measure on, on text of this Python installation.
+"""Trains a small model to measure on, with experts or dense, on text of this Python installation.
 
     python eval/bench/train_moe.py OUTPUT [--family NAME] [--size N] [--steps N] [--seed N]
 
@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -58,6 +60,12 @@ def qwen3_moe(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **chosen, **widths))
 
 
+def llama(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
+    """A dense model: as wide as three experts."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=3 * inner))
+
+
 def grok(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
     config = train_toy.CONFIG.to_dict() | sizes | {"intermediate_size": inner}
     return train_toy.new_model(Grok1Config(**config), seed)
@@ -67,6 +75,7 @@ FAMILIES: dict[str, Callable[[dict, int, int], PreTrainedModel]] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,
     "grok": grok,
+    "llama": llama,
 }
 
 
@@ -85,7 +94,8 @@ def new_model(family: str, size: int, seed: int) -> PreTrainedModel:
         "eos_token_id": 2,
     }
     model = FAMILIES[family](sizes, inner, seed)
-    model.set_experts_implementation("eager")
+    if family != "llama":
+        model.set_experts_implementation("eager")
     return model
 
 

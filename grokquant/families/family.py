@@ -28,6 +28,7 @@ _SAME_INPUT = (
     ("shared.gate", "shared.up"),
     ("gate", "up"),
 )
+_EXPERT_PARTS = ("gate", "up", "down")
 _READS = {part: parts[0] for parts in _SAME_INPUT for part in parts}
 
 
@@ -56,7 +57,9 @@ class Family:
 
     and biases if `biased`. `router_norm` is the module of a layer whose outputs router and experts
     read. The sum of the experts' gated outputs is added to the residual, after the module
-    `mixture_norm` if that has a name; it is None if the layer does more with the sum.
+    `mixture_norm` if that has a name; it is None if the layer does more with the sum. `mlp_norm` is
+    the same for the output of a dense MLP, down(act(gate) * up). Norms multiply by their weights
+    plus `norm_offset`.
 
     config.json: `fields` picks the fields that define the model, given the file's path and content;
     it raises InputError if they describe no model of the family. An output's config.json has the
@@ -88,6 +91,8 @@ class Family:
     biased: bool = False
     router_norm: str = "post_attention_layernorm"
     mixture_norm: str | None = ""
+    mlp_norm: str | None = ""
+    norm_offset: float = 0.0
     fields: Callable[[Path, dict], dict] = check_fields
     only_own_fields: bool = False
     other_fields: frozenset[str] = frozenset()
@@ -167,6 +172,16 @@ class Family:
         """Checkpoint names of the matrices of a layer outside its routed experts, by part."""
         prefix = self.layer_prefix.format(layer=layer)
         return {part: prefix + end for part, end in self.matrices(config, layer).items()}
+
+    def lone_expert(self, config: PreTrainedConfig, layer: int) -> dict[str, str]:
+        """Checkpoint names of the gate, up and down of a layer's dense MLP; empty if the layer has
+        experts, or does more with the MLP than a layer does with one expert."""
+        if self.mlp_norm is None or not self.streams or self.num_experts(config, layer):
+            return {}
+        tensors = self.matrix_tensors(config, layer)
+        if any(f"mlp.{part}" not in tensors for part in _EXPERT_PARTS):
+            return {}
+        return {part: tensors[f"mlp.{part}"] for part in _EXPERT_PARTS}
 
     def attention_output(self, config: PreTrainedConfig, layer: int) -> str:
         """Checkpoint name of the matrix that projects a layer's attention to the residual."""

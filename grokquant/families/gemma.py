@@ -5,5 +5,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gem
 from grokquant.families.family import Family, everywhere
 from grokquant.families.projections import ATTENTION, MLP
 
-GEMMA_2 = Family("gemma-2", Gemma2Config, Gemma2ForCausalLM, everywhere(ATTENTION | MLP))
-GEMMA_3 = Family("gemma-3", Gemma3TextConfig, Gemma3ForCausalLM, everywhere(ATTENTION | MLP))
+_MATRICES = everywhere(ATTENTION | MLP)
+_NORM = "post_feedforward_layernorm"
+
+GEMMA_2 = Family(
+    "gemma-2", Gemma2Config, Gemma2ForCausalLM, _MATRICES, mlp_norm=_NORM, norm_offset=1.0
+)
+GEMMA_3 = Family(
+    "gemma-3", Gemma3TextConfig, Gemma3ForCausalLM, _MATRICES, mlp_norm=_NORM, norm_offset=1.0
+)

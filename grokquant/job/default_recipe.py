@@ -39,8 +39,8 @@ _ROWS = 128
 _TEXTS = {"python-docs": 1.0, "python-code": 1.0, "package-docs": 2.0}
 # Longer rows cost time and show the same statistics.
 _ROW_LENGTH = 2048
-# How experts are rounded below 8 bits: high effort takes five to seven times as long for about half
-# the divergence. Other matrices are rounded by GPTQ in either.
+# How experts and dense MLPs are rounded below 8 bits: high effort takes five to seven times as long
+# for about half the divergence of experts. Other matrices are rounded by GPTQ in either.
 _EFFORTS: dict[str, dict[str, Any]] = {
     "normal": {"method": "gptq"},
     "high": {"method": "two-sided", "metric": "gradients"},
@@ -140,7 +140,8 @@ def values_for(
     checkpoint = opened(model, None)
     rules = _rules(checkpoint, replace(goal, effort=effort))
     if effort == "high" and not any(rule["method"] == "two-sided" for rule in rules):
-        raise InputError(f"high changes nothing: no experts of {model} are calibrated", "effort")
+        text = f"high changes nothing: no experts or dense MLPs of {model} are calibrated"
+        raise InputError(text, "effort")
     length = _row_length(checkpoint)
     text = _text(checkpoint)  # shown, since a better one is the first thing to change
     rows = {"calibration": {"text": text, "samples": _ROWS, "length": length}}
@@ -260,7 +261,7 @@ def _rules_of(
 
     Where there is none, and for llama.cpp, which fuses none, each part gets its best.
     """
-    if role != "experts":
+    if role != "experts" and not all(_is_lone_expert(checkpoint, m) for m in matrices):
         goal = replace(goal, effort="normal")
     everything = checkpoint.num_experts == 0 or goal.format in _ONE_GRID
     candidates: Candidates = _large if everything or role in ("experts", "mlp") else _small
@@ -302,6 +303,12 @@ def _best(
 def _is_run(checkpoint: Checkpoint, matrix: Matrix) -> bool:
     """Whether the inputs of a matrix can be seen."""
     return matrix.expert is None or checkpoint.family.runs_experts
+
+
+def _is_lone_expert(checkpoint: Checkpoint, matrix: Matrix) -> bool:
+    """Whether a matrix is of a dense MLP that is rounded as an expert is."""
+    names = checkpoint.family.lone_expert(checkpoint.config, matrix.layer)
+    return matrix.tensor in names.values()
 
 
 def _must_agree(matrix: Matrix, rule: Values) -> bool:

@@ -91,22 +91,27 @@ class Division:
     def costs_of_experts(self, layer: int) -> list[float]:
         """Multiply-adds for each expert of a layer: its Hessians, its solves and its outputs."""
         checkpoint = self.plan.checkpoint
-        costs = [0.0] * checkpoint.family.num_experts(checkpoint.config, layer)
+        is_lone = layer in self.plan.lone_experts
+        experts = 1 if is_lone else checkpoint.family.num_experts(checkpoint.config, layer)
+        costs = [0.0] * experts
+        tokens = self.plan.calibration_tokens
+        if not is_lone:
+            tokens = checkpoint.tokens_per_expert(tokens)
         sites: set[tuple[int, str]] = set()
         for unit in self.plan.units_of(layer):
-            if unit.expert is None:
+            if not self.plan.in_expert(unit):
                 continue
-            site = (unit.expert, unit.reads)
-            tokens = checkpoint.tokens_per_expert(self.plan.calibration_tokens)
-            costs[unit.expert] += self.cost(unit, tokens, shared=site not in sites)
+            expert = unit.expert or 0
+            site = (expert, unit.reads)
+            costs[expert] += self.cost(unit, tokens, shared=site not in sites)
             sites.add(site)
         return costs
 
     def _assign_experts(self, layer: int) -> None:
         self._owners[layer] = self.team.assign(self.costs_of_experts(layer))
         for unit in self.plan.units_of(layer):
-            if unit.expert is not None:
-                self._maker[unit.name] = self._owners[layer][unit.expert]
+            if self.plan.in_expert(unit):
+                self._maker[unit.name] = self._owners[layer][unit.expert or 0]
 
     def cost(self, unit: Unit, tokens: int, shared: bool) -> float:
         """Multiply-adds for a matrix that `tokens` reach; `shared`: and for the Hessian of its site

@@ -89,6 +89,8 @@ def make_gradients(plan: Plan, work: WorkDirectory, rows: Tensor, doing: Doing) 
         return files
     files.begin()
     model = DifferentiableModel(plan.checkpoint, DTYPE, pieces=True)
+    for index in plan.lone_experts:
+        model.take_as_expert(index)
     some = differentiated_rows(rows)
     metrics = output_gradients(model, some, plan.recipe.calibration.seed, files)
     files.finish(dict(files.put_metric(index, metric) for index, metric in metrics))

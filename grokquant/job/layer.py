@@ -78,6 +78,9 @@ class LayerQuantizer:
         self.tokens_per_expert: list[int] = []
         self.revised: dict[str, Tensor] = {}
         self.units: Sequence[Unit] = plan.units_of(index)
+        self._is_dense = index in plan.lone_experts
+        if self._is_dense:
+            model.take_as_expert(index)
         methods = {unit.method for unit in self.units}
         self._rounding = {name: METHODS[name].begin_layer(self) for name in methods}
         self.revises = any(METHODS[name].revises for name in methods)
@@ -92,7 +95,7 @@ class LayerQuantizer:
     def _own_experts(self) -> list[Unit]:
         """The units of experts that are made here, expert by expert."""
         own = [unit for unit in self.units if self.division.is_made_here(unit)]
-        return sorted((u for u in own if u.expert is not None), key=lambda unit: unit.expert or 0)
+        return sorted(filter(self.plan.in_expert, own), key=lambda unit: unit.expert or 0)
 
     def run(self, states: States) -> States:
         """Quantizes the layer and returns the states after it, its errors included.
@@ -116,14 +119,11 @@ class LayerQuantizer:
         return self.plan.checkpoint.source.tensors[tensor].load_on(self.model.device)
 
     def expert_tensors(self, expert: int) -> Mapping[str, str]:
-        return self.model.family.expert_tensors(self.index, expert)
+        return self.model.expert_tensors(self.index, expert)
 
     @property
     def mixture_gain(self) -> Tensor | None:
-        norm = self.model.family.mixture_norm
-        if not norm:
-            return None
-        return self.model.layers[self.index].get_parameter(f"{norm}.weight").float().cpu()
+        return self.model.mixture_gain(self.index)
 
     def slopes(self, expert: int, gate: Tensor, up: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return self.model.slopes(self.index, expert, gate, up, rows)
@@ -152,8 +152,8 @@ class LayerQuantizer:
     @property
     def _has_aim(self) -> bool:
         """Whether experts are rounded towards what their sum is in the original."""
-        needed = {METHODS[unit.method].needs for unit in self.units if unit.expert is not None}
-        return Needs.REFERENCE in needed and self.model.family.mixture_norm is not None
+        aimed = filter(self.plan.has_aim, self.units)
+        return Needs.REFERENCE in {METHODS[unit.method].needs for unit in aimed}
 
     def _record_original(self, before: list[Tensor]) -> Combine:
         """Combines the experts as they are stored and keeps what they take and give; `before` gets
@@ -203,6 +203,8 @@ class LayerQuantizer:
         combine = self.model.combine_experts(self.index, self._make_expert, team, owners)
 
         def count_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            if self._is_dense:
+                return combine(x, experts, gates)
             counts = team.total(experts.flatten().bincount(minlength=len(owners)))
             self.tokens_per_expert = counts.tolist()
             starved = {
@@ -239,7 +241,7 @@ class LayerQuantizer:
             self.model.replace(self.index, name, W)
 
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
-        """Attention and dense MLPs, site by site in the order of the computation."""
+        """Attention and other matrices, site by site in the order of the computation."""
         for units in self.plan.sites_outside_experts(self.index):
             known = {unit.name: self._known(unit) for unit in units}
             left = [unit for unit in units if known[unit.name] is None]
@@ -360,7 +362,7 @@ class LayerQuantizer:
     @property
     def _first_part(self) -> str:
         """The first matrix of an expert: some have no gate."""
-        return "gate" if "gate" in self.model.family.experts else "up"
+        return "gate" if "gate" in self.expert_tensors(0) else "up"
 
     def _features(self, expert: int, part: str) -> int:
         return self.plan.checkpoint.source.tensors[self._tensor(expert, part)].shape[1]
@@ -378,12 +380,12 @@ class LayerQuantizer:
         """The site that `part` of an expert reads, with a prior if it has too few tokens."""
         limits = self.plan.recipe.experts
         own = inputs[0]
-        if tokens < limits.min_tokens:
+        if tokens < limits.min_tokens and not self._is_dense:
             reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
             return Site(tokens, features, own, refusal=reason)
         site = Site(tokens, features, own)
         span = self._span(expert, part, features)
-        if is_starved(limits, tokens, span):
+        if is_starved(limits, tokens, span) and not self._is_dense:
             site.prior = Prior(everyone, _PRIOR_TOKENS_PER_FEATURE * span)
         if aims:
             site.aim = aims[0]
@@ -408,7 +410,7 @@ class LayerQuantizer:
         return self.plan.unit_of_tensor.get(self._tensor(expert, part))
 
     def _tensor(self, expert: int, part: str) -> str:
-        return self.model.family.expert_tensors(self.index, expert)[part]
+        return self.expert_tensors(expert)[part]
 
     def _known(self, unit: Unit) -> QTensor | None:
         """The unit if it is rounded: in this run of a held layer, or by an earlier run.

@@ -127,10 +127,29 @@ class Plan:
     @cached_property
     def needs_gradients(self) -> bool:
         """Whether the original runs backward first."""
-        if self.checkpoint.family.mixture_norm is None:
-            return False
-        experts = (unit for unit in self.units.values() if unit.expert is not None)
-        return any(METHODS[unit.method].needs_gradients(unit.settings) for unit in experts)
+        aimed = filter(self.has_aim, self.units.values())
+        return any(METHODS[unit.method].needs_gradients(unit.settings) for unit in aimed)
+
+    @cached_property
+    def lone_experts(self) -> dict[int, frozenset[str]]:
+        """The tensors of the dense MLPs that are rounded as the only expert of their layer, by
+        layer: towards what they give in the original."""
+        checkpoint = self.checkpoint
+        asked: dict[int, set[str]] = defaultdict(set)
+        for unit in self.units.values():
+            if unit.expert is None and METHODS[unit.method].needs is Needs.REFERENCE:
+                asked[unit.layer].add(unit.tensor)
+        names = {i: checkpoint.family.lone_expert(checkpoint.config, i).values() for i in asked}
+        return {i: frozenset(names[i]) for i in asked if not asked[i].isdisjoint(names[i])}
+
+    def in_expert(self, unit: Unit) -> bool:
+        """Whether a matrix is rounded when its expert runs."""
+        return unit.expert is not None or unit.tensor in self.lone_experts.get(unit.layer, ())
+
+    def has_aim(self, unit: Unit) -> bool:
+        """Whether its expert can be rounded towards what the sum of the experts lacks."""
+        whole = unit.expert is None or self.checkpoint.family.mixture_norm is not None
+        return whole and self.in_expert(unit)
 
     def refitted_attention(self, layer: int) -> list[str]:
         """Checkpoint tensors of a layer that read the states before its attention and are fitted to
@@ -161,9 +180,8 @@ class Plan:
         return [name for layer in layers for name in self.refitted_in(layer)]
 
     def _refits(self, layer: int) -> bool:
-        experts = (unit for unit in self.units_of(layer) if unit.expert is not None)
-        asked = any(METHODS[unit.method].refits(unit.settings) for unit in experts)
-        return asked and self.checkpoint.family.mixture_norm is not None
+        aimed = filter(self.has_aim, self.units_of(layer))
+        return any(METHODS[unit.method].refits(unit.settings) for unit in aimed)
 
     @cached_property
     def _kept_matrices(self) -> dict[int, list[Matrix]]:
@@ -208,7 +226,7 @@ class Plan:
         """Units of a layer outside its experts, grouped by the input that they read."""
         sites: dict[str, list[Unit]] = {}
         for unit in self.units_of(layer):
-            if unit.expert is None:
+            if not self.in_expert(unit):
                 sites.setdefault(unit.reads, []).append(unit)
         return list(sites.values())
 

@@ -7,7 +7,8 @@ With E = What - W* the error of a matrix, this lowers
                          G = what errors of outputs cost    the outputs' side, see `output_metric`
 
 by GPTQ on W* with feedback through both sides (`coupled`), then by coordinate descent on codes and
-scales (`descent`). Experts are rounded so. A token counts w = p^2, the square of its gate, and
+scales (`descent`). Experts are rounded so, and dense MLPs, as the only expert of their layer, which
+gets all tokens with a gate of 1. A token counts w = p^2, the square of its gate, and
 1 / rms^2 more where a norm follows the sum of the experts. gate and up are to give what they give
 for the original's inputs, down what the sum of all experts lacks (`job/mixture`). Other matrices
 are rounded by GPTQ.
@@ -95,8 +96,8 @@ class TwoSidedSettings(ScaleSettings):
 class TwoSided(Method):
     name = "two-sided"
     text = (
-        "rounds experts towards the outputs of the original, by what errors do to the output of "
-        "the layer, and other matrices as gptq does"
+        "rounds experts and dense MLPs towards the outputs of the original, by what errors do to "
+        "the output of the layer, and other matrices as gptq does"
     )
     settings = TwoSidedSettings
     grid_keys = GRID_KEYS
@@ -141,14 +142,15 @@ class TwoSidedLayer(LayerRounding):
         self._rounded: dict[str, Rounded] = {}  # gate and up of one expert
 
     def round(self, unit: Unit, W: Tensor, site: Site | None) -> Rounded:
-        if unit.expert is None:
-            return GPTQ.round(W, unit.scheme, GptqSettings(unit.settings.scale), site)
         if site is None or site.aim is None:
+            if unit.expert is None:
+                return GPTQ.round(W, unit.scheme, GptqSettings(unit.settings.scale), site)
             return super().round(unit, W, site)
-        if unit.part == "down":
+        expert = unit.expert or 0
+        if unit.tensor == self.layer.expert_tensors(expert)["down"]:
             return self._round_down(unit, W.float(), site, site.aim)
         if unit.name not in self._rounded:
-            self._rounded = self._round_inner(unit, unit.expert, site, site.aim)
+            self._rounded = self._round_inner(unit, expert, site, site.aim)
         return self._rounded.pop(unit.name)
 
     def _metric(self, unit: Unit, hidden: int) -> Tensor:
@@ -170,12 +172,14 @@ class TwoSidedLayer(LayerRounding):
     def _round_inner(self, unit: Unit, expert: int, site: Site, aim: Aim) -> dict[str, Rounded]:
         """gate and up of an expert, or the one of them that is planned like `unit`."""
         H = _hessian(site)
-        members = [other for other in self.layer.units if _goes_with(unit, other)]
         names = self.layer.expert_tensors(expert)
+        inner = [names[part] for part in _INNER_PARTS]
+        own = [other for other in self.layer.units if other.tensor in inner]
+        members = [other for other in own if _is_rounded_like(unit, other)]
         gate, up, down = (self.layer.original(names[p]).float() for p in (*_INNER_PARTS, "down"))
         size = units_in_block(len(gate))
         moments = slope_moments(self.layer, expert, gate, up, aim, size)
-        places = [_INNER_PARTS.index(member.part) for member in members]
+        places = [inner.index(member.tensor) for member in members]
         moments = moments[:, places][..., places, :]
         G = metric_of_inner(self._metric(unit, len(down)), down, moments)
         W = interleave([(gate, up)[place] for place in places], size)
@@ -186,18 +190,16 @@ class TwoSidedLayer(LayerRounding):
         rounded = {}
         for place, member in enumerate(members):
             take = partial(part_of, place=place, members=len(members), size=size)
-            own = quantized.each(take)
+            Q = quantized.each(take)
             stored = take(W)
-            errors = _output_error(stored, own, H), _held_out_error(stored, own, site)
-            rounded[member.name] = Rounded(own, *errors)
+            errors = _output_error(stored, Q, H), _held_out_error(stored, Q, site)
+            rounded[member.name] = Rounded(Q, *errors)
         return rounded
 
 
-def _goes_with(unit: Unit, other: Unit) -> bool:
-    """Whether `other` is gate or up of the same expert and rounded alike."""
-    same_expert = other.expert == unit.expert and other.part in _INNER_PARTS
+def _is_rounded_like(unit: Unit, other: Unit) -> bool:
     how = (unit.method, unit.scheme, unit.settings)
-    return same_expert and (other.method, other.scheme, other.settings) == how
+    return (other.method, other.scheme, other.settings) == how
 
 
 def _hessian(site: Site | None) -> Tensor:

@@ -16,7 +16,7 @@ So each expert is read once for all tokens, and a block needs no more memory tha
 one expert.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -34,6 +34,7 @@ from grokquant.devices import CPU
 from grokquant.families.family import parameter_parent, set_parameter, stored_values
 from grokquant.families.taps import Tap
 from grokquant.parallel import ALONE, Take, Team
+from grokquant.streaming.lone_expert import as_lone_expert
 from grokquant.threads import alone, in_order, in_pieces, slices
 from grokquant.types import Matrix, Routed
 
@@ -194,7 +195,47 @@ class BlockwiseModel:
         self.layers = self.family.layers(self.model)
         self.taps = [Tap(layer, self.family.returned) for layer in self.layers]
         self.family.set_layers(self.model, nn.ModuleList(self.taps))
+        # Dense MLPs that are experts here, and the names of their matrices, by layer.
+        self._lone: dict[int, tuple[nn.Module, dict[str, str]]] = {}
         self._fill_outside_layers(twin)
+
+    def take_as_expert(self, index: int) -> None:
+        """From now on, the dense MLP of layer `index` is its only expert, which gets all tokens."""
+        if index in self._lone:
+            return
+        names = self.family.lone_expert(self.config, index)
+        layer = self.layers[index]
+        weight = self.family.parameter_name(layer, index, names["up"])  # mlp.up_proj.weight
+        mlp = layer.get_submodule(weight.rsplit(".", 2)[0])
+        as_lone_expert(mlp)
+        self._lone[index] = mlp, names
+
+    def experts_of(self, index: int) -> Any:
+        """The module of a layer's experts, or None if it has none."""
+        if index in self._lone:
+            return self._lone[index][0]
+        return self.family.experts_of(self.layers[index])
+
+    def num_experts(self, index: int) -> int:
+        return 1 if index in self._lone else self.family.num_experts(self.config, index)
+
+    def expert_tensors(self, index: int, number: int) -> Mapping[str, str]:
+        """Checkpoint names of an expert's matrices by part: gate, up, down."""
+        if index in self._lone:
+            return self._lone[index][1]
+        return self.family.expert_tensors(index, number)
+
+    def mixture_norm(self, index: int) -> str | None:
+        """The module of a layer that the sum of its experts passes, as in its family."""
+        return self.family.mlp_norm if index in self._lone else self.family.mixture_norm
+
+    def mixture_gain(self, index: int) -> Tensor | None:
+        """The gain of that norm, float32 [hidden], if there is one."""
+        norm = self.mixture_norm(index)
+        if not norm:
+            return None
+        weight = self.layers[index].get_parameter(f"{norm}.weight").float().cpu()
+        return weight + self.family.norm_offset
 
     def _fill_outside_layers(self, twin: "BlockwiseModel | None") -> None:
         """Reads the parameters of the model with taps: all but those of its layers."""
@@ -234,7 +275,7 @@ class BlockwiseModel:
         hidden]."""
         tensors = self.source.tensors
         head = tensors.get("lm_head.weight") or tensors["model.embed_tokens.weight"]
-        gain = tensors["model.norm.weight"].read().float()
+        gain = tensors["model.norm.weight"].read().float() + self.family.norm_offset
         total = torch.zeros_like(gain)
 
         def scaled() -> Iterator[Tensor]:
@@ -265,7 +306,7 @@ class BlockwiseModel:
         """Loads layer `index` but for its routed experts, which stay on the meta device."""
         layer = self.layers[index]
         prefix = self.family.module_prefix(index)
-        experts = self.family.experts_of(layer)
+        experts = self.experts_of(index)
         theirs = set() if experts is None else {id(p) for p in experts.parameters()}
         for name, value in list(stored_values(layer)):
             if id(value) not in theirs:
@@ -420,6 +461,9 @@ class BlockwiseModel:
         self, index: int, number: int, part: str, dtype: torch.dtype | None = None
     ) -> Tensor | None:
         """The bias [out] of an expert matrix, by default in the working dtype, or None."""
+        if index in self._lone:
+            bias = self._lone[index][1][part].removesuffix("weight") + "bias"
+            return self.expert_weight(bias, dtype) if bias in self.source.tensors else None
         name = self.family.expert_biases(index, number).get(part)
         return None if name is None else self.expert_weight(name, dtype)
 
@@ -441,7 +485,7 @@ class BlockwiseModel:
             task      0              1        2              3
             expert    0, exact       0        1, exact       1       ...
         """
-        experts_here = self.family.num_experts(self.config, index)
+        experts_here = self.num_experts(index)
         tasks = 1 if self.products == self.dtype else 2  # of each expert
         owners = [owner for owner in owners or [0] * experts_here for _ in range(tasks)]
 
@@ -509,7 +553,7 @@ class BlockwiseModel:
         return self._expert_of(index, number, self._matrices(index, number, self.dtype))
 
     def _matrices(self, index: int, number: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        names = self.family.expert_tensors(index, number)
+        names = self.expert_tensors(index, number)
         return {part: self.expert_weight(name, dtype) for part, name in names.items()}
 
     def _expert_of(self, index: int, number: int, matrices: dict[str, Tensor]) -> Expert:
@@ -530,7 +574,7 @@ class BlockwiseModel:
         gate_bias, up_bias = (
             self.expert_bias(index, number, part, W_up.dtype) for part in ("gate", "up")
         )
-        experts = self.family.experts_of(self.layers[index])
+        experts = self.experts_of(index)
 
         def inner(x: Tensor) -> Tensor:
             up = F.linear(x, W_up, up_bias)
@@ -547,7 +591,7 @@ class BlockwiseModel:
         """Derivatives float32 [tokens, some] of an expert's hidden units by their gate and up,
         float32 products of some rows of its matrices with inputs."""
         biases = (self.expert_bias(index, number, part) for part in ("gate", "up"))
-        experts = self.family.experts_of(self.layers[index])
+        experts = self.experts_of(index)
         with torch.enable_grad():
             inputs = [
                 (Y if bias is None else Y + bias[rows].float()).requires_grad_()
@@ -576,7 +620,7 @@ class BlockwiseModel:
 
     def _exchange(self, index: int, tokens: int) -> Exchange | None:
         """Gives the experts of a layer a new exchange; None if it is dense."""
-        experts = self.family.experts_of(self.layers[index])
+        experts = self.experts_of(index)
         if experts is None:
             return None
         experts.exchange = Exchange(tokens, self._place)

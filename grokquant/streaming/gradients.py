@@ -102,7 +102,7 @@ def output_gradients(
         model.free_layer(index)
         if by_outputs is None:
             continue
-        if model.family.mixture_norm:
+        if model.mixture_norm(index):
             _multiply_by_rms(by_outputs, kept.outputs)
         yield index, accumulate([by_outputs], by_outputs.shape[1]).H
 
@@ -197,7 +197,7 @@ class DifferentiableModel(BlockwiseModel):
             if kept.outputs is None:
                 return None, self._by_inputs(index, kept.inputs, gradient, None)
             trace = _Trace(self._place, kept.outputs)
-            self.family.experts_of(self.layers[index]).exchange = trace
+            self.experts_of(index).exchange = trace
             x, experts, gates, by_outputs = self._by_outputs(index, kept.inputs, gradient, trace)
             inner = self._through_experts(index, x, experts, gates, by_outputs)
             self._add_choices(index, x, gates.shape[1], inner[0], seed)
@@ -223,7 +223,7 @@ class DifferentiableModel(BlockwiseModel):
         """Gradients by `x` [tokens, hidden] and by `gates` [tokens, k], expert by expert."""
         by_x = torch.zeros_like(x)
         by_gates = torch.zeros_like(gates)
-        for number in range(self.family.num_experts(self.config, index)):
+        for number in range(self.num_experts(index)):
             token, slot = torch.where(experts == number)
             expert = self.stored_expert(index, number)
 
@@ -278,8 +278,11 @@ class DifferentiableModel(BlockwiseModel):
                 trace, by_x, by_gates = inner
                 x, _, gates, _ = trace.traced.pop(first)
                 tokens = slice(first, first + len(x))
-                reached += [x, gates]
-                gradients += [by_x[tokens].to(x), by_gates[tokens].to(gates)]
+                reached.append(x)
+                gradients.append(by_x[tokens].to(x))
+                if gates.requires_grad:  # not those of a dense MLP
+                    reached.append(gates)
+                    gradients.append(by_gates[tokens].to(gates))
             return grad(reached, h, gradients)[0].to(inputs.device)
 
         return torch.cat(self.each_part(differentiate, inputs))

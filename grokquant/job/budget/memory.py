@@ -43,7 +43,7 @@ def on_device(plan: Plan) -> int:
     """The most that a calibrated run holds on a GPU, where it has one: what lies outside the
     experts of a layer, and a matrix with its Hessian while it is rounded."""
     units = plan.units_of(plan.fullest_layer)
-    outside = sum(prod(unit.shape) for unit in units if unit.expert is None)
+    outside = sum(prod(unit.shape) for unit in units if not plan.in_expert(unit))
     held = outside * CALIBRATION_DTYPE.itemsize
     return max(_calibrated_unit(plan, unit, held).bytes for unit in units)
 
@@ -100,9 +100,18 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
     yield Step("embedding", outside + 2 * states, "calibration.samples")
     if plan.needs_gradients:
         yield _differentiating(plan)
-    # Hidden states, the experts' inputs and the sum of their outputs; the block's attention.
-    units = plan.units_of(plan.fullest_layer)
-    outside_experts = [unit for unit in units if unit.expert is None]
+    for layer in dict.fromkeys([plan.fullest_layer, *plan.lone_experts]):
+        yield from _calibrated_layer(plan, layer)
+
+
+def _calibrated_layer(plan: Plan, layer: int) -> Iterator[Step]:
+    """Hidden states, the experts' inputs and the sum of their outputs; the block's attention."""
+    config = plan.checkpoint.text_config
+    tokens = plan.calibration_tokens
+    size = CALIBRATION_DTYPE.itemsize
+    states = tokens * config.hidden_size * size
+    units = plan.units_of(layer)
+    outside_experts = [unit for unit in units if not plan.in_expert(unit)]
     attention = sum(prod(unit.shape) * size for unit in outside_experts)
     always = attention + 2 * states + tokens * config.hidden_size * FLOAT
     if plan.needs_reference:
@@ -110,10 +119,12 @@ def _calibrated(plan: Plan) -> Iterator[Step]:
         # two sums in float32 and the states before the experts, of both models.
         always += 3 * states + tokens * config.hidden_size * FLOAT
         summing = always + 2 * states + 2 * tokens * config.hidden_size * FLOAT
-        name = f"layer {plan.fullest_layer}: what its experts should give"
+        name = f"layer {layer}: what its experts should give"
         yield Step(name, summing, "calibration.samples")
         # What one expert should give; metrics of the outputs.
-        always += plan.checkpoint.tokens_per_expert(tokens) * config.hidden_size * FLOAT
+        is_lone = layer in plan.lone_experts
+        routed = tokens if is_lone else plan.checkpoint.tokens_per_expert(tokens)
+        always += routed * config.hidden_size * FLOAT
         always += 4 * config.hidden_size**2 * FLOAT
     for unit in units:
         yield _calibrated_unit(plan, unit, always)
@@ -150,7 +161,7 @@ def _calibrated_unit(plan: Plan, unit: Unit, always: int) -> Step:
     if method.needs_site:
         hessian = columns * method.block_columns(columns, unit.settings) * FLOAT
     own = matrix + hessian + working
-    if unit.expert is not None and unit.part == "down":
+    if plan.in_expert(unit) and unit.part.endswith("down"):
         # gate and up as rounded, and what they make of the tokens. While they do that, the hidden
         # units of some tokens are there several times over: of one part on a GPU, of a piece for
         # each thread of a CPU. Then the Hessian takes those of some tokens at once.

@@ -297,7 +297,7 @@ def passes_outside_experts(plan: Plan, layer: int, weights: dict[str, int]) -> f
     inputs of a matrix are captured, they pass those before it once more."""
     family = plan.checkpoint.family
     config = plan.checkpoint.config
-    has_experts = family.num_experts(config, layer) > 0
+    has_experts = family.num_experts(config, layer) > 0 or layer in plan.lone_experts
     once = family.ends_with_experts(config, layer) and not plan.needs_reference
     twice = family.streams and has_experts and not once
     passes = (1.0 + twice) * (1 + plan.needs_reference)
