@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from os.path import relpath
 from pathlib import Path
@@ -22,6 +23,9 @@ from grokquant.reporting.signs_of_life import VARIABLE
 from grokquant.streaming.blocks import BlockwiseModel
 from grokquant.toy import TOY_PATH
 from grokquant.types import Matrix, Unit
+
+# As they were before any test.
+_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 EXPERTS = {"match": "layers.*.experts.*.*", "method": "gptq", "bits": 4, "group": 32}
 # Every integer grid that a recipe can ask for.
@@ -72,6 +76,14 @@ def saved_model(place: Path, family: str, **sizes: object) -> Path:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(place)
     shutil.copyfile(TOY_PATH / "tokenizer.model", place / "tokenizer.model")
     return place
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> None:
+    """The command sets its own for the whole process, where lm-eval forks workers that would keep
+    them: a worker that loses the exception of a handler never ends."""
+    for number, handler in _HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
