@@ -139,7 +139,7 @@ def test_one_of_several_processes_measures_for_all(budgeted, monkeypatch):
     measure = step._measure
     monkeypatch.setattr(step, "_measure", lambda *given: measured.append(1) or measure(*given))
     recipe = budgeted()
-    first, second = together(2, lambda team: grokquant._solved(recipe, CPU, team))
+    first, second = together(2, lambda team: grokquant._solved(recipe, CPU, team, open_checkpoint))
     assert first == second and not isinstance(first, BudgetRecipe)
     assert len(measured) == 1
     assert solved(recipe).recipe == first

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import grokquant
-from grokquant.job import pipeline
 
 HEAVY = {"numba", "numpy", "pydantic", "rich", "scipy", "torch", "transformers"}
 RULE = {"match": "*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
@@ -80,14 +79,12 @@ def test_a_family_is_imported_alone():
 def output(tiny_release, tmp_path_factory) -> Path:
     """An output of Grok-1 whose quant_method is one of transformers' own."""
     path = tmp_path_factory.mktemp("imports") / "out"
-    return pipeline.quantize(
-        grokquant._as_recipe(
-            {
-                "model": {"path": str(tiny_release)},
-                "quantize": [RULE],
-                "output": {"path": str(path)},
-            }
-        )
+    return grokquant.quantize(
+        {
+            "model": {"path": str(tiny_release)},
+            "quantize": [RULE],
+            "output": {"path": str(path)},
+        }
     )
 
 
