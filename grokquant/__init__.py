@@ -86,10 +86,11 @@ def recipe_for(
 
 def plan(recipe: "Recipe | str | Path | Mapping") -> "ShownPlan":
     """What `quantize` would do, from file headers alone. Raises InputError."""
+    from grokquant.checkpoint import opener
     from grokquant.job.plan import build_plan
     from grokquant.reporting.shown import ShownPlan
 
-    opened = _opener()
+    opened = opener()
     return ShownPlan.of(build_plan(_as_recipe(recipe, opened), opened))
 
 
@@ -116,6 +117,7 @@ def quantize(
     from warnings import warn
 
     from grokquant import parallel
+    from grokquant.checkpoint import opener
     from grokquant.devices import device_of
     from grokquant.errors import Stopped
     from grokquant.job import pipeline
@@ -126,7 +128,7 @@ def quantize(
     if repair:
         parallel.refuse_to_share("quantize(repair=True): does not run")
     team = parallel.join(place, warn)
-    opened = _opener()
+    opened = opener()
     made = _solved(_as_any_recipe(recipe, opened), place, team, opened)
     if repair:
         output = pipeline.repair(made, progress, place, opened)
@@ -230,15 +232,6 @@ def compare(runs: "Sequence[str | Path | Report]") -> "ShownRanking":
     from grokquant.reporting.shown import ShownRanking
 
     return ShownRanking.of(runs)
-
-
-def _opener() -> "Opener":
-    """Opens each checkpoint once, for the recipe and the plan of one call."""
-    from functools import cache
-
-    from grokquant.checkpoint import open_checkpoint
-
-    return cache(open_checkpoint)
 
 
 def _as_recipe(recipe: "Recipe | str | Path | Mapping", opened: "Opener") -> "Recipe":

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -129,6 +130,11 @@ def open_checkpoint(path: str | Path, config: str | Path | None = None) -> Check
     source = replace(source, config=family.own_config(config_path, source.config), notes=notes)
     checkpoint = Checkpoint(source, family, family.config(config_path, source.config))
     return _complete(checkpoint)
+
+
+def opener() -> Opener:
+    """`open_checkpoint` that opens each only once, for the recipe and the plan of one call."""
+    return cache(open_checkpoint)
 
 
 def _left_out(path: Path, family: Family, config: dict) -> Iterator[str]:

@@ -332,6 +332,7 @@ def quantize(
     recipe; a result of anything else is refused. The result loads like the source, and its report
     has a row for every matrix.
     """
+    from grokquant.checkpoint import opener
     from grokquant.devices import device_of
     from grokquant.job import pipeline
     from grokquant.job.default_recipe import is_recipe
@@ -341,7 +342,7 @@ def quantize(
     place = device_of(parallel.own_device(device))
     team = parallel.join(place, _say_own)
     context.meta[_TEAM] = team
-    opened = _opener()
+    opened = opener()
     loaded, shown = _recipe_of(model, asked, opened, None if dry_run else place, team)
     if dry_run:
         team.once(lambda: _show_plan(loaded, opened, as_json, shown=shown))
@@ -407,7 +408,9 @@ def plan(
     that needs it, the estimated time, and the programs that can load the result. Sizes come from
     file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
-    opened = _opener()
+    from grokquant.checkpoint import opener
+
+    opened = opener()
     recipe, shown = _recipe_of(model, asked, opened)
     _show_plan(recipe, opened, as_json, engine, shown, processes)
 
@@ -424,23 +427,15 @@ def budget(recipe: str, overrides: tuple[str, ...], device: str) -> None:
     measurements are kept in OUTPUT.budget, so that another budget needs no other pass; change the
     recipe there as you like, and quantize it.
     """
+    from grokquant.checkpoint import opener
     from grokquant.devices import device_of
     from grokquant.recipe import BudgetRecipe, load_any_recipe
 
     loaded = load_any_recipe(recipe, overrides)
     if not isinstance(loaded, BudgetRecipe):
         raise InputError(f"{recipe}: quantize: has no budget; `grokquant quantize` takes it")
-    found = _allocated(loaded, device_of(device), _opener())
+    found = _allocated(loaded, device_of(device), opener())
     click.echo(escaping.lines(found.text), nl=False)
-
-
-def _opener() -> "Opener":
-    """Opens each checkpoint once, for the recipe and the plan of a command."""
-    from functools import cache
-
-    from grokquant.checkpoint import open_checkpoint
-
-    return cache(open_checkpoint)
 
 
 def _allocated(recipe: "BudgetRecipe", device: "torch.device", opened: "Opener") -> "Allocation":
@@ -471,6 +466,7 @@ def recipes(
     Each fits any model. With MODEL, prints the recipe that quantize uses with the same options, as
     a file to change: grokquant recipes MODEL --bits 4 > mine.yaml
     """
+    from grokquant.checkpoint import opener
     from grokquant.job.default_recipe import GOALS
     from grokquant.recipe import parse_recipe, to_yaml
 
@@ -478,7 +474,7 @@ def recipes(
         width = max(map(len, GOALS))
         _say(*(f"{name:{width}}  {goal.text}" for name, goal in GOALS.items()))
         return
-    values = asked.values(model, _opener())
+    values = asked.values(model, opener())
     parse_recipe(values)
     click.echo(escaping.lines(to_yaml(values)), nl=False)
 
