@@ -105,8 +105,7 @@ def refusal(path: Path) -> str:
         for ref in open_checkpoint(path).source.tensors.values():
             ref.read()
     message = str(caught.value)
-    assert "\n" not in message and str(path) in message
-    assert len(message.replace(str(path), "")) < 450
+    assert "\n" not in message and str(path) in message and len(message) < 500
     return message
 
 

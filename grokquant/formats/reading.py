@@ -29,7 +29,9 @@ def validated(source: Source, model: type[Config], *keys: str) -> Config:
         return model.model_validate(reduce(getitem, path, source.config))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, (*path, *first["loc"])))
+        # pydantic also names the member of a union: literal['a', 'b'].
+        keys_in_it = (part for part in first["loc"] if not str(part).startswith("literal["))
+        key = ".".join(map(str, (*path, *keys_in_it)))
         text = first["msg"].removeprefix("Value error, ")
         found = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.40}"
         raise InputError(
