@@ -94,9 +94,7 @@ class Division:
         is_lone = layer in self.plan.lone_experts
         experts = 1 if is_lone else checkpoint.family.num_experts(checkpoint.config, layer)
         costs = [0.0] * experts
-        tokens = self.plan.calibration_tokens
-        if not is_lone:
-            tokens = checkpoint.tokens_per_expert(tokens)
+        tokens = self.plan.tokens_per_expert(layer)
         sites: set[tuple[int, str]] = set()
         for unit in self.plan.units_of(layer):
             if not self.plan.in_expert(unit):

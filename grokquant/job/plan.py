@@ -222,6 +222,11 @@ class Plan:
         asked = self.recipe.calibration
         return asked.samples * min(asked.length, self.checkpoint.positions)
 
+    def tokens_per_expert(self, layer: int) -> int:
+        """How many of them reach an expert of a layer on average; all reach a lone one."""
+        tokens = self.calibration_tokens
+        return tokens if layer in self.lone_experts else self.checkpoint.tokens_per_expert(tokens)
+
     def sites_outside_experts(self, layer: int) -> list[list[Unit]]:
         """Units of a layer outside its experts, grouped by the input that they read."""
         sites: dict[str, list[Unit]] = {}

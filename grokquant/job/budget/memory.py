@@ -122,9 +122,7 @@ def _calibrated_layer(plan: Plan, layer: int) -> Iterator[Step]:
         name = f"layer {layer}: what its experts should give"
         yield Step(name, summing, "calibration.samples")
         # What one expert should give; metrics of the outputs.
-        is_lone = layer in plan.lone_experts
-        routed = tokens if is_lone else plan.checkpoint.tokens_per_expert(tokens)
-        always += routed * config.hidden_size * FLOAT
+        always += plan.tokens_per_expert(layer) * config.hidden_size * FLOAT
         always += 4 * config.hidden_size**2 * FLOAT
     for unit in units:
         yield _calibrated_unit(plan, unit, always)
