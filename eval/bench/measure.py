@@ -21,7 +21,7 @@ class Measured:
 
     Both are sampled: wait4's figure would count what the measuring program held when it forked.
     `disk_read` are bytes that came from the disk and not from the page cache. `cpu_seconds` are
-    those of all threads, which other programs hardly change.
+    those of all threads and of its own children, which other programs hardly change.
     """
 
     seconds: float
@@ -70,9 +70,10 @@ def _numbers(pid: int, name: str) -> dict[str, int]:
 
 
 def _cpu_seconds(pid: int) -> float:
-    """In user code and in the system: fields 14 and 15 of proc(5)."""
+    """In user code and in the system, of a process and of its children that have ended: fields 14
+    to 17 of proc(5)."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from field 3 on
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 def drop_from_cache(files: Iterable[Path]) -> None:

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from resource import RUSAGE_CHILDREN, getrusage
 from subprocess import CalledProcessError, run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # where measure is
@@ -172,7 +171,6 @@ def made(job: Job, name: str, entrant: str) -> dict | None:
         print(f"{name}: {entrant} is not installed", file=sys.stderr)
         return None
     shutil.rmtree(output, ignore_errors=True)
-    before = _cpu_seconds()
     try:
         measured = measure.run(command)
     except CalledProcessError as error:
@@ -180,18 +178,12 @@ def made(job: Job, name: str, entrant: str) -> dict | None:
         return None
     found = {
         "seconds": measured.seconds,
-        "cpu_seconds": _cpu_seconds() - before,
+        "cpu_seconds": measured.cpu_seconds,
         "peak_rss": measured.peak_rss,
         "version": version_of(job, entrant),
     }
     costs.write_text(json.dumps(found))
     return found
-
-
-def _cpu_seconds() -> float:
-    """Of all children that have ended: unlike seconds, another program does not change them."""
-    used = getrusage(RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def evaluated(job: Job, output: Path, text: Path) -> Report:
