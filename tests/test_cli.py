@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 from conftest import ATTENTION, EXPERTS, own_text
 
 import grokquant
-from grokquant.cli import _bounded, main
+from grokquant.cli import main
+from grokquant.cli.printing import bounded
 from grokquant.escaping import lines, one_line
 from grokquant.files.atomic import sha256
 from grokquant.formats import FORMATS
@@ -473,7 +474,7 @@ def test_an_interrupted_process_leaves_nothing_but_what_is_committed(recipe, tmp
 def test_what_is_shown_of_files_does_not_act_on_the_terminal():
     assert lines("a\x1b]0;x\x07\tb\n") == "a\\x1b]0;x\\x07\tb\n"
     assert one_line("a\x1b[2J\nb") == "a\\x1b[2J\\nb"
-    assert len(one_line(_bounded("\x1b" * 20_000_000))) < 10_000
+    assert len(one_line(bounded("\x1b" * 20_000_000))) < 10_000
 
 
 # --- where eval writes

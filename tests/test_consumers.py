@@ -5,7 +5,7 @@ import re
 import pytest
 from test_from_pretrained import INT4, RULES, output_of  # noqa: F401
 
-from grokquant.cli import _ENGINES
+from grokquant.cli.options import ENGINES
 from grokquant.engines import CONSUMERS, Contents, Stored, verdicts, where_it_runs
 from grokquant.errors import GateError
 from grokquant.grids import GRIDS, Scheme
@@ -148,7 +148,7 @@ def test_every_family_that_is_called_tried_has_a_case():
 
 
 def test_the_option_has_every_consumer():
-    assert list(_ENGINES) == [consumer.name for consumer in CONSUMERS]
+    assert list(ENGINES) == [consumer.name for consumer in CONSUMERS]
 
 
 def test_what_goes_wrong_silently_is_said_first():

@@ -1,0 +1,53 @@
+"""Arguments and options that several commands have."""
+
+import click
+
+from grokquant.errors import InputError
+
+
+class _Path(click.ParamType):
+    """A path as typed: shells leave `~` and variables as they are after `=` and in quotes."""
+
+    name = "path"
+
+    def convert(self, value: str, *_: object) -> str:
+        from grokquant.files.typed_paths import expanded
+
+        try:
+            return expanded(value)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+PATH = _Path()
+# The formats of `recipe/schema.py`, repeated here so that --help does not import pydantic.
+FORMATS = ("compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16")
+# The consumers of `engines.py`, repeated for the same reason.
+ENGINES = (
+    "llama.cpp",
+    "vllm",
+    "sglang",
+    "transformers-grokquant",
+    "transformers",
+    "lm-eval",
+    "lm-eval-grokquant",
+    "gptqmodel",
+    "exllamav2",
+)
+overrides_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe key, e.g. --set model.path=DIR or --set quantize[0].bits=8.",
+)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device: cpu, cuda or cuda:N; auto uses a GPU if there is one.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an earlier result once the new one is complete."
+)
