@@ -174,32 +174,23 @@ def evaluate(
 
     from grokquant import parallel
     from grokquant.devices import device_of
+    from grokquant.evaluation.models import opened_models
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.reporting.notebook_progress import evaluation_progress
     from grokquant.reporting.shown import ShownReport
 
     place = device_of(parallel.own_device(device))
     team = parallel.join(place, warn)
+    models = opened_models(quantized, reference, place, dtype, any_reference)
     evaluation = run_suite(
-        quantized,
-        reference,
-        suite_for(
-            quantized,
-            suite,
-            text,
-            samples,
-            length,
-            task_files,
-            field,
-        ),
+        models,
+        suite_for(quantized, suite, text, samples, length, task_files, field),
         suite or "",
         evaluation_progress(),
         place,
         forced=not quick,
         cache=cache_at(cache, cache_size, warn),
-        any_reference=any_reference,
         team=team,
-        dtype=dtype,
     )
     team.leave()
     return ShownReport.of(evaluation.report)

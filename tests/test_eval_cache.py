@@ -15,7 +15,7 @@ from test_moe_view import counted
 import grokquant
 from grokquant.checkpoint import open_checkpoint
 from grokquant.errors import InputError
-from grokquant.evaluation import run
+from grokquant.evaluation import models, run
 from grokquant.evaluation.cache import Cache
 from grokquant.evaluation.suite import suite_of
 from grokquant.recipe import EvalSection
@@ -67,12 +67,14 @@ def evaluate(outputs, tiny_release, settings, monkeypatch):
             side = "reference" if Path(path) == reference else "quantized"
             return counted(opened(path), reads, side)
 
-        monkeypatch.setattr(run, "open_checkpoint", open_counted)
+        monkeypatch.setattr(models, "open_checkpoint", open_counted)
         # Reads small models whole, whatever the cache holds.
         monkeypatch.setattr(run, "continuations", lambda *_: "not asked for")
         forced = bool(changes.pop("forced", True))
         suite = suite_of(settings.model_copy(update=changes))
-        report = run.run_suite(outputs[bits], reference, suite, forced=forced, cache=cache).report
+        report = run.run_suite(
+            models.opened_models(outputs[bits], reference), suite, forced=forced, cache=cache
+        ).report
         of_reference = {name.split()[1] for name in reads if name.startswith("reference ")}
         return json.dumps(report.to_json()), of_reference
 

@@ -27,7 +27,7 @@ from grokquant.evaluation import continuation, measure, models, statistics
 from grokquant.evaluation.continuation import continuations
 from grokquant.evaluation.estimates import noise_floor
 from grokquant.evaluation.measure import Windows, compare_texts
-from grokquant.evaluation.models import dtype_of_products
+from grokquant.evaluation.models import dtype_of_products, opened_models
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.run import run_suite
 from grokquant.evaluation.statistics import TokenFigures
@@ -332,8 +332,7 @@ def test_each_tensor_is_read_once(outputs, tiny_release, products):
 def test_layers_are_told_as_they_are_done(outputs, tiny_release, settings):
     told = []
     run_suite(
-        outputs["int4"],
-        tiny_release,
+        opened_models(outputs["int4"], tiny_release),
         suite_of(settings),
         layer_done=lambda layer, total: told.append((layer, total)),
     )
@@ -529,7 +528,7 @@ def test_a_broken_quantization_report_is_named_at_once(output, tiny_release, set
         raise AssertionError
 
     with pytest.raises(InputError, match=r"quantization-report.json: ") as error:
-        run_suite(output, tiny_release, suite_of(settings), layer_done=too_late)
+        run_suite(opened_models(output, tiny_release), suite_of(settings), layer_done=too_late)
     assert "\n" not in str(error.value)
 
 

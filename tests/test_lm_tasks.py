@@ -21,6 +21,7 @@ from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.errors import InputError
 from grokquant.evaluation import items, likelihoods, run, task_data, task_requests
 from grokquant.evaluation.measure import Windows, compare_texts
+from grokquant.evaluation.models import opened_models
 from grokquant.evaluation.report import read_report
 from grokquant.evaluation.suite import Suite, TaskSection
 from grokquant.reporting.publish import publish
@@ -349,7 +350,7 @@ def test_tasks_are_in_the_report(tiny_release, tmp_path):
             "max_length": LONGEST,
         }
     )
-    done = run.run_suite("toy", "toy", suite, "mine")
+    done = run.run_suite(opened_models("toy", "toy"), suite, "mine")
     report = done.report
     assert report.tasks.lm_eval == lm_eval.__version__
     assert (report.tasks.max_length, report.tasks.prefix_token) == (LONGEST, 1)
@@ -442,8 +443,9 @@ def test_a_continuation_longer_than_the_model_is_refused(tmp_path):
 def test_nothing_of_lm_eval_is_imported_without_tasks(text_file):
     code = (
         "import sys, grokquant.cli\n"
+        "from grokquant.evaluation.models import opened_models\n"
         "from grokquant.evaluation.run import run_suite, suite_for\n"
-        "run_suite('toy', 'toy', suite_for('toy', None, sys.argv[1], 1, 16))\n"
+        "run_suite(opened_models('toy', 'toy'), suite_for('toy', None, sys.argv[1], 1, 16))\n"
         "sys.exit(any(name in sys.modules for name in ('lm_eval', 'datasets')))"
     )
     run = [sys.executable, "-c", code, str(text_file)]

@@ -9,6 +9,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation import likelihoods, measure
 from grokquant.evaluation.cache import Cache
 from grokquant.evaluation.measure import Comparison, Windows, compare_texts
+from grokquant.evaluation.models import opened_models
 from grokquant.evaluation.run import run_suite
 from grokquant.evaluation.suite import Suite, TextSection
 from grokquant.parallel import ALONE, Team
@@ -84,7 +85,7 @@ def test_the_report_is_the_same_on_all_members(int4, tiny_release, text_file):
     suite = Suite(texts=(TextSection(text=str(text_file), samples=5, length=50),))
 
     def report(team: Team) -> str:
-        return str(run_suite(int4, tiny_release, suite, team=team).report.to_json())
+        return str(run_suite(opened_models(int4, tiny_release), suite, team=team).report.to_json())
 
     alone = report(ALONE)
     assert together(2, report) == [alone] * 2
@@ -94,4 +95,9 @@ def test_a_cache_is_refused(int4, tiny_release, text_file, tmp_path):
     suite = Suite(texts=(TextSection(text=str(text_file), samples=5, length=50),))
     cache = Cache(tmp_path, 10**9, print)
     with pytest.raises(InputError, match="^cache: several processes"):
-        together(2, lambda team: run_suite(int4, tiny_release, suite, cache=cache, team=team))
+        together(
+            2,
+            lambda team: run_suite(
+                opened_models(int4, tiny_release), suite, cache=cache, team=team
+            ),
+        )

@@ -15,6 +15,7 @@ from grokquant.errors import GateError, InputError
 from grokquant.evaluation import likelihoods, run
 from grokquant.evaluation import suite as suites
 from grokquant.evaluation.measure import Windows, compare_texts
+from grokquant.evaluation.models import opened_models
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.run import suite_for
 from grokquant.evaluation.suite import Suite, TextSection, check_gates, load_suite
@@ -168,7 +169,7 @@ def test_each_model_gives_its_own_answers(int4, tiny_release):
 def report(int4, tiny_release, text_file) -> Report:
     text = {"text": str(text_file), "samples": 3, "length": 64}
     suite = Suite.model_validate({"texts": [text, text | {"protocol": "llama.cpp"}]})
-    return run.run_suite(int4, tiny_release, suite, "mine").report
+    return run.run_suite(opened_models(int4, tiny_release), suite, "mine").report
 
 
 def test_thresholds_take_the_worst_of_all_texts_and_layers(report):

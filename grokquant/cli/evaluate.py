@@ -1,5 +1,6 @@
 """eval measures a result, compare ranks several."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -7,12 +8,13 @@ import click
 
 from grokquant.cli.group import command, join_team
 from grokquant.cli.options import PATH, device_option, json_option, overwrite_option
-from grokquant.cli.printing import print_json, print_tables, say
+from grokquant.cli.printing import print_json, print_tables, say, say_error
 from grokquant.errors import InputError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from grokquant.evaluation.models import Models
     from grokquant.evaluation.report import Report
 
 
@@ -118,129 +120,139 @@ def evaluate(
     may also come from another tool, in any supported format, if --output names a directory for the
     reports. An evaluation that is there already is not repeated, and one of something else refused.
     """
-    from pathlib import Path
-
-    from grokquant.checkpoint import open_checkpoint
-    from grokquant.evaluation.finished import finished_evaluation, identity_of
-    from grokquant.evaluation.models import dtype_of_products
+    from grokquant.evaluation.finished import identity_of
+    from grokquant.evaluation.models import opened_models
     from grokquant.evaluation.report import Report
     from grokquant.evaluation.run import cache_at, run_suite, suite_for
     from grokquant.evaluation.suite import check_gates
     from grokquant.job.fingerprint import difference
-    from grokquant.job.verify.papers import evaluation_faults
     from grokquant.recipe.of_output import origin_of_text
-    from grokquant.reporting.html.page import HTML_NAME
-    from grokquant.reporting.publish import place_of_reports
-    from grokquant.reporting.terminal import LayerProgress, print_notices
+    from grokquant.reporting.terminal import LayerProgress
 
     run_on, team = join_team(device)
-    models = open_checkpoint(output), open_checkpoint(reference)
-    place = Path(directory) if directory else place_of_reports(Path(output), Path(reference))
-
-    def begin() -> bool:
-        for model in models:
-            print_notices(model.source.notes)
-        return _can_be_written(place, named=directory is not None)
-
-    kept = team.once(begin)
+    reports = _Reports(output, reference, directory, as_json)
+    models = opened_models(output, reference, run_on, dtype, any_reference)
     chosen = suite_for(output, suite, text, samples, length, task_files, field)
-    about_text = ""
     if suite is None:
-        about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"
-    products = dtype_of_products(models[1], dtype, run_on)
-    identity = identity_of(*models, chosen, not quick, products)
+        reports.about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"
+    kept = team.once(lambda: reports.begin(models))
+    identity = identity_of(models, chosen, not quick)
     team.agree(identity, partial(difference, words="{0} is {2}, not {1}"))
-
-    def finished() -> dict | None:
-        found = None if overwrite else finished_evaluation(place, identity)
-        if found is None:
-            return None
-        if directory is None and (fault := next(evaluation_faults(Path(output)), None)):
-            raise InputError(f"{fault}; overwrite=True evaluates again")
-        progress.note(f"{place}: already evaluated, with the same models, texts and versions")
-        _show_report(found, about_text, as_json)
-        if not as_json:
-            say(f"report: {place / HTML_NAME}")
-        return found.model_dump(mode="json")
-
     with LayerProgress(click.get_current_context().obj) as progress:
         states = cache_at(cache, cache_size, progress.note)
-        if found := team.once(finished):
-            team.leave()
-            check_gates(Report.model_validate(found))
-            return
+        if not overwrite:
+            found = team.once(lambda: reports.finished(identity, progress.note))
+            if found is not None:
+                team.leave()
+                check_gates(Report.model_validate(found))
+                return
         report = run_suite(
-            output,
-            reference,
+            models,
             chosen,
             suite or "",
             team.only_first(progress.layer_done, None),
             run_on,
             forced=not quick,
             cache=states,
-            any_reference=any_reference,
             team=team,
-            dtype=dtype,
         ).report
     report = report.model_copy(update={"made_from": identity})
-
-    def tell() -> None:
-        _show_report(report, about_text, as_json)
-        if kept:
-            _keep_report(report, Path(output), place, directory is not None, as_json)
-
-    team.once(tell)
+    team.once(lambda: reports.publish(report, kept))
     team.leave()
     check_gates(report)
 
 
-def _can_be_written(place: "Path", named: bool) -> bool:
-    """Whether reports can be written to `place`. Raises InputError if not and the user `named` it:
-    a result that can only be read is evaluated all the same."""
-    from grokquant.job.shards import check_writable
+class _Reports:
+    """Where the reports of an evaluation go, and what people see of them.
 
-    try:
-        check_writable(place)
-    except InputError as error:
-        if named:
-            raise
-        say(f"{error}, so no report is kept; --output keeps one", err=True)
-        return False
-    return True
+    They go beside the output, or to `directory` if the user names one.
+    """
 
+    def __init__(self, output: str, reference: str, directory: str | None, as_json: bool) -> None:
+        from pathlib import Path
 
-def _keep_report(
-    report: "Report", output: "Path", place: "Path", named: bool, as_json: bool
-) -> None:
-    """Writes the reports and fills the card; what fails is a note, but for a `named` place."""
-    from grokquant.reporting.publish import publish
+        from grokquant.reporting.publish import place_of_reports
 
-    def note(line: str) -> None:
-        say(line, err=True)
+        self.output = Path(output)
+        self.named = directory is not None
+        self.place = Path(directory or place_of_reports(self.output, Path(reference)))
+        self.as_json = as_json
+        self.about_text = ""  # a line on the text, if a suite does not say it
 
-    try:
-        _, page = publish(report, output, place, note)
-    except InputError as error:
-        if named:
-            raise
-        note(f"{error}; no report is kept")
-        return
-    if not as_json:
-        say(f"report: {page}")
+    def begin(self, models: "Models") -> bool:
+        """Prints notices on the models; whether reports can be written.
 
+        A result that can only be read is evaluated all the same. Raises InputError where the place
+        was named.
+        """
+        from grokquant.job.shards import check_writable
+        from grokquant.reporting.terminal import print_notices
 
-def _show_report(report: "Report", about_text: str, as_json: bool) -> None:
-    from grokquant.reporting.rows import notes, terminal_table, verdict
-    from grokquant.reporting.suite_tables import suite_tables
+        print_notices(models.quantized.source.notes)
+        print_notices(models.reference.source.notes)
+        try:
+            check_writable(self.place)
+        except InputError as error:
+            if self.named:
+                raise
+            say_error(f"{error}, so no report is kept; --output keeps one")
+            return False
+        return True
 
-    if as_json:
-        print_json(report.to_json())
-        return
-    say(*notes(report))
-    if about_text:
-        say(about_text)
-    print_tables(terminal_table(report), *suite_tables(report))
-    say(verdict(report))
+    def finished(self, identity: dict, note: Callable[[str], None]) -> dict | None:
+        """Shows the report of this evaluation that is there already; None if there is none.
+
+        Raises InputError where there is one of something else, or papers that do not fit it.
+        """
+        from grokquant.evaluation.finished import finished_evaluation
+        from grokquant.job.verify.papers import evaluation_faults
+        from grokquant.reporting.html.page import HTML_NAME
+
+        found = finished_evaluation(self.place, identity)
+        if found is None:
+            return None
+        if not self.named and (fault := next(evaluation_faults(self.output), None)):
+            raise InputError(f"{fault}; overwrite=True evaluates again")
+        note(f"{self.place}: already evaluated, with the same models, texts and versions")
+        self._show(found)
+        self._say_page(self.place / HTML_NAME)
+        return found.model_dump(mode="json")
+
+    def publish(self, report: "Report", kept: bool) -> None:
+        """Shows a report; if it can be `kept`, writes it and fills the card.
+
+        What fails there is a note, but for a place that was named: then it raises InputError.
+        """
+        from grokquant.reporting.publish import publish
+
+        self._show(report)
+        if not kept:
+            return
+        try:
+            _, page = publish(report, self.output, self.place, say_error)
+        except InputError as error:
+            if self.named:
+                raise
+            say_error(f"{error}; no report is kept")
+            return
+        self._say_page(page)
+
+    def _show(self, report: "Report") -> None:
+        from grokquant.reporting.rows import notes, terminal_table, verdict
+        from grokquant.reporting.suite_tables import suite_tables
+
+        if self.as_json:
+            print_json(report.to_json())
+            return
+        say(*notes(report))
+        if self.about_text:
+            say(self.about_text)
+        print_tables(terminal_table(report), *suite_tables(report))
+        say(verdict(report))
+
+    def _say_page(self, page: "Path") -> None:
+        if not self.as_json:
+            say(f"report: {page}")
 
 
 @command()

@@ -6,10 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from grokquant.checkpoint import Checkpoint
 from grokquant.errors import InputError
+from grokquant.evaluation.models import Models
 from grokquant.evaluation.report import JSON_NAME, Report, read_report
 from grokquant.evaluation.suite import Suite
 from grokquant.files.atomic import sha256
@@ -21,13 +19,7 @@ _PACKAGES = ("grokquant", "torch", "transformers")
 _DIGITS = 16  # of a checksum that people may have to read
 
 
-def identity_of(
-    quantized: Checkpoint,
-    reference: Checkpoint,
-    suite: Suite,
-    forced: bool,
-    products: torch.dtype = torch.float32,
-) -> dict:
+def identity_of(models: Models, suite: Suite, forced: bool) -> dict:
     """All that determines the figures of an evaluation; JSON values only, without full paths.
 
     Raises InputError where a text cannot be read.
@@ -39,11 +31,11 @@ def identity_of(
     for row, task in zip(settings["tasks"], suite.tasks, strict=True):
         row["name"] = _name_of_task(Path(task.name))
     return {
-        "quantized": _digest(contents_of(quantized)),
-        "reference": _digest(contents_of(reference)),
+        "quantized": _digest(contents_of(models.quantized)),
+        "reference": _digest(contents_of(models.reference)),
         "suite": settings,
         "layers in isolation": forced,
-        "products of experts": str(products).removeprefix("torch."),
+        "products of experts": str(models.products).removeprefix("torch."),
         "version": {package: version(package) for package in _PACKAGES},
     }
 

@@ -1,15 +1,17 @@
 """The two models of an evaluation: whether they can be compared, and their rows in the report."""
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grokquant.checkpoint import Checkpoint
-from grokquant.devices import multiplies_bfloat16
+from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.devices import CPU, multiplies_bfloat16
 from grokquant.errors import InputError
 from grokquant.evaluation.report import ComparedModel, UnitRow
+from grokquant.evaluation.same_model import check_same_model
 from grokquant.files.json_objects import read_json_object
 from grokquant.files.published import published_path
 from grokquant.formats import format_of
@@ -28,6 +30,42 @@ _SAME = (
     "hidden_size",
     "vocab_size",
 )
+
+
+@dataclass(frozen=True)
+class Models:
+    """Two models that can be compared; `paths` are theirs, as they were given.
+
+    `products` is the dtype of the products of experts. `note` says that the reference is, or may
+    be, another model than the source of `quantized`.
+    """
+
+    quantized: Checkpoint
+    reference: Checkpoint
+    paths: tuple[str, str]
+    products: torch.dtype
+    note: str | None
+
+
+def opened_models(
+    quantized: str | Path,
+    reference: str | Path,
+    device: torch.device = CPU,
+    dtype: str = "auto",
+    any_reference: bool = False,
+) -> Models:
+    """Opens two models that are to be compared; nothing is loaded yet.
+
+    `dtype` is that of the products of experts, as `dtype_of_products` takes it. With
+    `any_reference`, the reference may be another model than the source.
+    Raises InputError where the two cannot be compared.
+    """
+    own = open_checkpoint(quantized)
+    base = open_checkpoint(reference)
+    products = dtype_of_products(base, dtype, device)
+    check_comparable(own, base, any_reference)
+    note = check_same_model(own, base, any_reference)
+    return Models(own, base, (str(quantized), str(reference)), products, note)
 
 
 def dtype_of_products(reference: Checkpoint, dtype: str, device: torch.device) -> torch.dtype:

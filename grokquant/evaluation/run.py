@@ -7,21 +7,19 @@ from pathlib import Path
 
 import torch
 
-from grokquant.checkpoint import open_checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
 from grokquant.evaluation.cache import Cache
 from grokquant.evaluation.continuation import continuations
 from grokquant.evaluation.estimates import noise_floor, routing, text_figures
 from grokquant.evaluation.items import ItemResults
-from grokquant.evaluation.measure import LayerDone, compare_texts
-from grokquant.evaluation.models import check_comparable, described, dtype_of_products, unit_rows
+from grokquant.evaluation.measure import Comparison, LayerDone, compare_texts
+from grokquant.evaluation.models import Models, described, unit_rows
 from grokquant.evaluation.passage import passage
-from grokquant.evaluation.report import Report
-from grokquant.evaluation.same_model import check_same_model
+from grokquant.evaluation.report import Report, TextFigures
 from grokquant.evaluation.suite import Suite, judged, load_suite, refuse_task_files, suite_of
 from grokquant.evaluation.task_requests import opened_tasks
-from grokquant.evaluation.windows import read_text
+from grokquant.evaluation.windows import TextWindows, read_text
 from grokquant.parallel import ALONE, Team
 from grokquant.recipe import parse_size
 from grokquant.recipe.of_output import check_text_is_known, settings_of
@@ -85,80 +83,76 @@ def cache_at(
 
 
 def run_suite(
-    quantized: str | Path,
-    reference: str | Path,
+    models: Models,
     suite: Suite,
     name: str = "",
     layer_done: LayerDone | None = None,
     device: torch.device = CPU,
     forced: bool = True,
     cache: Cache | None = None,
-    any_reference: bool = False,
     team: Team = ALONE,
-    dtype: str = "auto",
 ) -> Evaluation:
-    """Runs both checkpoints over all texts and tasks of a suite, each block read once.
+    """Runs both models over all texts and tasks of a suite, each block read once.
 
     With a `name`, the outcome of the thresholds goes into the report. With `forced`, each layer is
     also measured alone, and both write a text if they fit in memory; a `cache` keeps the
-    reference's states for the next evaluation. With `any_reference`, the reference may be another
-    model than the source, which the report then says. Members of a `team` share the rows; all of
-    them make this call and get the same evaluation. `dtype` is that of the products of experts, as
-    `dtype_of_products` takes it.
-    Raises InputError where the two cannot be compared, or a text or task cannot be used.
+    reference's states for the next evaluation. Members of a `team` share the rows; all of them make
+    this call and get the same evaluation. Raises InputError where a text or task cannot be used.
     """
     if cache and team.is_divided:
         raise InputError("several processes would keep parts of their own; leave it out", "cache")
-    candidate = open_checkpoint(quantized)
-    base = open_checkpoint(reference)
-    check_comparable(candidate, base, any_reference)
-    own_units = unit_rows(candidate)
-    note = check_same_model(candidate, base, any_reference)
-    base_units = unit_rows(base)
-    products = dtype_of_products(base, dtype, device)
-    texts = [read_text(text, base, _key(name, i), products) for i, text in enumerate(suite.texts)]
-    with opened_tasks(suite, candidate, base, device, team) as tasks:
-        windows = [text.windows for text in texts]
+    own, base = models.quantized, models.reference
+    own_units, base_units = unit_rows(own), unit_rows(base)
+    texts = [
+        read_text(text, base, _key(name, index), models.products)
+        for index, text in enumerate(suite.texts)
+    ]
+    with opened_tasks(suite, own, base, device, team) as tasks:
         comparison = compare_texts(
-            candidate,
+            own,
             base,
-            windows,
+            [text.windows for text in texts],
             tasks.batches,
             layer_done,
             device,
             forced,
             cache,
             team,
-            products,
+            models.products,
         )
         task_rows, items = tasks.results(*comparison.answers)
     continued: list[list[int]] | str = "it was a quick evaluation"
     if forced:
         said = comparison.choices
-        write = partial(continuations, candidate, base, said.before, len(said.own), device)
+        write = partial(continuations, own, base, said.before, len(said.own), device)
         continued = team.once(write)
-    measured = [comparison.figures, *comparison.further]
-    first, *further = (
-        text_figures(text.protocol, figures, text.documents)
-        for text, figures in zip(texts, measured, strict=True)
-    )
+    figures = _figures(texts, comparison)
     report = Report(
-        **dict(first),
-        reference_note=note,
+        **dict(figures[0]),
+        reference_note=models.note,
         grokquant=__version__,
-        quantized=described(candidate, quantized, own_units),
-        reference=described(base, reference, base_units),
-        noise_floor=noise_floor(comparison.noise, first.kld.mean.value, products),
+        quantized=described(own, models.paths[0], own_units),
+        reference=described(base, models.paths[1], base_units),
+        noise_floor=noise_floor(comparison.noise, figures[0].kld.mean.value, models.products),
         routing=routing(comparison),
         layers=tuple(comparison.layers),
         units=own_units,
-        further_texts=tuple(further),
+        further_texts=tuple(figures[1:]),
         tasks=task_rows,
         passage=passage(comparison.choices, continued, load_tokenizer(base)),
     )
     if name:
         report = report.model_copy(update={"suite": judged(report, name, suite.thresholds)})
     return Evaluation(report, items)
+
+
+def _figures(texts: list[TextWindows], comparison: Comparison) -> list[TextFigures]:
+    """Of each text."""
+    measured = [comparison.figures, *comparison.further]
+    return [
+        text_figures(text.protocol, figures, text.documents)
+        for text, figures in zip(texts, measured, strict=True)
+    ]
 
 
 def _key(suite: str, text: int) -> str:
