@@ -239,11 +239,12 @@ def test_an_ablation_compares_equal_draws_and_texts(tmp_path, monkeypatch):
     assert all(hasattr(two_sided, name) for part in program.PARTS.values() for name in part.patches)
     setup = program.Setup("toy", 3, 64, [None, "texts/code.txt"])
     made = []
-    monkeypatch.setattr(grokquant, "quantize", lambda r: made.append((r, two_sided._SWEEPS)))
-    for name in ("gptq", "no descent", "two-sided"):
+    monkeypatch.setattr(grokquant, "quantize", lambda r: made.append((r, two_sided.solve_)))
+    for name in ("gptq", "targets are the stored matrices", "two-sided"):
         setup.quantized(program.PARTS[name], 1, tmp_path)
     assert [r["quantize"][0]["method"] for r, _ in made] == ["gptq", "two-sided", "two-sided"]
-    assert made[1][1] == 0 < made[0][1] == made[2][1]  # a patch ends with its run
+    # A patch ends with its run.
+    assert made[1][1] is program.stays and made[0][1] == made[2][1] == two_sided.solve_
     klds = {"gptq": (0.4, 0.2, 0.8, 0.5), "two-sided": (0.2, 0.1, 0.4)}
     rows = []
     for name, values in klds.items():

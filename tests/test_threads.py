@@ -28,7 +28,7 @@ EXACT = """
 RULES = {
     "gptq": {"method": "gptq"},
     "two-sided": {"method": "two-sided"},
-    "two-sided by gradients": {"method": "two-sided", "metric": "gradients"},
+    "two-sided by gradients": {"method": "two-sided", "metric": "gradients", "descent": True},
 }
 # Parameters of a new model, drawn before its own are read.
 DRAWN = {"normal_", "uniform_"}

@@ -61,10 +61,12 @@ def rows_apart(W: Tensor, feedback: Any, metric: Tensor, scheme: Any, rule: Any)
 PARTS = {
     BASE: Part({"method": "gptq"}),
     "two-sided": Part(),
+    "descent": Part({"descent": True}),
     "gradients": Part({"metric": "gradients"}),
+    "gradients and descent": Part({"metric": "gradients", "descent": True}),
     "floats not fitted": Part({"refit": False}),
     "targets are the stored matrices": Part(patches={"solve_": stays}),
-    "one ridge": Part(patches={"_best_ridge": lambda *given: given[-1]}),
+    "one ridge": Part(patches={"_best_ridge": lambda *given: two_sided._RIDGE}),
     "one side": Part(
         patches={
             "metric_of_sum": outputs_alike(two_sided.metric_of_sum),
@@ -72,7 +74,6 @@ PARTS = {
         }
     ),
     "rows apart in GPTQ": Part(patches={"round_coupled": rows_apart}),
-    "no descent": Part(patches={"_SWEEPS": 0}),
 }
 
 

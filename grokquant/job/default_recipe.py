@@ -43,7 +43,7 @@ _ROW_LENGTH = 2048
 # for about half the divergence of experts. Other matrices are rounded by GPTQ in either.
 _EFFORTS: dict[str, dict[str, Any]] = {
     "normal": {"method": "gptq"},
-    "high": {"method": "two-sided", "metric": "gradients"},
+    "high": {"method": "two-sided", "metric": "gradients", "descent": True},
 }
 # The grid of each number of bits, where a format has no integers of its own.
 _GRIDS_OF_BITS = {

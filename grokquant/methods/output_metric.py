@@ -35,7 +35,7 @@ _ROUTERS = 0.1
 # Added to the diagonal of a metric, as a share of its mean.
 _DAMPING = 0.1
 # Tokens of an expert, evenly spread, whose derivatives make its small blocks.
-_SLOPE_TOKENS = 2048
+_SLOPE_TOKENS = 1024
 # Hidden units in a block of the metric of gate and up.
 _UNITS = 8
 

@@ -6,16 +6,14 @@ With E = What - W* the error of a matrix, this lowers
                          W* the target                      see `targets`
                          G = what errors of outputs cost    the outputs' side, see `output_metric`
 
-by GPTQ on W* with feedback through both sides (`coupled`), then by coordinate descent on codes and
-scales (`descent`). Experts are rounded so, and dense MLPs, as the only expert of their layer, which
-gets all tokens with a gate of 1. A token counts w = p^2, the square of its gate, and
-1 / rms^2 more where a norm follows the sum of the experts. gate and up are to give what they give
-for the original's inputs, down what the sum of all experts lacks (`job/mixture`). Other matrices
-are rounded by GPTQ.
+by GPTQ on W* with feedback through both sides (`coupled`), and then, if it is asked for, by
+coordinate descent on codes and scales (`descent`). Experts are rounded so, and dense MLPs, as the
+only expert of their layer, which gets all tokens with a gate of 1. A token counts w = p^2, the
+square of its gate, and 1 / rms^2 more where a norm follows the sum of the experts. gate and up are
+to give what they give for the original's inputs, down what the sum of all experts lacks
+(`job/mixture`). Other matrices are rounded by GPTQ.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -40,7 +38,6 @@ from grokquant.methods.output_metric import (
     units_in_block,
 )
 from grokquant.methods.rtn import GRID_KEYS, RTN, ScaleSettings
-from grokquant.methods.scales import ScaleRule
 from grokquant.methods.targets import (
     PIECE,
     missed,
@@ -56,17 +53,13 @@ from grokquant.types import QTensor, Unit
 
 _FLOAT = torch.float32.itemsize
 _INNER_PARTS = ("gate", "up")
-# Added to the diagonal of H for targets and GPTQ, as a share of its mean: one of these, by tokens
-# that are held out. Few tokens for each input need much: a target fits their noise, too.
+# Added to the diagonal of H, as a share of its mean: one of these, by tokens that are held out. Few
+# tokens for each input need much: targets, and rounding as well, fit their noise, too.
 _RIDGES = (0.05, 0.2, 0.8, 3.2)
-# Where none are held out. down has more inputs, and so fewer tokens for each.
-_RIDGE = 0.05
-_RIDGE_DOWN = 0.2
+# Where none are held out, and the first that is tried: others cost another factorization.
+_RIDGE = 0.2
 # Rows of a matrix whose targets decide: the ridge is that of its inputs, not of its outputs.
-_DECIDING_ROWS = 128
-# The same in the descent. With one side, as much makes the result worse.
-_DAMPING = 0.5
-_DAMPING_ONE_SIDED = 0.1
+_DECIDING_ROWS = 32
 # Sweeps over a matrix, and passes over all codes in each.
 _SWEEPS = 3
 _PASSES = 2
@@ -84,6 +77,13 @@ class TwoSidedSettings(ScaleSettings):
             "calibration tokens, which reads the source twice more."
         ),
     ] = "head"
+    descent: Annotated[
+        bool,
+        Field(
+            description="Goes on from there by coordinate descent on codes and scales, which takes "
+            "about as long again."
+        ),
+    ] = False
     refit: Annotated[
         bool,
         Field(
@@ -109,7 +109,7 @@ class TwoSided(Method):
     ) -> Rounded:
         """Rounds a matrix of which nothing is known but its inputs: the outputs count alike."""
         H = _hessian(site)
-        quantized = _round(W.float(), None, H, scheme, settings.scale, None, _RIDGE)
+        quantized = _round(W.float(), None, H, scheme, settings, None, site)
         return Rounded(quantized, _output_error(W, quantized, H))
 
     def needs_gradients(self, settings: TwoSidedSettings) -> bool:
@@ -120,13 +120,14 @@ class TwoSided(Method):
 
     def cost(self, rows: int, columns: int, settings: TwoSidedSettings) -> Cost:
         """Float32 copies: gate and up, their targets and what these are made of, and E H. The
-        products are those of GPTQ, two solutions, one with H in each sweep, and two more
-        factorisations of H: for the ridge and for the target."""
+        products are those of GPTQ, two solutions, another factorisation of H, with the ridge that
+        is found, and one with H in each sweep."""
         gptq = GPTQ.cost(rows, columns, GptqSettings())
+        sweeps = _SWEEPS if settings.descent else 0
         return Cost(
             working_bytes=gptq.working_bytes + 7 * rows * columns * _FLOAT,
             shared_products=gptq.shared_products,
-            products=gptq.products + (2 + _SWEEPS) * rows * columns**2 + 2 * columns**3 / 6,
+            products=gptq.products + (2 + sweeps) * rows * columns**2 + columns**3 / 6,
         )
 
     def begin_layer(self, layer: Layer) -> "TwoSidedLayer":
@@ -163,8 +164,7 @@ class TwoSidedLayer(LayerRounding):
         H = _hessian(site)
         S = missing_outputs(W, site, aim)
         G = self._metric(unit, len(W)).unsqueeze(0)  # one block
-        ridge = _best_ridge(W, S, H, site, _RIDGE_DOWN)
-        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, ridge)
+        quantized = _round(W, S, H, unit.scheme, unit.settings, G, site)
         return Rounded(
             quantized, _output_error(W, quantized, H), _held_out_error(W, quantized, site)
         )
@@ -185,8 +185,7 @@ class TwoSidedLayer(LayerRounding):
         W = interleave([(gate, up)[place] for place in places], size)
         del gate, up, down
         S = times(W, moved_inputs(site, aim))
-        ridge = _best_ridge(W, S, H, site, _RIDGE)
-        quantized = _round(W, S, H, unit.scheme, unit.settings.scale, G, ridge)
+        quantized = _round(W, S, H, unit.scheme, unit.settings, G, site)
         rounded = {}
         for place, member in enumerate(members):
             take = partial(part_of, place=place, members=len(members), size=size)
@@ -214,50 +213,54 @@ def _round(
     S: Tensor | None,
     H: Tensor,
     scheme: Scheme,
-    rule: ScaleRule,
+    settings: TwoSidedSettings,
     G: Tensor | None,
-    ridge: float,
+    site: Site | None,
 ) -> QTensor:
     """Rounds W float32 [out, in] towards the target that S [out, in] makes of it, or towards W.
 
-    S is overwritten; H [in, in] is, too, but holds the same again at the end.
+    The ridge is the best for the tokens of the site that are held out. S is overwritten; H [in, in]
+    is, too, but holds the same again at the end.
     """
-    with _factorized(H, ridge) as feedback:
-        target = W if S is None else solve_(S, feedback.factors[0]).add_(W)
-        if G is None:
-            quantized = round_gptq(target, feedback, scheme, rule).quantized
-    if G is not None:
-        with _factorized(H, _DAMPING) as feedback:
-            quantized = round_coupled(target, feedback, G, scheme, rule)
-    damping = _DAMPING_ONE_SIDED if G is None else _DAMPING
-    H.diagonal().add_(damping * alone(feedback.importance.mean))
-    quantized = descend(quantized, target, H, G, _SWEEPS, _PASSES)
-    H.diagonal().copy_(feedback.importance)
+    feedback = factorize([H], _RIDGE, act_order=True)
+    if S is not None:
+        ridge = _best_ridge(W, S, feedback, site)
+        if ridge != _RIDGE:
+            _restore(H, feedback)
+            feedback = factorize([H], ridge, act_order=True)
+    (factor,) = feedback.factors
+    target = W if S is None else solve_(S, factor).add_(W)
+    if G is None:
+        quantized = round_gptq(target, feedback, scheme, settings.scale).quantized
+    else:
+        quantized = round_coupled(target, feedback, G, scheme, settings.scale)
+    _restore(H, feedback)
+    if settings.descent:
+        H.diagonal().add_(factor.shift)
+        quantized = descend(quantized, target, H, G, _SWEEPS, _PASSES)
+        H.diagonal().copy_(feedback.importance)
     return quantized
 
 
-@contextmanager
-def _factorized(H: Tensor, ridge: float) -> Iterator[Feedback]:
-    """H + ridge as GPTQ factorises it, in the memory of H [in, in], which is H again afterwards."""
-    feedback = factorize([H], ridge, act_order=True)
-    yield feedback
+def _restore(H: Tensor, feedback: Feedback) -> None:
+    """Makes H [in, in] of the factor that has its memory."""
     (factor,) = feedback.factors
     restore_(H, feedback.importance[factor.columns])
     permute_(H, factor.columns.argsort())
 
 
-def _best_ridge(W: Tensor, S: Tensor, H: Tensor, site: Site, otherwise: float) -> float:
+def _best_ridge(W: Tensor, S: Tensor, feedback: Feedback, site: Site | None) -> float:
     """The ridge whose targets come nearest to what is wanted of the tokens that are held out.
 
-    `otherwise` is the ridge if there are none. W and S are [out, in]; H [in, in] stays.
+    _RIDGE if there are none. W and S are [out, in].
     """
-    held_out = site.held_out
+    held_out = None if site is None else site.held_out
     if held_out is None or held_out.aim is None:
-        return otherwise
+        return _RIDGE
     rows = torch.arange(0, len(W), max(1, len(W) // _DECIDING_ROWS))
-    with _factorized(H, _DAMPING) as feedback:
-        mean = alone(feedback.importance.mean).item()
-        changes = solve_for(S[rows], feedback.factors[0], [ridge * mean for ridge in _RIDGES])
+    mean = alone(feedback.importance.mean).item()
+    ridges = [ridge * mean for ridge in _RIDGES]
+    changes = solve_for(S[rows], feedback.factors[0], ridges)
     misses = [missed(W[rows] + change, W[rows], rows, held_out, held_out.aim) for change in changes]
     return _RIDGES[misses.index(min(misses))]
 
