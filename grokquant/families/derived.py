@@ -92,7 +92,9 @@ class DerivedFamily(Family):
 
     @property
     def joins(self) -> bool:
-        return bool(self.table.joined) or self.table.own_linears
+        table = self.table
+        unused = any(layer.experts.unused for layer in table.layers if layer.experts)
+        return bool(table.joined or self.turned) or table.own_linears or unused
 
     @property
     def runs_experts(self) -> bool:
@@ -139,7 +141,7 @@ class DerivedFamily(Family):
             return self.table.stored.joined(conversion, lambda tensor: tensors[tensor].read())
         if name in self.table.fused and name not in tensors:
             return self._stacked(tensors, self.table.fused[name])
-        return tensors[self.tensor_name(name)].read()
+        return super().read(tensors, name)
 
     def _stacked(self, tensors: Mapping[str, TensorRef], fused: FusedExperts) -> Tensor:
         """The parameter of all experts of a layer, in the order of its class."""
@@ -220,6 +222,7 @@ def derived_family(source: Source) -> Family | None:
         mlp_norm="" if config.model_type in _PLAIN_MLP else None,
         tied=table.tied,
         integers=table.integers,
+        turned=table.turned,
         beyond=tuple(_beyond(model, source.config, table)),
         streams=table.passing.streams,
         branches=False,
@@ -241,6 +244,9 @@ def _beyond(model: PreTrainedModel, content: dict, table: Table) -> Iterator[str
         if isinstance(module, PreTrainedModel):
             yield from module._keys_to_ignore_on_load_unexpected or ()
     yield r"^(model\.)?mtp\."
+    for layer in table.layers:
+        if layer.experts and layer.experts.unused:
+            yield f"^({'|'.join(map(re.escape, layer.experts.unused))})$"
     text = content.get("text_config")
     fields = content | text if isinstance(text, dict) else content
     further = [fields[key] for key in _FURTHER_LAYERS if isinstance(fields.get(key), int)]

@@ -32,6 +32,8 @@ def renamed(source: Source, family: Family) -> Source:
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         known = replace(ref, name=family.tensor_name(name))
+        if known.name in family.turned and known.name != name and _is_dense_matrix(ref):
+            known = _turned(known)
         fused = family.fused_experts(known.name)
         parts = _split(source, family, known, fused) if fused else [known]
         for part in parts:
@@ -39,6 +41,21 @@ def renamed(source: Source, family: Family) -> Source:
                 raise InputError(f"{source.path}: {part.name} occurs under two names")
             tensors[part.name] = part
     return replace(source, tensors=tensors)
+
+
+def _is_dense_matrix(ref: TensorRef) -> bool:
+    """Whether a tensor is stored as its model holds it; packed matrices are always [out, in]."""
+    return ref.scheme is None and len(ref.shape) == 2
+
+
+def _turned(ref: TensorRef) -> TensorRef:
+    """A matrix [in, out] as [out, in]."""
+    load_part = ref.load_part
+    return replace(
+        ref.loaded_by(lambda: ref.read().T.contiguous()),
+        shape=ref.shape[::-1],
+        load_part=load_part and (lambda index: load_part(index[::-1]).T.contiguous()),
+    )
 
 
 def _split(

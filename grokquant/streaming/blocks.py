@@ -31,7 +31,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from grokquant.calibration.hessian import accumulate
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
-from grokquant.families.family import parameter_parent, set_parameter, stored_values
+from grokquant.families.family import parameter_parent, set_parameter, stored_values, tie_weights
 from grokquant.families.taps import Tap
 from grokquant.parallel import ALONE, Take, Team
 from grokquant.streaming.lone_expert import as_lone_expert
@@ -191,7 +191,7 @@ class BlockwiseModel:
         self.config = deepcopy(checkpoint.config)
         self.config._experts_implementation = STREAMED
         self.config.get_text_config().use_cache = False
-        self.model = self.family.empty_model(self.config)
+        self.model = self.family.empty_model(self.config, dtype)
         self.layers = self.family.layers(self.model)
         self.taps = [Tap(layer, self.family.returned) for layer in self.layers]
         self.family.set_layers(self.model, nn.ModuleList(self.taps))
@@ -246,7 +246,7 @@ class BlockwiseModel:
                 continue
             if name in others and torch.equal(self.model.get_parameter(name), others[name]):
                 set_parameter(self.model, name, others[name])
-        self.model.tie_weights()
+        tie_weights(self.model)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
@@ -431,7 +431,8 @@ class BlockwiseModel:
     def replace(self, index: int, tensor: str, value: Tensor) -> None:
         """Replaces the parameter of layer `index` that holds `tensor` (its checkpoint name)."""
         layer = self.layers[index]
-        self._set(layer, self.family.parameter_name(layer, index, tensor), value)
+        name = self.family.parameter_name(layer, index, tensor)
+        self._set(layer, name, self.family.as_parameter(tensor, value))
 
     @torch.no_grad()
     def replace_expert(self, matrix: Matrix, value: Tensor) -> None:
@@ -661,7 +662,7 @@ class BlockwiseModel:
         except _Captured:
             return hidden
         # Layers of some models return a tuple that begins with the hidden states.
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def _note_arguments(self, rows: Rows) -> None:
         """Has the taps note what the model hands to its layers for these rows."""
