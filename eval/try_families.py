@@ -105,6 +105,7 @@ OWN: dict[str, dict[str, Any]] = {
     "kolibri1": _FEW_EXPERTS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2, "n_groups": 1},
     "mellum": _FEW_EXPERTS,
     "nemotron_h": {"n_groups": 1, "mamba_head_dim": 32}

@@ -179,7 +179,7 @@ def test_experts_that_return_their_input_need_no_tensors(tmp_path):
     model = save_tiny_model("longcat_flash", tmp_path / "model")
     wanted = model(TOKENS).logits
     file = tmp_path / "model" / "model.safetensors"
-    unused = re.compile(r"\.experts\.(?![0-3]\.)\d+\.")
+    unused = re.compile(r"\.experts\.[45]\.")
     tensors = {name: t for name, t in load_file(file).items() if not unused.search(name)}
     save_file(tensors, file, metadata={"format": "pt"})
     checkpoint = open_checkpoint(tmp_path / "model")
