@@ -124,6 +124,7 @@ OWN: dict[str, dict[str, Any]] = {
     | {"indexer_budget": 256, "indexer_compress_ratio": 4},
     "rwkv": {"rescale_every": 0},  # else its code changes the weights while it runs
     "xlstm": {"qk_dim_factor": 1.0},  # a multiple of 64, as transformers rounds it
+    "jetmoe": {"kv_channels": 32},  # experts of the attention are [2 * 32, 64]
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid", "hybrid"], "hybrid_layer_ids": [1, 2]},
     "zaya": {"num_experts_per_tok": 1},
@@ -257,7 +258,7 @@ def rules_of(checkpoint: Checkpoint, method: str) -> list[dict[str, Any]]:
     rules: dict[str, dict[str, Any] | None] = {}
     for matrix in checkpoint.matrices():
         match = f"layers.*.{matrix.kind.replace('experts.', 'experts.*.')}"
-        is_seen = matrix.expert is None or checkpoint.family.runs_experts
+        is_seen = checkpoint.family.sees_inputs(matrix)
         own = method if is_seen or not METHODS[method].needs_site else "rtn"
         if checkpoint.source.tensors[matrix.tensor].shape[1] % 32:
             rules[match] = None

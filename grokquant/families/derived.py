@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from grokquant.families.config import check_bounds, defines_the_model
-from grokquant.families.derived_table import FEWEST_OUTPUTS, Table, table_of, takes_turns
+from grokquant.families.derived_table import Table, stacks_in, table_of, takes_turns
 from grokquant.families.family import FUSED_PARTS, Family, FusedExperts
 from grokquant.families.stored_names import Shapes
 from grokquant.memory import refused
@@ -94,7 +94,8 @@ class DerivedFamily(Family):
     def joins(self) -> bool:
         table = self.table
         unused = any(layer.experts.unused for layer in table.layers if layer.experts)
-        return bool(table.joined or self.turned) or table.own_linears or unused
+        reshaped = bool(self.turned or self.stacked)
+        return bool(table.joined) or reshaped or table.own_linears or unused
 
     @property
     def runs_experts(self) -> bool:
@@ -223,6 +224,7 @@ def derived_family(source: Source) -> Family | None:
         tied=table.tied,
         integers=table.integers,
         turned=table.turned,
+        stacked=table.stacked,
         beyond=tuple(_beyond(model, source.config, table)),
         streams=table.passing.streams,
         branches=False,
@@ -259,20 +261,11 @@ def _notices(model: PreTrainedModel, table: Table) -> Iterator[str]:
     if not table.passing.streams:
         yield _WHOLE
     layers = model.get_submodule(table.layers_path)
-    for name, value in layers.named_parameters():
-        fused = f"{table.layers_path}.{name}" in table.fused
-        if _is_stack(layers, name, value) and not fused:
+    for name in stacks_in(layers):
+        whole = f"{table.layers_path}.{name}"
+        if whole not in table.fused and table.names.get(whole) not in table.stacked:
             yield f"{name} and the like are not quantized: they are experts of an unknown form"
             return
-
-
-def _is_stack(layers: nn.Module, name: str, value: Tensor) -> bool:
-    """Whether a parameter holds the matrices of several experts."""
-    path, _, _ = name.rpartition(".")
-    #   [experts, out, in], or [experts * out, in] in a module of experts that is not linear
-    joined = "expert" in path and not isinstance(layers.get_submodule(path), nn.Linear)
-    axes = value.shape[1:] if value.ndim == 3 else value.shape
-    return (value.ndim == 3 or (value.ndim == 2 and joined)) and min(axes) >= FEWEST_OUTPUTS
 
 
 def derived_config(source: Source) -> PreTrainedConfig | None:

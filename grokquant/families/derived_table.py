@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,6 +97,7 @@ class Table:
     tied: Mapping[str, str]
     integers: frozenset[str]
     turned: frozenset[str]
+    stacked: Mapping[str, tuple[int, ...]]
     wide: frozenset[str]
     own_linears: bool
     passing: Passing
@@ -153,8 +155,12 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
     _refuse_split(path, model, joined)
     names = {name: next(iter(c.tensors)) for name, c in others.items() if not c.operations}
     turned = dict(_turned(model, names))
+    stacked = dict(_stacked(layers_path, layers, names))
     shapes |= {own: shapes.pop(tensor)[::-1] for tensor, own in turned.items()}
-    names = {name: turned.get(tensor, tensor) for name, tensor in names.items()}
+    held = {own: shapes.pop(tensor) for tensor, own in stacked.items()}
+    shapes |= {own: (prod(shape[:-1]), shape[-1]) for own, shape in held.items()}
+    own_names = turned | stacked
+    names = {name: own_names.get(tensor, tensor) for name, tensor in names.items()}
     versions = _versions(model)
     trace = traced(model, layers)
     _refuse_changed(path, model, versions)
@@ -179,6 +185,7 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
         tied=ties,
         integers=frozenset(t for n, t in names.items() if not state[n].is_floating_point()),
         turned=frozenset(turned.values()),
+        stacked=held,
         own_linears=_has_own_linears(model, layers, names, tables),
         wide=frozenset(_wide(model, tuple(places))),
         passing=passing(model, layers_path, trace),
@@ -279,6 +286,27 @@ def _turned(model: nn.Module, names: Mapping[str, str]) -> Iterator[tuple[str, s
             yield names[f"{path}.weight"], f"{path}.linear.weight"
 
 
+def _stacked(
+    layers_path: str, layers: nn.ModuleList, names: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Names in files of matrices of several experts in one, and our names of them."""
+    for name in stacks_in(layers):
+        whole = f"{layers_path}.{name}"
+        if whole in names:
+            yield names[whole], f"{whole.removesuffix('.weight')}.stacked.weight"
+
+
+def stacks_in(layers: nn.Module) -> Iterator[str]:
+    """Parameters that hold the matrices of several experts."""
+    for name, value in layers.named_parameters():
+        path, _, _ = name.rpartition(".")
+        #   [experts, out, in], or [experts * out, in] in a module of experts that is not linear
+        joined = "expert" in path and not isinstance(layers.get_submodule(path), LINEAR)
+        axes = value.shape[1:] if value.ndim == 3 else value.shape
+        if (value.ndim == 3 or (value.ndim == 2 and joined)) and min(axes) >= FEWEST_OUTPUTS:
+            yield name
+
+
 def _linears_outside(model: nn.Module, layers_path: str) -> Iterator[str]:
     for path, module in model.named_modules():
         if isinstance(module, LINEAR) and not path.startswith(f"{layers_path}."):
@@ -336,6 +364,11 @@ def _layer_table(
         part: first.setdefault(trace.reads[f"{place}.{path}"], part) if trace else part
         for part, path in parts.items()
     }
+    for name in stacks_in(layer):
+        if f"{place}.{name}" in names:
+            part = _part(name.removesuffix(".weight"), matrices)
+            matrices[part] = names[f"{place}.{name}"]
+            reads[part] = part
     others = sorted(path for path in kept if f"{place}.{path}.weight" not in shared)
     return LayerTable(place, matrices, reads, tuple(others), experts)
 
@@ -344,7 +377,7 @@ def _is_gate(path: str, module: nn.Linear | Conv1D, experts: Experts | None) -> 
     """Whether a linear module chooses or weighs what others compute."""
     if isinstance(module, Conv1D):
         return False
-    if module.out_features * FEWEST_OUTPUTS <= module.in_features:
+    if "router" in path or module.out_features * FEWEST_OUTPUTS <= module.in_features:
         return True
     if experts is None:
         return False

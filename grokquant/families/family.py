@@ -74,9 +74,10 @@ class Family:
     transformers alone open an output, None where it needs none or there is none. `notice` is a line
     to show to every user of the family. `tied` names tensors that may be stored although they equal
     another one, `integers` those that hold integers, `turned` matrices that published files and the
-    model hold as [in, out]: here they are [out, in], under names of our own. Layers run
-    one by one if the family `streams`: a layer depends on the states that the one before it
-    returned, first of `returned` items if they are in a tuple, and on what all rows share, or,
+    model hold as [in, out]: here they are [out, in], under names of our own. So are those in
+    `stacked`, whose rows are those of several experts; its values are their shapes in the model.
+    Layers run one by one if the family `streams`: a layer depends on the states that the one before
+    it returned, first of `returned` items if they are in a tuple, and on what all rows share, or,
     `by_row`, on the tokens. `branches`: tokens that a mask keeps apart are apart. `beyond` are
     patterns of tensors that files may have and the model does not, such as those for predicting
     several tokens.
@@ -109,6 +110,7 @@ class Family:
     layer_prefix: str = "model.layers.{layer}."
     integers: frozenset[str] = frozenset()
     turned: frozenset[str] = frozenset()
+    stacked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     beyond: tuple[str, ...] = ()
     streams: bool = True
     branches: bool = True
@@ -287,7 +289,15 @@ class Family:
 
     def as_parameter(self, tensor: str, value: Tensor) -> Tensor:
         """The `value` of a checkpoint tensor as the model holds it."""
-        return value.T.contiguous() if tensor in self.turned else value
+        if tensor in self.turned:
+            return value.T.contiguous()
+        return value.reshape(self.stacked[tensor]) if tensor in self.stacked else value
+
+    def sees_inputs(self, matrix: Matrix) -> bool:
+        """Whether the inputs of a matrix can be seen, those of single experts too."""
+        if matrix.expert is not None:
+            return self.runs_experts
+        return matrix.tensor not in self.stacked
 
     def holds(self, tensors: Container[str], name: str) -> bool:
         """Whether `tensors` have what the parameter that transformers calls `name` is made of."""

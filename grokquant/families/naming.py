@@ -32,8 +32,8 @@ def renamed(source: Source, family: Family) -> Source:
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         known = replace(ref, name=family.tensor_name(name))
-        if known.name in family.turned and known.name != name and _is_dense_matrix(ref):
-            known = _turned(known)
+        if known.name != name and ref.scheme is None:  # packed matrices are always [out, in]
+            known = _as_matrix(known, family)
         fused = family.fused_experts(known.name)
         parts = _split(source, family, known, fused) if fused else [known]
         for part in parts:
@@ -43,9 +43,14 @@ def renamed(source: Source, family: Family) -> Source:
     return replace(source, tensors=tensors)
 
 
-def _is_dense_matrix(ref: TensorRef) -> bool:
-    """Whether a tensor is stored as its model holds it; packed matrices are always [out, in]."""
-    return ref.scheme is None and len(ref.shape) == 2
+def _as_matrix(ref: TensorRef, family: Family) -> TensorRef:
+    """A tensor of a file that its model holds in another form than [out, in], in this form."""
+    if ref.name in family.turned and len(ref.shape) == 2:
+        return _turned(ref)
+    if ref.name in family.stacked and len(ref.shape) == 3:
+        flat = ref.loaded_by(lambda: ref.read().flatten(0, 1))
+        return replace(flat, shape=(ref.shape[0] * ref.shape[1], ref.shape[2]))
+    return ref
 
 
 def _turned(ref: TensorRef) -> TensorRef:
