@@ -197,9 +197,14 @@ def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Checkpoint:
     unread = unknown - biases - computed
     beyond = {name for name in unread if any(re.search(p, name) for p in family.beyond)}
     if others := sorted(unread - beyond):
-        raise InputError(
-            f"{source.path}: unexpected tensor {others[0]}: {family.name} has no such parameter"
-        )
+        text = f"{source.path}: unexpected tensor {others[0]}: {family.name} has no such parameter"
+        is_plain = "quantization_config" not in source.config
+        if is_plain and family.model_class.__module__.startswith("transformers."):
+            text += (
+                "; is config.json of another model? If the tensor is not needed, loading and saving "
+                "by transformers leaves it out"
+            )
+        raise InputError(text)
     source = without_biases(source, sorted(biases))
     kept = known | beyond
     tensors = {name: ref for name, ref in source.tensors.items() if name in kept}

@@ -23,6 +23,8 @@ from grokquant.job import pipeline
 from grokquant.job.plan import build_plan
 from grokquant.recipe import parse_recipe
 from grokquant.runtime.load import load
+from grokquant.streaming.blocks import Rows
+from grokquant.streaming.stream import Stream
 from grokquant.streaming.whole import WholeModel, running
 
 # One of each kind.
@@ -217,6 +219,16 @@ def test_buffers_have_the_dtype_that_transformers_gives_them(tmp_path):
     found = load(tmp_path)[0](TOKENS).logits
     wanted = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)(TOKENS).logits
     assert torch.equal(found, wanted)
+
+
+def test_code_of_transformers_that_does_not_run_is_named(tmp_path):
+    """That of xlstm mixes dtypes in bfloat16, on rows of 64 tokens or more."""
+    save_tiny_model("xlstm", tmp_path)
+    model = running(open_checkpoint(tmp_path), torch.bfloat16)
+    Stream(model, [Rows(TOKENS)]).run_layer(0)  # shorter rows
+    stream = Stream(model, [Rows(TOKENS.repeat(1, 2))])
+    with pytest.raises(InputError, match=r"layer 0: .* xlstm .* bfloat16 on rows of 96 .*rtn"):
+        stream.run_layer(0)
 
 
 def test_other_unknown_tensors_are_refused(tmp_path):

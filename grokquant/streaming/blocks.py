@@ -21,6 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from threading import Lock, local
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +32,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from grokquant.calibration.hessian import accumulate
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
+from grokquant.errors import InputError, said_by
 from grokquant.families.family import parameter_parent, set_parameter, stored_values, tie_weights
 from grokquant.families.taps import Tap
+from grokquant.memory import is_exhausted
 from grokquant.parallel import ALONE, Take, Team
 from grokquant.streaming.lone_expert import as_lone_expert
 from grokquant.threads import alone, in_order, in_pieces, slices
@@ -661,6 +664,15 @@ class BlockwiseModel:
             out = self.layers[index](hidden, *args, **kwargs)
         except _Captured:
             return hidden
+        except RuntimeError as error:
+            if is_exhausted(error) or not _is_of_transformers(error):
+                raise
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise InputError(
+                f"layer {index}: the code of {self.family.name} in transformers does not run in "
+                f"{dtype} on rows of {hidden.shape[1]} tokens ({said_by(error)}); method rtn does "
+                "not run it"
+            ) from None
         # Layers of some models return a tuple that begins with the hidden states.
         return out[0] if isinstance(out, tuple | list) else out
 
@@ -686,6 +698,12 @@ class BlockwiseModel:
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
         dtype = self.family.working_dtype(name, self.dtype) if value.is_floating_point() else None
         set_parameter(module, name, value.to(self.device, dtype))
+
+
+def _is_of_transformers(error: Exception) -> bool:
+    """Whether an error comes from the code of a model, and not from ours below it."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("transformers.models.")
 
 
 def _apart(routed: Routed, exact: int) -> list[Routed]:
