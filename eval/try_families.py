@@ -91,6 +91,7 @@ OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
     | {"ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
     "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0}
     | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
     | {"vocab_size_per_layer_input": 2048, "global_head_dim": 32},
@@ -104,12 +105,15 @@ OWN: dict[str, dict[str, Any]] = {
     "kolibri1": _FEW_EXPERTS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2, "n_groups": 1},
     "mellum": _FEW_EXPERTS,
     "nemotron_h": {"n_groups": 1, "mamba_head_dim": 32}
     | {"layers_block_type": ["linear_attention", "moe", "full_attention"]},
     "olmo_hybrid": _HYBRID,
+    "glm4v_text": _three_axes(2, 3, 3),
     "glm4v_moe_text": _three_axes(1, 1, 2),
+    "qwen2_vl_text": _three_axes(2, 3, 3),
     "qwen2_5_vl_text": _three_axes(2, 3, 3),
     "qwen3_moe": _FEW_EXPERTS,
     "qwen3_5_moe_text": _HYBRID,
@@ -118,7 +122,9 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _HYBRID
     | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
     | {"indexer_budget": 256, "indexer_compress_ratio": 4},
+    "rwkv": {"rescale_every": 0},  # else its code changes the weights while it runs
     "xlstm": {"qk_dim_factor": 1.0},  # a multiple of 64, as transformers rounds it
+    "jetmoe": {"kv_channels": 32},  # experts of the attention are [2 * 32, 64]
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid", "hybrid"], "hybrid_layer_ids": [1, 2]},
     "zaya": {"num_experts_per_tok": 1},
@@ -132,7 +138,20 @@ IMAGE_TEXT: dict[str, dict[str, Any]] = {
     "mistral3": {},
     "paligemma": {},
     "qwen2_5_vl": {},
+    "qwen3_5": {},
+    "qwen3_5_moe": {},
+    "qwen3_vl": {},
     "qwen3_vl_moe": {},
+    "qwen2_vl": {},
+    "qwen4_exp": {},
+    "aria": {},
+    "cohere2_vision": {},
+    "ernie4_5_vl_moe": {},
+    "glm4v": {},
+    "internvl": {},
+    "lfm2_vl": {},
+    "llava": {},
+    "smolvlm": {},
 }
 VISION_SIZES = {
     "hidden_size": 32,
@@ -239,7 +258,7 @@ def rules_of(checkpoint: Checkpoint, method: str) -> list[dict[str, Any]]:
     rules: dict[str, dict[str, Any] | None] = {}
     for matrix in checkpoint.matrices():
         match = f"layers.*.{matrix.kind.replace('experts.', 'experts.*.')}"
-        is_seen = matrix.expert is None or checkpoint.family.runs_experts
+        is_seen = checkpoint.family.sees_inputs(matrix)
         own = method if is_seen or not METHODS[method].needs_site else "rtn"
         if checkpoint.source.tensors[matrix.tensor].shape[1] % 32:
             rules[match] = None

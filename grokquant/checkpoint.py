@@ -28,6 +28,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.bool)
 _NAMED = 20  # keys of a config, or places of tensors, in a note
 # Tensors that older versions of transformers stored although they follow from the config.
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+# Causal masks [1, 1, positions, positions], and the number [] that stands for minus infinity.
+_MASK = re.compile(r"\b(attn|attention)\.(bias|masked_bias|causal_mask)$")
 
 
 # `open_checkpoint`, or what remembers the checkpoints that it has opened: (path, config) -> one
@@ -191,12 +193,18 @@ def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Checkpoint:
             source = with_tied_head(source, name, of)
     unknown = source.tensors.keys() - known
     biases = {name for name in unknown if _is_beside_packed(source, name)}
-    computed = {name for name in unknown if _COMPUTED.search(name)}
-    beyond = {name for name in unknown if any(re.search(p, name) for p in family.beyond)}
-    if others := sorted(unknown - biases - computed - beyond):
-        raise InputError(
-            f"{source.path}: unexpected tensor {others[0]}: {family.name} has no such parameter"
-        )
+    computed = {name for name in unknown if _is_computed(source.tensors[name])}
+    unread = unknown - biases - computed
+    beyond = {name for name in unread if any(re.search(p, name) for p in family.beyond)}
+    if others := sorted(unread - beyond):
+        text = f"{source.path}: unexpected tensor {others[0]}: {family.name} has no such parameter"
+        is_plain = "quantization_config" not in source.config
+        if is_plain and family.model_class.__module__.startswith("transformers."):
+            text += (
+                "; is config.json of another model? If the tensor is not needed, loading and saving "
+                "by transformers leaves it out"
+            )
+        raise InputError(text)
     source = without_biases(source, sorted(biases))
     kept = known | beyond
     tensors = {name: ref for name, ref in source.tensors.items() if name in kept}
@@ -230,6 +238,12 @@ def _is_beside_packed(source: Source, name: str) -> bool:
     """Whether a tensor is the bias of a matrix in a quantized checkpoint."""
     packed = source.config.get("quantization_config") is not None
     return packed and name.endswith(".bias") and matrix_of(name) in source.tensors
+
+
+def _is_computed(ref: TensorRef) -> bool:
+    """Whether a tensor that is no parameter follows from the config."""
+    is_mask = _MASK.search(ref.name) and (not ref.shape or ref.shape[:2] == (1, 1))
+    return bool(is_mask or _COMPUTED.search(ref.name))
 
 
 def _check(path: Path, ref: TensorRef, shape: tuple[int, ...], whole: bool) -> None:

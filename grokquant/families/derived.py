@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from grokquant.families.config import check_bounds, defines_the_model
-from grokquant.families.derived_table import FEWEST_OUTPUTS, Table, table_of, takes_turns
+from grokquant.families.derived_table import Table, stacks_in, table_of, takes_turns
 from grokquant.families.family import FUSED_PARTS, Family, FusedExperts
 from grokquant.families.stored_names import Shapes
 from grokquant.memory import refused
@@ -92,7 +92,10 @@ class DerivedFamily(Family):
 
     @property
     def joins(self) -> bool:
-        return bool(self.table.joined) or self.table.own_linears
+        table = self.table
+        unused = any(layer.experts.unused for layer in table.layers if layer.experts)
+        reshaped = bool(self.turned or self.stacked)
+        return bool(table.joined) or reshaped or table.own_linears or unused
 
     @property
     def runs_experts(self) -> bool:
@@ -139,7 +142,7 @@ class DerivedFamily(Family):
             return self.table.stored.joined(conversion, lambda tensor: tensors[tensor].read())
         if name in self.table.fused and name not in tensors:
             return self._stacked(tensors, self.table.fused[name])
-        return tensors[self.tensor_name(name)].read()
+        return super().read(tensors, name)
 
     def _stacked(self, tensors: Mapping[str, TensorRef], fused: FusedExperts) -> Tensor:
         """The parameter of all experts of a layer, in the order of its class."""
@@ -220,6 +223,8 @@ def derived_family(source: Source) -> Family | None:
         mlp_norm="" if config.model_type in _PLAIN_MLP else None,
         tied=table.tied,
         integers=table.integers,
+        turned=table.turned,
+        stacked=table.stacked,
         beyond=tuple(_beyond(model, source.config, table)),
         streams=table.passing.streams,
         branches=False,
@@ -241,6 +246,9 @@ def _beyond(model: PreTrainedModel, content: dict, table: Table) -> Iterator[str
         if isinstance(module, PreTrainedModel):
             yield from module._keys_to_ignore_on_load_unexpected or ()
     yield r"^(model\.)?mtp\."
+    for layer in table.layers:
+        if layer.experts and layer.experts.unused:
+            yield f"^({'|'.join(map(re.escape, layer.experts.unused))})$"
     text = content.get("text_config")
     fields = content | text if isinstance(text, dict) else content
     further = [fields[key] for key in _FURTHER_LAYERS if isinstance(fields.get(key), int)]
@@ -253,20 +261,11 @@ def _notices(model: PreTrainedModel, table: Table) -> Iterator[str]:
     if not table.passing.streams:
         yield _WHOLE
     layers = model.get_submodule(table.layers_path)
-    for name, value in layers.named_parameters():
-        fused = f"{table.layers_path}.{name}" in table.fused
-        if _is_stack(layers, name, value) and not fused:
+    for name in stacks_in(layers):
+        whole = f"{table.layers_path}.{name}"
+        if whole not in table.fused and table.names.get(whole) not in table.stacked:
             yield f"{name} and the like are not quantized: they are experts of an unknown form"
             return
-
-
-def _is_stack(layers: nn.Module, name: str, value: Tensor) -> bool:
-    """Whether a parameter holds the matrices of several experts."""
-    path, _, _ = name.rpartition(".")
-    #   [experts, out, in], or [experts * out, in] in a module of experts that is not linear
-    joined = "expert" in path and not isinstance(layers.get_submodule(path), nn.Linear)
-    axes = value.shape[1:] if value.ndim == 3 else value.shape
-    return (value.ndim == 3 or (value.ndim == 2 and joined)) and min(axes) >= FEWEST_OUTPUTS
 
 
 def derived_config(source: Source) -> PreTrainedConfig | None:

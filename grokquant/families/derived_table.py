@@ -10,6 +10,7 @@ from collections.abc import Container, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from grokquant.errors import InputError
-from grokquant.families.family import FUSED_PARTS, FusedExperts
+from grokquant.families.family import FUSED_PARTS, LINEAR, FusedExperts
 from grokquant.families.stored_names import Conversion, Shapes, StoredNames
 from grokquant.families.traced import Passing, Trace, passing, traced
 from grokquant.memory import refused
@@ -35,6 +36,7 @@ _ROLES = (
     ("ffn", "mlp"),
     ("moe", "mlp"),
 )
+_OWN_FAMILY = "docs/extending.md shows how to write its family in one file"
 # A linear module with far fewer outputs than inputs is a gate or a router: it weighs nothing, and
 # its errors decide where tokens go.
 FEWEST_OUTPUTS = 32
@@ -45,14 +47,18 @@ class Experts:
     """The routed experts of a layer, in the submodule `module`.
 
     `tensors` and `biases` are checkpoint names by part, in the order of the experts; `own_names`
-    are those of ours, since files hold all experts as one tensor. `takes_turns`: transformers lets
-    others compute the experts, so they can run one by one.
+    are those of ours, since files hold all experts as one tensor. `unused` are names of matrices
+    without a down projection: of experts that return their input, which published files leave out.
+    A router chooses between those and the experts, which are `choices` in all. `takes_turns`:
+    transformers lets others compute the experts, so they can run one by one.
     """
 
     module: str
     count: int
     tensors: Mapping[str, list[str]]
     biases: Mapping[str, list[str]]
+    unused: tuple[str, ...]
+    choices: int
     shapes: Mapping[str, tuple[int, int]]  # part -> [out, in]
     transposed: bool
     interleaved: bool
@@ -78,7 +84,7 @@ class Table:
     """A model: checkpoint names by those of its parameters, and all that is read of a file.
 
     `outside` are the paths of linear modules that belong to no layer; `own_linears`: some are of a
-    class of the model's own, or the model's code sets their weights.
+    class of the model's own, the model's code sets their weights, or several layers share them.
     """
 
     layers_path: str
@@ -90,6 +96,8 @@ class Table:
     shapes: Shapes
     tied: Mapping[str, str]
     integers: frozenset[str]
+    turned: frozenset[str]
+    stacked: Mapping[str, tuple[int, ...]]
     wide: frozenset[str]
     own_linears: bool
     passing: Passing
@@ -134,7 +142,7 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
     layers_path = _layers_path(path, model)
     layers = cast(nn.ModuleList, model.get_submodule(layers_path))
     places = {f"{layers_path}.{number}": layer for number, layer in enumerate(layers)}
-    experts = [_experts(path, place, layer, conversions) for place, layer in places.items()]
+    experts = [_experts(place, layer, conversions) for place, layer in places.items()]
     fused: dict[str, FusedExperts] = {}
     shapes: Shapes = {}
     for number, (place, found) in enumerate(zip(places, experts, strict=True)):
@@ -146,19 +154,23 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
     joined = {name: c for name, c in others.items() if c.operations}
     _refuse_split(path, model, joined)
     names = {name: next(iter(c.tensors)) for name, c in others.items() if not c.operations}
-    _refuse_shared(path, model, layers_path)
+    turned = dict(_turned(model, names))
+    stacked = dict(_stacked(layers_path, layers, names))
+    shapes |= {own: shapes.pop(tensor)[::-1] for tensor, own in turned.items()}
+    held = {own: shapes.pop(tensor) for tensor, own in stacked.items()}
+    shapes |= {own: (prod(shape[:-1]), shape[-1]) for own, shape in held.items()}
+    own_names = turned | stacked
+    names = {name: own_names.get(tensor, tensor) for name, tensor in names.items()}
     versions = _versions(model)
     trace = traced(model, layers)
     _refuse_changed(path, model, versions)
     tables = tuple(
-        _layer_table(place, layer, names, found, trace)
+        _layer_table(place, layer, names, found, trace, model.all_tied_weights_keys)
         for (place, layer), found in zip(places.items(), experts, strict=True)
     )
     if not any(table.matrices or table.experts for table in tables):
-        turned = any(isinstance(module, Conv1D) for module in layers.modules())
-        reason = ", but Conv1D, which is not supported" if turned else ""
         raise InputError(
-            f"{path}: {model.config.model_type} has no linear layers to quantize{reason}"
+            f"{path}: {model.config.model_type} has no linear layers to quantize; {_OWN_FAMILY}"
         )
     state = model.state_dict()
     ties = {name: names[of] for name, of in model.all_tied_weights_keys.items() if of in names}
@@ -172,6 +184,8 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
         shapes=shapes,
         tied=ties,
         integers=frozenset(t for n, t in names.items() if not state[n].is_floating_point()),
+        turned=frozenset(turned.values()),
+        stacked=held,
         own_linears=_has_own_linears(model, layers, names, tables),
         wide=frozenset(_wide(model, tuple(places))),
         passing=passing(model, layers_path, trace),
@@ -186,6 +200,9 @@ def _has_own_linears(
     tables: tuple[LayerTable, ...],
 ) -> bool:
     """Whether linear modules do or are more than transformers expects of quantized ones."""
+    paths = tuple(f"{table.path}." for table in tables)
+    if any(name.startswith(paths) for name in model.all_tied_weights_keys):
+        return True
     if any(
         isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
         for module in layers.modules()
@@ -231,17 +248,7 @@ def _refuse_split(path: Path, model: PreTrainedModel, joined: Mapping[str, Conve
         if len(conversion.parameters) > 1:
             raise InputError(
                 f"{path}: {conversion.parameters[0]} and others of {model.config.model_type} are "
-                "one tensor in files, which is not supported"
-            )
-
-
-def _refuse_shared(path: Path, model: PreTrainedModel, layers_path: str) -> None:
-    """Raises InputError for a parameter of several layers: each layer is read and rounded alone."""
-    for name, of in model.all_tied_weights_keys.items():
-        if name.startswith(f"{layers_path}.") and of.startswith(f"{layers_path}."):
-            raise InputError(
-                f"{path}: layers of {model.config.model_type} share parameters ({name} is {of}), "
-                "which is not supported"
+                f"one tensor in files, which is not supported; {_OWN_FAMILY}"
             )
 
 
@@ -256,7 +263,8 @@ def _refuse_changed(path: Path, model: PreTrainedModel, before: Mapping[str, int
     if changed := [name for name in after if after[name] != before[name]]:
         raise InputError(
             f"{path}: the code of {model.config.model_type} changes {changed[0]} while it runs, "
-            "which is not supported"
+            "which packed weights do not allow; set the key that asks for it to 0, such as "
+            f"rescale_every of rwkv, or write a family: {_OWN_FAMILY}"
         )
 
 
@@ -271,23 +279,59 @@ def _wide(model: PreTrainedModel, places: tuple[str, ...]) -> Iterator[str]:
                 yield ".".join(name.split(".")[depth:])
 
 
+def _turned(model: nn.Module, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names in files of matrices that the model holds as [in, out], and our names of them."""
+    for path, module in model.named_modules():
+        if isinstance(module, Conv1D) and f"{path}.weight" in names:
+            yield names[f"{path}.weight"], f"{path}.linear.weight"
+
+
+def _stacked(
+    layers_path: str, layers: nn.ModuleList, names: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Names in files of matrices of several experts in one, and our names of them."""
+    for name in stacks_in(layers):
+        whole = f"{layers_path}.{name}"
+        if whole in names:
+            yield names[whole], f"{whole.removesuffix('.weight')}.stacked.weight"
+
+
+def stacks_in(layers: nn.Module) -> Iterator[str]:
+    """Parameters that hold the matrices of several experts."""
+    for name, value in layers.named_parameters():
+        path, _, _ = name.rpartition(".")
+        #   [experts, out, in], or [experts * out, in] in a module of experts that is not linear
+        joined = "expert" in path and not isinstance(layers.get_submodule(path), LINEAR)
+        axes = value.shape[1:] if value.ndim == 3 else value.shape
+        if (value.ndim == 3 or (value.ndim == 2 and joined)) and min(axes) >= FEWEST_OUTPUTS:
+            yield name
+
+
 def _linears_outside(model: nn.Module, layers_path: str) -> Iterator[str]:
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not path.startswith(f"{layers_path}."):
+        if isinstance(module, LINEAR) and not path.startswith(f"{layers_path}."):
             yield path
 
 
 def _layers_path(path: Path, model: PreTrainedModel) -> str:
     """The list of decoder layers: the outermost one in the text model, the largest of those."""
-    decoder = {id(module) for module in model.get_decoder().modules()}
-    found = {
+    # What a class calls its decoder may be its head.
+    found = _lists_in(model, model.get_decoder()) or _lists_in(model, model.base_model)
+    if not found:
+        raise InputError(
+            f"{path}: {type(model).__name__} of transformers has no list of layers; {_OWN_FAMILY}"
+        )
+    return min(found, key=lambda n: (n.count("."), -sum(p.numel() for p in found[n].parameters())))
+
+
+def _lists_in(model: nn.Module, part: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of modules in a part of `model`, by their paths in it."""
+    parts = {id(module) for module in part.modules()}
+    return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and id(module) in decoder
+        if isinstance(module, nn.ModuleList) and len(module) and id(module) in parts
     }
-    if not found:
-        raise InputError(f"{path}: {type(model).__name__} of transformers has no list of layers")
-    return min(found, key=lambda n: (n.count("."), -sum(p.numel() for p in found[n].parameters())))
 
 
 def _layer_table(
@@ -296,8 +340,9 @@ def _layer_table(
     names: Mapping[str, str],
     experts: Experts | None,
     trace: Trace | None,
+    shared: Container[str],
 ) -> LayerTable:
-    linears = {path: m for path, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    linears = {path: m for path, m in layer.named_modules() if isinstance(m, LINEAR)}
     kept = {
         path
         for path, module in linears.items()
@@ -319,22 +364,30 @@ def _layer_table(
         part: first.setdefault(trace.reads[f"{place}.{path}"], part) if trace else part
         for part, path in parts.items()
     }
-    return LayerTable(place, matrices, reads, tuple(sorted(kept)), experts)
+    for name in stacks_in(layer):
+        if f"{place}.{name}" in names:
+            part = _part(name.removesuffix(".weight"), matrices)
+            matrices[part] = names[f"{place}.{name}"]
+            reads[part] = part
+    others = sorted(path for path in kept if f"{place}.{path}.weight" not in shared)
+    return LayerTable(place, matrices, reads, tuple(others), experts)
 
 
-def _is_gate(path: str, module: nn.Linear, experts: Experts | None) -> bool:
+def _is_gate(path: str, module: nn.Linear | Conv1D, experts: Experts | None) -> bool:
     """Whether a linear module chooses or weighs what others compute."""
-    if module.out_features * FEWEST_OUTPUTS <= module.in_features:
+    if isinstance(module, Conv1D):
+        return False
+    if "router" in path or module.out_features * FEWEST_OUTPUTS <= module.in_features:
         return True
     if experts is None:
         return False
     block = experts.module.rpartition(".")[0]
-    return path.startswith(block) and module.out_features in (1, experts.count)
+    return path.startswith(block) and module.out_features in (1, experts.choices)
 
 
-def _multiplies(module: nn.Linear) -> bool:
+def _multiplies(module: nn.Linear | Conv1D) -> bool:
     """Whether a module of a subclass of Linear does what a linear module does, by trying it."""
-    if type(module).forward is nn.Linear.forward:
+    if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:
         return True
     tried = copy(module)
     tried._parameters = {"weight": nn.Parameter(torch.randn(6, 4)), "bias": None}
@@ -373,25 +426,12 @@ def takes_turns(module: nn.Module) -> bool:
     return own and not getattr(module, "has_post_expert_norm", False)
 
 
-def _experts(
-    path: Path, place: str, layer: nn.Module, conversions: Mapping[str, Conversion]
-) -> Experts | None:
+def _experts(place: str, layer: nn.Module, conversions: Mapping[str, Conversion]) -> Experts | None:
     """The experts of a layer, if it has any: a module with a 3-D parameter called down_proj."""
     for name, module in layer.named_modules():
         if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3:
-            _check_equal_number(path, module)
             return _experts_in(f"{place}.{name}", name, module, conversions)
     return None
-
-
-def _check_equal_number(path: Path, module: Any) -> None:
-    """Raises InputError for experts of which some have no down projection: no file has those."""
-    first = module.gate_up_proj if hasattr(module, "gate_up_proj") else module.up_proj
-    if len(first) != len(module.down_proj):
-        raise InputError(
-            f"{path}: {type(module).__name__} of transformers has {len(first)} experts, but only "
-            f"{len(module.down_proj)} in down_proj, which is not supported"
-        )
 
 
 def _experts_in(
@@ -408,13 +448,17 @@ def _experts_in(
     for kind, of_kind in FUSED_PARTS.items():
         if isinstance(getattr(module, kind, None), Tensor):
             names = biases if kind.endswith("_bias") else tensors
-            names |= _single_names(place, kind, of_kind, count, conversions[f"{place}.{kind}"])
+            held = len(getattr(module, kind))
+            names |= _single_names(place, kind, of_kind, held, conversions[f"{place}.{kind}"])
+    unused = [name for names in (*tensors.values(), *biases.values()) for name in names[count:]]
     shapes = {part: (inner, hidden) for part in parts} | {"down": (hidden, inner)}
     return Experts(
         module=path,
         count=count,
-        tensors={part: tensors[part] for part in (*parts, "down")},
-        biases=biases,
+        tensors={part: tensors[part][:count] for part in (*parts, "down")},
+        biases={part: names[:count] for part, names in biases.items()},
+        unused=tuple(unused),
+        choices=len(first),
         shapes=shapes,
         transposed=transposed,
         interleaved=getattr(module, "is_concatenated", True) is False,

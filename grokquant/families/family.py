@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from grokquant.errors import InputError
 from grokquant.families.config import carried_keys, check_fields, check_sizes, model_keys
@@ -21,6 +23,8 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # (config, layer) -> names of its quantizable matrices, part -> end of the tensor's name
 Matrices = Callable[[PreTrainedConfig, int], Mapping[str, str]]
+# Modules that multiply with a matrix; Conv1D holds it as [in, out].
+LINEAR = (nn.Linear, Conv1D)
 # Parts that read the same input, whatever the family: the first of each names it.
 _SAME_INPUT = (
     ("attention.q", "attention.k", "attention.v", "attention.q_a", "attention.kv_a"),
@@ -69,11 +73,14 @@ class Family:
     output's config.json, though the model does not. `remote_code` is the file that lets
     transformers alone open an output, None where it needs none or there is none. `notice` is a line
     to show to every user of the family. `tied` names tensors that may be stored although they equal
-    another one, `integers` those that hold integers. Layers run one by one if the family `streams`:
-    a layer depends on the states that the one before it returned, first of `returned` items if
-    they are in a tuple, and on what all rows share, or, `by_row`, on the tokens. `branches`: tokens
-    that a mask keeps apart are apart. `beyond` are patterns of tensors that files may have and the
-    model does not, such as those for predicting several tokens.
+    another one, `integers` those that hold integers, `turned` matrices that published files and the
+    model hold as [in, out]: here they are [out, in], under names of our own. So are those in
+    `stacked`, whose rows are those of several experts; its values are their shapes in the model.
+    Layers run one by one if the family `streams`: a layer depends on the states that the one before
+    it returned, first of `returned` items if they are in a tuple, and on what all rows share, or,
+    `by_row`, on the tokens. `branches`: tokens that a mask keeps apart are apart. `beyond` are
+    patterns of tensors that files may have and the model does not, such as those for predicting
+    several tokens.
     """
 
     name: str
@@ -102,6 +109,8 @@ class Family:
     notice: str | None = None
     layer_prefix: str = "model.layers.{layer}."
     integers: frozenset[str] = frozenset()
+    turned: frozenset[str] = frozenset()
+    stacked: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     beyond: tuple[str, ...] = ()
     streams: bool = True
     branches: bool = True
@@ -275,7 +284,20 @@ class Family:
 
     def read(self, tensors: Mapping[str, TensorRef], name: str) -> Tensor:
         """The value of the parameter that transformers calls `name`."""
-        return tensors[self.tensor_name(name)].read()
+        tensor = self.tensor_name(name)
+        return self.as_parameter(tensor, tensors[tensor].read())
+
+    def as_parameter(self, tensor: str, value: Tensor) -> Tensor:
+        """The `value` of a checkpoint tensor as the model holds it."""
+        if tensor in self.turned:
+            return value.T.contiguous()
+        return value.reshape(self.stacked[tensor]) if tensor in self.stacked else value
+
+    def sees_inputs(self, matrix: Matrix) -> bool:
+        """Whether the inputs of a matrix can be seen, those of single experts too."""
+        if matrix.expert is not None:
+            return self.runs_experts
+        return matrix.tensor not in self.stacked
 
     def holds(self, tensors: Container[str], name: str) -> bool:
         """Whether `tensors` have what the parameter that transformers calls `name` is made of."""
@@ -355,12 +377,15 @@ class Family:
             return torch.stack((gate, up), dim=-1).flatten(-2)
         return torch.cat((gate, up), dim=-1)
 
-    def empty_model(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def empty_model(
+        self, config: PreTrainedConfig, dtype: torch.dtype = torch.float32
+    ) -> PreTrainedModel:
         """The model with all parameters on the meta device, where they take no memory.
 
-        Its buffers, such as rotary frequencies, have the values that transformers computes.
+        Its buffers, such as rotary frequencies, have the values that transformers computes for a
+        model in `dtype`, and the same dtypes.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), _default_dtype(dtype):
             model = self.model_class(config).eval()
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -414,6 +439,16 @@ def stored_values(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _fill_buffers(module: nn.Module, model: PreTrainedModel) -> None:
     """Has the innermost `model` of each module fill its buffers, as transformers does."""
     if isinstance(module, PreTrainedModel):
@@ -428,6 +463,14 @@ def _replaced(name: str, replacements: Mapping[str, str]) -> str:
     for pattern, replacement in replacements.items():
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def tie_weights(model: PreTrainedModel) -> None:
+    """Ties the parameters that `model` still has: those of packed and replaced modules are gone."""
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    ties = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {n: of for n, of in ties if n in held and of in held}
+    model.tie_weights(recompute_mapping=False)
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

@@ -32,6 +32,8 @@ def renamed(source: Source, family: Family) -> Source:
     tensors: dict[str, TensorRef] = {}
     for name, ref in source.tensors.items():
         known = replace(ref, name=family.tensor_name(name))
+        if known.name != name and ref.scheme is None:  # packed matrices are always [out, in]
+            known = _as_matrix(known, family)
         fused = family.fused_experts(known.name)
         parts = _split(source, family, known, fused) if fused else [known]
         for part in parts:
@@ -39,6 +41,26 @@ def renamed(source: Source, family: Family) -> Source:
                 raise InputError(f"{source.path}: {part.name} occurs under two names")
             tensors[part.name] = part
     return replace(source, tensors=tensors)
+
+
+def _as_matrix(ref: TensorRef, family: Family) -> TensorRef:
+    """A tensor of a file that its model holds in another form than [out, in], in this form."""
+    if ref.name in family.turned and len(ref.shape) == 2:
+        return _turned(ref)
+    if ref.name in family.stacked and len(ref.shape) == 3:
+        flat = ref.loaded_by(lambda: ref.read().flatten(0, 1))
+        return replace(flat, shape=(ref.shape[0] * ref.shape[1], ref.shape[2]))
+    return ref
+
+
+def _turned(ref: TensorRef) -> TensorRef:
+    """A matrix [in, out] as [out, in]."""
+    load_part = ref.load_part
+    return replace(
+        ref.loaded_by(lambda: ref.read().T.contiguous()),
+        shape=ref.shape[::-1],
+        load_part=load_part and (lambda index: load_part(index[::-1]).T.contiguous()),
+    )
 
 
 def _split(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from grokquant.families.family import LINEAR
 from grokquant.families.taps import Tap
 
 _SILENT = "grokquant-silent"  # the name of experts without weights in transformers' registry
@@ -71,7 +72,7 @@ def traced(model: PreTrainedModel, layers: nn.ModuleList) -> Trace | None:
     def note_given(module: nn.Module, args: tuple, kwargs: dict) -> None:
         given.extend(value for value in (*args, *kwargs.values()) if _may_carry(value))
 
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, LINEAR)]
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in linears]
     hooks += [layer.register_forward_pre_hook(note_given, with_kwargs=True) for layer in layers]
     try:
@@ -183,16 +184,19 @@ def _has_rows(value: Any) -> bool:
 
 def _run(model: PreTrainedModel) -> Tensor:
     before = model.config._experts_implementation
-    looks = masking_utils.find_packed_sequence_indices
+    packed = masking_utils.find_packed_sequence_indices
+    warn = PreTrainedModel.warn_if_padding_and_no_attention_mask
     model.config._experts_implementation = _SILENT
-    # It looks at values, for several texts in a row. There is one.
+    # They look at values, for several texts in a row and for padding. There is one text.
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *given: None  # type: ignore
     tokens = torch.zeros(_ROWS, _TOKENS, dtype=torch.long, device="meta")
     try:
         return model(input_ids=tokens, use_cache=False).logits
     finally:
         model.config._experts_implementation = before
-        masking_utils.find_packed_sequence_indices = looks
+        masking_utils.find_packed_sequence_indices = packed
+        PreTrainedModel.warn_if_padding_and_no_attention_mask = warn  # type: ignore
 
 
 @contextmanager

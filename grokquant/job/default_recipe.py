@@ -290,7 +290,8 @@ def _best(
     stored = [ref.scheme.bits if ref.scheme else None for ref in refs]
     widest = None if None in stored else max(bits for bits in stored if bits is not None)
     columns = max(ref.shape[1] for ref in refs)
-    can_calibrate = has_tokenizer(checkpoint.source) and _is_run(checkpoint, matrices[0])
+    are_seen = all(map(checkpoint.family.sees_inputs, matrices))
+    can_calibrate = has_tokenizer(checkpoint.source) and are_seen
     for rule in candidates(goal, widest, can_calibrate):
         if rule["method"] == "gptq" and columns > _WIDE:
             rule = rule | {"hessian_block": _HESSIAN_BLOCK}
@@ -298,11 +299,6 @@ def _best(
         if None not in schemes and (len({*schemes}) == 1 or not _must_agree(matrices[0], rule)):
             return rule
     return _AS_IT_IS
-
-
-def _is_run(checkpoint: Checkpoint, matrix: Matrix) -> bool:
-    """Whether the inputs of a matrix can be seen."""
-    return matrix.expert is None or checkpoint.family.runs_experts
 
 
 def _is_lone_expert(checkpoint: Checkpoint, matrix: Matrix) -> bool:

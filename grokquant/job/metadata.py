@@ -89,8 +89,8 @@ def output_config(plan: Plan) -> dict:
     fields["torch_dtype"] = stated_dtype(plan)
     if plan.remote_code:
         fields[tokenizer.AUTO_MAP] = plan.remote_code.auto_map
-    # transformers would look for other files than gguf's, and for other names of experts.
-    loaded_by_us = plan.format.needs_own_loader or family.names_experts
+    # transformers would look for other files than gguf's, and for other names of matrices.
+    loaded_by_us = plan.format.needs_own_loader or family.names_experts or bool(family.turned)
     if plan.units or loaded_by_us:
         described = plan.format.quantization_config(plan.units.values(), unquantized)
         fields["quantization_config"] = described | {MARK: OWN}

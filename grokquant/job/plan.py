@@ -341,10 +341,8 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
 def _check_experts_run(checkpoint: Checkpoint, units: dict[str, Unit]) -> None:
     """Raises InputError for a method that would have to see the inputs of single experts, where
     the model's code computes all experts at once."""
-    if checkpoint.family.runs_experts:
-        return
     for unit in units.values():
-        if unit.expert is not None and METHODS[unit.method].needs_site:
+        if METHODS[unit.method].needs_site and not checkpoint.family.sees_inputs(unit):
             name = checkpoint.family.name
             raise InputError(
                 f"recipe: quantize[{unit.rule}].method: {unit.method} needs the inputs of "

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import device_of
 from grokquant.errors import InputError
-from grokquant.families.family import set_parameter, stored_values
+from grokquant.families.family import set_parameter, stored_values, tie_weights
 from grokquant.files.json_objects import read_json_object
 from grokquant.memory import refused
 from grokquant.recipe.schema import parse_size
@@ -55,11 +55,11 @@ def build_model(
     limit: int | None = None,
 ) -> PreTrainedModel:
     """The family's own model class with every parameter filled, tensor by tensor."""
-    model = checkpoint.family.empty_model(checkpoint.config)
+    model = checkpoint.family.empty_model(checkpoint.config, dtype)
     if packed:
         pack_model(model, checkpoint, dtype, limit)
     fill_model(model, checkpoint, dtype, device)
-    model.tie_weights()
+    tie_weights(model)
     nn.Module.to(model, device)  # buffers
     if checkpoint.num_experts:
         model.set_experts_implementation("eager")

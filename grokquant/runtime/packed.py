@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
 from grokquant.errors import InputError
-from grokquant.families.family import Family, parameter_parent
+from grokquant.families.family import LINEAR, Family, parameter_parent
 from grokquant.formats import Format, format_of
 from grokquant.formats.format import PackedLayout
 from grokquant.grids import SCALE_DTYPES, Scheme
@@ -287,7 +287,7 @@ def _pack_linears(model: nn.Module, packing: Packing) -> None:
         ref = checkpoint.source.tensors.get(checkpoint.family.tensor_name(name))
         linear: Any = parameter_parent(model, name)[0]
         # llama.cpp stores embeddings in blocks, too; their rows are looked up, not multiplied.
-        if ref is not None and ref.scheme is not None and isinstance(linear, nn.Linear):
+        if ref is not None and ref.scheme is not None and isinstance(linear, LINEAR):
             path, _, last = name.removesuffix(".weight").rpartition(".")
             packed = PackedLinear(packing.matrix(ref), linear.bias)
             setattr(model.get_submodule(path), last, packed)

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
 from grokquant.devices import CPU
+from grokquant.families.family import tie_weights
 from grokquant.formats import FORMATS
 from grokquant.runtime.load import absent_parameters, fill_model
 from grokquant.runtime.packed import pack_model
@@ -84,5 +85,5 @@ class PackedQuantizer(HfQuantizer):
             raise ValueError("device_map: packed matrices cannot be offloaded to CPU or disk")
         fill_model(model, self.checkpoint, self.dtype, CPU)
         model.all_tied_weights_keys = self._tied
-        model.tie_weights(recompute_mapping=False)
+        tie_weights(model)
         del self.checkpoint

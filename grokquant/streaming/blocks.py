@@ -21,6 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from threading import Lock, local
+from traceback import walk_tb
 from typing import Any, TypeVar
 
 import torch
@@ -31,8 +32,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from grokquant.calibration.hessian import accumulate
 from grokquant.checkpoint import Checkpoint
 from grokquant.devices import CPU
-from grokquant.families.family import parameter_parent, set_parameter, stored_values
+from grokquant.errors import InputError, said_by
+from grokquant.families.family import parameter_parent, set_parameter, stored_values, tie_weights
 from grokquant.families.taps import Tap
+from grokquant.memory import is_exhausted
 from grokquant.parallel import ALONE, Take, Team
 from grokquant.streaming.lone_expert import as_lone_expert
 from grokquant.threads import alone, in_order, in_pieces, slices
@@ -191,7 +194,7 @@ class BlockwiseModel:
         self.config = deepcopy(checkpoint.config)
         self.config._experts_implementation = STREAMED
         self.config.get_text_config().use_cache = False
-        self.model = self.family.empty_model(self.config)
+        self.model = self.family.empty_model(self.config, dtype)
         self.layers = self.family.layers(self.model)
         self.taps = [Tap(layer, self.family.returned) for layer in self.layers]
         self.family.set_layers(self.model, nn.ModuleList(self.taps))
@@ -246,7 +249,7 @@ class BlockwiseModel:
                 continue
             if name in others and torch.equal(self.model.get_parameter(name), others[name]):
                 set_parameter(self.model, name, others[name])
-        self.model.tie_weights()
+        tie_weights(self.model)
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
@@ -431,7 +434,8 @@ class BlockwiseModel:
     def replace(self, index: int, tensor: str, value: Tensor) -> None:
         """Replaces the parameter of layer `index` that holds `tensor` (its checkpoint name)."""
         layer = self.layers[index]
-        self._set(layer, self.family.parameter_name(layer, index, tensor), value)
+        name = self.family.parameter_name(layer, index, tensor)
+        self._set(layer, name, self.family.as_parameter(tensor, value))
 
     @torch.no_grad()
     def replace_expert(self, matrix: Matrix, value: Tensor) -> None:
@@ -660,8 +664,17 @@ class BlockwiseModel:
             out = self.layers[index](hidden, *args, **kwargs)
         except _Captured:
             return hidden
+        except RuntimeError as error:
+            if is_exhausted(error) or not _is_of_transformers(error):
+                raise
+            dtype = str(self.dtype).removeprefix("torch.")
+            raise InputError(
+                f"layer {index}: the code of {self.family.name} in transformers does not run in "
+                f"{dtype} on rows of {hidden.shape[1]} tokens ({said_by(error)}); method rtn does "
+                "not run it"
+            ) from None
         # Layers of some models return a tuple that begins with the hidden states.
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     def _note_arguments(self, rows: Rows) -> None:
         """Has the taps note what the model hands to its layers for these rows."""
@@ -685,6 +698,12 @@ class BlockwiseModel:
     def _set(self, module: nn.Module, name: str, value: Tensor) -> None:
         dtype = self.family.working_dtype(name, self.dtype) if value.is_floating_point() else None
         set_parameter(module, name, value.to(self.device, dtype))
+
+
+def _is_of_transformers(error: Exception) -> bool:
+    """Whether an error comes from the code of a model, and not from ours below it."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("transformers.models.")
 
 
 def _apart(routed: Routed, exact: int) -> list[Routed]:
