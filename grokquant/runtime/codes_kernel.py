@@ -1,87 +1,170 @@
-"""Our own products with codes on CPUs: those of 4 bits that are places in a table, and of 8 bits.
+"""Our own products with codes on CPUs, of up to 4 bits and of 8.
 
-torch has none for tables, and for 8 bits one scale a row at most.
+With AVX512-BF16 they multiply bfloat16 in bfloat16. The weights of few tokens are codes, exact, or
+values of a table, rounded, and their scales stay in float32; those of many are dequantized and
+rounded as `dequantize` does. Elsewhere they serve what torch has no kernel for: tables, and 8 bits
+in groups.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grokquant.grids import Scheme
-from grokquant.runtime.matrix_cache import Parts
-from grokquant.runtime.vectors import (
+from grokquant.runtime.block_products import (
     COLUMNS,
-    FEW_ROWS,
-    LANES,
-    MULTIPLIES_BFLOAT16,
-    ROWS,
-    bfloat16_lanes,
+    TILE,
+    in_pairs,
     multiply,
+    multiply_many,
+    pack_halves,
+    padded,
 )
+from grokquant.runtime.matrix_cache import Parts
+from grokquant.runtime.vectors import LANES, MULTIPLIES_BFLOAT16
 from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
-_FLOAT_BYTES = 4
-# Rows of a thread at a time hide what a call costs; of fewer each thread has its share.
-_MOST_ROWS = 1024
+# From here on dequantizing a tile once is quicker than unpacking codes for every eight tokens: of
+# 8 bits and of groups of 32 from 40 on, of 4 bits in groups of 128 from 80 on.
+_MANY_TOKENS = 48
+# Blocks of a thread at a time hide what a call costs; of fewer each thread has its share.
+_MOST_BLOCKS = 5 * TILE
+_PLACES = 16  # of a table
+# Of smaller groups, scales take as much memory as codes.
+_GROUP_MULTIPLE = 32
+
+
+def takes_bfloat16(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the kernel can multiply a matrix [out, in] with bfloat16 tokens on this CPU."""
+    return MULTIPLIES_BFLOAT16 and dtype == torch.bfloat16 and _fits(scheme, shape)
 
 
 def takes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether the kernel can multiply with a matrix [out, in]."""
-    rows, columns = shape
-    group_size = scheme.group_size or columns
-    held = bool(scheme.row.table) or scheme.bits > 4
-    return held and rows % FEW_ROWS == 0 and group_size % COLUMNS == 0 and columns % group_size == 0
+    """Whether it can and torch has no kernel."""
+    return _fits(scheme, shape) and (bool(scheme.row.table) or scheme.bits > 4)
 
 
 def held_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """The bytes of what `prepare` returns."""
     rows, columns = shape
-    code_bytes = columns // 2 if scheme.row.table else columns
+    code_bytes = columns // 2 if _in_halves(scheme) else columns
     levels = scheme.groups(columns) * (1 if scheme.symmetric else 2)
-    return rows * (code_bytes + levels * _FLOAT_BYTES) + len(scheme.row.table) * _FLOAT_BYTES
+    table_bytes = _PLACES * torch.float32.itemsize if _in_halves(scheme) else 0
+    return rows * (code_bytes + levels * _level_dtype(scheme, dtype).itemsize) + table_bytes
 
 
 def prepare(quantized: QTensor, dtype: torch.dtype) -> Parts:
-    """`codes` as `vectors` has them: uint8 [out, in / 2] of tables, else int8 [out, in]; float32
-    `scales` and perhaps `zeros` [out, groups]; perhaps `table` [16]."""
+    """`codes`, perhaps `table` and the levels of groups as `block_products` has them: `scales` and
+    perhaps `zeros` [blocks, groups, 16]."""
     scheme = quantized.scheme
-    scales = quantized.scales.float() * scheme.row.unit
-    held = {"codes": quantized.codes.contiguous(), "scales": scales.contiguous()}
-    if scheme.row.table:
-        held["codes"] = _halves(quantized.codes)
-        held["table"] = torch.tensor(scheme.row.table)
-    if quantized.zero_points is not None:
-        held["zeros"] = -scales * quantized.zero_points
-    if quantized.offsets is not None:
-        held["zeros"] = quantized.offsets.float()
+    level_dtype = _level_dtype(scheme, dtype)
+    held = {"codes": _in_blocks(quantized.codes, scheme)}
+    if _in_halves(scheme):
+        held["table"] = _table(scheme)
+    scales = quantized.scales.float() * scheme.row.unit  # (out, groups)
+    held["scales"] = _by_lanes(scales, level_dtype)
+    if not scheme.symmetric:
+        held["zeros"] = _by_lanes(_zeros(quantized, scales), level_dtype)
     return held
 
 
 def product(x: Tensor, held: Parts) -> Tensor:
-    """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32.
-
-    Weights are rounded to bfloat16, as the dequantized ones are, if x is and the CPU multiplies it.
-    """
-    codes = held["codes"].numpy()
-    scales = held["scales"].numpy()
-    table, zeros = (held[name].numpy() if name in held else None for name in ("table", "zeros"))
-    if MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16:
-        inputs = bfloat16_lanes(x, table is not None)
-    else:
-        inputs = x.detach().float().contiguous().numpy()
-    out = np.empty((len(codes), len(x)), np.float32)
+    """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32."""
+    codes, scales = (_array(held[name]) for name in ("codes", "scales"))
+    table, zeros = (_array(held[name]) if name in held else None for name in ("table", "zeros"))
+    in_bfloat16 = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
+    many = in_bfloat16 and len(x) >= _MANY_TOKENS
+    tokens = padded(len(x), many)
+    inputs = x.detach() if in_bfloat16 else x.detach().float()
+    if tokens > len(x):
+        inputs = F.pad(inputs, (0, 0, 0, tokens - len(x)))
+    pairs = in_pairs(inputs)
+    sums = None if zeros is None or many else _sums(inputs, scales.shape[1])
+    rows = len(codes) * LANES
+    out = np.zeros((tokens, rows), np.float32) if many else np.empty((tokens, rows), np.float32)
 
     def work(part: slice) -> None:
-        zeros_of_part = None if zeros is None else zeros[part]
-        multiply(table, codes[part], scales[part], zeros_of_part, inputs, out[part])
+        if many:
+            multiply_many(table, codes, scales, zeros, pairs, out, part.start, part.stop)
+        else:
+            multiply(table, codes, scales, zeros, pairs, sums, out, part.start, part.stop)
 
-    share = -(-len(codes) // (torch.get_num_threads() * ROWS)) * ROWS
-    in_pieces(work, slices(0, len(codes), min(_MOST_ROWS, share)))
-    return torch.from_numpy(out).T.to(x.dtype).contiguous()
+    in_pieces(work, slices(0, len(codes), _blocks_at_once(len(codes))))
+    return torch.from_numpy(out[: len(x)]).to(x.dtype)
 
 
-def _halves(codes: Tensor) -> Tensor:
-    """uint8 [out, in / 2] of codes 0..15: those of 16 columns and of the next 16 share bytes."""
-    lower, upper = codes.view(torch.uint8).unflatten(1, (-1, 2, LANES)).unbind(2)
-    return (lower | (upper << 4)).flatten(1)
+def _fits(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    rows, columns = shape
+    group_size = scheme.group_size or columns
+    whole = columns % group_size == 0 and group_size % _GROUP_MULTIPLE == 0
+    return whole and rows % LANES == 0 and scheme.bits <= 8
+
+
+def _blocks_at_once(blocks: int) -> int:
+    """Those of one piece of work."""
+    share = -(-blocks // (torch.get_num_threads() * TILE)) * TILE
+    return min(_MOST_BLOCKS, share)
+
+
+def _in_halves(scheme: Scheme) -> bool:
+    return scheme.bits <= 4
+
+
+def _level_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    """Scales and zeros of 4 bits together take no more than float32 scales would, if the product
+    is in bfloat16."""
+    pairs = _in_halves(scheme) and not scheme.symmetric
+    return torch.bfloat16 if pairs and dtype == torch.bfloat16 else torch.float32
+
+
+def _in_blocks(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes int8 [out, in] in the order of `block_products`."""
+    rows, columns = codes.shape
+    blocks, chunks = rows // LANES, columns // COLUMNS
+    if _in_halves(scheme):
+        packed = np.empty((blocks, chunks, LANES), np.uint32)
+        pack_halves(codes.contiguous().numpy(), packed)
+        return torch.from_numpy(packed.view(np.uint8))
+    pairs = codes.contiguous().view(torch.int16).unflatten(0, (blocks, LANES))
+    return pairs.transpose(1, 2).contiguous().view(torch.int8).view(blocks, chunks, -1)
+
+
+def _table(scheme: Scheme) -> Tensor:
+    """What codes of 4 bits are worth, float32 [16] by their places."""
+    if scheme.row.table:
+        return torch.tensor(scheme.row.table)
+    places = torch.arange(_PLACES, dtype=torch.float32)
+    if scheme.qmin == 0:
+        return places - _middle(scheme)
+    return torch.where(places > scheme.qmax, places - _PLACES, places)
+
+
+def _middle(scheme: Scheme) -> int:
+    """The code of 4 bits that is worth 0: least is lost where a group's zero is small."""
+    return 1 << (scheme.bits - 1) if _in_halves(scheme) and scheme.qmin == 0 else 0
+
+
+def _zeros(quantized: QTensor, scales: Tensor) -> Tensor:
+    """[out, groups] of float32."""
+    points = 0 if quantized.zero_points is None else quantized.zero_points.float()
+    zeros = scales * (_middle(quantized.scheme) - points)
+    return zeros if quantized.offsets is None else zeros + quantized.offsets.float()
+
+
+def _by_lanes(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """[blocks, groups, 16] of [out, groups]."""
+    return levels.unflatten(0, (-1, LANES)).transpose(1, 2).to(dtype).contiguous()
+
+
+def _array(held: Tensor) -> np.ndarray:
+    """The bits of bfloat16."""
+    if held.dtype == torch.bfloat16:
+        return held.view(torch.int16).numpy().view(np.uint16)
+    return held.numpy()
+
+
+def _sums(x: Tensor, groups: int) -> np.ndarray:
+    """Those of x [tokens, in] in groups of columns, float32 [groups, tokens]."""
+    return x.float().unflatten(1, (groups, -1)).sum(dim=2).T.contiguous().numpy()
