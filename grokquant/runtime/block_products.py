@@ -30,6 +30,7 @@ from grokquant.runtime.vectors import (
     BYTES,
     FLOATS,
     FUSED,
+    HALVES,
     INTS,
     LANES,
     SHORTS,
@@ -42,6 +43,7 @@ from grokquant.runtime.vectors import (
     in_all_lanes,
     in_bfloat16,
     permuted,
+    rounded,
 )
 
 PAIRS = 4  # of a chunk
@@ -63,13 +65,14 @@ _WORD = np.uint64(0xFFFF)
 
 @njit(nogil=True, cache=True)
 def multiply(table, codes, scales, zeros, x, sums, out, start, stop):
-    """Writes x times the transposed matrix to `out` float32 [tokens, out], blocks start to stop.
+    """Writes x times the transposed matrix to `out` [tokens, out], for blocks from start to stop.
 
     A weight is table[code] * scale + zero for `codes` uint8 [blocks, chunks, 64], and code * scale
     + zero for int8 [blocks, chunks, 128]. `table` is float32 [16]. `scales` [blocks, groups, 16]
-    and `zeros`, which are as many or None, are float32 or the bits of bfloat16. `x` is from
-    `in_pairs`: uint16 makes the products in bfloat16. `sums` float32 [groups, tokens] are those of
-    x in its groups, None without zeros. Groups are whole chunks; tokens are `padded`.
+    and `zeros`, which are as many or None, are float32, or the bits of float16 as int16 or of
+    bfloat16 as uint16. `x` is from `in_pairs`: uint16 makes the products in bfloat16. `sums`
+    float32 [groups, tokens] are those of x in its groups, None without zeros. `out` is float32 or
+    uint16. Groups are whole chunks; tokens are `padded`.
     """
     tokens = len(out)
     whole = tokens // TOKENS * TOKENS
@@ -87,14 +90,17 @@ def multiply(table, codes, scales, zeros, x, sums, out, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def multiply_many(table, codes, scales, zeros, x, out, start, stop):
-    """Adds the same to `out` for a multiple of TOKENS tokens, in bfloat16. Weights are dequantized
-    and rounded once for all of them."""
-    tokens = len(out)
+def multiply_many(table, codes, scales, zeros, x, dense, totals, out, start, stop):
+    """The same in bfloat16 for a multiple of TOKENS tokens. Weights are dequantized and rounded
+    once for all of them.
+
+    It works in `dense` uint16 [HEIGHT, DENSE_CHUNKS, 128] and `totals` float32 [tokens, HEIGHT *
+    LANES].
+    """
     chunks = codes.shape[1]
-    dense = np.empty((HEIGHT, min(DENSE_CHUNKS, chunks), COLUMNS * LANES), np.uint16)
     for block in range(start, stop, HEIGHT):
         height = min(HEIGHT, stop - block)
+        totals[:] = 0
         for first in range(0, chunks, DENSE_CHUNKS):
             some = min(DENSE_CHUNKS, chunks - first)
             for row in range(height):
@@ -102,9 +108,12 @@ def multiply_many(table, codes, scales, zeros, x, out, start, stop):
                     _dequantize(
                         table, codes, scales, zeros, dense, block + row, first + chunk, row, chunk
                     )
-            for token in range(0, tokens, TOKENS):
+            for token in range(0, len(totals), TOKENS):
                 place = token * chunks * COLUMNS + first * COLUMNS * TOKENS
-                _add_dense(dense, x, out, block, height, some, token, place)
+                _add_dense(dense, x, totals, height, some, token, place)
+        for token in range(len(out)):
+            for row in range(height):
+                _round(totals, out, token, row, block + row)
 
 
 @njit(nogil=True, cache=True)
@@ -140,11 +149,18 @@ def in_pairs(x: Tensor) -> np.ndarray:
     """x [tokens, in] in the order above: float32, or the bits of bfloat16, [tokens * in]."""
     whole = len(x) // TOKENS * TOKENS
     pairs = x.unflatten(1, (-1, 2))  # (tokens, pairs, 2)
-    eights = pairs[:whole].unflatten(0, (-1, TOKENS)).transpose(1, 2).flatten()
-    flat = torch.cat((eights, pairs[whole:].transpose(0, 1).flatten()))
-    if x.dtype == torch.bfloat16:
-        return flat.view(torch.int16).numpy().view(np.uint16)
-    return flat.numpy()
+    flat = pairs[whole:].transpose(0, 1).flatten()
+    if whole:
+        eights = pairs[:whole].unflatten(0, (-1, TOKENS)).transpose(1, 2)
+        flat = torch.cat((eights.flatten(), flat))
+    return bits(flat)
+
+
+def bits(values: Tensor) -> np.ndarray:
+    """For Numba, which has neither dtype: the bits of float16 as int16, of bfloat16 as uint16."""
+    if values.dtype == torch.bfloat16:
+        return values.view(torch.uint16).numpy()
+    return values.view(torch.int16).numpy() if values.dtype == torch.float16 else values.numpy()
 
 
 def _multiply_type(_, width, table, codes, scales, zeros, x, sums, out, start, stop, token):
@@ -180,18 +196,21 @@ def _product(
             first = builder.mul(group.index, chunks)
             _add_chunks(builder, weights, tokens, blocks, first, chunks, of_group)
             levels.add_scaled(of_group, totals, blocks, group.index, token)
-        for address, (total,) in _places(builder, out, totals, blocks[0], token):
-            builder.store(builder.load(total), address, align=1)
+        rounds = out.kind.dtype == types.uint16
+        stored = SHORTS if rounds else FLOATS
+        for address, (total,) in _places(builder, out.at, stored, totals, blocks, token):
+            value = builder.load(total)
+            builder.store(rounded(builder, value) if rounds else value, address, align=1)
 
     _for_blocks(builder, start, stop, _HEIGHTS[width], multiply_blocks)
     return context.get_dummy_value()
 
 
-def _add_dense_type(_, dense, x, out, block, height, chunks, token, place):
-    """Adds to `out` the products of so many blocks and `chunks` in `dense` with TOKENS tokens, `x`
-    from `place` on. The first block is that of `out` from `block` on."""
-    places = (types.intp,) * 5
-    return types.none(dense, x, out, *places), _dense_product
+def _add_dense_type(_, dense, x, totals, height, chunks, token, place):
+    """Adds to `totals` the products of so many blocks and `chunks` of `dense` with TOKENS tokens,
+    `x` from `place` on."""
+    places = (types.intp,) * 4
+    return types.none(dense, x, totals, *places), _dense_product
 
 
 _add_dense: Callable = intrinsic(_add_dense_type)
@@ -201,22 +220,42 @@ def _dense_product(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
 ) -> ir.Value:
     """Instructions of `_add_dense`."""
-    dense, x, out = arrays(context, builder, signature, arguments)
-    block, height, chunks, token, place = arguments[-5:]
-    zero = block.type(0)
+    dense, x, totals = arrays(context, builder, signature, arguments)
+    height, chunks, token, place = arguments[-4:]
+    zero = height.type(0)
     weights = _Dense(dense, None)
     tokens = _Tokens(x, place, TOKENS)
 
     def multiply_blocks(blocks: list[ir.Value]) -> None:
-        totals = _sums(builder, len(blocks), TOKENS, 1)
-        first = builder.add(block, blocks[0])
-        for address, (total,) in _places(builder, out, totals, first, token):
+        sums = _sums(builder, len(blocks), TOKENS, 1)
+        for address, (total,) in _places(builder, totals.at, FLOATS, sums, blocks, token):
             builder.store(builder.load(address, align=1), total)
-        _add_chunks(builder, weights, tokens, blocks, zero, chunks, totals)
-        for address, (total,) in _places(builder, out, totals, first, token):
+        _add_chunks(builder, weights, tokens, blocks, zero, chunks, sums)
+        for address, (total,) in _places(builder, totals.at, FLOATS, sums, blocks, token):
             builder.store(builder.load(total), address, align=1)
 
     _for_blocks(builder, zero, height, HEIGHT, multiply_blocks)
+    return context.get_dummy_value()
+
+
+def _round_type(_, totals, out, token, row, block):
+    """Writes a token's totals of a block to its place in `out`, rounded to bfloat16."""
+    return types.none(totals, out, *(types.intp,) * 3), _rounded
+
+
+_round: Callable = intrinsic(_round_type)
+
+
+def _rounded(
+    context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
+) -> ir.Value:
+    """Instructions of `_round`."""
+    totals, out = arrays(context, builder, signature, arguments)
+    token, row, block = arguments[-3:]
+    lanes = row.type(LANES)
+    values = totals.load(FLOATS, token, builder.mul(row, lanes))
+    address = out.at(SHORTS, token, builder.mul(block, lanes))
+    builder.store(rounded(builder, values), address, align=1)
     return context.get_dummy_value()
 
 
@@ -244,8 +283,8 @@ def _dequantized(
         for values in weights.pair(held, pair):
             value = builder.fmul(values, scale, flags=FUSED)
             both.append(value if zero is None else builder.fadd(value, zero, flags=FUSED))
-        rounded = builder.bitcast(in_bfloat16(builder, *both), WORDS)
-        in_order = builder.shuffle_vector(rounded, rounded, _INTERLEAVED)
+        words = builder.bitcast(in_bfloat16(builder, *both), WORDS)
+        in_order = builder.shuffle_vector(words, words, _INTERLEAVED)
         address = dense.at(WORDS, row, place, place.type(pair * 2 * LANES))
         builder.store(in_order, address, align=1)
     return context.get_dummy_value()
@@ -434,6 +473,8 @@ class _Levels:
         lane = block.type(0)
         if levels.kind.dtype == types.float32:
             return levels.load(FLOATS, block, group, lane)
+        if levels.kind.dtype == types.int16:
+            return self.builder.fpext(levels.load(HALVES, block, group, lane), FLOATS)
         upper = self.builder.zext(levels.load(SHORTS, block, group, lane), INTS)
         return self.builder.bitcast(self.builder.shl(upper, filled(INTS, 16)), FLOATS)
 
@@ -490,10 +531,16 @@ def _clear(builder: ir.IRBuilder, sums: _Sums) -> None:
 
 
 def _places(
-    builder: ir.IRBuilder, out: Array, sums: _Sums, block: ir.Value, token: ir.Value
+    builder: ir.IRBuilder,
+    at: Callable[..., ir.Value],
+    kind: ir.Type,
+    sums: _Sums,
+    blocks: list[ir.Value],
+    token: ir.Value,
 ) -> Iterator[tuple[ir.Value, list[ir.Value]]]:
-    """(its place in `out`, sums) for each block from `block` on and each token from `token` on."""
-    for height, of_block in enumerate(sums):
-        row = builder.mul(builder.add(block, block.type(height)), block.type(LANES))
-        for width, chains in enumerate(of_block):
-            yield out.at(FLOATS, builder.add(token, token.type(width)), row), chains
+    """(the pointer to a `kind` in [tokens, out], sums) of each block and each token from `token`
+    on."""
+    for block, of_block in zip(blocks, sums, strict=True):
+        row = builder.mul(block, block.type(LANES))
+        for number, chains in enumerate(of_block):
+            yield at(kind, builder.add(token, token.type(number)), row), chains

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grokquant.grids import Scheme
+from grokquant.grids import SCALE_DTYPES, Scheme
 from grokquant.runtime.block_products import (
     COLUMNS,
+    DENSE_CHUNKS,
+    HEIGHT,
     TILE,
+    bits,
     in_pairs,
     multiply,
     multiply_many,
@@ -29,8 +32,8 @@ from grokquant.types import QTensor
 # From here on dequantizing a tile once is quicker than unpacking codes for every eight tokens: of
 # 8 bits and of groups of 32 from 40 on, of 4 bits in groups of 128 from 80 on.
 _MANY_TOKENS = 48
-# Blocks of a thread at a time hide what a call costs; of fewer each thread has its share.
-_MOST_BLOCKS = 5 * TILE
+# A thread that other work delays leaves pieces to the rest.
+_PIECES_OF_A_THREAD = 4
 _PLACES = 16  # of a table
 # Of smaller groups, scales take as much memory as codes.
 _GROUP_MULTIPLE = 32
@@ -50,49 +53,52 @@ def held_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> in
     """The bytes of what `prepare` returns."""
     rows, columns = shape
     code_bytes = columns // 2 if _in_halves(scheme) else columns
-    levels = scheme.groups(columns) * (1 if scheme.symmetric else 2)
+    level_bytes = _scale_dtype(scheme, dtype).itemsize
+    if not scheme.symmetric:
+        level_bytes += _zero_dtype(scheme, dtype).itemsize
     table_bytes = _PLACES * torch.float32.itemsize if _in_halves(scheme) else 0
-    return rows * (code_bytes + levels * _level_dtype(scheme, dtype).itemsize) + table_bytes
+    return rows * (code_bytes + scheme.groups(columns) * level_bytes) + table_bytes
 
 
 def prepare(quantized: QTensor, dtype: torch.dtype) -> Parts:
     """`codes`, perhaps `table` and the levels of groups as `block_products` has them: `scales` and
     perhaps `zeros` [blocks, groups, 16]."""
     scheme = quantized.scheme
-    level_dtype = _level_dtype(scheme, dtype)
     held = {"codes": _in_blocks(quantized.codes, scheme)}
     if _in_halves(scheme):
         held["table"] = _table(scheme)
     scales = quantized.scales.float() * scheme.row.unit  # (out, groups)
-    held["scales"] = _by_lanes(scales, level_dtype)
+    held["scales"] = _by_lanes(scales, _scale_dtype(scheme, dtype))
     if not scheme.symmetric:
-        held["zeros"] = _by_lanes(_zeros(quantized, scales), level_dtype)
+        held["zeros"] = _by_lanes(_zeros(quantized, scales), _zero_dtype(scheme, dtype))
     return held
 
 
 def product(x: Tensor, held: Parts) -> Tensor:
     """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32."""
-    codes, scales = (_array(held[name]) for name in ("codes", "scales"))
-    table, zeros = (_array(held[name]) if name in held else None for name in ("table", "zeros"))
     in_bfloat16 = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
     many = in_bfloat16 and len(x) >= _MANY_TOKENS
-    tokens = padded(len(x), many)
     inputs = x.detach() if in_bfloat16 else x.detach().float()
+    tokens = padded(len(x), many)
     if tokens > len(x):
         inputs = F.pad(inputs, (0, 0, 0, tokens - len(x)))
+    parts = {name: bits(part) for name, part in held.items()}
+    matrix = (parts.get("table"), parts["codes"], parts["scales"], parts.get("zeros"))
     pairs = in_pairs(inputs)
-    sums = None if zeros is None or many else _sums(inputs, scales.shape[1])
-    rows = len(codes) * LANES
-    out = np.zeros((tokens, rows), np.float32) if many else np.empty((tokens, rows), np.float32)
+    blocks = len(parts["codes"])
+    out = inputs.new_empty(tokens, blocks * LANES)
+    sums = _sums(inputs, parts["scales"].shape[1]) if "zeros" in held and not many else None
 
     def work(part: slice) -> None:
         if many:
-            multiply_many(table, codes, scales, zeros, pairs, out, part.start, part.stop)
+            dense = inputs.new_empty(HEIGHT, DENSE_CHUNKS, COLUMNS * LANES)
+            totals = np.empty((tokens, HEIGHT * LANES), np.float32)
+            multiply_many(*matrix, pairs, bits(dense), totals, bits(out), part.start, part.stop)
         else:
-            multiply(table, codes, scales, zeros, pairs, sums, out, part.start, part.stop)
+            multiply(*matrix, pairs, sums, bits(out), part.start, part.stop)
 
-    in_pieces(work, slices(0, len(codes), _blocks_at_once(len(codes))))
-    return torch.from_numpy(out[: len(x)]).to(x.dtype)
+    in_pieces(work, slices(0, blocks, _blocks_at_once(blocks)))
+    return out[: len(x)].to(x.dtype)
 
 
 def _fits(scheme: Scheme, shape: tuple[int, int]) -> bool:
@@ -104,19 +110,29 @@ def _fits(scheme: Scheme, shape: tuple[int, int]) -> bool:
 
 def _blocks_at_once(blocks: int) -> int:
     """Those of one piece of work."""
-    share = -(-blocks // (torch.get_num_threads() * TILE)) * TILE
-    return min(_MOST_BLOCKS, share)
+    threads = torch.get_num_threads()
+    pieces = 1 if threads == 1 else threads * _PIECES_OF_A_THREAD
+    return -(-blocks // (pieces * TILE)) * TILE
 
 
 def _in_halves(scheme: Scheme) -> bool:
     return scheme.bits <= 4
 
 
-def _level_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-    """Scales and zeros of 4 bits together take no more than float32 scales would, if the product
-    is in bfloat16."""
-    pairs = _in_halves(scheme) and not scheme.symmetric
-    return torch.bfloat16 if pairs and dtype == torch.bfloat16 else torch.float32
+def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    """Their own where the unit is not lost."""
+    if scheme.row.unit != 1:
+        return torch.float32
+    own = SCALE_DTYPES[scheme.scale_dtype]
+    rounded = own == torch.float32 and _zero_dtype(scheme, dtype) == torch.bfloat16
+    return torch.bfloat16 if rounded else own
+
+
+def _zero_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    """Zeros of 4 bits are as exact as what they are added to, if the product is in bfloat16: the
+    matrix would take much more memory than its file."""
+    rounded = _in_halves(scheme) and dtype == torch.bfloat16 and not scheme.symmetric
+    return torch.bfloat16 if rounded else torch.float32
 
 
 def _in_blocks(codes: Tensor, scheme: Scheme) -> Tensor:
@@ -124,9 +140,9 @@ def _in_blocks(codes: Tensor, scheme: Scheme) -> Tensor:
     rows, columns = codes.shape
     blocks, chunks = rows // LANES, columns // COLUMNS
     if _in_halves(scheme):
-        packed = np.empty((blocks, chunks, LANES), np.uint32)
-        pack_halves(codes.contiguous().numpy(), packed)
-        return torch.from_numpy(packed.view(np.uint8))
+        packed = torch.empty(blocks, chunks, 4 * LANES, dtype=torch.uint8)
+        pack_halves(codes.contiguous().numpy(), packed.numpy().view(np.uint32))
+        return packed
     pairs = codes.contiguous().view(torch.int16).unflatten(0, (blocks, LANES))
     return pairs.transpose(1, 2).contiguous().view(torch.int8).view(blocks, chunks, -1)
 
@@ -156,13 +172,6 @@ def _zeros(quantized: QTensor, scales: Tensor) -> Tensor:
 def _by_lanes(levels: Tensor, dtype: torch.dtype) -> Tensor:
     """[blocks, groups, 16] of [out, groups]."""
     return levels.unflatten(0, (-1, LANES)).transpose(1, 2).to(dtype).contiguous()
-
-
-def _array(held: Tensor) -> np.ndarray:
-    """The bits of bfloat16."""
-    if held.dtype == torch.bfloat16:
-        return held.view(torch.int16).numpy().view(np.uint16)
-    return held.numpy()
 
 
 def _sums(x: Tensor, groups: int) -> np.ndarray:

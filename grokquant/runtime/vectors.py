@@ -20,6 +20,7 @@ _FLOAT = ir.FloatType()
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 SHORTS = ir.VectorType(ir.IntType(16), LANES)
 INTS = ir.VectorType(ir.IntType(32), LANES)
+HALVES = ir.VectorType(ir.HalfType(), LANES)
 FLOATS = ir.VectorType(_FLOAT, LANES)
 ZEROS = ir.Constant(FLOATS, [0.0] * LANES)
 WORDS = ir.VectorType(ir.IntType(16), 2 * LANES)
@@ -39,6 +40,7 @@ class _BFloat16(ir.Type):
 
 
 BFLOATS = ir.VectorType(_BFloat16(), 2 * LANES)
+_HALF_BFLOATS = ir.VectorType(_BFloat16(), LANES)
 FUSED = ("contract",)  # a product need not be rounded before it is added
 
 
@@ -135,6 +137,13 @@ def in_bfloat16(builder: ir.IRBuilder, lower: ir.Value, upper: ir.Value) -> ir.V
     """32 bfloat16 numbers of two vectors."""
     name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
     return called(builder, name, BFLOATS, upper, lower)
+
+
+def rounded(builder: ir.IRBuilder, values: ir.Value) -> ir.Value:
+    """The bits of float32 numbers in bfloat16."""
+    return builder.bitcast(
+        called(builder, "llvm.x86.avx512bf16.cvtneps2bf16.512", _HALF_BFLOATS, values), SHORTS
+    )
 
 
 def called(builder: ir.IRBuilder, name: str, returned: ir.Type, *arguments: ir.Value) -> ir.Value:
