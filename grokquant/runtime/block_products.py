@@ -51,14 +51,18 @@ COLUMNS = 2 * PAIRS
 # Tokens that share what is unpacked; fewer are 4, 2 or 1.
 TOKENS = 8
 # Blocks that share the tokens, by the number of these: sums and weights stay in 32 registers.
-_HEIGHTS = {1: 4, 2: 4, 4: 4, TOKENS: 3}
+_HEIGHTS = {1: 6, 2: 4, 4: 4, TOKENS: 3}
 HEIGHT = _HEIGHTS[TOKENS]
+_HEIGHT_WITH_ZEROS = 4  # at most: these take registers, too
 # A product waits for the sum before it; so many sums at least keep the CPU busy.
 _SUMS = 8
 # Blocks whose codes are still in the cache when the next tokens come: a multiple of all heights.
 TILE = 12
 # Chunks of HEIGHT dense blocks that stay in the cache.
 DENSE_CHUNKS = 256
+# Bytes that are fetched before they are used: measured, an eighth of one token's time.
+_AHEAD = 256
+_LINE = 64  # bytes of the cache
 _NIBBLE = np.uint64(0x000F000F000F000F)  # in each of four words
 _WORD = np.uint64(0xFFFF)
 
@@ -202,7 +206,8 @@ def _product(
             value = builder.load(total)
             builder.store(rounded(builder, value) if rounds else value, address, align=1)
 
-    _for_blocks(builder, start, stop, _HEIGHTS[width], multiply_blocks)
+    most = _HEIGHT_WITH_ZEROS if zeros else max(_HEIGHTS.values())
+    _for_blocks(builder, start, stop, min(most, _HEIGHTS[width]), multiply_blocks)
     return context.get_dummy_value()
 
 
@@ -302,6 +307,8 @@ _Sums = list[list[list[ir.Value]]]
 class _Floats:
     """Pairs of columns of a chunk, as two vectors of float32, from codes of 4 bits."""
 
+    lines = 1  # of a chunk, to be fetched ahead
+
     def __init__(self, codes: Array, table: Array | None) -> None:
         self.codes = codes
         self.builder = codes.builder
@@ -310,6 +317,12 @@ class _Floats:
     def chunk(self, block: ir.Value, chunk: ir.Value) -> Any:
         """What `pair` takes."""
         return self.codes.load(INTS, block, chunk, chunk.type(0))
+
+    def fetch(self, block: ir.Value, chunk: ir.Value) -> None:
+        """Those that will be used soon."""
+        for line in range(self.lines):
+            later = self.builder.add(chunk, chunk.type(_AHEAD // (self.lines * _LINE)))
+            self.codes.prefetch(block, later, chunk.type(line * _LINE))
 
     def pair(self, held: Any, pair: int) -> Any:
         """The codes of two columns, or what a table has for them."""
@@ -325,6 +338,8 @@ class _Floats:
 
 class _FloatsOfBytes(_Floats):
     """From codes of 8 bits."""
+
+    lines = 2
 
     def chunk(self, block: ir.Value, chunk: ir.Value) -> list[ir.Value]:
         return [
@@ -371,7 +386,9 @@ class _BFloatsOfBytes(_FloatsOfBytes):
 
 
 class _Dense(_Floats):
-    """Those of a dense chunk."""
+    """Those of a dense chunk, which is in the cache."""
+
+    lines = 0
 
     def chunk(self, block: ir.Value, chunk: ir.Value) -> list[ir.Value]:
         return [
@@ -494,6 +511,8 @@ def _add_chunks(
     with cgutils.for_range(builder, count) as loop:
         chunk = builder.add(first, loop.index)
         held = [weights.chunk(block, chunk) for block in blocks]
+        for block in blocks:
+            weights.fetch(block, chunk)
         for pair in range(PAIRS):
             of_pair = [weights.pair(one, pair) for one in held]
             turn = [[chain[pair % chains] for chain in of_block] for of_block in sums]

@@ -1,9 +1,9 @@
 """Our own products with codes on CPUs, of up to 4 bits and of 8.
 
-With AVX512-BF16 they multiply bfloat16 in bfloat16. The weights of few tokens are codes, exact, or
-values of a table, rounded, and their scales stay in float32; those of many are dequantized and
-rounded as `dequantize` does. Elsewhere they serve what torch has no kernel for: tables, and 8 bits
-in groups.
+With AVX512-BF16 they multiply bfloat16 in bfloat16. Few tokens are multiplied with the codes, which
+are exact, or with values of a table, rounded, and the sums of groups with scales; many with weights
+that are dequantized and rounded as `dequantize` does. Elsewhere they serve what torch has no kernel
+for: tables, and 8 bits in groups.
 """
 
 import numpy as np
@@ -120,7 +120,8 @@ def _in_halves(scheme: Scheme) -> bool:
 
 
 def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-    """Their own where the unit is not lost."""
+    """The file's, unless they are multiplied by a unit, or with zeros would take much more memory
+    than there."""
     if scheme.row.unit != 1:
         return torch.float32
     own = SCALE_DTYPES[scheme.scale_dtype]
@@ -129,8 +130,8 @@ def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
 
 
 def _zero_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-    """Zeros of 4 bits are as exact as what they are added to, if the product is in bfloat16: the
-    matrix would take much more memory than its file."""
+    """Those of 4 bits are as exact as tokens in bfloat16: in float32 they would take an eighth of
+    the matrix."""
     rounded = _in_halves(scheme) and dtype == torch.bfloat16 and not scheme.symmetric
     return torch.bfloat16 if rounded else torch.float32
 
@@ -153,13 +154,14 @@ def _table(scheme: Scheme) -> Tensor:
         return torch.tensor(scheme.row.table)
     places = torch.arange(_PLACES, dtype=torch.float32)
     if scheme.qmin == 0:
-        return places - _middle(scheme)
+        return places - _middle(scheme)  # what the zeros add again
     return torch.where(places > scheme.qmax, places - _PLACES, places)
 
 
 def _middle(scheme: Scheme) -> int:
-    """The code of 4 bits that is worth 0: least is lost where a group's zero is small."""
-    return 1 << (scheme.bits - 1) if _in_halves(scheme) and scheme.qmin == 0 else 0
+    """The code that a group's zero is the value of: least is lost where that is small."""
+    moves = _in_halves(scheme) and scheme.qmin == 0 and not scheme.symmetric
+    return 1 << (scheme.bits - 1) if moves else 0
 
 
 def _zeros(quantized: QTensor, scales: Tensor) -> Tensor:

@@ -111,6 +111,16 @@ class Array:
     def load(self, kind: ir.Type, *places: ir.Value) -> ir.Value:
         return self.builder.load(self.at(kind, *places), align=1)
 
+    def prefetch(self, *places: ir.Value) -> None:
+        """Has the CPU fetch the line of the cache with an element, which need not exist."""
+        number = ir.IntType(32)
+        address = self.at(ir.IntType(8), *places)
+        name = "llvm.prefetch.p0"
+        kind = ir.FunctionType(ir.VoidType(), [address.type] + [number] * 3)
+        function = cgutils.get_or_insert_function(self.builder.module, kind, name)
+        read, keep, data = number(0), number(3), number(1)
+        self.builder.call(function, [address, read, keep, data])
+
     def splat(self, *places: ir.Value) -> ir.Value:
         """One float32 in all lanes."""
         return in_all_lanes(self.builder, self.load(_FLOAT, *places))
