@@ -44,6 +44,10 @@ NAMED = [
 ]
 
 
+EXACT = [Scheme(4, 128), Scheme(8, None)] + [GRIDS[name].scheme for name in ("q8_0", "iq4_nl")]
+needs_bfloat16 = pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the CPU has no AVX512-BF16")
+
+
 def matrix(scheme: Scheme) -> QTensor:
     return matrix_of((ROWS, COLUMNS), scheme)
 
@@ -60,9 +64,12 @@ def unrounded(quantized: QTensor) -> Tensor:
 
 
 def kernel(
-    scheme: Scheme, shape: tuple[int, int] = (ROWS, COLUMNS), stored_bytes: int = 1 << 30
+    scheme: Scheme,
+    shape: tuple[int, int] = (ROWS, COLUMNS),
+    stored_bytes: int = 1 << 30,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Kernel | None:
-    return kernel_for(scheme, shape, stored_bytes, "cpu", torch.bfloat16)
+    return kernel_for(scheme, shape, stored_bytes, "cpu", dtype)
 
 
 def kernel_bits(scheme: Scheme) -> int:
@@ -70,7 +77,7 @@ def kernel_bits(scheme: Scheme) -> int:
     return 4 if scheme.bits <= 4 else 8
 
 
-@pytest.mark.parametrize("tokens", [1, 7])  # one at a time, and four, two and one
+@pytest.mark.parametrize("tokens", [1, 7, 11])  # one, eight, eight and four at a time
 @pytest.mark.parametrize("scheme", INTEGERS + NAMED, ids=str)
 def test_the_kernel_multiplies_with_the_codes(scheme, tokens):
     quantized = matrix(scheme)
@@ -85,12 +92,26 @@ def test_the_kernel_multiplies_with_the_codes(scheme, tokens):
     assert (in_bf16 - wanted).norm() < 4e-3 * wanted.norm()  # bfloat16 has 2^-8
 
 
-@pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the CPU has no AVX512-BF16")
-@pytest.mark.parametrize("name", ["q8_0", "nf4", "iq4_nl"])
-def test_our_kernel_multiplies_with_the_dequantized_weights_in_bfloat16(name):
-    quantized = matrix(GRIDS[name].scheme)
-    x = torch.randn(7, COLUMNS, generator=torch.Generator().manual_seed(2)).bfloat16()
-    ours = kernel(quantized.scheme)
+@needs_bfloat16
+@pytest.mark.parametrize("tokens", [2, 4, 7])
+@pytest.mark.parametrize("scheme", EXACT, ids=str)
+def test_our_kernel_multiplies_few_tokens_with_exact_codes(scheme, tokens):
+    """Those of the dequantized weights are rounded to bfloat16."""
+    quantized = matrix(scheme)
+    x = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ours = kernel(scheme)
+    found = ours.product(x, ours.prepare(quantized, torch.bfloat16))
+    wanted = x.float() @ unrounded(quantized).T
+    assert (found != wanted.bfloat16()).float().mean() < 0.001  # sums in another order
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("columns", [COLUMNS, 2304])  # more than are dequantized at once
+@pytest.mark.parametrize("scheme", [*EXACT, GRIDS["nf4"].scheme, Scheme(8, 32, False)], ids=str)
+def test_our_kernel_multiplies_many_tokens_with_the_dequantized_weights(scheme, columns):
+    quantized = matrix_of((80, columns), scheme)
+    x = torch.randn(51, quantized.shape[1], generator=torch.Generator().manual_seed(2)).bfloat16()
+    ours = kernel(quantized.scheme, quantized.shape)
     found = ours.product(x, ours.prepare(quantized, torch.bfloat16))
     W = dequantize(quantized, torch.bfloat16, torch.bfloat16)
     wanted = x.float() @ W.float().T
@@ -98,9 +119,9 @@ def test_our_kernel_multiplies_with_the_dequantized_weights_in_bfloat16(name):
     assert (found != wanted.bfloat16()).float().mean() < 0.02  # sums in another order
 
 
-@pytest.mark.parametrize("rows", [4, 12])
+@pytest.mark.parametrize("rows", [16, 80])  # one block, and two after three
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_our_kernel_takes_rows_by_fours(rows, dtype):
+def test_our_kernel_takes_rows_by_sixteens(rows, dtype):
     quantized = matrix_of((rows, 64), Scheme(8, 32))
     ours = kernel(quantized.scheme, (rows, 64))
     held = ours.prepare(quantized, dtype)
@@ -127,17 +148,21 @@ def test_grids_without_a_kernel(name):
 
 
 def test_few_tokens_are_fewer_than_32():
+    """In float32; with bfloat16 instructions all tokens are multiplied with the codes."""
     for scheme in (Scheme(4, 32), Scheme(8, 32), GRIDS["nf4"].scheme):
-        assert kernel(scheme).is_quicker(31) and not kernel(scheme).is_quicker(32)
+        ours = kernel(scheme, dtype=torch.float32)
+        assert ours.is_quicker(31) and not ours.is_quicker(32)
+        if MULTIPLIES_BFLOAT16:
+            assert kernel(scheme).is_quicker(1 << 20)
 
 
 def test_shapes_without_a_kernel():
-    assert kernel(Scheme(4, 32), (16, 64), 16 * 36)
-    assert kernel(Scheme(4, 32), (24, 64), 24 * 36) is None
-    assert kernel(Scheme(4, 16), (16, 64), 16 * 40) is None
-    assert kernel(Scheme(8, 32), (4, 64), 4 * 68)
-    assert kernel(Scheme(8, 32), (6, 64), 6 * 68) is None
-    assert kernel(Scheme(8, 16), (4, 64), 4 * 72) is None
+    assert kernel(Scheme(4, 32), (16, 256), 16 * 144)
+    assert kernel(Scheme(4, 32), (24, 256), 24 * 144) is None
+    assert kernel(Scheme(4, 16), (16, 256), 16 * 160) is None
+    assert kernel(Scheme(8, 32), (16, 64), 16 * 68)
+    assert kernel(Scheme(8, 32), (24, 64), 24 * 68) is None
+    assert kernel(Scheme(8, 16), (16, 64), 16 * 72) is None
 
 
 @pytest.mark.parametrize("name", [*(n for n in GRIDS if n != "integer")])

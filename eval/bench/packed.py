@@ -5,11 +5,12 @@
 
 Random weights [rows, columns] on each grid; the matrix is held as `grokquant.load` holds it. Peers
 are torch's product with the dense matrix in bfloat16 and its kernels of 4 and 8 bits, bitsandbytes,
-and ggml if its library is at hand (see `ggml.py`). Figures are milliseconds, medians of rounds in
-which all have a turn: CPU time on one thread, which other work on the machine changes least, else
-time that passed. `to_best_peer` is our time over that of the quickest peer of as many bits or bf16,
-and `speed` bf16's time over ours. `held` is the memory of the packed matrix over the bytes of its
-file, `first_use` the milliseconds that reading and converting it takes. Prints one JSON line.
+and ggml if its library is at hand (see `ggml.py`). Figures are milliseconds of CPU time a thread,
+which other work on the machine changes least; threads that wait for others may count as busy. They
+are medians of rounds in which all have a turn. `to_best_peer` is our time over that of the quickest
+peer of as many bits or bf16, and `speed` bf16's time over ours. `held` is the memory of the packed
+matrix over the bytes of its file, `first_use` the milliseconds that reading and converting it takes.
+Prints one JSON line.
 """
 
 import argparse
@@ -80,10 +81,10 @@ def packed_matrix(rows: int, columns: int, name: str) -> PackedMatrix:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
+    """CPU time a thread."""
+    start = time.process_time()
     run()
-    return 1000 * (clock() - start)
+    return 1000 * (time.process_time() - start) / torch.get_num_threads()
 
 
 def prepared(packed: PackedMatrix) -> dict[str, float]:

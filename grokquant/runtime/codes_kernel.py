@@ -1,87 +1,181 @@
-"""Our own products with codes on CPUs: those of 4 bits that are places in a table, and of 8 bits.
+"""Our own products with codes on CPUs, of up to 4 bits and of 8.
 
-torch has none for tables, and for 8 bits one scale a row at most.
+With AVX512-BF16 they multiply bfloat16 in bfloat16. Few tokens are multiplied with the codes, which
+are exact, or with values of a table, rounded, and the sums of groups with scales; many with weights
+that are dequantized and rounded as `dequantize` does. Elsewhere they serve what torch has no kernel
+for: tables, and 8 bits in groups.
 """
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from grokquant.grids import Scheme
-from grokquant.runtime.matrix_cache import Parts
-from grokquant.runtime.vectors import (
+from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.runtime.block_products import (
     COLUMNS,
-    FEW_ROWS,
-    LANES,
-    MULTIPLIES_BFLOAT16,
-    ROWS,
-    bfloat16_lanes,
+    DENSE_CHUNKS,
+    HEIGHT,
+    TILE,
+    bits,
+    in_pairs,
     multiply,
+    multiply_many,
+    pack_halves,
+    padded,
 )
+from grokquant.runtime.matrix_cache import Parts
+from grokquant.runtime.vectors import LANES, MULTIPLIES_BFLOAT16
 from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
-_FLOAT_BYTES = 4
-# Rows of a thread at a time hide what a call costs; of fewer each thread has its share.
-_MOST_ROWS = 1024
+# From here on dequantizing a tile once is quicker than unpacking codes for every eight tokens: of
+# 8 bits and of groups of 32 from 40 on, of 4 bits in groups of 128 from 80 on.
+_MANY_TOKENS = 48
+# A thread that other work delays leaves pieces to the rest.
+_PIECES_OF_A_THREAD = 4
+_PLACES = 16  # of a table
+# Of smaller groups, scales take as much memory as codes.
+_GROUP_MULTIPLE = 32
+
+
+def takes_bfloat16(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether the kernel can multiply a matrix [out, in] with bfloat16 tokens on this CPU."""
+    return MULTIPLIES_BFLOAT16 and dtype == torch.bfloat16 and _fits(scheme, shape)
 
 
 def takes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> bool:
-    """Whether the kernel can multiply with a matrix [out, in]."""
-    rows, columns = shape
-    group_size = scheme.group_size or columns
-    held = bool(scheme.row.table) or scheme.bits > 4
-    return held and rows % FEW_ROWS == 0 and group_size % COLUMNS == 0 and columns % group_size == 0
+    """Whether it can and torch has no kernel."""
+    return _fits(scheme, shape) and (bool(scheme.row.table) or scheme.bits > 4)
 
 
 def held_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> int:
     """The bytes of what `prepare` returns."""
     rows, columns = shape
-    code_bytes = columns // 2 if scheme.row.table else columns
-    levels = scheme.groups(columns) * (1 if scheme.symmetric else 2)
-    return rows * (code_bytes + levels * _FLOAT_BYTES) + len(scheme.row.table) * _FLOAT_BYTES
+    code_bytes = columns // 2 if _in_halves(scheme) else columns
+    level_bytes = _scale_dtype(scheme, dtype).itemsize
+    if not scheme.symmetric:
+        level_bytes += _zero_dtype(scheme, dtype).itemsize
+    table_bytes = _PLACES * torch.float32.itemsize if _in_halves(scheme) else 0
+    return rows * (code_bytes + scheme.groups(columns) * level_bytes) + table_bytes
 
 
 def prepare(quantized: QTensor, dtype: torch.dtype) -> Parts:
-    """`codes` as `vectors` has them: uint8 [out, in / 2] of tables, else int8 [out, in]; float32
-    `scales` and perhaps `zeros` [out, groups]; perhaps `table` [16]."""
+    """`codes`, perhaps `table` and the levels of groups as `block_products` has them: `scales` and
+    perhaps `zeros` [blocks, groups, 16]."""
     scheme = quantized.scheme
-    scales = quantized.scales.float() * scheme.row.unit
-    held = {"codes": quantized.codes.contiguous(), "scales": scales.contiguous()}
-    if scheme.row.table:
-        held["codes"] = _halves(quantized.codes)
-        held["table"] = torch.tensor(scheme.row.table)
-    if quantized.zero_points is not None:
-        held["zeros"] = -scales * quantized.zero_points
-    if quantized.offsets is not None:
-        held["zeros"] = quantized.offsets.float()
+    held = {"codes": _in_blocks(quantized.codes, scheme)}
+    if _in_halves(scheme):
+        held["table"] = _table(scheme)
+    scales = quantized.scales.float() * scheme.row.unit  # (out, groups)
+    held["scales"] = _by_lanes(scales, _scale_dtype(scheme, dtype))
+    if not scheme.symmetric:
+        held["zeros"] = _by_lanes(_zeros(quantized, scales), _zero_dtype(scheme, dtype))
     return held
 
 
 def product(x: Tensor, held: Parts) -> Tensor:
-    """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32.
-
-    Weights are rounded to bfloat16, as the dequantized ones are, if x is and the CPU multiplies it.
-    """
-    codes = held["codes"].numpy()
-    scales = held["scales"].numpy()
-    table, zeros = (held[name].numpy() if name in held else None for name in ("table", "zeros"))
-    if MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16:
-        inputs = bfloat16_lanes(x, table is not None)
-    else:
-        inputs = x.detach().float().contiguous().numpy()
-    out = np.empty((len(codes), len(x)), np.float32)
+    """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32."""
+    in_bfloat16 = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
+    many = in_bfloat16 and len(x) >= _MANY_TOKENS
+    inputs = x.detach() if in_bfloat16 else x.detach().float()
+    tokens = padded(len(x), many)
+    if tokens > len(x):
+        inputs = F.pad(inputs, (0, 0, 0, tokens - len(x)))
+    parts = {name: bits(part) for name, part in held.items()}
+    matrix = (parts.get("table"), parts["codes"], parts["scales"], parts.get("zeros"))
+    pairs = in_pairs(inputs)
+    blocks = len(parts["codes"])
+    out = inputs.new_empty(tokens, blocks * LANES)
+    sums = _sums(inputs, parts["scales"].shape[1]) if "zeros" in held and not many else None
 
     def work(part: slice) -> None:
-        zeros_of_part = None if zeros is None else zeros[part]
-        multiply(table, codes[part], scales[part], zeros_of_part, inputs, out[part])
+        if many:
+            dense = inputs.new_empty(HEIGHT, DENSE_CHUNKS, COLUMNS * LANES)
+            totals = np.empty((tokens, HEIGHT * LANES), np.float32)
+            multiply_many(*matrix, pairs, bits(dense), totals, bits(out), part.start, part.stop)
+        else:
+            multiply(*matrix, pairs, sums, bits(out), part.start, part.stop)
 
-    share = -(-len(codes) // (torch.get_num_threads() * ROWS)) * ROWS
-    in_pieces(work, slices(0, len(codes), min(_MOST_ROWS, share)))
-    return torch.from_numpy(out).T.to(x.dtype).contiguous()
+    in_pieces(work, slices(0, blocks, _blocks_at_once(blocks)))
+    return out[: len(x)].to(x.dtype)
 
 
-def _halves(codes: Tensor) -> Tensor:
-    """uint8 [out, in / 2] of codes 0..15: those of 16 columns and of the next 16 share bytes."""
-    lower, upper = codes.view(torch.uint8).unflatten(1, (-1, 2, LANES)).unbind(2)
-    return (lower | (upper << 4)).flatten(1)
+def _fits(scheme: Scheme, shape: tuple[int, int]) -> bool:
+    rows, columns = shape
+    group_size = scheme.group_size or columns
+    whole = columns % group_size == 0 and group_size % _GROUP_MULTIPLE == 0
+    return whole and rows % LANES == 0 and scheme.bits <= 8
+
+
+def _blocks_at_once(blocks: int) -> int:
+    """Those of one piece of work."""
+    threads = torch.get_num_threads()
+    pieces = 1 if threads == 1 else threads * _PIECES_OF_A_THREAD
+    return -(-blocks // (pieces * TILE)) * TILE
+
+
+def _in_halves(scheme: Scheme) -> bool:
+    return scheme.bits <= 4
+
+
+def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    """The file's, unless they are multiplied by a unit, or with zeros would take much more memory
+    than there."""
+    if scheme.row.unit != 1:
+        return torch.float32
+    own = SCALE_DTYPES[scheme.scale_dtype]
+    rounded = own == torch.float32 and _zero_dtype(scheme, dtype) == torch.bfloat16
+    return torch.bfloat16 if rounded else own
+
+
+def _zero_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    """Those of 4 bits are as exact as tokens in bfloat16: in float32 they would take an eighth of
+    the matrix."""
+    rounded = _in_halves(scheme) and dtype == torch.bfloat16 and not scheme.symmetric
+    return torch.bfloat16 if rounded else torch.float32
+
+
+def _in_blocks(codes: Tensor, scheme: Scheme) -> Tensor:
+    """Codes int8 [out, in] in the order of `block_products`."""
+    rows, columns = codes.shape
+    blocks, chunks = rows // LANES, columns // COLUMNS
+    if _in_halves(scheme):
+        packed = torch.empty(blocks, chunks, 4 * LANES, dtype=torch.uint8)
+        pack_halves(codes.contiguous().numpy(), packed.numpy().view(np.uint32))
+        return packed
+    pairs = codes.contiguous().view(torch.int16).unflatten(0, (blocks, LANES))
+    return pairs.transpose(1, 2).contiguous().view(torch.int8).view(blocks, chunks, -1)
+
+
+def _table(scheme: Scheme) -> Tensor:
+    """What codes of 4 bits are worth, float32 [16] by their places."""
+    if scheme.row.table:
+        return torch.tensor(scheme.row.table)
+    places = torch.arange(_PLACES, dtype=torch.float32)
+    if scheme.qmin == 0:
+        return places - _middle(scheme)  # what the zeros add again
+    return torch.where(places > scheme.qmax, places - _PLACES, places)
+
+
+def _middle(scheme: Scheme) -> int:
+    """The code that a group's zero is the value of: least is lost where that is small."""
+    moves = _in_halves(scheme) and scheme.qmin == 0 and not scheme.symmetric
+    return 1 << (scheme.bits - 1) if moves else 0
+
+
+def _zeros(quantized: QTensor, scales: Tensor) -> Tensor:
+    """[out, groups] of float32."""
+    points = 0 if quantized.zero_points is None else quantized.zero_points.float()
+    zeros = scales * (_middle(quantized.scheme) - points)
+    return zeros if quantized.offsets is None else zeros + quantized.offsets.float()
+
+
+def _by_lanes(levels: Tensor, dtype: torch.dtype) -> Tensor:
+    """[blocks, groups, 16] of [out, groups]."""
+    return levels.unflatten(0, (-1, LANES)).transpose(1, 2).to(dtype).contiguous()
+
+
+def _sums(x: Tensor, groups: int) -> np.ndarray:
+    """Those of x [tokens, in] in groups of columns, float32 [groups, tokens]."""
+    return x.float().unflatten(1, (groups, -1)).sum(dim=2).T.contiguous().numpy()

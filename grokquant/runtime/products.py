@@ -14,8 +14,8 @@ from grokquant.types import QTensor
 # A form that takes more than this times the matrix's own bytes defeats its purpose: a byte for each
 # code of 5 bits.
 _MOST_GROWTH = 1.2
-# A kernel for CPUs unpacks codes again for every few tokens; from here on dequantizing the matrix
-# once and multiplying is quicker (eval/bench/packed.py).
+# Kernels for CPUs unpack codes again for every few tokens; from here on it is quicker to dequantize
+# the matrix once (eval/bench/packed.py). Ours in bfloat16 does so itself.
 _MANY_TOKENS = 32
 
 
@@ -43,6 +43,14 @@ class Kernel:
 
 # The first one that takes a matrix multiplies with it.
 KERNELS = (
+    Kernel(
+        "cpu",
+        codes_kernel.takes_bfloat16,
+        codes_kernel.held_bytes,
+        codes_kernel.prepare,
+        codes_kernel.product,
+        None,
+    ),
     Kernel(
         "cpu",
         torch_kernels.takes,
