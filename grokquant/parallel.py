@@ -29,13 +29,15 @@ if TYPE_CHECKING:  # importing torch takes seconds, and the command line imports
     from torch import Tensor
     from torch.distributed import Store
 
-    from grokquant.types import Routed
+    from grokquant.types import Guide, Routed
 
 T = TypeVar("T")
 # {name: (dtype, shape)} of tensors that a receiver makes room for.
 Layout = Mapping[str, "tuple[torch.dtype, tuple[int, ...]]"]
 # Takes the outputs of some of the rows that were handed to a task.
 Take = Callable[[slice, "Tensor"], None]
+# What the members that have the rows of a task say to something about each.
+Ask = Callable[["Tensor"], "Tensor"]
 
 # What a member sends at once to all others: large enough for full speed, small enough to copy.
 AT_ONCE = 1 << 28
@@ -119,6 +121,10 @@ class Team:
         """The rows [n, ...] of all members, in order, on `members` only; None on all others."""
         return rows
 
+    def of_all(self, rows: "Tensor", work: "Callable[[Tensor], Tensor]") -> "Tensor":
+        """What `work` makes of the rows [n, ...] of all members, in order: the part for `rows`."""
+        return work(rows)
+
     def shared(
         self,
         value: T | None,
@@ -152,6 +158,22 @@ class Team:
         """
         for task, routed in enumerate(given):
             yield task, routed, partial(add, task)
+
+    def in_turn(
+        self,
+        given: "Sequence[Routed]",
+        owners: Sequence[int],
+        answer: Callable[[int, "Tensor"], "Tensor"],
+        add: Callable[[int, slice, "Tensor"], None],
+    ) -> "Iterator[tuple[int, Routed, Take, Ask]]":
+        """The same for tasks that need what those before them have given.
+
+        The owner of a task begins it beside others, and asks once, with something about each of its
+        rows; that waits until the outputs of all tasks before are added. Whoever has some of the
+        rows gives `answer` the task and their part, and the owner gets all answers.
+        """
+        for task, routed in enumerate(given):
+            yield task, routed, partial(add, task), partial(answer, task)
 
     def say(self, error: str, say: Callable[[str], None]) -> None:
         """Gives `say` an error, unless another member has said what is wrong."""
@@ -278,6 +300,15 @@ class Members(Divided):
         everyones, _ = self._exchange([rows[: len(rows) * (m in members)] for m in self._all])
         return everyones if self.rank in members else None
 
+    def of_all(self, rows: "Tensor", work: "Callable[[Tensor], Tensor]") -> "Tensor":
+        everyones, counts = self._exchange([rows] * self.size)
+        return work(everyones).split(counts)[self.rank]
+
+    def dealt(self, rows: "Tensor | None", counts: Sequence[int], like: "Tensor") -> "Tensor":
+        """Of the rows of the one member that has some, `counts[m]` for each member m: its own."""
+        nothing = [like[:0]] * self.size
+        return self._exchange(nothing if rows is None else list(rows.split(list(counts))))[0]
+
     def shared(
         self,
         value: T | None,
@@ -326,20 +357,63 @@ class Members(Divided):
     ) -> "Iterator[tuple[int, Routed, Take]]":
         import torch
 
-        tasks_of = [[task for task, owner in enumerate(owners) if owner == m] for m in self._all]
-        own = tasks_of[self.rank]
-        counts = self._counts([len(routed.token) for routed in given])[:, own]  # [members, own]
-        x, sent_by = self._exchange([_rows_of(given, tasks) for tasks in tasks_of])
-        outputs = torch.empty_like(x)
-        for task, token in zip(own, _places(counts), strict=True):
-            nothing = given[task].gate[:0]
-            routed = replace(given[task], x=x, token=token, gate=nothing, combined=nothing)
-            yield task, routed, partial(_put, outputs, token)
+        tasks_of = self._tasks_of(owners)
+        counts = self._counts([len(routed.token) for routed in given])
+        at_home = self._brought(given, tasks_of, counts)
+        sent_by = counts[:, tasks_of[self.rank]].sum(1).tolist()
+        outputs = torch.empty(sum(sent_by), *given[0].x.shape[1:], dtype=given[0].x.dtype)
+        for task, routed in at_home:
+            yield task, routed, partial(_put, outputs, routed.token)
         returned, _ = self._exchange(list(outputs.split(sent_by)))
         order = [task for tasks in tasks_of for task in tasks]
         by_task = returned.split([len(given[task].token) for task in order])
         for task, y in sorted(zip(order, by_task, strict=True), key=lambda pair: pair[0]):
             add(task, slice(0, len(y)), y)
+
+    def in_turn(
+        self,
+        given: "Sequence[Routed]",
+        owners: Sequence[int],
+        answer: Callable[[int, "Tensor"], "Tensor"],
+        add: Callable[[int, slice, "Tensor"], None],
+    ) -> "Iterator[tuple[int, Routed, Take, Ask]]":
+        import torch
+
+        counts = self._counts([len(routed.token) for routed in given])  # [members, tasks]
+        like = given[0].x[:0]
+        turns = _Turns(self, owners, counts, like, answer, add)
+        first = _first_of_round(owners)
+        for task, routed in self._brought(given, self._tasks_of(owners), counts):
+            turns.end(first[task])
+            outputs = torch.empty(len(routed.token), *like.shape[1:], dtype=like.dtype)
+            yield task, routed, partial(_fill, outputs), partial(turns.ask, task)
+            turns.finish(task, outputs)
+        turns.end(len(owners))
+
+    def _tasks_of(self, owners: Sequence[int]) -> list[list[int]]:
+        """The tasks of each member."""
+        return [[task for task, owner in enumerate(owners) if owner == m] for m in self._all]
+
+    def _brought(
+        self, given: "Sequence[Routed]", tasks_of: list[list[int]], counts: "Tensor"
+    ) -> "list[tuple[int, Routed]]":
+        """The tasks of this process, with the rows of all members; `counts` [members, tasks]."""
+        own = tasks_of[self.rank]
+
+        def bring(rows_of: "Callable[[Routed], Tensor]") -> "Tensor":
+            return self._exchange([_rows_of(given, tasks, rows_of) for tasks in tasks_of])[0]
+
+        x = bring(lambda routed: routed.x[routed.token])
+        guide = _brought_guide(given[0].guide, bring)
+        nothing = given[0].gate[:0]
+        brought = []
+        for task, token in zip(own, _places(counts[:, own]), strict=True):
+            routed = replace(given[task], x=x, token=token, gate=nothing, combined=nothing)
+            if guide:
+                of_task = replace(guide, weight=guide.weight[token], row=guide.row[token])
+                routed = replace(routed, guide=of_task)
+            brought.append((task, routed))
+        return brought
 
     def say(self, error: str, say: Callable[[str], None]) -> None:
         time.sleep(_FIRST_WORD * bool(self.rank))
@@ -440,6 +514,50 @@ class Members(Divided):
         finally:
             self.traffic.sent_bytes += sent_bytes
             self.traffic.seconds += time.monotonic() - begun
+
+
+class _Turns:
+    """Tasks of the `owners`, of which `counts` [members, tasks] rows are at each member, and whose
+    outputs are rows like `like`. They end one after the other, on all members.
+
+        owner     begins: asks ---->        goes on: outputs --->
+        others                      answer                        add
+    """
+
+    def __init__(
+        self,
+        team: Members,
+        owners: Sequence[int],
+        counts: "Tensor",
+        like: "Tensor",
+        answer: Callable[[int, "Tensor"], "Tensor"],
+        add: Callable[[int, slice, "Tensor"], None],
+    ) -> None:
+        self._team = team
+        self._owners = owners
+        self._counts = counts.T.tolist()
+        self._like = like
+        self._answer = answer
+        self._add = add
+        self._ended = 0
+
+    def ask(self, task: int, about: "Tensor | None") -> "Tensor":
+        """All answers about the rows of a task, on its owner, once all before it have ended."""
+        self.end(task)
+        own = self._team.dealt(about, self._counts[task], self._like)
+        answers = self._team.gather(self._answer(task, own), {self._owners[task]})
+        return self._like if answers is None else answers
+
+    def finish(self, task: int, outputs: "Tensor | None") -> None:
+        own = self._team.dealt(outputs, self._counts[task], self._like)
+        self._add(task, slice(0, len(own)), own)
+        self._ended = task + 1
+
+    def end(self, before: int) -> None:
+        """Takes part in all tasks of others before this one."""
+        for task in range(self._ended, before):
+            self.ask(task, None)
+            self.finish(task, None)
 
 
 class _Watch:
@@ -596,12 +714,43 @@ def _names_of_all(store: "Store", rank: int, size: int) -> list[str]:
     return [store.get(f"name/{member}").decode() for member in range(size)]
 
 
-def _rows_of(given: "Sequence[Routed]", tasks: Sequence[int]) -> "Tensor":
+def _rows_of(
+    given: "Sequence[Routed]", tasks: Sequence[int], rows_of: "Callable[[Routed], Tensor]"
+) -> "Tensor":
     """The rows for some tasks, one task after the other."""
     import torch
 
-    none = given[0].x[:0]
-    return torch.cat([none, *(given[task].x[given[task].token] for task in tasks)])
+    none = rows_of(given[0])[:0]
+    return torch.cat([none, *(rows_of(given[task]) for task in tasks)])
+
+
+def _brought_guide(
+    like: "Guide | None", bring: "Callable[[Callable[[Routed], Tensor]], Tensor]"
+) -> "Guide | None":
+    """The guides of all tasks of this process in one, if tasks have any, `like` one of them."""
+
+    def own(routed: "Routed") -> "Guide":
+        assert routed.guide is not None
+        return routed.guide
+
+    return like and replace(
+        like,
+        inputs=bring(lambda routed: own(routed).inputs[routed.token]),
+        weight=bring(lambda routed: own(routed).weight),
+        row=bring(lambda routed: own(routed).row),
+    )
+
+
+def _first_of_round(owners: Sequence[int]) -> list[int]:
+    """For each task the first one of its round, in which no member has two: those of a round are
+    begun together."""
+    firsts: list[int] = []
+    first = 0
+    for task, owner in enumerate(owners):
+        if owner in owners[first:task]:
+            first = task
+        firsts.append(first)
+    return firsts
 
 
 def _places(counts: "Tensor") -> "Iterator[Tensor]":
@@ -619,6 +768,10 @@ def _places(counts: "Tensor") -> "Iterator[Tensor]":
 
 def _put(outputs: "Tensor", token: "Tensor", part: slice, y: "Tensor") -> None:
     outputs[token[part]] = y
+
+
+def _fill(outputs: "Tensor", part: slice, y: "Tensor") -> None:
+    outputs[part] = y
 
 
 def _bytes_of(tensor: "Tensor") -> "Tensor":

@@ -110,6 +110,18 @@ def rows_of(W: Tensor | QTensor, part: slice) -> Tensor | QTensor:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """What the tokens of one expert were in the original model, where it is rounded towards that:
+    rows `token` of `inputs` [tokens, hidden], those of all experts. Errors of a token count
+    `weight` float32 [routed]; it is in row `row` int64 [routed] of the text.
+    """
+
+    inputs: Tensor
+    weight: Tensor
+    row: Tensor
+
+
+@dataclass(frozen=True)
 class Routed:
     """The tokens of one expert: rows `token` int64 [routed] of `x` [tokens, hidden], the inputs of
     all experts. `gate` float32 [routed, 1] multiplies its outputs; `combined` float32 [tokens,
@@ -123,6 +135,7 @@ class Routed:
     gate: Tensor
     combined: Tensor
     exact: bool = False
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)

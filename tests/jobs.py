@@ -33,10 +33,11 @@ ATTENTION = {"match": "layers.*.attention.*", "method": "copy"}
 RULES = {
     "gptq": [EXPERTS, ATTENTION],
     "ranks": [EXPERTS, ATTENTION],
+    "two-sided": [EXPERTS | {"method": "two-sided", "metric": "gradients"}],
     "rtn": [{"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "symmetric": False}],
 }
 
-SAMPLES = {"ranks": 32}  # rows for several forward passes, which ranks may share
+SAMPLES = {"ranks": 32, "two-sided": 32}  # rows for several forward passes, which ranks may share
 
 
 class Launcher:

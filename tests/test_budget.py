@@ -20,6 +20,7 @@ from grokquant.job.budget.sharing import sharing_of
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.plan import build_plan
 from grokquant.job.workdir import States
+from grokquant.methods import METHODS
 from grokquant.methods.method import Cost
 from grokquant.parallel import Team
 from grokquant.streaming.blocks import CALIBRATION_DTYPE
@@ -83,6 +84,7 @@ def test_the_plan_counts_each_product_once(tiny_recipe, monkeypatch):
 
 
 GPTQ_ATTENTION = ATTENTION | {"method": "gptq", "bits": 8, "group": 32}
+TWO_SIDED = EXPERTS | {"method": "two-sided"}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,9 @@ def test_a_text_of_few_sequences_is_timed_with_as_many(tiny_recipe, monkeypatch)
     assert rows.shape == (14, 64)
 
 
-@pytest.mark.parametrize("rules", [(EXPERTS, GPTQ_ATTENTION), (EXPERTS, ATTENTION), (RTN,)])
+@pytest.mark.parametrize(
+    "rules", [(EXPERTS, GPTQ_ATTENTION), (EXPERTS, ATTENTION), (RTN,), (TWO_SIDED,)]
+)
 def test_what_is_sent_is_what_was_planned(tiny_recipe, tmp_path, rules):
     recipe = tiny_recipe(*rules, output={"path": str(tmp_path / "out"), "shard": "60KB"})
     expected = sharing_of(build_plan(recipe), 5).moved_bytes
@@ -206,8 +210,17 @@ def test_what_processes_hold_and_do_falls_until_each_has_an_expert(tmp_path, tin
     assert 5e9 < eight.device_bytes == alone.device_bytes < 8e9
 
 
-def test_methods_that_several_processes_cannot_carry_out_are_refused(tiny_recipe):
-    plan = build_plan(tiny_recipe(EXPERTS | {"method": "two-sided"}, ATTENTION))
-    with pytest.raises(InputError, match="two-sided"):
+def test_downs_that_are_solved_in_turn_take_as_long_with_many(tiny_recipe):
+    plan = build_plan(tiny_recipe(TWO_SIDED, ATTENTION))
+    two, four = (sharing_of(plan, size).share for size in (2, 4))
+    in_turn = 2 * four - two  # what is divided takes half as long
+    assert 0.1 < in_turn < four
+    assert two == pytest.approx(in_turn + (1 - in_turn) / 2)
+
+
+def test_methods_that_several_processes_cannot_carry_out_are_refused(tiny_recipe, monkeypatch):
+    plan = build_plan(tiny_recipe(EXPERTS, ATTENTION))
+    monkeypatch.setattr(METHODS["gptq"], "revises", True)
+    with pytest.raises(InputError, match="gptq"):
         sharing_of(plan, 2)
     assert sharing_of(plan, 1).share == 1

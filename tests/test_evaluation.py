@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTION, EXPERTS, own_text, run_stored_layer
+from conftest import ATTENTION, EXPERTS, own_text, run_stored_layer, saved_model
 from make_release import write_hollow_grok_1, write_random_release
 from numpy.typing import NDArray
 from torch import Tensor
@@ -398,6 +398,20 @@ def test_products_of_experts_in_bfloat16(outputs, tiny_release):
     )
     assert kld == pytest.approx(exact_kld, rel=0.02)
     assert 1e-8 < floor < kld / 100
+
+
+def test_products_in_bfloat16_are_refused_where_experts_do_not_run_one_by_one(
+    tiny_release, tmp_path, monkeypatch
+):
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 1, "vocab_size": 2048}
+    dense = open_checkpoint(saved_model(tmp_path, "llama", **sizes))
+    at_once = open_checkpoint(tiny_release)
+    monkeypatch.setattr(type(at_once.family), "runs_experts", False)
+    for checkpoint in (dense, at_once):
+        with pytest.raises(InputError, match="^dtype: only experts that run one by one"):
+            dtype_of_products(checkpoint, "bfloat16", CPU)
+        assert dtype_of_products(checkpoint, "auto", CPU) == torch.float32
 
 
 def test_a_floor_too_high_for_what_was_measured_is_a_note():

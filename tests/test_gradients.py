@@ -202,7 +202,8 @@ def test_gradients_are_made_once_and_again_if_damaged(recipe, tmp_path, monkeypa
     plan = build_plan(recipe("out"))
     work = WorkDirectory(tmp_path, tmp_path / "out")
     made: list[str] = []
-    files = make_gradients(plan, work, ROWS, made.append)
+    files = GradientFiles(work, made.append)
+    make_gradients(plan, files, ROWS)
     assert made[0].endswith("forward: layer 0") and made[-1].endswith("backward: layer 0")
     metrics = [files.metric(index) for index in range(2)]
     assert sorted(path.name for path in files.path.iterdir()) == [
@@ -212,11 +213,11 @@ def test_gradients_are_made_once_and_again_if_damaged(recipe, tmp_path, monkeypa
     ]
     with monkeypatch.context() as patch:
         patch.delattr(job_gradients, "output_gradients")
-        make_gradients(plan, work, ROWS, made.append)  # they are there
+        make_gradients(plan, files, ROWS)  # they are there
     damaged = files.path / "metric-1"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\7")
-    again = make_gradients(plan, work, ROWS, made.append)
-    assert all(torch.equal(metrics[index], again.metric(index)) for index in range(2))
+    make_gradients(plan, files, ROWS)
+    assert all(torch.equal(metrics[index], files.metric(index)) for index in range(2))
 
 
 def test_a_plan_counts_the_backward_pass(tiny_recipe, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ATTENTION, EXPERTS
 from members import together
+from torch import Tensor
 
 import grokquant
 from grokquant import parallel
@@ -21,9 +22,13 @@ from grokquant.job import pipeline
 from grokquant.job.division import Division
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.plan import build_plan
+from grokquant.methods import METHODS
+from grokquant.parallel import Members
+from grokquant.types import Routed
 
 RTN = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32}
 GPTQ_ATTENTION = ATTENTION | {"method": "gptq", "bits": 8, "group": 32}
+TWO_SIDED = EXPERTS | {"method": "two-sided", "metric": "gradients"}
 Q4_0 = {"match": "layers.*.experts.*", "method": "gptq", "grid": "q4_0"}
 # What differs between runs that are divided: rules, and the size of files.
 CASES = {
@@ -32,6 +37,8 @@ CASES = {
     "gptq": ([EXPERTS, GPTQ_ATTENTION], {"shard": "60KB"}),
     # Files with several experts, which several members make, and attention of the source.
     "gptq, large files": ([EXPERTS, ATTENTION], {"shard": "1MB"}),
+    # Experts that take turns, by gradients that the first member makes; attention is fitted.
+    "two-sided": ([TWO_SIDED], {"shard": "60KB"}),
     # Stacks of experts in one tensor, attention in other files than those of its site.
     "gguf": ([Q4_0, Q4_0 | {"match": "layers.*.attention.*"}], {"format": "gguf", "shard": "60KB"}),
 }
@@ -87,12 +94,48 @@ def test_experts_are_dealt_out_by_the_cost_of_their_solves(tiny_recipe):
     assert sorted(owners[2:]) == [0, 1]  # one that is solved for each
 
 
-def test_methods_that_see_a_whole_layer_are_refused(tiny_recipe, tmp_path):
-    recipe = tiny_recipe(EXPERTS | {"method": "two-sided"}, ATTENTION)
-    text = r"quantize\[0\].method: two-sided .* does not run under torchrun"
+def test_methods_that_see_a_whole_layer_are_refused(tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe(EXPERTS, ATTENTION)
+    monkeypatch.setattr(METHODS["gptq"], "revises", True)
+    text = r"quantize\[0\].method: gptq .* does not run under torchrun"
     with pytest.raises(InputError, match=text):
         together(2, lambda team: pipeline.quantize(recipe, team=team))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_tasks_of_a_round_begin_together_and_end_in_turn(size):
+    """Six tasks with a row at each member; each adds the sum of all rows that it is told."""
+    owners = [task % size for task in range(6)]
+    begun = threading.Barrier(size, timeout=60)
+
+    def work(team: Members) -> tuple[list[int], Tensor]:
+        x = torch.full((1, 2), float(team.rank + 1))
+        combined = torch.zeros(1, 2)
+        token, gate = torch.tensor([0]), torch.ones(1, 1)
+        given = [Routed(x, token, gate, combined)] * len(owners)
+        added = []
+
+        def add(task: int, part: slice, y: Tensor) -> None:
+            added.append(task)
+            combined[part] += y
+
+        def answer(task: int, about: Tensor) -> Tensor:
+            return combined + about
+
+        for task, routed, take, ask in team.in_turn(given, owners, answer, add):
+            begun.wait()  # for one task of each member
+            own = routed.x[routed.token]
+            assert own[:, 0].tolist() == list(range(1, size + 1))
+            take(slice(0, size), ask(own) + task)
+        return added, combined
+
+    for rank, (added, combined) in enumerate(together(size, work)):
+        assert added == list(range(6))
+        total = 0.0
+        for task in range(6):
+            total += total + (rank + 1) + task
+        assert combined.tolist() == [[total, total]]
 
 
 def test_rows_are_divided_in_whole_pieces():

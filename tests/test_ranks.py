@@ -119,7 +119,7 @@ def torchrun(job: Job, size: int, *options: str, command: tuple[str, ...] = ()) 
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("kind", ["ranks", "gptq", "rtn"])
+@pytest.mark.parametrize("kind", ["ranks", "gptq", "two-sided", "rtn"])
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_any_number_of_processes_makes_the_same_bytes(jobs, kind, size):
     job = jobs(kind)
@@ -179,7 +179,7 @@ def test_torchrun_passes_signals_on(job):
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("kind", ["ranks", "rtn"])
+@pytest.mark.parametrize("kind", ["ranks", "two-sided", "rtn"])
 def test_ranks_killed_at_random_moments(jobs, kind):
     job, draw = jobs(kind), random.Random(kind)
     kills = 0

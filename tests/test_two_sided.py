@@ -73,7 +73,7 @@ def test_targets_are_those_of_ridge_regression():
     """W* minimizes sum of w |wanted - W* x|^2 + ridge |W* - W|^2."""
     X, W = random(300, 64), random(32, 64, seed=1)
     wanted = random(300, 32, seed=2)
-    aim = Aim(weights_of(300), outputs=wanted)
+    aim = Aim(weights_of(300), outputs=lambda: wanted)
     site = site_of(X, aim)
     S = targets.missing_outputs(W, site, aim)
     (H,) = site.hessian(None, weighted=True)
@@ -92,7 +92,7 @@ def test_inputs_of_the_original_move_targets():
     X, reference, W = random(300, 64), random(300, 64, seed=3), random(32, 64, seed=1)
     aim = Aim(weights_of(300), reference=lambda: iter(reference.split(200)))
     moved = targets.moved_inputs(site_of(X, aim), aim)
-    wanted = Aim(aim.weights, outputs=reference @ W.T)
+    wanted = Aim(aim.weights, outputs=lambda: reference @ W.T)
     missing = targets.missing_outputs(W, site_of(X, wanted), wanted)
     assert torch.allclose(targets.times(W, moved), missing, atol=1e-3)
 
@@ -156,7 +156,7 @@ def test_experts_that_give_what_they_should_restore_the_output(with_norm):
     gain = random(hidden, seed=1) if with_norm else None
     y, before, quantized_before, stored = (random(tokens, hidden, seed=s) for s in range(2, 6))
     original = Original(random(tokens, hidden), y, before)
-    mixture = Mixture(original, quantized_before, stored, gain)
+    mixture = Mixture(original, quantized_before.unsqueeze(0), stored, gain)
     everyone = Routed(torch.zeros(0), torch.arange(tokens), torch.full((tokens, 1), 0.5), 0 * y)
     wanted = 0.5 * mixture.outputs_for(everyone, stored / 0.5)
     if gain is None:
@@ -175,7 +175,7 @@ def test_the_second_expert_makes_good_for_the_first():
     tokens, hidden = 10, 4
     y, before = random(tokens, hidden), random(tokens, hidden, seed=1)
     first, second = random(tokens, hidden, seed=2), random(tokens, hidden, seed=3)
-    mixture = Mixture(Original(y, y, before), before, first + second, None)
+    mixture = Mixture(Original(y, y, before), before.unsqueeze(0), first + second, None)
     token, gate = torch.arange(tokens), torch.ones(tokens, 1)
     wanted = mixture.outputs_for(Routed(y, token, gate, torch.zeros_like(y)), first)
     assert torch.allclose(wanted, y - second, atol=1e-5)
@@ -322,7 +322,7 @@ def test_the_ridge_is_the_best_for_tokens_that_are_held_out(noise, by_outputs):
     def site(part: slice) -> Site:
         x, x_f = X[part], X_f[part]
         if by_outputs:
-            return site_of(x, Aim(weights_of(len(x)), outputs=x_f @ W.T))
+            return site_of(x, Aim(weights_of(len(x)), outputs=lambda: x_f @ W.T))
         return site_of(x, Aim(weights_of(len(x)), reference=lambda: iter(x_f.split(200))))
 
     own = site(slice(0, 96))

@@ -126,7 +126,7 @@ def measure(method: str, W: Mapping[str, Tensor], X: Tensor, scheme: Scheme) -> 
         weigh = torch.ones(len(X))
         aims = {
             "gate": lambda part: Aim(weigh[part], lambda: iter(X_f[part].split(AT_ONCE))),
-            "down": lambda part: Aim(weigh[part], outputs=wanted[part]),
+            "down": lambda part: Aim(weigh[part], outputs=lambda: wanted[part]),
         }
     start = time.perf_counter(), time.process_time()
     rounded = round_all(method, W, X, aims, scheme)

@@ -3,8 +3,10 @@
     python eval/bench/weight_only.py [--release DIR] [--work DIR] [--repeat 3]
 
 Runs `grokquant quantize` on the release (made if not given) from a cold page cache, in turn with
-dd reading the same source and dd writing as many bytes as the result has to the same disk. Prints
-a JSON line for each way of choosing scales: medians, their ratio, and where the time went.
+dd reading the same source and dd writing as many bytes as the result has to the same disk. Then the
+same command again, which finds its result: what it takes is the start of any run, imports and plan,
+however large the model is. Prints a JSON line for each way of choosing scales: medians, their ratio
+with and without the start, and where the time went.
 """
 
 import argparse
@@ -19,12 +21,13 @@ from measure import Measured
 from real_layer import quantize_command, release_at
 
 
-def quantize_once(rules: str, release: Path, output: Path) -> tuple[Measured, dict]:
-    """A run from a cold page cache, and what the command reports of itself."""
+def quantize_once(rules: str, release: Path, output: Path) -> tuple[Measured, Measured, dict]:
+    """A run from a cold page cache, one that finds its result, and what the first reports."""
     shutil.rmtree(output, ignore_errors=True)
     measure.drop_from_cache(measure.files_of(release))
-    found = measure.run([*quantize_command(rules, release, output), "--json"])
-    return found, json.loads(found.stdout)
+    command = [*quantize_command(rules, release, output), "--json"]
+    whole = measure.run(command)
+    return whole, measure.run(command), json.loads(whole.stdout)
 
 
 def dd_once(release: Path, output: Path) -> float:
@@ -56,7 +59,8 @@ def figures(rules: str, release: Path, work: Path, repeat: int) -> dict:
     for _ in range(repeat):
         runs.append(quantize_once(rules, release, output))
         copies.append(dd_once(release, output))
-    seconds = median(found.seconds for found, _ in runs)
+    seconds = median(found.seconds for found, _, _ in runs)
+    start = median(found.seconds for _, found, _ in runs)
     source = measure.total_bytes(measure.files_of(release))
     written = measure.total_bytes(measure.files_of(output))
     shutil.rmtree(output)
@@ -64,19 +68,22 @@ def figures(rules: str, release: Path, work: Path, repeat: int) -> dict:
         "bench": "weight_only",
         "rules": rules,
         "seconds": seconds,
-        "all_seconds": [found.seconds for found, _ in runs],
-        "cpu_seconds": median(found.cpu_seconds for found, _ in runs),
+        "all_seconds": [found.seconds for found, _, _ in runs],
+        "cpu_seconds": median(found.cpu_seconds for found, _, _ in runs),
+        "start_seconds": start,
+        "start_cpu_seconds": median(found.cpu_seconds for _, found, _ in runs),
         "source_bytes": source,
         "output_bytes": written,
         "source_gb_per_second": source / seconds / 1e9,
         "dd_seconds": median(copies),
         "all_dd_seconds": copies,
         "ratio_to_dd": seconds / median(copies),
-        "peak_rss": max(found.peak_rss for found, _ in runs),
-        "peak_anonymous": max(found.peak_anonymous for found, _ in runs),
+        "ratio_without_start": (seconds - start) / median(copies),
+        "peak_rss": max(found.peak_rss for found, _, _ in runs),
+        "peak_anonymous": max(found.peak_anonymous for found, _, _ in runs),
         "busy_share": {
-            what: median(report["busy_seconds"][what] / found.seconds for found, report in runs)
-            for what in runs[0][1]["busy_seconds"]
+            what: median(report["busy_seconds"][what] / found.seconds for found, _, report in runs)
+            for what in runs[0][2]["busy_seconds"]
         },
     } | measure.conditions()
 

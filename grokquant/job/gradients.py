@@ -82,11 +82,10 @@ class GradientFiles:
         return self.path / f"layer-{index}"
 
 
-def make_gradients(plan: Plan, work: WorkDirectory, rows: Tensor, doing: Doing) -> GradientFiles:
-    """The gradients of a run with calibration `rows` [rows, time], made unless they are there."""
-    files = GradientFiles(work, doing)
+def make_gradients(plan: Plan, files: GradientFiles, rows: Tensor) -> None:
+    """Makes the gradients of a run with calibration `rows` [rows, time], unless they are there."""
     if files.complete:
-        return files
+        return
     files.begin()
     model = DifferentiableModel(plan.checkpoint, DTYPE, pieces=True)
     for index in plan.lone_experts:
@@ -94,4 +93,3 @@ def make_gradients(plan: Plan, work: WorkDirectory, rows: Tensor, doing: Doing) 
     some = differentiated_rows(rows)
     metrics = output_gradients(model, some, plan.recipe.calibration.seed, files)
     files.finish(dict(files.put_metric(index, metric) for index, metric in metrics))
-    return files

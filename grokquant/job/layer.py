@@ -1,8 +1,8 @@
 """Quantizing one layer while the calibration tokens pass through it."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from functools import partial
+from contextlib import closing, suppress
+from functools import cache, partial
 from time import perf_counter
 
 import torch
@@ -13,16 +13,16 @@ from grokquant.calibration.hessian import Hessian, accumulate
 from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
 from grokquant.job.division import Division
 from grokquant.job.hidden_units import HiddenUnits, kept_tokens
-from grokquant.job.mixture import Mixture, Original
+from grokquant.job.mixture import Mixture, Original, normalized
 from grokquant.job.plan import Plan
 from grokquant.job.read_ahead import ReadAhead
 from grokquant.job.unit import report_of, round_unit
 from grokquant.job.workdir import States
 from grokquant.memory import memory_for
 from grokquant.methods import METHODS
-from grokquant.methods.method import Aim, Needs, UnusableHessian, errors_of
+from grokquant.methods.method import Aim, UnusableHessian, errors_of
 from grokquant.methods.refit import refit
-from grokquant.parallel import ALONE
+from grokquant.parallel import ALONE, Ask
 from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Combine, Outputs, Routed
 from grokquant.types import QTensor, Unit, UnitReport
@@ -88,7 +88,6 @@ class LayerQuantizer:
         self._everyone: dict[int | None, Hessian] = {}
         self._all_inputs: Tensor | None = None  # of the experts, where some of them need it
         self._original: Original | None = None
-        self._mixture: Mixture | None = None
         tensors = plan.checkpoint.source.tensors
         self._reading = ReadAhead([tensors[unit.tensor] for unit in self._own_experts()])
 
@@ -140,25 +139,21 @@ class LayerQuantizer:
             return None
         self.reference_inputs = hidden
         before: list[Tensor] = []
-        keep = before.append if self._has_aim else None
-        combine = (
-            self._record_original(before)
-            if self._has_aim
-            else self.model.combine_stored(self.index)
-        )
+        has_aim = self.plan.takes_turns(self.index)
+        keep = before.append if has_aim else None
+        combine = self._record_original(before) if has_aim else self._combine_stored()
         self.reference_outputs = self.model.run_layer(self.index, hidden, combine, keep)
         return self.reference_outputs
 
-    @property
-    def _has_aim(self) -> bool:
-        """Whether experts are rounded towards what their sum is in the original."""
-        aimed = filter(self.plan.has_aim, self.units)
-        return Needs.REFERENCE in {METHODS[unit.method].needs for unit in aimed}
+    def _combine_stored(self) -> Combine:
+        """Combines the experts as they are stored, each where its owner is."""
+        owners = self.division.owners(self.index)
+        return self.model.combine_stored(self.index, self.division.team, owners)
 
     def _record_original(self, before: list[Tensor]) -> Combine:
         """Combines the experts as they are stored and keeps what they take and give; `before` gets
         the states without them."""
-        combine = self.model.combine_stored(self.index)
+        combine = self._combine_stored()
 
         def combine_and_keep(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
             outputs = combine(x, experts, gates)
@@ -174,20 +169,13 @@ class LayerQuantizer:
         self._refit_router(hidden)
         if not self.model.family.runs_experts:
             self._quantize_experts_at_once()
-        combine = self._combine_quantized()
         original = self._original
         if original is None:
-            return self._run(hidden, combine)
+            return self._run(hidden, self._combine_quantized())
         if not self.revises:  # then the layer runs again, and its memory is kept
             self._original = None
         before: list[Tensor] = []
-
-        def aim_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-            stored = self.model.combine_stored(self.index)(x, experts, gates)
-            without = before.pop().flatten(0, 1)
-            self._mixture = Mixture(original, without, stored, self.mixture_gain)
-            return combine(x, experts, gates)
-
+        aim_and_combine = self._combine_in_turn(original, before)
         return self.model.run_layer(self.index, hidden, aim_and_combine, before.append)
 
     def _run(self, hidden: Tensor, combine: Combine) -> Tensor:
@@ -203,17 +191,38 @@ class LayerQuantizer:
         combine = self.model.combine_experts(self.index, self._make_expert, team, owners)
 
         def count_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-            if self._is_dense:
-                return combine(x, experts, gates)
-            counts = team.total(experts.flatten().bincount(minlength=len(owners)))
-            self.tokens_per_expert = counts.tolist()
-            starved = {
-                owners[e] for e, n in enumerate(self.tokens_per_expert) if self._blends(e, n)
-            }
-            self._all_inputs = team.gather(x, starved)
+            self._count(x, experts)
             return combine(x, experts, gates)
 
         return count_and_combine
+
+    def _combine_in_turn(self, original: Original, before: list[Tensor]) -> Combine:
+        """The same towards the sum of all experts in the original; `before` gets the states without
+        them."""
+        owners = self.division.owners(self.index)
+        team = self.division.team
+
+        def aim_and_combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            stored = self._combine_stored()(x, experts, gates)
+            mixture = Mixture(original, before.pop(), stored, self.mixture_gain, team)
+            del stored
+            self._count(x, experts)
+            make, guide, answer = self._make_expert, mixture.guide, mixture.outputs_for
+            combine = self.model.combine_in_turn(self.index, make, guide, answer, team, owners)
+            return combine(x, experts, gates)
+
+        return aim_and_combine
+
+    def _count(self, x: Tensor, experts: Tensor) -> None:
+        """Notes the tokens of each expert [tokens, k], and the inputs of all for those of few."""
+        if self._is_dense:
+            return
+        team = self.division.team
+        owners = self.division.owners(self.index)
+        counts = team.total(experts.flatten().bincount(minlength=len(owners)))
+        self.tokens_per_expert = counts.tolist()
+        starved = {owners[e] for e, n in enumerate(self.tokens_per_expert) if self._blends(e, n)}
+        self._all_inputs = team.gather(x, starved)
 
     def _refit_attention(self, hidden: Tensor) -> None:
         if names := self.plan.refitted_attention(self.index):
@@ -228,17 +237,30 @@ class LayerQuantizer:
 
     def _refit(self, names: list[str], before: Tensor, inputs: Tensor) -> None:
         """Fits matrices to what they give for the inputs `before` [tokens, in] of the original."""
-        if torch.equal(before, inputs):
+        team = self.division.team
+        has_moved = torch.tensor([int(not torch.equal(before, inputs))])
+        if not team.total(has_moved).any():
             return
+        where = self.division.writer_of_file(self.plan.file_of[names[0]])
+        sides = [team.gather(rows, {where}) for rows in (before, inputs)]
+        fitted = self._fitted(names, *sides) if team.is_here(where) else None
+        tensors = self.plan.checkpoint.source.tensors
+        layout = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+        self.revised |= team.shared(fitted, dict, dict, layout, where)
+        for name in names:
+            self.model.replace(self.index, name, self.revised[name])
+
+    def _fitted(
+        self, names: list[str], before: Tensor | None, inputs: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Those matrices, from the inputs [tokens, in] of all rows."""
+        assert before is not None and inputs is not None
         aim = Aim(torch.ones(len(inputs)), reference=self._inputs(before))
         site = Site(len(inputs), inputs.shape[1], self._inputs(inputs), aim=aim)
-        try:
-            fitted = refit([self.original(name) for name in names], site)
-        except UnusableHessian:
-            return  # the states are not finite; the run stops after this layer
-        for name, W in zip(names, fitted, strict=True):
-            self.revised[name] = W
-            self.model.replace(self.index, name, W)
+        matrices = [self.original(name) for name in names]
+        with suppress(UnusableHessian):  # states are not finite; the run stops after this layer
+            matrices = refit(matrices, site)
+        return dict(zip(names, matrices, strict=True))
 
     def _quantize_outside_experts(self, hidden: Tensor) -> None:
         """Attention and other matrices, site by site in the order of the computation."""
@@ -272,12 +294,12 @@ class LayerQuantizer:
                 quantized = self._known(unit) or self._made_by_its_maker(unit, None)
                 self.model.replace_expert(unit, quantized.dequantize())
 
-    def _make_expert(self, expert: int, given: Routed) -> Outputs:
+    def _make_expert(self, expert: int, given: Routed, ask: Ask | None = None) -> Outputs:
         """Quantizes gate and up on one site, then down on the hidden units that they make."""
         x = given.x
         token = given.token
-        parts = self._parts(token)
-        to_inner, to_down = self._aims(expert, given, parts)
+        parts = self._parts(given)
+        to_inner, to_down = self._aims(expert, given, parts, ask)
         routed = [self._inputs(x, token[part]) for part in parts]
         everyone = self._everyones_hessian
         first = self._first_part
@@ -296,39 +318,56 @@ class LayerQuantizer:
         inner: list[Inputs] = [partial(units.inputs, part) for part in parts]
         site = self._site(expert, "down", inner, len(token), features, everyones, to_down)
         W_down = self._expert_weight(expert, "down", site)
+        for aim in to_down:
+            assert aim.outputs is not None
+            aim.outputs()  # an expert has its turn even where its rounding did not ask
         bias = self.model.expert_bias(self.index, expert, "down")
         return lambda part: F.linear(units.of(part), W_down, bias)
 
-    def _parts(self, token: Tensor) -> list[Tensor]:
+    def _parts(self, routed: Routed) -> list[Tensor]:
         """The places among the tokens of an expert that its rounding sees, and those held out: all
         tokens of every eighth row. Without an aim, or if one of them were empty, all in one."""
-        row = token // self.inputs.shape[1]
-        is_held_out = row % _HELD_OUT == _HELD_OUT - 1
-        if self._mixture is None or is_held_out.all() or not is_held_out.any():
-            return [torch.arange(len(token))]
+        everything = [torch.arange(len(routed.token))]
+        if routed.guide is None:
+            return everything
+        is_held_out = routed.guide.row % _HELD_OUT == _HELD_OUT - 1
+        if is_held_out.all() or not is_held_out.any():
+            return everything
         return [torch.where(~is_held_out)[0], torch.where(is_held_out)[0]]
 
     def _aims(
-        self, expert: int, routed: Routed, parts: list[Tensor]
+        self, expert: int, routed: Routed, parts: list[Tensor], ask: Ask | None
     ) -> tuple[list[Aim], list[Aim]]:
         """What gate and up, and what down of an expert should give, for each part of its tokens;
         nothing without an aim."""
-        mixture = self._mixture
-        if mixture is None:
+        guide = routed.guide
+        if guide is None or ask is None:
             return [], []
-        stored = self.model.stored_expert(self.index, expert)
-        outputs = mixture.outputs_for(
-            routed, self.model.by_rows(stored, routed.x[routed.token]).cpu()
-        )
+        expert_as_stored = self.model.stored_expert(self.index, expert)
+        stored = [self.model.by_rows(expert_as_stored, routed.x[routed.token]).cpu()]
+        del expert_as_stored
         bias = self.model.expert_bias(self.index, expert, "down")
-        if bias is not None:
-            outputs -= bias.float().cpu()
-        weights = mixture.weights_of(routed)
+
+        @cache
+        def outputs() -> list[Tensor]:
+            wanted = ask(stored.pop())  # which are not needed any more
+            if bias is not None:
+                wanted -= bias.float().cpu()
+            return [wanted[part] for part in parts]
+
+        def of_part(number: int) -> Tensor:
+            return outputs()[number]
+
+        weights = normalized(guide.weight)
         to_inner = [
-            Aim(weights[part], reference=self._inputs(mixture.inputs, routed.token[part]))
+            Aim(weights[part], reference=self._inputs(guide.inputs, routed.token[part]))
             for part in parts
         ]
-        return to_inner, [Aim(weights[part], outputs=outputs[part]) for part in parts]
+        to_down = [
+            Aim(weights[part], outputs=partial(of_part, number))
+            for number, part in enumerate(parts)
+        ]
+        return to_inner, to_down
 
     def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
         """The rows `token` of x (default: all), some at a time on the model's device."""

@@ -10,7 +10,9 @@ the difference is mapped back through it, and errors of tokens with a small y co
 
     y* = y_f + (h_f - h_q) / gain * rms(y_f)          weight = 1 / rms(y_f)^2
 
-Experts are rounded one after the other. Until its turn, an expert is taken as it was stored.
+Experts are rounded one after the other. Until its turn, an expert is taken as it was stored. gate
+and up do not depend on that, nor what down reads: only the outputs that down should give wait for
+the experts before it.
 """
 
 from dataclasses import dataclass
@@ -18,8 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grokquant.streaming.blocks import TOKENS_IN_PIECE, Routed
+from grokquant.parallel import ALONE, Team
+from grokquant.streaming.blocks import TOKENS_IN_PIECE
 from grokquant.threads import alone, in_pieces, slices
+from grokquant.types import Guide, Routed
 
 # Weights of tokens, and gains, no smaller than this share of the usual ones are divided by.
 _SMALL = 1e-2
@@ -43,14 +47,24 @@ class Original:
 class Mixture:
     """The experts of a layer while they are rounded one after the other.
 
-    `original` are they in the original model; `before` [tokens,
-    hidden] is the quantized layer without them, `stored` float32 [tokens, hidden] what all of them
-    would add as they are stored. `gain` float32 [hidden] is that of the norm after them, if any.
+    `original` are they in the original model; `before` [rows, time, hidden] is the quantized layer
+    without them, `stored` float32 [rows * time, hidden] what all of them would add as they are
+    stored. `gain` float32 [hidden] is that of the norm after them, if any. The rows are those of
+    one of the members of `team`.
     """
 
     def __init__(
-        self, original: Original, before: Tensor, stored: Tensor, gain: Tensor | None
+        self,
+        original: Original,
+        before: Tensor,
+        stored: Tensor,
+        gain: Tensor | None,
+        team: Team = ALONE,
     ) -> None:
+        rows = torch.empty(len(before))
+        self._numbers = team.of_all(rows, lambda every: torch.arange(len(every)))
+        self._time = before.shape[1]
+        before = before.flatten(0, 1)
         self.inputs = original.inputs
         self.weights = torch.ones(len(before))
         self._missing = original.outputs.clone()
@@ -67,7 +81,14 @@ class Mixture:
 
         in_pieces(subtract, slices(0, len(before), TOKENS_IN_PIECE))
         if gain is not None:
-            self.weights = alone(lambda: _inverse_squares(self.weights))
+            self.weights = team.of_all(
+                self.weights, lambda rms: alone(lambda: _inverse_squares(rms))
+            )
+
+    def guide(self, routed: Routed) -> Guide:
+        """What the tokens `routed` to an expert were: they count by their squared gates."""
+        weight = routed.gate.squeeze(1).square() * self.weights[routed.token]
+        return Guide(self.inputs, weight, self._numbers[routed.token // self._time])
 
     def outputs_for(self, routed: Routed, stored: Tensor) -> Tensor:
         """What an expert should give for the tokens `routed` to it, float32 [routed, hidden].
@@ -87,10 +108,10 @@ class Mixture:
         in_pieces(share, slices(0, len(outputs), TOKENS_IN_PIECE))
         return outputs
 
-    def weights_of(self, routed: Routed) -> Tensor:
-        """Squared gates times the tokens' own weights, 1 on average [routed]."""
-        weights = routed.gate.squeeze(1).square() * self.weights[routed.token]
-        return weights / alone(weights.mean).clamp(min=_NO_GATE**2)
+
+def normalized(weights: Tensor) -> Tensor:
+    """Weights of tokens [routed], 1 on average."""
+    return weights / alone(weights.mean).clamp(min=_NO_GATE**2)
 
 
 def _away_from_zero(gain: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from grokquant.job.fingerprint import (
     stamps_of,
 )
 from grokquant.job.finished import MADE_FROM, already_made, besides, made_from, refuse_other_result
-from grokquant.job.gradients import make_gradients
+from grokquant.job.gradients import GradientFiles, make_gradients
 from grokquant.job.layer import LayerQuantizer
 from grokquant.job.lock import check_output, check_place, work_directory
 from grokquant.job.plan import Plan, build_plan, check_disk
@@ -436,13 +436,13 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     run.progress.calibrating(*rows.shape)
     plan = run.plan
     work = run.work
-    gradients = None
-    if plan.needs_gradients:
+    team = run.division.team
+    gradients = GradientFiles(work, run.progress.doing) if plan.needs_gradients else None
+    if gradients:
         with memory_for("gradients"):
-            gradients = make_gradients(plan, work, rows, run.progress.doing)
+            team.once(partial(make_gradients, plan, gradients, rows))
     model = running(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
     layers = plan.checkpoint.num_layers
-    team = run.division.team
     own = team.rows(len(rows), model.rows_at_once(rows.shape[1]))
     with memory_for("embedding"):
         hidden = model.embed(rows[own])  # (rows, time, hidden)

@@ -151,6 +151,12 @@ class Plan:
         whole = unit.expert is None or self.checkpoint.family.mixture_norm is not None
         return whole and self.in_expert(unit)
 
+    def takes_turns(self, layer: int) -> bool:
+        """Whether the experts of a layer are rounded towards what their sum is in the original, so
+        that each needs what those before it give."""
+        aimed = filter(self.has_aim, self.units_of(layer))
+        return Needs.REFERENCE in {METHODS[unit.method].needs for unit in aimed}
+
     def refitted_attention(self, layer: int) -> list[str]:
         """Checkpoint tensors of a layer that read the states before its attention and are fitted to
         the quantized model. Those of the first layer read what they read in the original."""

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from grokquant.methods.fits import STEP
-from grokquant.methods.kernels import LANES, load_rows, rounded
+from grokquant.methods.kernels import LANES, load_rows, rounded, store_words
 
 _f32 = np.float32
 _u32 = np.uint32
@@ -124,8 +124,8 @@ class _Block(NamedTuple):
 class Outputs(NamedTuple):
     """What `round_blocks` fills, float32 except `words` and `sums`.
 
-    `words` uint32 [rows, in / 4], four int8 codes each; `scales` and `offsets` [rows, groups], and
-    `whole` and `minima`, the same in the steps `d` and `dmin` [rows, blocks]; `peaks` [2, rows],
+    `words` uint32 [rows, in / 4], four int8 codes each; `scales` and `offsets` [groups, rows], and
+    `whole` and `minima`, the same in the steps `d` and `dmin` [blocks, rows]; `peaks` [2, rows],
     the largest magnitudes of weights and of rounded ones. Adds to `sums` float64 [2]: squares of
     errors, and of weights.
     """
@@ -720,18 +720,16 @@ def _store(block, first, count, number, out):
     """Copies the results of a block to their places."""
     groups = len(block.scales)
     words = len(block.words)
+    store_words(block.words.reshape(-1), first, count, number * words, words, out.words)
+    for group in range(groups):
+        at = number * groups + group
+        for n in range(count):
+            out.scales[at, first + n] = block.scales[group, n]
+            out.offsets[at, first + n] = block.offsets[group, n]
+            out.whole[at, first + n] = block.whole[group, n]
+            out.minima[at, first + n] = block.minima[group, n]
     for n in range(count):
-        row = first + n
-        for group in range(groups):
-            at = number * groups + group
-            out.scales[row, at] = block.scales[group, n]
-            out.offsets[row, at] = block.offsets[group, n]
-            out.whole[row, at] = block.whole[group, n]
-            out.minima[row, at] = block.minima[group, n]
-        out.d[row, number] = block.d[n]
-        out.dmin[row, number] = block.dmin[n]
-        line = out.words[row, number * words : (number + 1) * words]
-        for word in range(words):
-            line[word] = block.words[word, n]
+        out.d[number, first + n] = block.d[n]
+        out.dmin[number, first + n] = block.dmin[n]
         out.sums[0] += block.squares[0, n]
         out.sums[1] += block.squares[1, n]

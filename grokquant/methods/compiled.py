@@ -38,15 +38,15 @@ def round_tile(
     rows, columns = tile.shape
     groups = scheme.groups(columns)
     codes = np.empty((rows, columns), np.int8)
-    scales = np.empty((rows, groups), np.float32)
-    zeros = np.empty((rows, groups), np.float32)
+    scales = np.empty((groups, rows), np.float32)
+    zeros = np.empty((groups, rows), np.float32)
     sums = np.zeros(3)
     weights = torch.ones(columns) if importance is None else importance.float().contiguous()
     outputs = (codes.view(np.uint32), scales, zeros, sums)
     tried = _candidates(scheme) if search else 1
     round_rows(source, SHRINKS, tried, grid_numbers(scheme), weights.numpy(), *outputs)
-    zero_points = None if scheme.symmetric else torch.from_numpy(zeros.astype(np.int8))
-    stored = torch.from_numpy(scales).to(SCALE_DTYPES[scheme.scale_dtype])
+    zero_points = None if scheme.symmetric else torch.from_numpy(zeros.T.astype(np.int8, order="C"))
+    stored = torch.from_numpy(scales).to(SCALE_DTYPES[scheme.scale_dtype]).T.contiguous()
     return QTensor(torch.from_numpy(codes), stored, scheme, zero_points), sums
 
 

@@ -34,18 +34,19 @@ def round_tile(
 
 def _outputs(rows: int, columns: int, groups: int, groups_of_block: int) -> Outputs:
     words = np.empty((rows, columns // 4), np.uint32)
-    scales, offsets, whole, minima = np.empty((4, rows, groups), np.float32)
-    d, dmin = np.empty((2, rows, groups // groups_of_block), np.float32)
+    scales, offsets, whole, minima = np.empty((4, groups, rows), np.float32)
+    d, dmin = np.empty((2, groups // groups_of_block, rows), np.float32)
     peaks = np.empty((2, rows), np.float32)
     return Outputs(words, scales, offsets, whole, minima, d, dmin, peaks, np.zeros(2))
 
 
 def _quantized(out: Outputs, scheme: Scheme) -> QTensor:
     dtype = SCALE_DTYPES[scheme.scale_dtype]
-    offsets = None if scheme.symmetric else torch.from_numpy(out.offsets).to(dtype)
+    scales = torch.from_numpy(out.scales).to(dtype)
+    offsets = None if scheme.symmetric else torch.from_numpy(out.offsets).to(dtype).T.contiguous()
     return QTensor(
         torch.from_numpy(out.words.view(np.int8)),
-        torch.from_numpy(out.scales).to(dtype),
+        scales.T.contiguous(),
         scheme,
         offsets=offsets,
         headers=_headers(out, scheme),
@@ -55,11 +56,8 @@ def _quantized(out: Outputs, scheme: Scheme) -> QTensor:
 def _headers(out: Outputs, scheme: Scheme) -> Tensor | None:
     if not scheme.row.has_header:
         return None
-    blocks = out.d.shape[1]
-    d, dmin = (torch.from_numpy(step).unsqueeze(-1) for step in (out.d, out.dmin))
-    whole, minima = (
-        torch.from_numpy(part).unflatten(1, (blocks, -1)) for part in (out.whole, out.minima)
-    )
+    found = (torch.from_numpy(part.T.copy()) for part in (out.d, out.dmin, out.whole, out.minima))
+    d, dmin, whole, minima = (part.unflatten(1, (len(out.d), -1)) for part in found)
     if scheme.symmetric:
         return SCALE_HEADERS[scheme.grid](d, whole)
     return MINIMA_HEADERS[scheme.grid](d, dmin, whole, minima)

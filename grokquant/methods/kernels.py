@@ -159,6 +159,53 @@ def _prefetch(typing, array, index):
     return types.void(array, types.intp), generate
 
 
+@intrinsic
+def transpose(typing, source, at, stride, target, to, step):
+    """Turns a square of STEP x STEP elements, from source[at] on, with its rows `stride` apart, to
+    target[to] on, with its rows `step` apart. bfloat16, seen as uint16, becomes float32.
+
+    In LLVM's own words: a compiled loop moves one element at a time. Three times each row is
+    interleaved with the one half a square below:
+
+        a0 a1 ..      a0 e0 a1 e1 ..      a0 c0 e0 g0 ..      a0 b0 c0 ..
+        b0 b1 ..  ->  ..              ->  ..              ->  a1 b1 c1 ..
+    """
+
+    def generate(context, builder, signature, arguments):
+        bits = ir.IntType(source.dtype.bitwidth)
+        word = ir.IntType(32)
+        eight = ir.VectorType(word, STEP)
+
+        def address(array, kind, start, row, distance, vector):
+            data = context.make_array(kind)(context, builder, array).data
+            place = builder.add(start, builder.mul(distance, distance.type(row)))
+            return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
+
+        def loaded(row):
+            vector = ir.VectorType(bits, STEP)
+            place = address(arguments[0], source, arguments[1], row, arguments[2], vector)
+            values = builder.load(place, align=bits.width // 8)
+            if bits.width == 32:
+                return values
+            upper = ir.Constant(eight, [16] * STEP)
+            return builder.shl(builder.zext(values, eight), upper)
+
+        rows = [loaded(row) for row in range(STEP)]
+        half = STEP // 2
+        places = [n // 2 + STEP * (n % 2) for n in range(2 * STEP)]
+        masks = [ir.Constant(eight, places[:STEP]), ir.Constant(eight, places[STEP:])]
+        for _ in range(STEP.bit_length() - 1):
+            pairs = zip(rows[:half], rows[half:], strict=True)
+            rows = [builder.shuffle_vector(a, b, mask) for a, b in pairs for mask in masks]
+        for row, values in enumerate(rows):
+            place = address(arguments[3], target, arguments[4], row, arguments[5], eight)
+            builder.store(values, place, align=4)
+        return context.get_dummy_value()
+
+    numbers = types.intp, types.intp
+    return types.void(source, *numbers, target, *numbers), generate
+
+
 @_compiled
 def _load_stored(source, first, lanes, column, columns, W):
     size = source.group_size
@@ -192,22 +239,28 @@ def _load_dense(source, first, lanes, column, columns, W):
     if source.by_column:
         _load_columns(source, first, lanes, column, columns, W)
         return
-    for start in range(0, columns, STEP):
-        for n in range(lanes):
-            at = (first + n) * source.stride + column + start
-            row = source.values[at : at + STEP]
-            for k in range(STEP):  # a fixed count, which the compiler unrolls
-                W[(start + k) * LANES + n] = row[k]
+    _load_rows(source, first, lanes, column, columns, W)
+    for n in range(lanes // STEP * STEP, lanes):
+        for k in range(columns):
+            W[k * LANES + n] = source.values[(first + n) * source.stride + column + k]
 
 
 @_compiled
 def _load_bfloat16(source, first, lanes, column, columns, W):
-    for start in range(0, columns, STEP):
-        for n in range(lanes):
-            at = (first + n) * source.stride + column + start
-            row = source.values[at : at + STEP]
-            for k in range(STEP):
-                W[(start + k) * LANES + n] = _u32(_u32(row[k]) << _u32(16)).view(_f32)  # widened
+    _load_rows(source, first, lanes, column, columns, W)
+    for n in range(lanes // STEP * STEP, lanes):
+        for k in range(columns):
+            value = source.values[(first + n) * source.stride + column + k]
+            W[k * LANES + n] = _u32(_u32(value) << _u32(16)).view(_f32)  # widened
+
+
+@_compiled
+def _load_rows(source, first, lanes, column, columns, W):
+    """As many lanes as make whole squares."""
+    for n in range(0, lanes // STEP * STEP, STEP):
+        at = (first + n) * source.stride + column
+        for k in range(0, columns, STEP):
+            transpose(source.values, at + k, source.stride, W, k * LANES + n, LANES)  # type: ignore[call-arg]
 
 
 def load_rows(source, first, lanes, column, columns, W):
@@ -355,6 +408,20 @@ def _round_block(W, columns, level, grid, squares, words):
 
 
 @_compiled
+def store_words(packed, first, lanes, start, count, words):
+    """Copies packed [count, LANES], flat, to columns `start` and on of words [rows, in / 4]."""
+    width = words.shape[1]
+    squares = lanes // STEP * STEP if count % STEP == 0 else 0
+    for n in range(0, squares, STEP):
+        to = (first + n) * width + start
+        for word in range(0, count, STEP):
+            transpose(packed, word * LANES + n, LANES, words, to + word, width)  # type: ignore[call-arg]
+    for n in range(squares, lanes):
+        for word in range(count):
+            words[first + n, start + word] = packed[word * LANES + n]
+
+
+@_compiled
 def _keep_best(errors, least, scales, zeros):
     """Moves the candidate of least error, the first of equals, to index 0."""
     least[:] = np.inf
@@ -403,9 +470,7 @@ def _round_part(source, part, grid, W, level, squares, packed, words, sums):
         for n in range(part.lanes):
             sums[0] += squares[n]
             sums[1] += squares[LANES + n]
-            row = words[part.first + n, column // 4 : (column + columns) // 4]
-            for word in range(columns // 4):
-                row[word] = packed[word * LANES + n]
+        store_words(packed, part.first, part.lanes, column // 4, columns // 4, words)
 
 
 @_compiled
@@ -413,10 +478,10 @@ def round_rows(source, shrinks, candidates, grid, importance, words, scales, zer
     """Rounds all rows of `source`, group by group and 64 rows at once.
 
     Fills `words` uint32 [rows, in / 4] with four int8 codes each, `scales` and `zeros` float32
-    [rows, groups]. Adds to `sums` float64 [3] the squares of the errors, those of the weights, and
-    the number of rows that are zero throughout.
+    [groups, rows], in the order in which they are found. Adds to `sums` float64 [3] the squares of
+    the errors, those of the weights, and the number of rows that are zero throughout.
     """
-    rows, groups = scales.shape
+    groups, rows = scales.shape
     size = len(importance) // groups
     # Scratch memory, made once.
     W = np.zeros(BLOCK * LANES, _f32)
@@ -442,8 +507,8 @@ def round_rows(source, shrinks, candidates, grid, importance, words, scales, zer
             _set_level(tried[0], tried_zeros[0], grid, level)
             _round_part(source, part, grid, W, level, squares, packed, words, sums)
             for n in range(part.lanes):
-                scales[first + n, group] = tried[0, n]
-                zeros[first + n, group] = tried_zeros[0, n]
+                scales[group, first + n] = tried[0, n]
+                zeros[group, first + n] = tried_zeros[0, n]
                 peak[first + n] = max(peak[first + n], max(high[n], -low[n]))
     for n in range(rows):
         sums[2] += peak[n] == 0

@@ -97,12 +97,13 @@ class Aim:
 
     `weights` float32 [tokens], 1 on average, multiply the squared errors of tokens. Outputs should
     be those for the inputs `reference` of the original, in the parts of the site's own inputs, or
-    `outputs` float32 [tokens, out].
+    `outputs` float32 [tokens, out], which may wait for other experts: what does not depend on them
+    comes first.
     """
 
     weights: Tensor
     reference: Callable[[], Iterator[Tensor]] | None = None
-    outputs: Tensor | None = None
+    outputs: Callable[[], Tensor] | None = None
 
 
 class Site(Protocol):

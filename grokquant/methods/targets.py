@@ -42,10 +42,11 @@ def weighted(inputs: Callable[[], Iterator[Tensor]], aim: Aim) -> Iterator[tuple
 def missing_outputs(W: Tensor, site: Site, aim: Aim) -> Tensor:
     """S float32 [out, in] for W float32 [out, in] where the aim has the wanted outputs."""
     assert aim.outputs is not None
+    outputs = aim.outputs()
     S = torch.zeros_like(W)
     start = 0
     for X, weights in weighted(site.inputs, aim):
-        wanted = aim.outputs[start : start + len(X)].to(X.device)
+        wanted = outputs[start : start + len(X)].to(X.device)
         start += len(X)
 
         def add(rows: slice, X: Tensor, weights: Tensor, wanted: Tensor) -> None:
@@ -90,7 +91,7 @@ def missed(target: Tensor, W: Tensor, rows: Tensor, site: Site, aim: Aim) -> flo
             given = next(references).float()
         else:
             assert aim.outputs is not None
-            given = aim.outputs[start : start + len(X), rows].to(X.device)
+            given = aim.outputs()[start : start + len(X), rows].to(X.device)
         start += len(X)
 
         def miss(

@@ -102,6 +102,8 @@ class TwoSided(Method):
     settings = TwoSidedSettings
     grid_keys = GRID_KEYS
     needs = Needs.REFERENCE
+    # What it sees of a layer comes to the owner of an expert with its tokens.
+    sees_layer = False
     fallback = RTN
 
     def round(

@@ -36,10 +36,10 @@ from grokquant.errors import InputError, said_by
 from grokquant.families.family import parameter_parent, set_parameter, stored_values, tie_weights
 from grokquant.families.taps import Tap
 from grokquant.memory import is_exhausted
-from grokquant.parallel import ALONE, Take, Team
+from grokquant.parallel import ALONE, Ask, Take, Team
 from grokquant.streaming.lone_expert import as_lone_expert
 from grokquant.threads import alone, in_order, in_pieces, slices
-from grokquant.types import Matrix, Routed
+from grokquant.types import Guide, Matrix, Routed
 
 STREAMED = "grokquant-streamed"  # the name of our experts in transformers' registry
 # The dtype of hidden states and weights in calibration. Its products are exact in float32, in which
@@ -65,6 +65,8 @@ Expert = Callable[[Tensor], Tensor]
 Outputs = Callable[[slice], Tensor]
 # (expert, what is routed to it) -> its outputs
 MakeExpert = Callable[[int, Routed], Outputs]
+# The same; the last one asks for what the outputs should be, given those of the stored expert.
+MakeInTurn = Callable[[int, Routed, Ask], Outputs]
 # Takes the outputs [part, hidden] of an expert for the tokens int64 [part].
 Watch = Callable[[int, Tensor, Tensor], None]
 
@@ -387,7 +389,7 @@ class BlockwiseModel:
         if exchange is not None:
             for parts in self._run_batches(index, batches, extra):  # the first pass, which records
                 if keep is not None:
-                    keep(torch.cat(parts))
+                    keep(torch.cat(parts or [batches[0][1]]))
             recorded = exchange.recorded or self._nothing_recorded(batches)
             exchange.recorded = ()  # so that its memory is free before the second pass
             exchange.outputs = combine(*recorded)
@@ -489,25 +491,19 @@ class BlockwiseModel:
             task      0              1        2              3
             expert    0, exact       0        1, exact       1       ...
         """
-        experts_here = self.num_experts(index)
         tasks = 1 if self.products == self.dtype else 2  # of each expert
-        owners = [owner for owner in owners or [0] * experts_here for _ in range(tasks)]
+        owners = [owner for owner in owners or [0] * self.num_experts(index) for _ in range(tasks)]
 
         def combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-            combined = torch.zeros(x.shape, dtype=torch.float32)
-            gates = gates.to(x.dtype).float()  # rounded as models round them
-            given: list[Routed] = []
-            for number in range(experts_here):
-                token, slot = torch.where(experts == number)
-                routed = Routed(x, token, gates[token, slot].unsqueeze(1), combined)
-                given += [routed] if tasks == 1 else _apart(routed, exact)
+            combined, routes = self._routes(index, x, experts, gates)
+            given = routes
+            if tasks == 2:
+                given = [part for routed in routes for part in _apart(routed, exact)]
 
             def add(task: int, part: slice, y: Tensor) -> None:
-                routed = given[task]
                 if watch is not None:
-                    watch(task // tasks, routed.token[part], y)
-                gated = y.float() * routed.gate[part]
-                combined.index_add_(0, routed.token[part], gated)
+                    watch(task // tasks, given[task].token[part], y)
+                _add_gated(given[task], part, y)
 
             for task, routed, take in team.at_owners(given, owners, add):
                 outputs = make_expert(task // tasks, routed)
@@ -516,6 +512,52 @@ class BlockwiseModel:
             return combined
 
         return combine
+
+    def combine_in_turn(
+        self,
+        index: int,
+        make_expert: MakeInTurn,
+        guide: Callable[[Routed], Guide],
+        answer: Callable[[Routed, Tensor], Tensor],
+        team: Team,
+        owners: Sequence[int],
+    ) -> Combine:
+        """The same for experts that are made towards what those before them have left.
+
+        An owner gets the `guide` of what is routed to its expert. It asks by the outputs of the
+        stored expert; with those for their tokens and the sum of the experts before it, all members
+        `answer` what its outputs should be.
+        """
+
+        def combine(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+            combined, routes = self._routes(index, x, experts, gates)
+            given = [replace(routed, guide=guide(routed)) for routed in routes]
+
+            def reply(expert: int, stored: Tensor) -> Tensor:
+                return answer(given[expert], stored)
+
+            def add(expert: int, part: slice, y: Tensor) -> None:
+                _add_gated(given[expert], part, y)
+
+            for expert, routed, take, ask in team.in_turn(given, owners, reply, add):
+                outputs = make_expert(expert, routed, ask)
+                self._take_outputs(outputs, len(routed.token), take)
+                del outputs  # frees its matrices before the next ones are read
+            return combined
+
+        return combine
+
+    def _routes(
+        self, index: int, x: Tensor, experts: Tensor, gates: Tensor
+    ) -> tuple[Tensor, list[Routed]]:
+        """Zeros [tokens, hidden] to add outputs to, and what is routed to each expert."""
+        combined = torch.zeros(x.shape, dtype=torch.float32)
+        gates = gates.to(x.dtype).float()  # rounded as models round them
+        routes = []
+        for number in range(self.num_experts(index)):
+            token, slot = torch.where(experts == number)
+            routes.append(Routed(x, token, gates[token, slot].unsqueeze(1), combined))
+        return combined, routes
 
     def combine_stored(
         self,
@@ -704,6 +746,12 @@ def _is_of_transformers(error: Exception) -> bool:
     """Whether an error comes from the code of a model, and not from ours below it."""
     *_, (frame, _) = walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).startswith("transformers.models.")
+
+
+def _add_gated(routed: Routed, part: slice, y: Tensor) -> None:
+    """Adds outputs y of an expert for some of its tokens to those of the experts before it."""
+    gated = y.float() * routed.gate[part]
+    routed.combined.index_add_(0, routed.token[part], gated)
 
 
 def _apart(routed: Routed, exact: int) -> list[Routed]:

@@ -121,8 +121,8 @@ def _calibrated_layer(plan: Plan, layer: int) -> Iterator[Step]:
         summing = always + 2 * states + 2 * tokens * config.hidden_size * FLOAT
         name = f"layer {layer}: what its experts should give"
         yield Step(name, summing, "calibration.samples")
-        # What one expert should give; metrics of the outputs.
-        always += plan.tokens_per_expert(layer) * config.hidden_size * FLOAT
+        # What one expert should give, and gives as it is stored; metrics of the outputs.
+        always += plan.tokens_per_expert(layer) * config.hidden_size * (FLOAT + size)
         always += 4 * config.hidden_size**2 * FLOAT
     for unit in units:
         yield _calibrated_unit(plan, unit, always)

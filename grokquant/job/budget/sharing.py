@@ -5,13 +5,15 @@ In a layer all wait for the one that has most to do. Its work is counted in mult
     outside the experts   forward passes                 divided by the number of processes
                           Hessians, solves               by one, while the others wait
     experts               all of it                      by their owners
+                          where they take turns, solves  by one, while the others wait
+                          of down
 """
 
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, prod
 
 from grokquant.errors import InputError
-from grokquant.job.budget.memory import hidden_unit_bytes, on_device, peak_step
+from grokquant.job.budget.memory import FLOAT, hidden_unit_bytes, on_device, peak_step
 from grokquant.job.budget.timing import passes_outside_experts, weights_outside_experts
 from grokquant.job.division import Division
 from grokquant.job.layer import is_starved
@@ -76,10 +78,12 @@ def _peak(division: Division, processes: int) -> int:
     layer = plan.fullest_layer
     owners = division.owners(layer)
     most = max((owners.count(owner) for owner in owners), default=0)
-    routed = plan.checkpoint.tokens_per_expert(plan.calibration_tokens)
+    routed = plan.tokens_per_expert(layer)
     # Of each owned expert, inputs and outputs; of own rows, a copy to send.
     rows_here = 2 * most * routed + len(owners) * routed // processes
     size = CALIBRATION_DTYPE.itemsize
+    if plan.takes_turns(layer):  # inputs of both models; of one expert, what is asked and answered
+        rows_here += routed * (FLOAT + size) // size
     rows_here += plan.calibration_tokens * _blends(division, layer)
     for_experts = rows_here * plan.checkpoint.text_config.hidden_size * size
     sites = [units for units in plan.sites_outside_experts(layer) if _needs_inputs(units)]
@@ -99,14 +103,36 @@ def _moved_in_layer(division: Division, layer: int, processes: int) -> float:
     elsewhere = (1 - 1 / processes) * CALIBRATION_DTYPE.itemsize
     moved = 0.0
     owners = division.owners(layer)
-    rows = 2 * len(owners) * plan.checkpoint.tokens_per_expert(plan.calibration_tokens)
+    rows = _passages(plan, layer) * len(owners) * plan.tokens_per_expert(layer)
     rows += plan.calibration_tokens * len(set(owners)) * _blends(division, layer)
     moved += rows * plan.checkpoint.text_config.hidden_size * elsewhere
     for units in plan.sites_outside_experts(layer):
         if _needs_inputs(units):
             moved += plan.calibration_tokens * units[0].shape[1] * elsewhere
         moved += sum(map(plan.packed_bytes, units)) * (processes - 1)
-    return moved
+    return moved + _moved_to_fit(plan, layer, processes, elsewhere)
+
+
+def _passages(plan: Plan, layer: int) -> int:
+    """How often something as large as its input goes to the owner of an expert, or comes back, for
+    each token that is routed to it."""
+    there_and_back = 2
+    if plan.takes_turns(layer):
+        # Twice by the stored experts. Then inputs of both models, outputs of the stored expert,
+        # what they should be, in float32, and the outputs.
+        return 2 * there_and_back + 2 + 1 + 2 + 1
+    return there_and_back * (2 if plan.needs_reference else 1)
+
+
+def _moved_to_fit(plan: Plan, layer: int, processes: int, elsewhere: float) -> float:
+    """Inputs, in both models, of what is fitted to them, and for all others what is fitted."""
+    router = plan.refitted_router(layer)
+    sites = [plan.refitted_attention(layer), [router] if router else []]
+    shapes = [[plan.checkpoint.source.tensors[name].shape for name in names] for names in sites]
+    inputs = sum(2 * plan.calibration_tokens * site[0][1] for site in shapes if site)
+    dtype = CALIBRATION_DTYPE.itemsize
+    fitted = sum(prod(shape) for site in shapes for shape in site) * dtype
+    return inputs * elsewhere + fitted * (processes - 1)
 
 
 def _work_in_layer(
@@ -117,8 +143,9 @@ def _work_in_layer(
     plan = division.plan
     owned = [0.0] * processes
     costs = division.costs_of_experts(layer)
-    for owner, cost in zip(division.owners(layer), costs, strict=True):
-        owned[owner] += cost
+    turns = _turns(division, layer)
+    for owner, cost, turn in zip(division.owners(layer), costs, turns, strict=True):
+        owned[owner] += cost - turn
     passes = passes_outside_experts(plan, layer, outside)
     passed = passes * plan.calibration_tokens * sum(outside.values())
     solved = sum(
@@ -127,7 +154,21 @@ def _work_in_layer(
         for unit in units
         if METHODS[unit.method].needs_site
     )
+    solved += sum(turns)
     return passed + solved + sum(owned), passed / processes + solved + max(owned)
+
+
+def _turns(division: Division, layer: int) -> list[float]:
+    """Multiply-adds for each expert of a layer during which all others wait: solves of its down."""
+    plan = division.plan
+    turns = [0.0] * len(division.owners(layer))
+    if not plan.takes_turns(layer):
+        return turns
+    for unit in plan.units_of(layer):
+        if plan.in_expert(unit) and unit.part.endswith("down"):
+            cost = METHODS[unit.method].cost(*unit.shape, unit.settings)
+            turns[unit.expert or 0] += cost.shared_products + cost.products
+    return turns
 
 
 def _blends(division: Division, layer: int) -> bool:
