@@ -201,8 +201,8 @@ def _without_unused(checkpoint: Checkpoint, known: Set[str]) -> Checkpoint:
         is_plain = "quantization_config" not in source.config
         if is_plain and family.model_class.__module__.startswith("transformers."):
             text += (
-                "; is config.json of another model? If the tensor is not needed, loading and saving "
-                "by transformers leaves it out"
+                "; is config.json of another model? If the tensor is not needed, loading and "
+                "saving by transformers leaves it out"
             )
         raise InputError(text)
     source = without_biases(source, sorted(biases))

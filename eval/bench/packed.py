@@ -9,8 +9,8 @@ and ggml if its library is at hand (see `ggml.py`). Figures are milliseconds of 
 which other work on the machine changes least; threads that wait for others may count as busy. They
 are medians of rounds in which all have a turn. `to_best_peer` is our time over that of the quickest
 peer of as many bits or bf16, and `speed` bf16's time over ours. `held` is the memory of the packed
-matrix over the bytes of its file, `first_use` the milliseconds that reading and converting it takes.
-Prints one JSON line.
+matrix over the bytes of its file, `first_use` the milliseconds that reading and converting it
+takes. Prints one JSON line.
 """
 
 import argparse
