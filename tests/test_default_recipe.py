@@ -16,6 +16,7 @@ from grokquant.cli import main
 from grokquant.errors import InputError
 from grokquant.files.atomic import sha256
 from grokquant.grids import GRIDS
+from grokquant.job import default_recipe
 from grokquant.job.default_recipe import GOALS, goal_of, is_recipe
 from grokquant.job.plan import Plan, build_plan
 from grokquant.sources import open_source
@@ -82,24 +83,39 @@ def test_every_family_gets_rules_that_all_its_matrices_take(model_of, family, go
 
 
 @pytest.mark.parametrize("family", sorted(SPARSE | {"llama", "gemma2"}))
-def test_high_effort_rounds_experts_and_dense_mlps_by_two_sides(model_of, family):
-    normal = build_plan(recipe_for(model_of(family)))
-    high = build_plan(recipe_for(model_of(family), effort="high"))
-    for name, unit in high.units.items():
-        how = (unit.method, unit.scheme)
+def test_more_effort_rounds_experts_and_dense_mlps_by_two_sides(model_of, family):
+    low, normal, high = (
+        build_plan(recipe_for(model_of(family), effort=effort)).units
+        for effort in ("low", "normal", "high")
+    )
+    for name, unit in low.items():
+        methods = unit.method, normal[name].method, high[name].method
         if unit.expert is not None or unit.part.startswith("mlp."):
-            assert how == ("two-sided", normal.units[name].scheme)
-            assert unit.settings.metric == "gradients"
+            assert methods == ("gptq", "two-sided", "two-sided")
+            keys = [(u.settings.metric, u.settings.descent) for u in (normal[name], high[name])]
+            assert keys == [("head", False), ("gradients", True)]
         else:
-            assert how == (normal.units[name].method, normal.units[name].scheme)
+            assert len({*methods}) == 1
+        assert unit.scheme == normal[name].scheme == high[name].scheme
+
+
+def test_two_sides_are_no_default_where_they_take_long(mixtral, model_of, monkeypatch, tmp_path):
+    monkeypatch.setattr(default_recipe, "_WIDE", 300)  # the experts have 384 hidden units
+    wide = build_plan(recipe_for(mixtral)).units.values()
+    assert {unit.method for unit in wide if unit.expert is not None} == {"gptq"}
+    assert build_plan(recipe_for(mixtral, effort="high")).needs_reference
+    derived = saved_model(tmp_path / "derived", "phimoe", **SIZES, **FOUR)
+    assert not build_plan(recipe_for(derived)).needs_reference
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert {rule.method for rule in recipe_for(model_of("llama")).quantize} == {"gptq"}
 
 
 def test_an_effort_that_changes_nothing_is_refused(mixtral, model_of):
     for model, wanted in ((model_of("llama"), {"bits": 8}), (mixtral, {"bits": 8})):
         with pytest.raises(InputError, match="high changes nothing: no experts or .* calibrated"):
             recipe_for(model, effort="high", **wanted)
-    with pytest.raises(InputError, match="expected normal or high, not low"):
-        recipe_for(mixtral, effort="low")
+    with pytest.raises(InputError, match="expected low, normal or high, not most"):
+        recipe_for(mixtral, effort="most")
 
 
 def test_nothing_asked_for_is_int4(model_of):
@@ -110,14 +126,17 @@ def test_nothing_asked_for_is_int4(model_of):
 def test_the_largest_group_that_divides_the_columns(mixtral):
     plan = build_plan(recipe_for(mixtral))
     assert methods_of(plan) == {
-        "experts": {"int4 g128 sym (gptq)"},
+        "experts": {"int4 g128 sym (two-sided)"},
         "attention": {"int8 g128 sym (rtn)"},
     }
     assert plan.recipe.output.path == "Mixtral-tiny-int4"
 
 
 def test_integers_of_the_source_are_copied_where_nothing_smaller_is_asked_for():
-    assert rules_of("toy") == [("layers.*.experts.*", "gptq"), ("layers.*.attention.*", "copy")]
+    assert rules_of("toy") == [
+        ("layers.*.experts.*", "two-sided"),
+        ("layers.*.attention.*", "copy"),
+    ]
     assert rules_of("toy", bits=8) == [("layers.*", "copy")]
     # float16 cannot hold all scales of the release.
     assert rules_of("toy", grid="q8_0") == [("layers.*", "rtn")]
@@ -128,7 +147,7 @@ def test_a_quantized_source_is_not_rounded_to_the_same_bits_again(mixtral, tmp_p
     made = grokquant.quantize(small)
     assert {ref.stored_as for _, ref in open_checkpoint(made).units()} == {"int8 g128 sym"}
     assert rules_of(made, bits=8) == [("layers.*", "copy")]
-    assert [rule.method for rule in recipe_for(made, bits=4).quantize] == ["gptq", "copy"]
+    assert [rule.method for rule in recipe_for(made, bits=4).quantize] == ["two-sided", "copy"]
 
 
 @pytest.mark.parametrize("grid", [name for name, grid in GRIDS.items() if grid.ggml_type])
@@ -178,7 +197,7 @@ def test_one_rule_for_experts_whose_parts_differ(tmp_path):
     experts, _ = recipe_for(model).quantize
     assert (experts.match, experts.group) == ("layers.*.experts.*", 64)
     found = methods_of(build_plan(recipe_for(model)))
-    assert found["experts"] == {"int4 g64 sym (gptq)"}  # 128 would be whole rows of down
+    assert found["experts"] == {"int4 g64 sym (two-sided)"}  # 128 would be whole rows of down
 
 
 @pytest.mark.parametrize("goal", GOALS)
@@ -303,7 +322,7 @@ def test_one_line_quantizes_a_model_and_its_recipe_makes_the_same(
     few = (*FEW, "--set", f"calibration.text={text_file}", "--set", "max_fallbacks=1")
     told, plan = run("quantize", mixtral, *few)
     assert opened.count(mixtral) == 1
-    assert "int4 g128 sym (gptq)" in plan and "match: layers.*.experts.*" in plan
+    assert "int4 g128 sym (two-sided)" in plan and "match: layers.*.experts.*" in plan
     place = Path("Mixtral-tiny-int4")
     last = told.splitlines()[-1]
     assert last == (

@@ -67,7 +67,7 @@ class Line:
 OWN = {
     "grokquant-gptq": {"method": "gptq"},
     "grokquant-two-sided": {"method": "two-sided"},
-    "grokquant-gradients": {"method": "two-sided", "metric": "gradients"},
+    "grokquant-gradients": {"method": "two-sided", "metric": "gradients", "descent": True},
 }
 _INTEGERS = (*OWN, "gptqmodel", "llm-compressor", "auto-round", "hqq")
 _BLOCKS = (*OWN, "llama-cpp", "llama-cpp-imatrix")

@@ -14,8 +14,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grokquant.checkpoint import Checkpoint, Opener, open_checkpoint
 from grokquant.errors import InputError
+from grokquant.families.derived import DerivedFamily
 from grokquant.families.tokenizer import has_tokenizer
 from grokquant.files.published import published_path
 from grokquant.files.typed_paths import expanded
@@ -39,11 +42,14 @@ _ROWS = 128
 _TEXTS = {"python-docs": 1.0, "python-code": 1.0, "package-docs": 2.0}
 # Longer rows cost time and show the same statistics.
 _ROW_LENGTH = 2048
-# How experts and dense MLPs are rounded below 8 bits: high effort takes five to seven times as long
-# for about half the divergence of experts. Other matrices are rounded by GPTQ in either.
+# How experts and dense MLPs are rounded below 8 bits; other matrices are rounded by GPTQ. Normal
+# effort takes up to three times as long as low for about half the divergence of experts, high
+# effort twice as long again for another quarter less.
+_LOW, _NORMAL, _HIGH = "low", "normal", "high"
 _EFFORTS: dict[str, dict[str, Any]] = {
-    "normal": {"method": "gptq"},
-    "high": {"method": "two-sided", "metric": "gradients", "descent": True},
+    _LOW: {"method": "gptq"},
+    _NORMAL: {"method": "two-sided"},
+    _HIGH: {"method": "two-sided", "metric": "gradients", "descent": True},
 }
 # The grid of each number of bits, where a format has no integers of its own.
 _GRIDS_OF_BITS = {
@@ -72,7 +78,7 @@ class Goal:
     format: str = "compressed-tensors"
     bits: int | None = None
     grid: str = "integer"
-    effort: str = "normal"
+    effort: str = _NORMAL
 
     @property
     def width(self) -> int:
@@ -81,12 +87,10 @@ class Goal:
 
 
 GOALS = {
-    "int4": Goal("Experts in 4 bits by GPTQ, attention in 8: for vLLM and transformers", bits=4),
+    "int4": Goal("Experts in 4 bits, attention in 8: for vLLM and transformers", bits=4),
     "int8": Goal("8 bits, unchanged where the model has them already, else rounded", bits=8),
-    "gptq": Goal("All matrices in 4 bits by GPTQ, in the gptq layout", "gptq", bits=4),
-    "q2_k": Goal(
-        "Experts in 2.6 bits by GPTQ, attention in 8.5: for llama.cpp", "gguf", None, "q2_k"
-    ),
+    "gptq": Goal("All matrices in 4 bits, in the gptq layout", "gptq", bits=4),
+    "q2_k": Goal("Experts in 2.6 bits, attention in 8.5: for llama.cpp", "gguf", None, "q2_k"),
     "q3_k": Goal("The same in 3.4 bits", "gguf", None, "q3_k"),
     "iq4_xs": Goal("The same in 4.25 bits", "gguf", None, "iq4_xs"),
     "q4_k": Goal("The same in 4.5 bits", "gguf", None, "q4_k"),
@@ -115,7 +119,7 @@ def values_for(
     grid: str | None = None,
     format: str | None = None,
     output: str | Path | None = None,
-    effort: str = "normal",
+    effort: str = _NORMAL,
     opened: Opener = open_checkpoint,
 ) -> Values:
     """The keys of a recipe for `model`, in their order; all others have their defaults.
@@ -133,13 +137,13 @@ def values_for(
     if effort not in _EFFORTS:
         raise InputError(f"expected {_either(_EFFORTS)}, not {effort}", "effort")
     if recipe is not None and is_recipe(recipe):
-        if effort != "normal":
+        if effort != _NORMAL:
             raise InputError(f"recipe {recipe} has methods of its own: change them", "effort")
         return _of_file(model, recipe, format, output)
     name, goal = goal_of(None if recipe is None else str(recipe), bits, grid, format)
     checkpoint = opened(model, None)
     rules = _rules(checkpoint, replace(goal, effort=effort))
-    if effort == "high" and not any(rule["method"] == "two-sided" for rule in rules):
+    if effort == _HIGH and not any(rule["method"] == "two-sided" for rule in rules):
         text = f"high changes nothing: no experts or dense MLPs of {model} are calibrated"
         raise InputError(text, "effort")
     length = _row_length(checkpoint)
@@ -261,8 +265,9 @@ def _rules_of(
 
     Where there is none, and for llama.cpp, which fuses none, each part gets its best.
     """
-    if role != "experts" and not all(_is_lone_expert(checkpoint, m) for m in matrices):
-        goal = replace(goal, effort="normal")
+    fits = role == "experts" or all(_is_lone_expert(checkpoint, m) for m in matrices)
+    if not fits or (goal.effort == _NORMAL and not _is_quick(checkpoint, matrices)):
+        goal = replace(goal, effort=_LOW)
     everything = checkpoint.num_experts == 0 or goal.format in _ONE_GRID
     candidates: Candidates = _large if everything or role in ("experts", "mlp") else _small
     whole = f"layers.*.{role}.*"
@@ -299,6 +304,15 @@ def _best(
         if None not in schemes and (len({*schemes}) == 1 or not _must_agree(matrices[0], rule)):
             return rule
     return _AS_IT_IS
+
+
+def _is_quick(checkpoint: Checkpoint, matrices: list[Matrix]) -> bool:
+    """Whether two-sided rounding is for people who do not ask for it: it takes whole Hessians, on
+    the CPU, and is tried with the families that have a file of their own."""
+    tensors = checkpoint.source.tensors
+    columns = max(tensors[matrix.tensor].shape[1] for matrix in matrices)
+    is_tried = not isinstance(checkpoint.family, DerivedFamily)
+    return is_tried and columns <= _WIDE and not torch.cuda.is_available()
 
 
 def _is_lone_expert(checkpoint: Checkpoint, matrix: Matrix) -> bool:
