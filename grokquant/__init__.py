@@ -75,9 +75,9 @@ def recipe_for(
     `bits` (2 to 6 or 8) or `grid` (such as `q4_k`) say what the large matrices become, or `recipe`
     names a shipped recipe or a file with rules; without any of them, experts get 4 bits. `effort`
     `low` is GPTQ; `normal` rounds experts and dense MLPs by two-sided rounding, for up to three
-    times the time and about half the divergence, but for very wide experts and on GPUs; `high`
-    takes twice that time for another quarter less. `format` and `output` are the keys of the
-    recipe's `output`. Raises InputError.
+    times the time and about half the divergence, but for large models in little memory and on
+    GPUs; `high` takes twice that time for another quarter less. `format` and `output` are the keys
+    of the recipe's `output`. Raises InputError.
     """
     from grokquant.job.default_recipe import values_for
     from grokquant.recipe import parse_recipe

@@ -106,6 +106,12 @@ def test_two_sides_are_no_default_where_they_take_long(mixtral, model_of, monkey
     assert build_plan(recipe_for(mixtral, effort="high")).needs_reference
     derived = saved_model(tmp_path / "derived", "phimoe", **SIZES, **FOUR)
     assert not build_plan(recipe_for(derived)).needs_reference
+    llama = model_of("llama")
+    assert build_plan(recipe_for(llama)).needs_reference
+    tokens, hidden = 128 * 128, 64
+    monkeypatch.setattr(default_recipe, "total_bytes", lambda: 1.4 * tokens * hidden * 30)
+    assert not build_plan(recipe_for(llama)).needs_reference
+    monkeypatch.undo()
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert {rule.method for rule in recipe_for(model_of("llama")).quantize} == {"gptq"}
 

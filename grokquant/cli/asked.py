@@ -33,7 +33,8 @@ _effort = click.option(
     default="normal",
     show_default=True,
     help="low: GPTQ. normal: two-sided rounding, in up to three times the time for about half the "
-    "divergence; GPTQ on GPUs and for very wide experts. high: twice that time, a quarter less.",
+    "divergence, but GPTQ on GPUs and for large models in little memory. high: twice that time, a "
+    "quarter less.",
 )
 _format = click.option(
     "--format",

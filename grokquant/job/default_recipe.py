@@ -24,6 +24,7 @@ from grokquant.files.published import published_path
 from grokquant.files.typed_paths import expanded
 from grokquant.formats import FORMATS
 from grokquant.grids import GRIDS, Scheme
+from grokquant.job.budget.memory import total_bytes
 from grokquant.job.units import unit_of
 from grokquant.methods import METHODS
 from grokquant.recipe import CalibrationSection, Rule, load_values
@@ -38,6 +39,10 @@ _GROUPS = (128, 64, 32, "channel")
 _WIDE = 16384
 _HESSIAN_BLOCK = 4096
 _ROWS = 128
+# Memory that two-sided rounding takes for each number in the states of these rows: eleven copies in
+# bfloat16 or float32. They should leave a third of the memory to weights and to other programs.
+_STATES_BYTES = 30
+_MEMORY_SHARE = 2 / 3
 # Several kinds of text of every installation; python-docs has 35 of such sequences, not 128.
 _TEXTS = {"python-docs": 1.0, "python-code": 1.0, "package-docs": 2.0}
 # Longer rows cost time and show the same statistics.
@@ -308,11 +313,13 @@ def _best(
 
 def _is_quick(checkpoint: Checkpoint, matrices: list[Matrix]) -> bool:
     """Whether two-sided rounding is for people who do not ask for it: it takes whole Hessians, on
-    the CPU, and is tried with the families that have a file of their own."""
+    the CPU, and many states, and is tried with the families that have a file of their own."""
     tensors = checkpoint.source.tensors
     columns = max(tensors[matrix.tensor].shape[1] for matrix in matrices)
     is_tried = not isinstance(checkpoint.family, DerivedFamily)
-    return is_tried and columns <= _WIDE and not torch.cuda.is_available()
+    numbers = _ROWS * _row_length(checkpoint) * checkpoint.text_config.hidden_size
+    fits = numbers * _STATES_BYTES <= _MEMORY_SHARE * total_bytes()
+    return is_tried and fits and columns <= _WIDE and not torch.cuda.is_available()
 
 
 def _is_lone_expert(checkpoint: Checkpoint, matrix: Matrix) -> bool:
