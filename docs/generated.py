@@ -230,8 +230,8 @@ def tried_families() -> str:
     mixtures = sum(one["experts"] > 0 for one in passed)
     heads = ["model_type", "experts", "runs", "rtn int4", "gptq int4", "transformers alone"]
     text = (
-        f"Of {len(found)} architectures, {len(passed)} passed everything: {mixtures} with experts "
-        f"and {len(passed) - mixtures} without.\n\n{_table(heads, rows)}"
+        f"Of {len(found)} values of `model_type`, {len(passed)} passed everything: {mixtures} with "
+        f"experts and {len(passed) - mixtures} without.\n\n{_table(heads, rows)}"
     )
     others = [
         [f"`{kind}`", _cell(one["refused"])]

@@ -91,7 +91,6 @@ OWN: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
     | {"ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
     "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0}
     | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
     | {"vocab_size_per_layer_input": 2048, "global_head_dim": 32},
@@ -125,6 +124,7 @@ OWN: dict[str, dict[str, Any]] = {
     "rwkv": {"rescale_every": 0},  # else its code changes the weights while it runs
     "xlstm": {"qk_dim_factor": 1.0},  # a multiple of 64, as transformers rounds it
     "jetmoe": {"kv_channels": 32},  # experts of the attention are [2 * 32, 64]
+    "youtu": {"pad_token_id": None},  # its class empties the row of padding when it loads a file
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid", "hybrid"], "hybrid_layer_ids": [1, 2]},
     "zaya": {"num_experts_per_tok": 1},
@@ -146,7 +146,6 @@ IMAGE_TEXT: dict[str, dict[str, Any]] = {
     "qwen4_exp": {},
     "aria": {},
     "cohere2_vision": {},
-    "ernie4_5_vl_moe": {},
     "glm4v": {},
     "internvl": {},
     "lfm2_vl": {},

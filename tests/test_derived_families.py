@@ -189,6 +189,10 @@ def test_experts_that_return_their_input_need_no_tensors(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     checkpoint = open_checkpoint(tmp_path / "model")
     assert checkpoint.num_experts == 4
+    out = rounded(tmp_path / "model", ["layers.*.experts.*"], tmp_path / "out")
+    ours = load(out, dtype=torch.float32, packed=False)[0](TOKENS).logits
+    packed = type(model).from_pretrained(out, dtype=torch.float32)
+    assert relative(packed(TOKENS).logits, ours) < 1e-5
     assert not [m.name for m in checkpoint.matrices() if "router" in m.name]
     found = load(tmp_path / "model", dtype=torch.float32)[0](TOKENS).logits
     assert relative(found, wanted) < 1e-5

@@ -155,6 +155,8 @@ class DerivedFamily(Family):
             parts = [tensors[names[part][number]].read().T for part in FUSED_PARTS[fused.kind]]
             joined = self.join(*parts) if len(parts) == 2 else parts[0]  # (.., out)
             made.append(joined if experts.transposed or is_bias else joined.T)
+        if not fused.kind.startswith("down_proj"):  # places for experts that return their input
+            made += [torch.zeros_like(made[0])] * (experts.choices - experts.count)
         return torch.stack(made)
 
     def holds(self, tensors: Container[str], name: str) -> bool:
