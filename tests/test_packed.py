@@ -127,11 +127,15 @@ def test_our_kernel_multiplies_few_tokens_with_exact_codes(scheme, tokens):
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("columns", [COLUMNS, 2304])  # more than are dequantized at once
+@pytest.mark.parametrize(  # 2304 and 131 are more than are dequantized and multiplied at once
+    ("tokens", "columns"), [(51, COLUMNS), (51, 2304), (131, COLUMNS)]
+)
 @pytest.mark.parametrize("scheme", [*EXACT, GRIDS["nf4"].scheme, Scheme(8, 32, False)], ids=str)
-def test_our_kernel_multiplies_many_tokens_with_the_dequantized_weights(scheme, columns):
+def test_our_kernel_multiplies_many_tokens_with_the_dequantized_weights(scheme, tokens, columns):
     quantized = matrix_of((80, columns), scheme)
-    x = torch.randn(51, quantized.shape[1], generator=torch.Generator().manual_seed(2)).bfloat16()
+    x = torch.randn(
+        tokens, quantized.shape[1], generator=torch.Generator().manual_seed(2)
+    ).bfloat16()
     ours = kernel(quantized.scheme, quantized.shape)
     found = ours.product(x, ours.prepare(quantized, torch.bfloat16))
     W = dequantize(quantized, torch.bfloat16, torch.bfloat16)

@@ -32,6 +32,8 @@ from grokquant.types import QTensor
 # From here on dequantizing a tile once is quicker than unpacking codes for every eight tokens: of
 # 8 bits and of groups of 32 from 40 on, of 4 bits in groups of 128 from 80 on.
 _MANY_TOKENS = 48
+# Tokens at a time: 512 at once take longer than dequantizing the matrix for each 128 of them.
+_MOST_TOKENS = 128
 # A thread that other work delays leaves pieces to the rest.
 _PIECES_OF_A_THREAD = 4
 _PLACES = 16  # of a table
@@ -74,6 +76,13 @@ def prepare(quantized: QTensor, dtype: torch.dtype) -> Parts:
 
 def product(x: Tensor, held: Parts) -> Tensor:
     """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32."""
+    if len(x) <= _MOST_TOKENS:
+        return _product(x, held)
+    return torch.cat([_product(some, held) for some in x.split(_MOST_TOKENS)])
+
+
+def _product(x: Tensor, held: Parts) -> Tensor:
+    """The same for tokens that the cache holds."""
     in_bfloat16 = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
     many = in_bfloat16 and len(x) >= _MANY_TOKENS
     inputs = x.detach() if in_bfloat16 else x.detach().float()
