@@ -12,6 +12,7 @@ from grokquant.formats import FORMATS, words
 from grokquant.formats.words import pack_with_torch, unpack_words
 from grokquant.grids import GRIDS, Scheme
 from grokquant.methods.rtn import quantize_rtn
+from grokquant.runtime import codes_kernel
 from grokquant.runtime.dequantize import dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache
 from grokquant.runtime.packed import PackedMatrix
@@ -72,6 +73,13 @@ def kernel(
     return kernel_for(scheme, shape, stored_bytes, "cpu", dtype)
 
 
+def kernels(scheme: Scheme, dtype: torch.dtype) -> list[Kernel]:
+    """All those for CPUs that take a matrix; which one comes first depends on the CPU."""
+    found = [k for k in KERNELS if k.device == "cpu" and k.takes(scheme, (ROWS, COLUMNS), dtype)]
+    assert found
+    return found
+
+
 def kernel_bits(scheme: Scheme) -> int:
     """What codes of a scheme take as their kernel holds them."""
     return 4 if scheme.bits <= 4 else 8
@@ -83,13 +91,26 @@ def test_the_kernel_multiplies_with_the_codes(scheme, tokens):
     quantized = matrix(scheme)
     x = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(2))
     W = unrounded(quantized)
-    ours = kernel(scheme)
-    found = ours.product(x, ours.prepare(quantized, torch.float32))
-    assert torch.allclose(found, x @ W.T, rtol=1e-5, atol=1e-5)
-    in_bf16 = ours.product(x.bfloat16(), ours.prepare(quantized, torch.bfloat16)).float()
-    wanted = x.bfloat16().float() @ W.T
-    assert in_bf16.shape == (tokens, ROWS)
-    assert (in_bf16 - wanted).norm() < 4e-3 * wanted.norm()  # bfloat16 has 2^-8
+    for ours in kernels(scheme, torch.float32):
+        found = ours.product(x, ours.prepare(quantized, torch.float32))
+        assert torch.allclose(found, x @ W.T, rtol=1e-5, atol=1e-5)
+    for ours in kernels(scheme, torch.bfloat16):
+        in_bf16 = ours.product(x.bfloat16(), ours.prepare(quantized, torch.bfloat16)).float()
+        wanted = x.bfloat16().float() @ W.T
+        assert in_bf16.shape == (tokens, ROWS)
+        assert (in_bf16 - wanted).norm() < 4e-3 * wanted.norm()  # bfloat16 has 2^-8
+
+
+@pytest.mark.parametrize("name", ["q8_0", "nf4", "q4_k"])
+def test_cpus_without_bfloat16_multiply_it_too(name, monkeypatch):
+    monkeypatch.setattr(codes_kernel, "MULTIPLIES_BFLOAT16", False)
+    quantized = matrix(GRIDS[name].scheme)
+    x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ours = kernel(quantized.scheme)
+    found = ours.product(x, ours.prepare(quantized, torch.bfloat16))
+    wanted = x.float() @ unrounded(quantized).T
+    assert found.dtype == torch.bfloat16
+    assert (found - wanted).norm() < 4e-3 * wanted.norm()
 
 
 @needs_bfloat16
@@ -106,17 +127,38 @@ def test_our_kernel_multiplies_few_tokens_with_exact_codes(scheme, tokens):
 
 
 @needs_bfloat16
-@pytest.mark.parametrize("columns", [COLUMNS, 2304])  # more than are dequantized at once
+@pytest.mark.parametrize(  # 2304 and 131 are more than are dequantized and multiplied at once
+    ("tokens", "columns"), [(51, COLUMNS), (51, 2304), (131, COLUMNS)]
+)
 @pytest.mark.parametrize("scheme", [*EXACT, GRIDS["nf4"].scheme, Scheme(8, 32, False)], ids=str)
-def test_our_kernel_multiplies_many_tokens_with_the_dequantized_weights(scheme, columns):
+def test_our_kernel_multiplies_many_tokens_with_the_dequantized_weights(scheme, tokens, columns):
     quantized = matrix_of((80, columns), scheme)
-    x = torch.randn(51, quantized.shape[1], generator=torch.Generator().manual_seed(2)).bfloat16()
+    x = torch.randn(
+        tokens, quantized.shape[1], generator=torch.Generator().manual_seed(2)
+    ).bfloat16()
     ours = kernel(quantized.scheme, quantized.shape)
     found = ours.product(x, ours.prepare(quantized, torch.bfloat16))
     W = dequantize(quantized, torch.bfloat16, torch.bfloat16)
     wanted = x.float() @ W.float().T
     assert (found.float() - wanted).abs().max() < 2**-8 * wanted.abs().max()
     assert (found != wanted.bfloat16()).float().mean() < 0.02  # sums in another order
+
+
+@pytest.mark.parametrize("tokens", [1, 51])
+def test_no_number_of_threads_changes_a_product(tokens):
+    quantized = matrix(GRIDS["q4_k"].scheme)
+    x = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ours = kernel(quantized.scheme)
+    held = ours.prepare(quantized, torch.bfloat16)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(ours.product(x, held))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("rows", [16, 80])  # one block, and two after three

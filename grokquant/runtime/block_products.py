@@ -7,6 +7,7 @@ A block has 16 rows. A chunk has 8 of its columns, which are four pairs. First b
     8 bits     | pair 0 | pair 1 | pair 2 | pair 3 |          int8 [128]
                pair 0  | c0 c1 of row 0 | c0 c1 of row 1 | .. | c0 c1 of row 15 |
     dense      as 8 bits                                      uint16 [128], the bits of bfloat16
+    levels     | scales of 16 rows | their zeros, if any |    of a group
     tokens     | pair 0 of token 0 | pair 0 of token 1 | .. | pair 1 of token 0 | ..
 
 A row of 4 bits is two words of 16 bits, one for the even columns and one for the odd. Shifted, both
@@ -53,7 +54,6 @@ TOKENS = 8
 # Blocks that share the tokens, by the number of these: sums and weights stay in 32 registers.
 _HEIGHTS = {1: 6, 2: 4, 4: 4, TOKENS: 3}
 HEIGHT = _HEIGHTS[TOKENS]
-_HEIGHT_WITH_ZEROS = 4  # at most: these take registers, too
 # A product waits for the sum before it; so many sums at least keep the CPU busy.
 _SUMS = 8
 # Blocks whose codes are still in the cache when the next tokens come: a multiple of all heights.
@@ -206,8 +206,7 @@ def _product(
             value = builder.load(total)
             builder.store(rounded(builder, value) if rounds else value, address, align=1)
 
-    most = _HEIGHT_WITH_ZEROS if zeros else max(_HEIGHTS.values())
-    _for_blocks(builder, start, stop, min(most, _HEIGHTS[width]), multiply_blocks)
+    _for_blocks(builder, start, stop, _HEIGHTS[width], multiply_blocks)
     return context.get_dummy_value()
 
 

@@ -32,6 +32,8 @@ from grokquant.types import QTensor
 # From here on dequantizing a tile once is quicker than unpacking codes for every eight tokens: of
 # 8 bits and of groups of 32 from 40 on, of 4 bits in groups of 128 from 80 on.
 _MANY_TOKENS = 48
+# Tokens at a time: 512 at once take longer than dequantizing the matrix for each 128 of them.
+_MOST_TOKENS = 128
 # A thread that other work delays leaves pieces to the rest.
 _PIECES_OF_A_THREAD = 4
 _PLACES = 16  # of a table
@@ -53,29 +55,34 @@ def held_bytes(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> in
     """The bytes of what `prepare` returns."""
     rows, columns = shape
     code_bytes = columns // 2 if _in_halves(scheme) else columns
-    level_bytes = _scale_dtype(scheme, dtype).itemsize
-    if not scheme.symmetric:
-        level_bytes += _zero_dtype(scheme, dtype).itemsize
+    levels = scheme.groups(columns) * (1 if scheme.symmetric else 2)
     table_bytes = _PLACES * torch.float32.itemsize if _in_halves(scheme) else 0
-    return rows * (code_bytes + scheme.groups(columns) * level_bytes) + table_bytes
+    return rows * (code_bytes + levels * _level_dtype(scheme, dtype).itemsize) + table_bytes
 
 
 def prepare(quantized: QTensor, dtype: torch.dtype) -> Parts:
-    """`codes`, perhaps `table` and the levels of groups as `block_products` has them: `scales` and
-    perhaps `zeros` [blocks, groups, 16]."""
+    """As `block_products` has them: `codes`, perhaps a `table`, and `levels` [blocks, groups, 1 or
+    2, 16]."""
     scheme = quantized.scheme
     held = {"codes": _in_blocks(quantized.codes, scheme)}
     if _in_halves(scheme):
         held["table"] = _table(scheme)
     scales = quantized.scales.float() * scheme.row.unit  # (out, groups)
-    held["scales"] = _by_lanes(scales, _scale_dtype(scheme, dtype))
-    if not scheme.symmetric:
-        held["zeros"] = _by_lanes(_zeros(quantized, scales), _zero_dtype(scheme, dtype))
+    levels = [scales] if scheme.symmetric else [scales, _zeros(quantized, scales)]
+    by_lanes = torch.stack(levels).unflatten(1, (-1, LANES)).permute(1, 3, 0, 2)
+    held["levels"] = by_lanes.to(_level_dtype(scheme, dtype)).contiguous()
     return held
 
 
 def product(x: Tensor, held: Parts) -> Tensor:
     """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32."""
+    if len(x) <= _MOST_TOKENS:
+        return _product(x, held)
+    return torch.cat([_product(some, held) for some in x.split(_MOST_TOKENS)])
+
+
+def _product(x: Tensor, held: Parts) -> Tensor:
+    """The same for tokens that the cache holds."""
     in_bfloat16 = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
     many = in_bfloat16 and len(x) >= _MANY_TOKENS
     inputs = x.detach() if in_bfloat16 else x.detach().float()
@@ -83,11 +90,13 @@ def product(x: Tensor, held: Parts) -> Tensor:
     if tokens > len(x):
         inputs = F.pad(inputs, (0, 0, 0, tokens - len(x)))
     parts = {name: bits(part) for name, part in held.items()}
-    matrix = (parts.get("table"), parts["codes"], parts["scales"], parts.get("zeros"))
+    levels = parts["levels"]
+    zeros = levels[:, :, 1] if levels.shape[2] > 1 else None
+    matrix = (parts.get("table"), parts["codes"], levels[:, :, 0], zeros)
     pairs = in_pairs(inputs)
-    blocks = len(parts["codes"])
+    blocks, groups = levels.shape[:2]
     out = inputs.new_empty(tokens, blocks * LANES)
-    sums = _sums(inputs, parts["scales"].shape[1]) if "zeros" in held and not many else None
+    sums = None if zeros is None or many else _sums(inputs, groups)
 
     def work(part: slice) -> None:
         if many:
@@ -119,20 +128,12 @@ def _in_halves(scheme: Scheme) -> bool:
     return scheme.bits <= 4
 
 
-def _scale_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-    """The file's, unless they are multiplied by a unit, or with zeros would take much more memory
-    than there."""
-    if scheme.row.unit != 1:
-        return torch.float32
-    own = SCALE_DTYPES[scheme.scale_dtype]
-    rounded = own == torch.float32 and _zero_dtype(scheme, dtype) == torch.bfloat16
-    return torch.bfloat16 if rounded else own
-
-
-def _zero_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
-    """Those of 4 bits are as exact as tokens in bfloat16: in float32 they would take an eighth of
-    the matrix."""
-    rounded = _in_halves(scheme) and dtype == torch.bfloat16 and not scheme.symmetric
+def _level_dtype(scheme: Scheme, dtype: torch.dtype) -> torch.dtype:
+    """The file's where nothing is lost. Scales and zeros of 4 bits are as exact as the tokens if
+    these are in bfloat16: in float32 they would take a third of the matrix."""
+    if scheme.symmetric and scheme.row.unit == 1:
+        return SCALE_DTYPES[scheme.scale_dtype]
+    rounded = _in_halves(scheme) and dtype == torch.bfloat16
     return torch.bfloat16 if rounded else torch.float32
 
 
@@ -169,11 +170,6 @@ def _zeros(quantized: QTensor, scales: Tensor) -> Tensor:
     points = 0 if quantized.zero_points is None else quantized.zero_points.float()
     zeros = scales * (_middle(quantized.scheme) - points)
     return zeros if quantized.offsets is None else zeros + quantized.offsets.float()
-
-
-def _by_lanes(levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """[blocks, groups, 16] of [out, groups]."""
-    return levels.unflatten(0, (-1, LANES)).transpose(1, 2).to(dtype).contiguous()
 
 
 def _sums(x: Tensor, groups: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 A matrix is read when it is first used and kept in the model's `MatrixCache`, in one of two forms:
 
-    kernel   what a kernel of `products` multiplies few tokens with. For many tokens the matrix is
-             read again and dequantized block by block of rows
+    kernel   what a kernel of `products` multiplies with. If that is not worth it for many tokens,
+             the matrix is read again for them and dequantized block by block of rows
     stored   as its format stores it; dequantized on every use
 """
 
