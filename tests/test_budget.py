@@ -23,11 +23,12 @@ from grokquant.job.workdir import States
 from grokquant.methods import METHODS
 from grokquant.methods.method import Cost
 from grokquant.parallel import Team
-from grokquant.streaming.blocks import CALIBRATION_DTYPE
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, Outputs
 from grokquant.streaming.whole import running
 from grokquant.text import documents, installed, python_docs
 from grokquant.text.records import READERS
 from grokquant.toy import TOY_PATH
+from grokquant.types import Routed
 
 RTN = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 32, "scale": "absmax"}
 
@@ -97,7 +98,11 @@ def test_the_passes_of_a_plan_are_those_of_a_run(tiny_recipe, monkeypatch, rules
     plan = build_plan(tiny_recipe(*rules))
     model = running(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
     nothing = partial(model.on_routed, torch.zeros_like)
-    monkeypatch.setattr(LayerQuantizer, "_make_expert", lambda layer, number, given: nothing(given))
+
+    def make_nothing(layer: LayerQuantizer, number: int, given: Routed, *_: object) -> Outputs:
+        return nothing(given)
+
+    monkeypatch.setattr(LayerQuantizer, "_make_expert", make_nothing)
     hidden = model.embed(torch.arange(16 * 64).view(16, 64) % 500)
     products: list[int] = []
 

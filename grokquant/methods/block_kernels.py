@@ -94,9 +94,9 @@ class _Lanes(NamedTuple):
 
 class _Block(NamedTuple):
     """Scratch memory for a block of LANES rows, all of float32 but `words`, with what `Outputs`
-    holds of it. W [columns * LANES]; values of groups [groups, LANES]; codes and values of four
-    columns [4 * LANES]; `words` [columns / 4, LANES]; `squares` and `peaks` [2, LANES]; all others
-    [LANES]."""
+    holds of it. W [columns * LANES]; values of groups [groups, LANES]; codes and values of one
+    group [group_size * LANES]; `words` [columns / 4, LANES]; `squares` and `peaks` [2, LANES]; all
+    others [LANES]."""
 
     W: np.ndarray
     scales: np.ndarray
@@ -147,8 +147,8 @@ def scratch(groups: int, group_size: int) -> tuple[_Lanes, _Block]:
     of_groups = ("scales", "offsets", "whole", "minima", "costs")
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(of_groups, (groups, LANES)) | {
         "W": (columns * LANES,),
-        "codes": (4 * LANES,),
-        "values": (4 * LANES,),
+        "codes": (group_size * LANES,),
+        "values": (group_size * LANES,),
         "words": (columns // 4, LANES),
         "squares": (2, LANES),
         "peaks": (2, LANES),
@@ -613,70 +613,82 @@ def _round_group(w, grid, lanes, block, group):
     first = group * grid.group_size // 4
     for n in range(LANES):
         lanes.factor[n] = grid.least_step if scales[n] == 0 else scales[n]
-    for number in range(grid.group_size // 4):
-        four = w[number * 4 * LANES : (number + 1) * 4 * LANES]
-        if grid.has_table:
-            _set_places(four, grid, lanes, block)
-            _measure(four, block.values, scales, offsets, block)
-        else:
-            _set_codes(four, grid, lanes, offsets, block.codes)
-            _measure(four, block.codes, scales, offsets, block)
-        _set_words(block.codes, block.words[first + number])
+    if grid.has_table:
+        _set_places(w, grid, lanes, block)
+        _measure(w, block.values, scales, offsets, block)
+    else:
+        _set_codes(w, grid, lanes, offsets, block.codes)
+        _measure(w, block.codes, scales, offsets, block)
+    _set_words(block.codes, block.words[first : first + grid.group_size // 4])
 
 
 @_compiled
 def _set_words(codes, words):
     """Four codes of neighbouring columns as one word, the first in its lowest byte."""
-    for n in range(LANES):
-        word = _u32(0)
-        for k in range(4):
-            code = _u32(np.int32(codes[k * LANES + n]))
-            word |= _u32(_u32(code & _u32(255)) << _u32(8 * k))
-        words[n] = word
+    for number in range(len(words)):
+        four = codes[number * 4 * LANES : (number + 1) * 4 * LANES]
+        for n in range(LANES):
+            word = _u32(0)
+            for k in range(4):
+                code = _u32(np.int32(four[k * LANES + n]))
+                word |= _u32(_u32(code & _u32(255)) << _u32(8 * k))
+            words[number, n] = word
 
 
 @_compiled
 def _set_codes(w, grid, lanes, offsets, codes):
-    for k in range(4):
-        for n in range(LANES):
-            x = _f32(w[k * LANES + n] - offsets[n])
-            codes[k * LANES + n] = _code(_f32(x / lanes.factor[n]), grid.lowest, grid.highest)
+    divisor = lanes.factor
+    lowest = grid.lowest
+    highest = grid.highest
+    for number in range(len(w) // (4 * LANES)):
+        four = w[number * 4 * LANES : (number + 1) * 4 * LANES]
+        found = codes[number * 4 * LANES : (number + 1) * 4 * LANES]
+        for k in range(4):
+            for n in range(LANES):
+                x = _f32(four[k * LANES + n] - offsets[n])
+                found[k * LANES + n] = _code(_f32(x / divisor[n]), lowest, highest)
 
 
 @_compiled
 def _set_places(w, grid, lanes, block):
     """Sets the place of the nearest entry: the number of middles below."""
     block.codes[:] = 0
-    for k in range(4):
+    for start in range(0, len(w), LANES):
         for n in range(LANES):
-            block.values[k * LANES + n] = w[k * LANES + n] / lanes.factor[n]
+            block.values[start + n] = w[start + n] / lanes.factor[n]
     for middle in grid.middles:
-        for n in range(4 * LANES):
+        for n in range(len(w)):
             block.codes[n] += _f32(1) if block.values[n] > middle else _f32(0)
-    for n in range(4 * LANES):
+    for n in range(len(w)):
         block.values[n] = grid.entries[np.int32(block.codes[n])]
 
 
 @_compiled
 def _measure(w, values, scales, offsets, block):
-    """Adds squares of errors and weights of four columns, in float32 as llama.cpp computes."""
-    for n in range(LANES):
-        lost = _f32(0)
-        norm = _f32(0)
-        peak = _f32(0)
-        rounded_peak = _f32(0)
-        for k in range(4):
-            x = w[k * LANES + n]
-            value = _f32(_f32(values[k * LANES + n] * scales[n]) + offsets[n])
-            error = _f32(x - value)
-            lost += _f32(error * error)
-            norm += _f32(x * x)
-            peak = max(peak, abs(x))
-            rounded_peak = max(rounded_peak, abs(value))
-        block.peaks[0, n] = max(block.peaks[0, n], peak)
-        block.peaks[1, n] = max(block.peaks[1, n], rounded_peak)
-        block.squares[0, n] += lost
-        block.squares[1, n] += norm
+    """Adds squares of errors and weights, four columns at a time, in float32 as llama.cpp
+    computes."""
+    peaks = block.peaks
+    sums = block.squares
+    for number in range(len(w) // (4 * LANES)):
+        four = w[number * 4 * LANES : (number + 1) * 4 * LANES]
+        rounded_four = values[number * 4 * LANES : (number + 1) * 4 * LANES]
+        for n in range(LANES):
+            squares = _f32(0)
+            norm = _f32(0)
+            peak = _f32(0)
+            rounded_peak = _f32(0)
+            for k in range(4):
+                x = four[k * LANES + n]
+                value = _f32(_f32(rounded_four[k * LANES + n] * scales[n]) + offsets[n])
+                error = _f32(x - value)
+                squares += _f32(error * error)
+                norm += _f32(x * x)
+                peak = max(peak, abs(x))
+                rounded_peak = max(rounded_peak, abs(value))
+            peaks[0, n] = max(peaks[0, n], peak)
+            peaks[1, n] = max(peaks[1, n], rounded_peak)
+            sums[0, n] += squares
+            sums[1, n] += norm
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
