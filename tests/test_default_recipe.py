@@ -82,12 +82,12 @@ def test_every_family_gets_rules_that_all_its_matrices_take(model_of, family, go
 
 
 @pytest.mark.parametrize("family", sorted(SPARSE | {"llama", "gemma2"}))
-def test_high_effort_rounds_experts_and_dense_mlps_by_two_sides(model_of, family):
+def test_high_effort_rounds_by_two_sides_in_place_of_gptq(model_of, family):
     normal = build_plan(recipe_for(model_of(family)))
     high = build_plan(recipe_for(model_of(family), effort="high"))
     for name, unit in high.units.items():
         how = (unit.method, unit.scheme)
-        if unit.expert is not None or unit.part.startswith("mlp."):
+        if normal.units[name].method == "gptq" and not unit.part.startswith("shared."):
             assert how == ("two-sided", normal.units[name].scheme)
             assert unit.settings.metric == "gradients"
         else:
@@ -96,7 +96,7 @@ def test_high_effort_rounds_experts_and_dense_mlps_by_two_sides(model_of, family
 
 def test_an_effort_that_changes_nothing_is_refused(mixtral, model_of):
     for model, wanted in ((model_of("llama"), {"bits": 8}), (mixtral, {"bits": 8})):
-        with pytest.raises(InputError, match="high changes nothing: no experts or .* calibrated"):
+        with pytest.raises(InputError, match="high changes nothing: no matrices .* calibrated"):
             recipe_for(model, effort="high", **wanted)
     with pytest.raises(InputError, match="expected normal or high, not low"):
         recipe_for(mixtral, effort="low")

@@ -31,7 +31,7 @@ _effort = click.option(
     "--effort",
     type=click.Choice(("normal", "high")),
     default="normal",
-    help="high: experts and dense MLPs by two-sided rounding, in about five times the time.",
+    help="high: two-sided rounding in place of gptq, in about five times the time.",
 )
 _format = click.option(
     "--format",

@@ -39,8 +39,8 @@ _ROWS = 128
 _TEXTS = {"python-docs": 1.0, "python-code": 1.0, "package-docs": 2.0}
 # Longer rows cost time and show the same statistics.
 _ROW_LENGTH = 2048
-# How experts and dense MLPs are rounded below 8 bits: high effort takes five to seven times as long
-# for about half the divergence of experts. Other matrices are rounded by GPTQ in either.
+# How experts, dense MLPs and attention are rounded below 8 bits: high effort takes five to seven
+# times as long for half the divergence or less. Other matrices are rounded by GPTQ in either.
 _EFFORTS: dict[str, dict[str, Any]] = {
     "normal": {"method": "gptq"},
     "high": {"method": "two-sided", "metric": "gradients", "descent": True},
@@ -140,7 +140,7 @@ def values_for(
     checkpoint = opened(model, None)
     rules = _rules(checkpoint, replace(goal, effort=effort))
     if effort == "high" and not any(rule["method"] == "two-sided" for rule in rules):
-        text = f"high changes nothing: no experts or dense MLPs of {model} are calibrated"
+        text = f"high changes nothing: no matrices of {model} are calibrated that it is for"
         raise InputError(text, "effort")
     length = _row_length(checkpoint)
     text = _text(checkpoint)  # shown, since a better one is the first thing to change
@@ -261,7 +261,7 @@ def _rules_of(
 
     Where there is none, and for llama.cpp, which fuses none, each part gets its best.
     """
-    if role != "experts" and not all(_is_lone_expert(checkpoint, m) for m in matrices):
+    if not all(_has_two_sides(checkpoint, matrix) for matrix in matrices):
         goal = replace(goal, effort="normal")
     everything = checkpoint.num_experts == 0 or goal.format in _ONE_GRID
     candidates: Candidates = _large if everything or role in ("experts", "mlp") else _small
@@ -301,10 +301,12 @@ def _best(
     return _AS_IT_IS
 
 
-def _is_lone_expert(checkpoint: Checkpoint, matrix: Matrix) -> bool:
-    """Whether a matrix is of a dense MLP that is rounded as an expert is."""
-    names = checkpoint.family.lone_expert(checkpoint.config, matrix.layer)
-    return matrix.tensor in names.values()
+def _has_two_sides(checkpoint: Checkpoint, matrix: Matrix) -> bool:
+    """Whether two-sided rounding knows what a matrix should give."""
+    family = checkpoint.family
+    lone = family.lone_expert(checkpoint.config, matrix.layer)
+    in_expert = matrix.expert is not None or matrix.tensor in lone.values()
+    return in_expert or family.takes_aim(checkpoint.config, matrix.layer, matrix.part)
 
 
 def _must_agree(matrix: Matrix, rule: Values) -> bool:
