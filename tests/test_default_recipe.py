@@ -83,14 +83,14 @@ def test_every_family_gets_rules_that_all_its_matrices_take(model_of, family, go
 
 
 @pytest.mark.parametrize("family", sorted(SPARSE | {"llama", "gemma2"}))
-def test_more_effort_rounds_experts_and_dense_mlps_by_two_sides(model_of, family):
+def test_more_effort_rounds_by_two_sides_in_place_of_gptq(model_of, family):
     low, normal, high = (
         build_plan(recipe_for(model_of(family), effort=effort)).units
         for effort in ("low", "normal", "high")
     )
     for name, unit in low.items():
         methods = unit.method, normal[name].method, high[name].method
-        if unit.expert is not None or unit.part.startswith("mlp."):
+        if unit.method == "gptq" and not unit.part.startswith("shared."):
             assert methods == ("gptq", "two-sided", "two-sided")
             keys = [(u.settings.metric, u.settings.descent) for u in (normal[name], high[name])]
             assert keys == [("head", False), ("gradients", True)]
@@ -118,7 +118,7 @@ def test_two_sides_are_no_default_where_they_take_long(mixtral, model_of, monkey
 
 def test_an_effort_that_changes_nothing_is_refused(mixtral, model_of):
     for model, wanted in ((model_of("llama"), {"bits": 8}), (mixtral, {"bits": 8})):
-        with pytest.raises(InputError, match="high changes nothing: no experts or .* calibrated"):
+        with pytest.raises(InputError, match="high changes nothing: no matrices .* calibrated"):
             recipe_for(model, effort="high", **wanted)
     with pytest.raises(InputError, match="expected low, normal or high, not most"):
         recipe_for(mixtral, effort="most")

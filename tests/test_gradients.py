@@ -1,5 +1,7 @@
 """Gradients layer by layer: against the whole model in autograd, and in runs that are resumed."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import ATTENTION, EXPERTS
@@ -78,10 +80,16 @@ def whole_model(checkpoint: Checkpoint) -> nn.Module:
     return model
 
 
-def naive_gradients(checkpoint: Checkpoint, seed: int) -> dict[int, tuple[Tensor, Tensor]]:
+Watch = Callable[[nn.Module], object]
+
+
+def naive_gradients(
+    checkpoint: Checkpoint, seed: int, watch: Watch = lambda model: None
+) -> dict[int, tuple[Tensor, Tensor]]:
     """layer -> the outputs of its experts, or of its MLP [tokens, hidden], and the gradients by
-    them."""
+    them. `watch` sees the model before it runs."""
     model = whole_model(checkpoint)
+    watch(model)
     seen: list[Tensor] = []
     losses: list[Tensor] = []
 
@@ -125,7 +133,43 @@ def test_gradients_are_those_of_the_whole_model(checkpoint):
         if model.mixture_norm(index):
             g = g * y.square().mean(1, keepdim=True).sqrt()
         wanted = g.double().T @ g.double()
-        assert (found[index] - wanted).norm() < 1e-4 * wanted.norm()
+        assert (found[index].of_sum - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("checkpoint", ["grok", "mixtral", "qwen2"], indirect=True)
+def test_gradients_by_matrices_of_attention_are_those_of_the_whole_model(checkpoint):
+    """q, k and v as they come out of their products; o times the rms that a norm divides by."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(model: nn.Module) -> None:
+        for part in "qkvo":
+
+            def note(_: nn.Module, given: object, y: Tensor, part: str = part) -> None:
+                y.retain_grad()
+                seen[part] = y
+
+            linear = model.model.layers[0].self_attn.get_submodule(f"{part}_proj")
+            linear.weight.requires_grad_()
+            linear.register_forward_hook(note)
+
+    naive_gradients(checkpoint, 5, watch)
+    model = DifferentiableModel(checkpoint, torch.float32, pieces=True)
+    if checkpoint.family.lone_expert(checkpoint.config, 0):
+        model.take_as_expert(0)
+    tensors = checkpoint.family.matrix_tensors(checkpoint.config, 0)
+    sites = {"attention.q": ["q", "k", "v"], "attention.o": ["o"]}
+    asked = {r: [tensors[f"attention.{part}"] for part in parts] for r, parts in sites.items()}
+    found = dict(output_gradients(model, ROWS, 5, Memory(), {0: asked}))[0].of_sites
+    assert found.keys() == sites.keys()
+    for reads, parts in sites.items():
+        g = torch.cat([seen[part].grad.flatten(0, -2) for part in parts], 1)
+        if reads == "attention.o" and checkpoint.family.attention_norm:
+            g = g * seen["o"].detach().flatten(0, -2).square().mean(1, keepdim=True).sqrt()
+        for block, own in zip(
+            found[reads], g.double().split(found[reads].shape[1], 1), strict=True
+        ):
+            wanted = own.T @ own
+            assert (block - wanted).norm() < 1e-4 * wanted.norm()
 
 
 @pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)
@@ -136,7 +180,7 @@ def test_gradients_pass_dense_layers(checkpoint):
     h = model.embed(ROWS)
     gradient = torch.randn(h.shape, generator=torch.Generator().manual_seed(1))
     model.load_layer(0)
-    _, found = model.back(0, Kept(h, None), gradient, 0)
+    found = model.back(0, Kept(h, None), gradient, 0).inputs
     h.requires_grad_()
     (wanted,) = torch.autograd.grad(model.run_part(0, h, 0), h, gradient)
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -205,7 +249,7 @@ def test_gradients_are_made_once_and_again_if_damaged(recipe, tmp_path, monkeypa
     files = GradientFiles(work, made.append)
     make_gradients(plan, files, ROWS)
     assert made[0].endswith("forward: layer 0") and made[-1].endswith("backward: layer 0")
-    metrics = [files.metric(index) for index in range(2)]
+    metrics = [files.metrics(index).of_sum for index in range(2)]
     assert sorted(path.name for path in files.path.iterdir()) == [
         "metric-0",
         "metric-1",
@@ -217,7 +261,16 @@ def test_gradients_are_made_once_and_again_if_damaged(recipe, tmp_path, monkeypa
     damaged = files.path / "metric-1"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\7")
     make_gradients(plan, files, ROWS)
-    assert all(torch.equal(metrics[index], files.metric(index)) for index in range(2))
+    assert all(torch.equal(metrics[index], files.metrics(index).of_sum) for index in range(2))
+
+
+def test_a_plan_counts_the_metrics_of_attention(tiny_recipe):
+    everything = TWO_SIDED | {"match": "layers.*"}
+    plans = [build_plan(tiny_recipe(*rules)) for rules in ((TWO_SIDED, ATTENTION), (everything,))]
+    q, k, v, o = (plans[1].units[f"layers.0.attention.{part}"].shape[0] for part in "qkvo")
+    assert (q, k, v, o) == (128, 64, 64, 128)
+    blocks = (q + k + v) * 64 + o * o
+    assert plans[1].gradient_bytes - plans[0].gradient_bytes == 2 * blocks * 4
 
 
 def test_a_plan_counts_the_backward_pass(tiny_recipe, monkeypatch):

@@ -1,5 +1,6 @@
 """Two-sided rounding against naive versions, and its runs: resumed, starved, better than GPTQ."""
 
+import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from grokquant.calibration.site import Site
 from grokquant.checkpoint import open_checkpoint
 from grokquant.grids import Scheme
 from grokquant.job import pipeline
+from grokquant.job.attention import missing_of_attention
 from grokquant.job.budget import timing
 from grokquant.job.budget.memory import peak_step
 from grokquant.job.layer import LayerQuantizer
@@ -32,6 +34,7 @@ from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import QTensor, Unit, UnitReport
 
 TWO_SIDED = EXPERTS | {"method": "two-sided"}
+EVERYTHING = {"match": "layers.*", "metric": "gradients"}
 MLP = EXPERTS | {"match": "layers.*.mlp.*"}
 DENSE = {
     "hidden_size": 64,
@@ -41,6 +44,19 @@ DENSE = {
     "num_key_value_heads": 1,
     "head_dim": 32,
     "vocab_size": 2048,
+}
+DEEPSEEK = {
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
 }
 
 
@@ -232,6 +248,31 @@ def test_a_dense_mlp_runs_as_the_only_expert(dense_model, family):
     assert torch.allclose(before[0] + y, output, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["grok", "llama", "gemma2", "qwen2"])
+def test_what_attention_lacks_restores_the_states_after_it(tiny_release, dense_model, family):
+    """If attention.o gives it, they are those of the original, whatever came before."""
+    checkpoint = open_checkpoint(tiny_release if family == "grok" else dense_model(family))
+    model = BlockwiseModel(checkpoint, CALIBRATION_DTYPE)
+    if family != "grok":
+        model.take_as_expert(1)
+    h_f = model.embed(torch.arange(40).view(2, 20) + 7)
+    h_q = h_f + 0.1 * random(*h_f.shape).to(h_f)
+    model.load_layer(1)
+    after: list[Tensor] = []  # attention of the original, before experts or the MLP
+    model.run_layer(1, h_f, model.combine_stored(1), after.append)
+    tensor = checkpoint.family.attention_output(checkpoint.config, 1)
+    given = model.inputs_of(1, tensor, h_f)
+    y, sizes = missing_of_attention(model, 1, given, h_f, h_q)
+    gain = model.attention_gain(1)
+    if gain is not None:
+        y_f = given.float() @ model.expert_weight(tensor).float().T
+        rms = y_f.square().mean(1, keepdim=True).sqrt()
+        y = y / rms * gain
+        assert torch.allclose(sizes, rms.squeeze(1), rtol=0.02)
+    wanted = after[0].flatten(0, 1).float()
+    assert (h_q.flatten(0, 1) + y - wanted).norm() < 0.01 * (wanted - h_q.flatten(0, 1)).norm()
+
+
 Quantize = Callable[..., tuple[dict[str, QTensor], States, dict[str, UnitReport]]]
 
 
@@ -276,9 +317,12 @@ def test_what_is_already_rounded_changes_nothing(tiny_recipe, first_layer, known
         assert all(map(torch.equal, parts_of(quantized), parts_of(whole[name])))
 
 
-def test_an_interrupted_run_is_resumed_with_the_same_bytes(small_recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("keys", [{}, EVERYTHING], ids=["experts", "everything"])
+def test_an_interrupted_run_is_resumed_with_the_same_bytes(
+    small_recipe, keys, tmp_path, monkeypatch
+):
     output = {"path": str(tmp_path / "whole"), "shard": "20KB"}
-    recipe = small_recipe({"method": "two-sided"}, output=output)
+    recipe = small_recipe({"method": "two-sided"} | keys, output=output)
     whole = pipeline.quantize(recipe)
     changed = recipe.output.model_copy(update={"path": str(tmp_path / "again")})
     again = recipe.model_copy(update={"output": changed})
@@ -311,6 +355,19 @@ def test_the_output_of_a_layer_is_closer_to_the_original(small_recipe, first_lay
         assert output_errors and max(output_errors) < 0.5
     distance = {method: (hidden - reference).norm() for method, hidden in errors.items()}
     assert distance["two-sided"] < 0.9 * distance["gptq"]
+
+
+def test_attention_is_closer_to_the_original(small_recipe, first_layer):
+    """Its last matrix makes good for the others."""
+    errors = {}
+    for method in ("gptq", "two-sided"):
+        attention = {"match": "layers.*.attention.*", "method": method, "bits": 4, "group": 32}
+        recipe = small_recipe({"method": "rtn"}, attention)
+        _, states, _ = first_layer(recipe)
+        errors[method] = states.hidden.float()
+        reference = states.reference
+    distance = {m: (hidden - reference.float()).norm() for m, hidden in errors.items()}
+    assert distance["two-sided"] < 0.9 * distance["gptq"], distance
 
 
 @pytest.mark.parametrize("noise", [0.02, 3.0])
@@ -410,6 +467,24 @@ def test_a_plan_counts_the_original_model(small_recipe, monkeypatch):
     states = 16 * 64 * plans[0].checkpoint.config.hidden_size * 2
     assert two_sided.bytes - gptq.bytes > 5 * states and two_sided.knob == "calibration.samples"
     assert timing.expected_seconds(plans[1]) > 0
+
+
+def test_shared_experts_and_low_rank_attention_have_an_aim(tiny_recipe, tmp_path):
+    model = saved_model(tmp_path / "deepseek", "deepseek_v2", **DENSE | DEEPSEEK)
+    recipe = tiny_recipe(EXPERTS | EVERYTHING | {"method": "two-sided"}, model={"path": str(model)})
+    output = pipeline.quantize(recipe)
+    reports = json.loads((output / "quantization-report.json").read_text())["units"]
+    apart = [r for r in reports if ".experts." not in r["name"]]
+    assert {"kv_a", "kv_b", "o", "down"} < {r["name"].rsplit(".", 1)[1] for r in apart}
+    assert all(r["held_out_error"] for r in apart), apart
+
+
+def test_a_plan_names_what_is_rounded_as_gptq_does(tiny_recipe, tmp_path):
+    """Granite multiplies the outputs of attention and of its MLP."""
+    model = saved_model(tmp_path / "granite", "granite", **DENSE)
+    recipe = tiny_recipe(MLP | {"method": "two-sided"}, model={"path": str(model)})
+    (note,) = build_plan(recipe).notes
+    assert note.startswith("two-sided rounds mlp.gate, mlp.up, mlp.down as gptq does")
 
 
 def test_one_factorization_solves_for_all_ridges():

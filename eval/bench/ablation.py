@@ -112,6 +112,7 @@ class Setup:
         return {
             "bench": "ablation",
             "model": Path(self.model).name,
+            "match": self.match,
             "bits": self.bits,
             "group": self.group,
             "part": name,
@@ -134,7 +135,7 @@ def ratios(rows: Sequence[dict], setup: Setup, name: str) -> list[float]:
     for row in rows:
         if not is_of(row, setup.key(name, row["seed"], None) | {"text": row["text"]}):
             continue
-        same = {key: row[key] for key in ("model", "bits", "group", "seed", "text")}
+        same = {key: row[key] for key in ("model", "match", "bits", "group", "seed", "text")}
         found += [row["kld"] / base["kld"] for base in rows if is_of(base, same | {"part": BASE})]
     return found
 

@@ -38,8 +38,9 @@ _WHOLE = (
 # Fields that count the layers for multi-token prediction, which files number after all others.
 _FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 _MOST_FURTHER = 64  # far above any model
-# Models whose layers add down(act(gate) * up) to the residual, and do nothing else with it.
-_PLAIN_MLP = frozenset({"qwen2", "qwen3", "smollm3"})
+# Models whose layers add what attention.o and down(act(gate) * up) give to the residual, and do
+# nothing else with these.
+_PLAIN = frozenset({"qwen2", "qwen3", "smollm3"})
 _UNUSED = ("auto_map",)  # names code beside the weights
 
 
@@ -222,7 +223,8 @@ def derived_family(source: Source) -> Family | None:
         interleaved=first is not None and first.interleaved,
         biased=first is not None and bool(first.biases),
         mixture_norm=None,
-        mlp_norm="" if config.model_type in _PLAIN_MLP else None,
+        mlp_norm="" if config.model_type in _PLAIN else None,
+        attention_norm="" if config.model_type in _PLAIN else None,
         tied=table.tied,
         integers=table.integers,
         turned=table.turned,

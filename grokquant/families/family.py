@@ -62,8 +62,8 @@ class Family:
     and biases if `biased`. `router_norm` is the module of a layer whose outputs router and experts
     read. The sum of the experts' gated outputs is added to the residual, after the module
     `mixture_norm` if that has a name; it is None if the layer does more with the sum. `mlp_norm` is
-    the same for the output of a dense MLP, down(act(gate) * up). Norms multiply by their weights
-    plus `norm_offset`.
+    the same for the output of a dense MLP, down(act(gate) * up), and `attention_norm` for that of
+    attention.o. Norms multiply by their weights plus `norm_offset`.
 
     config.json: `fields` picks the fields that define the model, given the file's path and content;
     it raises InputError if they describe no model of the family. An output's config.json has the
@@ -99,6 +99,7 @@ class Family:
     router_norm: str = "post_attention_layernorm"
     mixture_norm: str | None = ""
     mlp_norm: str | None = ""
+    attention_norm: str | None = ""
     norm_offset: float = 0.0
     fields: Callable[[Path, dict], dict] = check_fields
     only_own_fields: bool = False
@@ -191,6 +192,18 @@ class Family:
         if any(f"mlp.{part}" not in tensors for part in _EXPERT_PARTS):
             return {}
         return {part: tensors[f"mlp.{part}"] for part in _EXPERT_PARTS}
+
+    def ends_attention(self, config: PreTrainedConfig, layer: int) -> bool:
+        """Whether all that a layer does with the output of its attention.o is adding it to the
+        residual, after a norm or not."""
+        has_output = "attention.o" in self.matrix_tensors(config, layer)
+        return has_output and self.streams and self.attention_norm is not None
+
+    def takes_aim(self, config: PreTrainedConfig, layer: int, part: str) -> bool:
+        """Whether a matrix outside the routed experts can be rounded towards what it gives in the
+        original: that of attention, or of a shared expert."""
+        apart = part.startswith(("attention.", "shared."))
+        return apart and self.ends_attention(config, layer)
 
     def attention_output(self, config: PreTrainedConfig, layer: int) -> str:
         """Checkpoint name of the matrix that projects a layer's attention to the residual."""

@@ -82,6 +82,7 @@ GROK_1 = Family(
     fused="block_sparse_moe.experts",
     router_norm="pre_moe_norm",
     mixture_norm="post_moe_norm",
+    attention_norm="post_attn_norm",
     fields=model_fields,
     only_own_fields=True,
     engine_fields=_engine_fields,

@@ -79,6 +79,7 @@ GROK_2 = Family(
     fused="block_sparse_moe.experts",
     router_norm="pre_moe_norm",
     mlp_norm=None,
+    attention_norm="post_attn_norm",
     mixture_norm=None,  # their sum is added to a dense MLP before the norm
     fields=_fields,
     other_fields=frozenset(_READ_BY_SGLANG),

@@ -47,9 +47,9 @@ _MEMORY_SHARE = 2 / 3
 _TEXTS = {"python-docs": 1.0, "python-code": 1.0, "package-docs": 2.0}
 # Longer rows cost time and show the same statistics.
 _ROW_LENGTH = 2048
-# How experts and dense MLPs are rounded below 8 bits; other matrices are rounded by GPTQ. Normal
-# effort takes up to three times as long as low for about half the divergence of experts, high
-# effort twice as long again for another quarter less.
+# How matrices are rounded below 8 bits, if two-sided rounding knows what they should give; others
+# are rounded by GPTQ. Normal effort takes up to three times as long as low for about half the
+# divergence of experts, high effort twice as long again for another quarter less.
 _LOW, _NORMAL, _HIGH = "low", "normal", "high"
 _EFFORTS: dict[str, dict[str, Any]] = {
     _LOW: {"method": "gptq"},
@@ -149,7 +149,7 @@ def values_for(
     checkpoint = opened(model, None)
     rules = _rules(checkpoint, replace(goal, effort=effort))
     if effort == _HIGH and not any(rule["method"] == "two-sided" for rule in rules):
-        text = f"high changes nothing: no experts or dense MLPs of {model} are calibrated"
+        text = f"high changes nothing: no matrices of {model} are calibrated that it is for"
         raise InputError(text, "effort")
     length = _row_length(checkpoint)
     text = _text(checkpoint)  # shown, since a better one is the first thing to change
@@ -270,7 +270,7 @@ def _rules_of(
 
     Where there is none, and for llama.cpp, which fuses none, each part gets its best.
     """
-    fits = role == "experts" or all(_is_lone_expert(checkpoint, m) for m in matrices)
+    fits = all(_has_two_sides(checkpoint, matrix) for matrix in matrices)
     if not fits or (goal.effort == _NORMAL and not _is_quick(checkpoint, matrices)):
         goal = replace(goal, effort=_LOW)
     everything = checkpoint.num_experts == 0 or goal.format in _ONE_GRID
@@ -322,10 +322,12 @@ def _is_quick(checkpoint: Checkpoint, matrices: list[Matrix]) -> bool:
     return is_tried and fits and columns <= _WIDE and not torch.cuda.is_available()
 
 
-def _is_lone_expert(checkpoint: Checkpoint, matrix: Matrix) -> bool:
-    """Whether a matrix is of a dense MLP that is rounded as an expert is."""
-    names = checkpoint.family.lone_expert(checkpoint.config, matrix.layer)
-    return matrix.tensor in names.values()
+def _has_two_sides(checkpoint: Checkpoint, matrix: Matrix) -> bool:
+    """Whether two-sided rounding knows what a matrix should give."""
+    family = checkpoint.family
+    lone = family.lone_expert(checkpoint.config, matrix.layer)
+    in_expert = matrix.expert is not None or matrix.tensor in lone.values()
+    return in_expert or family.takes_aim(checkpoint.config, matrix.layer, matrix.part)
 
 
 def _must_agree(matrix: Matrix, rule: Values) -> bool:

@@ -2,7 +2,7 @@
 
     OUT.partial/gradients/
         layer-N       what the backward pass needs of layer N, until it has come there
-        metric-N      E[g g^T] of layer N
+        metric-N      E[g g^T] of layer N: by the sum of its experts and by sites
         record.json   their checksums, once all of them are there
 
 A run that was interrupted before that begins anew; the same rows and seed give the same bytes.
@@ -23,6 +23,7 @@ from grokquant.streaming.gradients import (
     DTYPE,
     DifferentiableModel,
     Kept,
+    Metrics,
     differentiated_rows,
     output_gradients,
 )
@@ -66,17 +67,19 @@ class GradientFiles:
         path.unlink()
         return kept
 
-    def put_metric(self, index: int, metric: Tensor) -> tuple[str, str]:
-        """The name and the checksum of its file."""
+    def put_metrics(self, index: int, metrics: Metrics) -> tuple[str, str]:
+        """The name and the checksum of their file."""
         path = self.path / f"{_METRIC}-{index}"
-        checksum = write_tensors(path, {_METRIC: metric})
+        of_sum = {} if metrics.of_sum is None else {_METRIC: metrics.of_sum}
+        checksum = write_tensors(path, of_sum | dict(metrics.of_sites))
         atomic.sync(path)
         return path.name, checksum or atomic.sha256(path)
 
-    def metric(self, index: int) -> Tensor | None:
-        """E[g g^T] float32 [hidden, hidden] of a layer; None where it has no experts."""
+    def metrics(self, index: int) -> Metrics:
+        """Those of a layer."""
         path = self.path / f"{_METRIC}-{index}"
-        return load_file(path)[_METRIC].clone() if path.is_file() else None
+        found = {k: t.clone() for k, t in load_file(path).items()} if path.is_file() else {}
+        return Metrics(found.pop(_METRIC, None), found)
 
     def _layer(self, index: int) -> Path:
         return self.path / f"layer-{index}"
@@ -91,5 +94,12 @@ def make_gradients(plan: Plan, files: GradientFiles, rows: Tensor) -> None:
     for index in plan.lone_experts:
         model.take_as_expert(index)
     some = differentiated_rows(rows)
-    metrics = output_gradients(model, some, plan.recipe.calibration.seed, files)
-    files.finish(dict(files.put_metric(index, metric) for index, metric in metrics))
+    asked = {
+        index: {
+            reads: [unit.tensor for unit in site]
+            for reads, site in plan.differentiated(index).items()
+        }
+        for index in range(plan.checkpoint.num_layers)
+    }
+    found = output_gradients(model, some, plan.recipe.calibration.seed, files, asked)
+    files.finish(dict(files.put_metrics(index, metrics) for index, metrics in found))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from functools import cache, partial
 from time import perf_counter
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from grokquant.calibration.hessian import Hessian, accumulate
 from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
+from grokquant.job.attention import LAST, missing_of_attention
 from grokquant.job.division import Division
 from grokquant.job.hidden_units import HiddenUnits, kept_tokens
-from grokquant.job.mixture import Mixture, Original, normalized
+from grokquant.job.mixture import Mixture, Original, inverse_squares, normalized
 from grokquant.job.plan import Plan
 from grokquant.job.read_ahead import ReadAhead
 from grokquant.job.unit import report_of, round_unit
@@ -25,6 +27,8 @@ from grokquant.methods.refit import refit
 from grokquant.parallel import ALONE, Ask
 from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Combine, Outputs, Routed
+from grokquant.streaming.gradients import Metrics
+from grokquant.threads import alone
 from grokquant.types import QTensor, Unit, UnitReport
 
 # Weight of the Hessian of all tokens in that of a starved expert, in tokens per input feature.
@@ -66,7 +70,7 @@ class LayerQuantizer:
         emit: Emit,
         committed: Committed,
         division: Division | None = None,
-        output_gradients: Tensor | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.plan = plan
         self.division = division or Division(plan, ALONE)
@@ -74,7 +78,8 @@ class LayerQuantizer:
         self.index = index
         self.emit = emit
         self.committed = committed
-        self.output_gradients = output_gradients
+        self.output_gradients = metrics.of_sum if metrics else None
+        self.site_gradients: Mapping[str, Tensor] = metrics.of_sites if metrics else {}
         self.tokens_per_expert: list[int] = []
         self.revised: dict[str, Tensor] = {}
         self.units: Sequence[Unit] = plan.units_of(index)
@@ -88,6 +93,8 @@ class LayerQuantizer:
         self._everyone: dict[int | None, Hessian] = {}
         self._all_inputs: Tensor | None = None  # of the experts, where some of them need it
         self._original: Original | None = None
+        # The inputs [tokens, in] of sites of attention in the original, by what they read.
+        self._given: dict[str, Tensor] = {}
         tensors = plan.checkpoint.source.tensors
         self._reading = ReadAhead([tensors[unit.tensor] for unit in self._own_experts()])
 
@@ -124,6 +131,10 @@ class LayerQuantizer:
     def mixture_gain(self) -> Tensor | None:
         return self.model.mixture_gain(self.index)
 
+    @property
+    def attention_gain(self) -> Tensor | None:
+        return self.model.attention_gain(self.index)
+
     def slopes(self, expert: int, gate: Tensor, up: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         return self.model.slopes(self.index, expert, gate, up, rows)
 
@@ -138,6 +149,11 @@ class LayerQuantizer:
         if hidden is None:
             return None
         self.reference_inputs = hidden
+        self._given = {
+            units[0].reads: self.model.inputs_of(self.index, units[0].tensor, hidden)
+            for units in self.plan.sites_outside_experts(self.index)
+            if any(map(self.plan.aims_alone, units))
+        }
         before: list[Tensor] = []
         has_aim = self.plan.takes_turns(self.index)
         keep = before.append if has_aim else None
@@ -166,6 +182,8 @@ class LayerQuantizer:
         self.tokens_per_expert = []
         self._refit_attention(hidden)
         self._quantize_outside_experts(hidden)
+        if not self.revises:
+            self._given.clear()
         self._refit_router(hidden)
         if not self.model.family.runs_experts:
             self._quantize_experts_at_once()
@@ -270,18 +288,47 @@ class LayerQuantizer:
             site = None
             if any(METHODS[unit.method].needs_site for unit in left):
                 X = self.model.inputs_of(self.index, units[0].tensor, hidden)  # [tokens, in]
-                site = self._site_outside_experts(X, units[0])
+                site = self._site_outside_experts(X, units[0], hidden)
             for unit in units:
                 own = site if METHODS[unit.method].needs_site else None
                 quantized = known[unit.name] or self._made_by_its_maker(unit, own)
                 self.model.replace(self.index, unit.tensor, quantized.dequantize())
 
-    def _site_outside_experts(self, X: Tensor, unit: Unit) -> Site | None:
+    def _site_outside_experts(self, X: Tensor, unit: Unit, hidden: Tensor) -> Site | None:
         """The site with all inputs of a unit, where that is made."""
+        if unit.reads in self._given:
+            return self._site_of_attention(X, unit, hidden)
         everything = self.division.team.gather(X, {self.division.maker_of(unit)})
         if everything is None:
             return None
         return Site(len(everything), everything.shape[1], self._inputs(everything))
+
+    def _site_of_attention(self, X: Tensor, unit: Unit, hidden: Tensor) -> Site | None:
+        """The site of a matrix of attention, and what its outputs should be, where it is made."""
+        goal, rms = self._given[unit.reads], torch.ones(len(X))
+        is_last = unit.part == LAST
+        if is_last:
+            states = self.reference_inputs, hidden
+            goal, rms = missing_of_attention(self.model, self.index, goal, *states)
+        makers = {self.division.maker_of(unit)}
+        gathered = [self.division.team.gather(t, makers) for t in (X, goal, rms.unsqueeze(1))]
+        if any(t is None for t in gathered):
+            return None
+        every_X, every_goal, every_rms = (t for t in gathered if t is not None)
+        weights = alone(lambda: inverse_squares(every_rms.squeeze(1)))
+        row = torch.arange(len(every_X)) // self.inputs.shape[1]
+        sites = []
+        for part in _kept_and_held_out(row):
+            aim = Aim(weights[part] / alone(weights[part].mean))
+            if is_last:
+                aim = replace(aim, outputs=partial(every_goal.__getitem__, part))
+            else:
+                aim = replace(aim, reference=self._inputs(every_goal, part))
+            inputs = self._inputs(every_X, part)
+            sites.append(Site(len(part), every_X.shape[1], inputs, aim=aim))
+        own, *held_out = sites
+        own.held_out = held_out[0] if held_out else None
+        return own
 
     def _made_by_its_maker(self, unit: Unit, site: Site | None) -> QTensor:
         made = self._round(unit, site) if self.division.is_made_here(unit) else None
@@ -325,15 +372,11 @@ class LayerQuantizer:
         return lambda part: F.linear(units.of(part), W_down, bias)
 
     def _parts(self, routed: Routed) -> list[Tensor]:
-        """The places among the tokens of an expert that its rounding sees, and those held out: all
-        tokens of every eighth row. Without an aim, or if one of them were empty, all in one."""
-        everything = [torch.arange(len(routed.token))]
+        """The places among the tokens of an expert that its rounding sees, and those held out.
+        Without an aim all in one."""
         if routed.guide is None:
-            return everything
-        is_held_out = routed.guide.row % _HELD_OUT == _HELD_OUT - 1
-        if is_held_out.all() or not is_held_out.any():
-            return everything
-        return [torch.where(~is_held_out)[0], torch.where(is_held_out)[0]]
+            return [torch.arange(len(routed.token))]
+        return _kept_and_held_out(routed.guide.row)
 
     def _aims(
         self, expert: int, routed: Routed, parts: list[Tensor], ask: Ask | None
@@ -494,3 +537,12 @@ class LayerQuantizer:
             if unit.name in self._held and self.committed(unit) is None:
                 self.emit(unit, *self._held[unit.name])
         self._held.clear()
+
+
+def _kept_and_held_out(row: Tensor) -> list[Tensor]:
+    """Places among tokens of these rows, those of every eighth row apart; all in one if one were
+    empty."""
+    is_held_out = row % _HELD_OUT == _HELD_OUT - 1
+    if is_held_out.all() or not is_held_out.any():
+        return [torch.arange(len(row))]
+    return [torch.where(~is_held_out)[0], torch.where(is_held_out)[0]]

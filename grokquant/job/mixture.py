@@ -5,7 +5,8 @@ as quantized (q), the output h_q + y is that of the original for
 
     y* = y_f + (h_f - h_q)
 
-so errors of attention are made good where experts can. If y passes a norm y / rms(y) * gain first,
+so errors of attention are made good where experts can. The same holds for the output y of attention
+and the states h before it. If y passes a norm y / rms(y) * gain first,
 the difference is mapped back through it, and errors of tokens with a small y count more:
 
     y* = y_f + (h_f - h_q) / gain * rms(y_f)          weight = 1 / rms(y_f)^2
@@ -66,23 +67,16 @@ class Mixture:
         self._time = before.shape[1]
         before = before.flatten(0, 1)
         self.inputs = original.inputs
-        self.weights = torch.ones(len(before))
         self._missing = original.outputs.clone()
+        self.weights = move_to_missing_(self._missing, original.before, before, gain)
 
         def subtract(part: slice) -> None:
-            moved = original.before[part].float() - before[part].float()
-            y = self._missing[part]
-            if gain is not None:
-                rms = y.square().mean(1, keepdim=True).sqrt()
-                self.weights[part] = rms.squeeze(1)
-                moved *= rms / _away_from_zero(gain)
-            y += moved
-            y -= stored[part]
+            self._missing[part] -= stored[part]
 
         in_pieces(subtract, slices(0, len(before), TOKENS_IN_PIECE))
         if gain is not None:
             self.weights = team.of_all(
-                self.weights, lambda rms: alone(lambda: _inverse_squares(rms))
+                self.weights, lambda rms: alone(lambda: inverse_squares(rms))
             )
 
     def guide(self, routed: Routed) -> Guide:
@@ -114,13 +108,33 @@ def normalized(weights: Tensor) -> Tensor:
     return weights / alone(weights.mean).clamp(min=_NO_GATE**2)
 
 
+def move_to_missing_(y: Tensor, h_f: Tensor, h_q: Tensor, gain: Tensor | None) -> Tensor:
+    """Turns y_f, float32 [tokens, hidden], into y* for the states h_f and h_q [tokens, hidden].
+
+    Returns the rms of y_f [tokens], ones without a norm. `gain` float32 [hidden] is that of the
+    norm that y passes, if any.
+    """
+    sizes = torch.ones(len(y))
+
+    def move(part: slice) -> None:
+        moved = h_f[part].float() - h_q[part].float()
+        if gain is not None:
+            rms = y[part].square().mean(1, keepdim=True).sqrt()
+            sizes[part] = rms.squeeze(1)
+            moved *= rms / _away_from_zero(gain)
+        y[part] += moved
+
+    in_pieces(move, slices(0, len(y), TOKENS_IN_PIECE))
+    return sizes
+
+
 def _away_from_zero(gain: Tensor) -> Tensor:
     """The gain [hidden] of a norm, safe to divide by."""
     least = _SMALL * gain.abs().mean()
     return torch.where(gain < 0, -1.0, 1.0) * gain.abs().clamp(min=least)
 
 
-def _inverse_squares(rms: Tensor) -> Tensor:
+def inverse_squares(rms: Tensor) -> Tensor:
     """1 / rms^2 [tokens], 1 on average."""
     weights = rms.clamp(min=_SMALL * rms.mean()) ** -2
     return weights / weights.mean()

@@ -452,9 +452,9 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     if found := work.load_states(first_open, own):
         first, states = found
     for index in range(first, last_open + 1):
-        metric = gradients.metric(index) if gradients else None
+        metrics = gradients.metrics(index) if gradients else None
         layer = LayerQuantizer(
-            plan, model, index, run.emit_matrix, run.committed, run.division, metric
+            plan, model, index, run.emit_matrix, run.committed, run.division, metrics
         )
         kept = plan.kept_in_layer(index)
         changes = layer.revises or plan.refitted_in(index)

@@ -147,6 +147,11 @@ class Plan:
         return unit.expert is not None or unit.tensor in self.lone_experts.get(unit.layer, ())
 
     def has_aim(self, unit: Unit) -> bool:
+        """Whether a matrix can be rounded towards what it gives in the original, or towards what
+        the output of its layer lacks."""
+        return self.adds_to_sum(unit) or self.aims_alone(unit)
+
+    def adds_to_sum(self, unit: Unit) -> bool:
         """Whether its expert can be rounded towards what the sum of the experts lacks."""
         whole = unit.expert is None or self.checkpoint.family.mixture_norm is not None
         return whole and self.in_expert(unit)
@@ -154,8 +159,24 @@ class Plan:
     def takes_turns(self, layer: int) -> bool:
         """Whether the experts of a layer are rounded towards what their sum is in the original, so
         that each needs what those before it give."""
-        aimed = filter(self.has_aim, self.units_of(layer))
+        aimed = filter(self.adds_to_sum, self.units_of(layer))
         return Needs.REFERENCE in {METHODS[unit.method].needs for unit in aimed}
+
+    def aims_alone(self, unit: Unit) -> bool:
+        """Whether a matrix of attention or of a shared expert is rounded so."""
+        checkpoint = self.checkpoint
+        aims = METHODS[unit.method].needs is Needs.REFERENCE and unit.expert is None
+        family = checkpoint.family
+        return aims and family.takes_aim(checkpoint.config, unit.layer, unit.part)
+
+    def differentiated(self, layer: int) -> dict[str, list[Unit]]:
+        """The matrices of a layer by whose outputs the original runs backward, by what they read,
+        in the order of the computation."""
+        sites: dict[str, list[Unit]] = defaultdict(list)
+        for unit in filter(self.aims_alone, self.units_of(layer)):
+            if METHODS[unit.method].needs_gradients(unit.settings):
+                sites[unit.reads].append(unit)
+        return sites
 
     def refitted_attention(self, layer: int) -> list[str]:
         """Checkpoint tensors of a layer that read the states before its attention and are fitted to
@@ -186,7 +207,7 @@ class Plan:
         return [name for layer in layers for name in self.refitted_in(layer)]
 
     def _refits(self, layer: int) -> bool:
-        aimed = filter(self.has_aim, self.units_of(layer))
+        aimed = filter(self.adds_to_sum, self.units_of(layer))
         return any(METHODS[unit.method].refits(unit.settings) for unit in aimed)
 
     @cached_property
@@ -206,7 +227,9 @@ class Plan:
         config = self.checkpoint.config
         asked = self.recipe.calibration
         tokens = differentiated_tokens(asked.samples, asked.length)
-        return self.checkpoint.num_layers * kept_bytes(tokens, config.hidden_size)
+        sites = self.differentiated(self.fullest_layer).values()
+        rows = [[unit.shape[0] for unit in site] for site in sites]
+        return self.checkpoint.num_layers * kept_bytes(tokens, config.hidden_size, rows)
 
     def units_of(self, layer: int) -> list[Unit]:
         """The units of a layer in the order of the computation."""
@@ -337,11 +360,24 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     slots = {part: output_layout.slots[name] for part, name in names.items()}
     output_layout = replace(output_layout, slots=slots)
     plan = Plan(recipe, checkpoint, units, kept, parts, output_layout, notes)
+    plan = replace(plan, notes=(*notes, *_rounded_as_gptq(plan)))
     if plan.needs_calibration and not has_tokenizer(checkpoint.source):
         raise no_tokenizer(checkpoint.source)
     if recipe.output.remote_code:
         _check_remote_code(plan)
     return plan
+
+
+def _rounded_as_gptq(plan: Plan) -> Iterator[str]:
+    """A line about matrices outside the experts whose method should aim and cannot."""
+    parts: dict[str, list[str]] = defaultdict(list)
+    for unit in plan.units.values():
+        aims = METHODS[unit.method].needs is Needs.REFERENCE
+        if unit.expert is None and aims and not plan.has_aim(unit):
+            parts[unit.method].append(unit.part)
+    for method, names in parts.items():
+        listed = ", ".join(dict.fromkeys(names))
+        yield f"{method} rounds {listed} as gptq does: it does not know what they should give"
 
 
 def _check_experts_run(checkpoint: Checkpoint, units: dict[str, Unit]) -> None:

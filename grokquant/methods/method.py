@@ -110,7 +110,8 @@ class Site(Protocol):
     """The input that some matrices share, as calibration saw it.
 
     `aim` is there for the matrices of experts whose sum is added to the residual, as it is or after
-    a norm; then `held_out` has inputs that are not among these, unless there are too few.
+    a norm, and for those of attention and of shared experts; then `held_out` has inputs that are
+    not among these, unless there are too few.
     """
 
     tokens: int
@@ -145,11 +146,15 @@ class Layer(Protocol):
 
     `output_gradients` float32 [hidden, hidden] is E[g g^T] for the gradients g of predictions by
     the sum of the experts' outputs, up to a factor; there where a unit's method `needs_gradients`.
+    `site_gradients` are blocks [blocks, size, size] along the diagonal of the same by outputs of
+    matrices outside experts that read the same input, one above the other in the order of `units`,
+    by what they read.
     """
 
     index: int
     units: Sequence[Unit]
     output_gradients: Tensor | None
+    site_gradients: Mapping[str, Tensor]
     inputs: Tensor
     outputs: Tensor
     reference_inputs: Tensor
@@ -158,6 +163,11 @@ class Layer(Protocol):
     @property
     def mixture_gain(self) -> Tensor | None:
         """The gain of the norm that the sum of the experts passes, float32 [hidden], if any."""
+        ...
+
+    @property
+    def attention_gain(self) -> Tensor | None:
+        """The same for the outputs of attention."""
         ...
 
     def original(self, tensor: str) -> Tensor:

@@ -50,13 +50,32 @@ def metric_of_sum(layer: Layer, hidden: int, gradients: bool) -> Tensor:
 
     By `gradients` of predictions, or by the head.
     """
-    gain = torch.ones(hidden) if layer.mixture_gain is None else layer.mixture_gain
     if gradients:
         assert layer.output_gradients is not None
         predictions = layer.output_gradients
-        return alone(lambda: _metric(predictions, iter(()), gain))
+        return alone(lambda: _metric(predictions, iter(()), torch.ones(hidden)))
+    return metric_of_states(layer, hidden, layer.mixture_gain)
+
+
+def metric_of_states(layer: Layer, hidden: int, gain_after: Tensor | None) -> Tensor:
+    """M float32 [hidden, hidden] by the head, of what is added to the residual after a norm with
+    a gain, if any."""
+    gain = torch.ones(hidden) if gain_after is None else gain_after
     predictions = layer.head_directions() * gain * gain.unsqueeze(1)
     return alone(lambda: _metric(predictions, layer.later_routers(), gain))
+
+
+def metric_of_site(moments: Tensor) -> Tensor:
+    """G float32 [blocks, size, size] of matrices one above the other, damped, by `moments`: the
+    same of E[g g^T] for gradients g by their outputs."""
+
+    def damped() -> Tensor:
+        means = moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        G = torch.where(means > 0, moments / means, 0.0)  # those of k are far smaller than of v
+        G.diagonal(dim1=-2, dim2=-1).add_(_ALL + _DAMPING)
+        return G
+
+    return alone(damped)
 
 
 def metric_of_inner(M: Tensor, down: Tensor, moments: Tensor) -> Tensor:

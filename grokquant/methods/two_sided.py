@@ -11,9 +11,11 @@ coordinate descent on codes and scales (`descent`). Experts are rounded so, and 
 only expert of their layer, which gets all tokens with a gate of 1. A token counts w = p^2, the
 square of its gate, and 1 / rms^2 more where a norm follows the sum of the experts. gate and up are
 to give what they give for the original's inputs, down what the sum of all experts lacks
-(`job/mixture`). Other matrices are rounded by GPTQ.
+(`job/mixture`). Attention is rounded so, too, q, k and v as gate and up, o as down
+(`job/attention`), and the matrices of shared experts as q is. Others are rounded by GPTQ.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -32,6 +34,8 @@ from grokquant.methods.method import Aim, Cost, Layer, LayerRounding, Method, Ne
 from grokquant.methods.output_metric import (
     interleave,
     metric_of_inner,
+    metric_of_site,
+    metric_of_states,
     metric_of_sum,
     part_of,
     slope_moments,
@@ -53,6 +57,7 @@ from grokquant.types import QTensor, Unit
 
 _FLOAT = torch.float32.itemsize
 _INNER_PARTS = ("gate", "up")
+_O = "attention.o"
 # Added to the diagonal of H, as a share of its mean: one of these, by tokens that are held out. Few
 # tokens for each input need much: targets, and rounding as well, fit their noise, too.
 _RIDGES = (0.05, 0.2, 0.8, 3.2)
@@ -72,9 +77,9 @@ class TwoSidedSettings(ScaleSettings):
     metric: Annotated[
         Literal["head", "gradients"],
         Field(
-            description="What an error of the experts' outputs costs: `head` takes it from the "
-            "rows of the head, `gradients` from a backward pass of the original over some "
-            "calibration tokens, which reads the source twice more."
+            description="What an error of outputs costs: `head` takes it from the rows of the "
+            "head, `gradients` from a backward pass of the original over some calibration tokens, "
+            "which reads the source twice more. Attention gains little without."
         ),
     ] = "head"
     descent: Annotated[
@@ -96,8 +101,8 @@ class TwoSidedSettings(ScaleSettings):
 class TwoSided(Method):
     name = "two-sided"
     text = (
-        "rounds experts and dense MLPs towards the outputs of the original, by what errors do to "
-        "the output of the layer, and other matrices as gptq does"
+        "rounds experts, dense MLPs and attention towards the outputs of the original, by what "
+        "errors do to the output of the layer, and matrices of unknown use as gptq does"
     )
     settings = TwoSidedSettings
     grid_keys = GRID_KEYS
@@ -137,23 +142,33 @@ class TwoSided(Method):
 
 
 class TwoSidedLayer(LayerRounding):
-    """gate and up of an expert are rounded together, when the first of them is asked for."""
+    """Matrices that read the same input are rounded together, when the first is asked for."""
 
     def __init__(self, method: TwoSided, layer: Layer) -> None:
         super().__init__(method, layer)
         self._metrics: dict[bool, Tensor] = {}
-        self._rounded: dict[str, Rounded] = {}  # gate and up of one expert
+        self._rounded: dict[str, Rounded] = {}  # those of one site
 
     def round(self, unit: Unit, W: Tensor, site: Site | None) -> Rounded:
         if site is None or site.aim is None:
             if unit.expert is None:
                 return GPTQ.round(W, unit.scheme, GptqSettings(unit.settings.scale), site)
             return super().round(unit, W, site)
+        if unit.part == _O:
+            return self._round_last(unit, W.float(), self._metric_of_o(unit), site, site.aim)
         expert = unit.expert or 0
-        if unit.tensor == self.layer.expert_tensors(expert)["down"]:
-            return self._round_down(unit, W.float(), site, site.aim)
+        parts = {tensor: part for part, tensor in self.layer.expert_tensors(expert).items()}
+        if parts.get(unit.tensor) == "down":
+            M = self._metric(unit, len(W))
+            return self._round_last(unit, W.float(), M, site, site.aim)
+        in_expert = unit.tensor in parts
+        make = (
+            partial(self._round_inner, unit, expert)
+            if in_expert
+            else partial(self._round_apart, unit)
+        )
         if unit.name not in self._rounded:
-            self._rounded = self._round_inner(unit, expert, site, site.aim)
+            self._rounded = make(site, site.aim)
         return self._rounded.pop(unit.name)
 
     def _metric(self, unit: Unit, hidden: int) -> Tensor:
@@ -162,14 +177,51 @@ class TwoSidedLayer(LayerRounding):
             self._metrics[gradients] = metric_of_sum(self.layer, hidden, gradients)
         return self._metrics[gradients]
 
-    def _round_down(self, unit: Unit, W: Tensor, site: Site, aim: Aim) -> Rounded:
+    def _metric_of_site(self, members: Sequence[Unit]) -> Tensor:
+        """G by gradients, in blocks, of matrices one above the other."""
+        moments = self.layer.site_gradients[members[0].reads]
+        site = [other for other in self.layer.units if self._is_in_metric(members[0], other)]
+        blocks = moments.split([other.shape[0] // moments.shape[1] for other in site])
+        return metric_of_site(torch.cat([blocks[site.index(member)] for member in members]))
+
+    def _is_in_metric(self, unit: Unit, other: Unit) -> bool:
+        same = _read_the_same(unit, other) and other.method == unit.method
+        return same and self.method.needs_gradients(other.settings)
+
+    def _metric_of_o(self, unit: Unit) -> Tensor:
+        if self.method.needs_gradients(unit.settings):
+            return self._metric_of_site([unit])[0]
+        return metric_of_states(self.layer, unit.shape[0], self.layer.attention_gain)
+
+    def _round_last(self, unit: Unit, W: Tensor, M: Tensor, site: Site, aim: Aim) -> Rounded:
+        """down of an expert, or o of attention: what it gives has the metric M."""
         H = _hessian(site)
         S = missing_outputs(W, site, aim)
-        G = self._metric(unit, len(W)).unsqueeze(0)  # one block
-        quantized = _round(W, S, H, unit.scheme, unit.settings, G, site)
+        quantized = _round(W, S, H, unit.scheme, unit.settings, M.unsqueeze(0), site)
         return Rounded(
             quantized, _output_error(W, quantized, H), _held_out_error(W, quantized, site)
         )
+
+    def _round_apart(self, unit: Unit, site: Site, aim: Aim) -> dict[str, Rounded]:
+        """Matrices outside experts that read the same inputs and are planned like `unit`."""
+        H = _hessian(site)
+        site_units = [other for other in self.layer.units if _read_the_same(unit, other)]
+        members = [other for other in site_units if _is_rounded_like(unit, other)]
+        W = torch.cat([self.layer.original(member.tensor).float() for member in members])
+        G = None
+        if self.method.needs_gradients(unit.settings):
+            G = self._metric_of_site(members)
+        S = times(W, moved_inputs(site, aim))
+        quantized = _round(W, S, H, unit.scheme, unit.settings, G, site)
+        rounded = {}
+        start = 0
+        for member in members:
+            rows = slice(start, start + member.shape[0])
+            start = rows.stop
+            Q = quantized.rows(rows)
+            errors = _output_error(W[rows], Q, H), _held_out_error(W[rows], Q, site)
+            rounded[member.name] = Rounded(Q, *errors)
+        return rounded
 
     def _round_inner(self, unit: Unit, expert: int, site: Site, aim: Aim) -> dict[str, Rounded]:
         """gate and up of an expert, or the one of them that is planned like `unit`."""
@@ -201,6 +253,11 @@ class TwoSidedLayer(LayerRounding):
 def _is_rounded_like(unit: Unit, other: Unit) -> bool:
     how = (unit.method, unit.scheme, unit.settings)
     return (other.method, other.scheme, other.settings) == how
+
+
+def _read_the_same(unit: Unit, other: Unit) -> bool:
+    """Whether two matrices outside the experts do."""
+    return other.expert is None and other.reads == unit.reads
 
 
 def _hessian(site: Site | None) -> Tensor:

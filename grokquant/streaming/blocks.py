@@ -236,7 +236,13 @@ class BlockwiseModel:
 
     def mixture_gain(self, index: int) -> Tensor | None:
         """The gain of that norm, float32 [hidden], if there is one."""
-        norm = self.mixture_norm(index)
+        return self._gain(index, self.mixture_norm(index))
+
+    def attention_gain(self, index: int) -> Tensor | None:
+        """The same of the norm that the output of attention passes."""
+        return self._gain(index, self.family.attention_norm)
+
+    def _gain(self, index: int, norm: str | None) -> Tensor | None:
         if not norm:
             return None
         weight = self.layers[index].get_parameter(f"{norm}.weight").float().cpu()
@@ -419,14 +425,12 @@ class BlockwiseModel:
         """The inputs [tokens, in] of the matrix `tensor` (its checkpoint name) of layer `index`."""
         self._exchange(index, hidden.shape[0] * hidden.shape[1])  # of which only pass 1 runs
         inputs: dict[int, Tensor] = {}  # by the first of their tokens
-        layer = self.layers[index]
-        linear, _ = parameter_parent(layer, self.family.parameter_name(layer, index, tensor))
 
         def capture(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs[self._place.start] = args[0].flatten(0, -2).cpu()
             raise _Captured
 
-        hook = linear.register_forward_pre_hook(capture)
+        hook = self.linear_of(index, tensor).register_forward_pre_hook(capture)
         self._run_rows(index, hidden)
         hook.remove()
         none = torch.empty(0, self.source.tensors[tensor].shape[1], dtype=hidden.dtype)
@@ -468,10 +472,14 @@ class BlockwiseModel:
     ) -> Tensor | None:
         """The bias [out] of an expert matrix, by default in the working dtype, or None."""
         if index in self._lone:
-            bias = self._lone[index][1][part].removesuffix("weight") + "bias"
-            return self.expert_weight(bias, dtype) if bias in self.source.tensors else None
+            return self.bias_of(self._lone[index][1][part], dtype)
         name = self.family.expert_biases(index, number).get(part)
         return None if name is None else self.expert_weight(name, dtype)
+
+    def bias_of(self, tensor: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        """The same of a matrix outside the experts, by its checkpoint name."""
+        name = tensor.removesuffix("weight") + "bias"
+        return self.expert_weight(name, dtype) if name in self.source.tensors else None
 
     def combine_experts(
         self,
@@ -611,8 +619,11 @@ class BlockwiseModel:
 
     def attention_output(self, index: int) -> nn.Module:
         """The module of layer `index` that projects the attention's output to the residual."""
+        return self.linear_of(index, self.family.attention_output(self.config, index))
+
+    def linear_of(self, index: int, tensor: str) -> nn.Module:
+        """The module of layer `index` that multiplies with a matrix, by its checkpoint name."""
         layer = self.layers[index]
-        tensor = self.family.attention_output(self.config, index)
         return parameter_parent(layer, self.family.parameter_name(layer, index, tensor))[0]
 
     def hidden_units(self, index: int, number: int, W_gate: Tensor | None, W_up: Tensor) -> Expert:

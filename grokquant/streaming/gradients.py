@@ -8,7 +8,7 @@ of -log p(drawn) by the sum y of a layer's experts, an error e of y raises the d
 to second order, the Fisher information (YAQA, arXiv 2505.22988). Routers predict, too: whether a
 token keeps the last of its experts, or gets the next one instead, is drawn by the margin m between
 the two, and g has the gradients of -t log p(drawn) of all later routers, p = 1 / (1 + exp(-m / t)).
-The model runs forward once, and
+Of matrices of attention, too, g is the gradient by their outputs. The model runs forward once, and
 what each layer takes and what its experts give is stored. Then it runs backward, with the same
 memory: one layer without its experts, and one expert. A layer takes three steps:
 
@@ -18,12 +18,15 @@ memory: one layer without its experts, and one expert. A layer takes three steps
     3. <- dh <------- x, gates <------------------------- dh'
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from math import gcd
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import grad
 
 from grokquant.calibration.hessian import accumulate
@@ -35,12 +38,17 @@ from grokquant.streaming.blocks import (
 )
 from grokquant.threads import alone, in_pieces, slices
 
+# Checkpoint names of the matrices of a layer that read the same input, by what they read.
+Sites = Mapping[str, Sequence[str]]
 # The dtype of the forward and of the backward pass.
 DTYPE = torch.float32
 # t of routers: the margin that an error of logits can close, and what a choice counts.
 _TEMPERATURE = 0.25
 # Calibration tokens that are differentiated: more do not change the covariance enough to matter.
 TOKENS = 8192
+# Errors of rows that are further apart are taken as independent: larger blocks of matrices that
+# read the same input, or one of all of them, gain nothing that is not noise.
+_BLOCK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,19 @@ class Kept:
         return Kept(wide["inputs"], wide.get("outputs"))
 
 
+@dataclass(frozen=True)
+class Metrics:
+    """E[g g^T] of a layer, float32, up to factors.
+
+    `of_sum` [hidden, hidden] is of gradients g by the sum of its experts' outputs, None if it has
+    none; `of_sites` are the blocks [blocks, size, size] along the diagonal of those by outputs of
+    matrices that read the same input, one above the other, by what they read.
+    """
+
+    of_sum: Tensor | None
+    of_sites: Mapping[str, Tensor]
+
+
 class Store(Protocol):
     """Where layers are kept between the forward and the backward pass."""
 
@@ -78,33 +99,65 @@ def differentiated_tokens(rows: int, length: int) -> int:
     return min(rows, max(1, TOKENS // length)) * length
 
 
-def kept_bytes(tokens: int, hidden: int) -> int:
-    """What a layer with experts keeps on the disk: inputs and outputs, and its metric."""
-    return 2 * tokens * hidden * CALIBRATION_DTYPE.itemsize + hidden**2 * DTYPE.itemsize
+def kept_bytes(tokens: int, hidden: int, sites: Iterable[Sequence[int]] = ()) -> int:
+    """What a layer with experts keeps on the disk: inputs and outputs, and its metrics; `sites` are
+    the rows of matrices that read the same input."""
+    metrics = hidden**2 + sum(sum(rows) * block_rows(rows) for rows in sites)
+    return 2 * tokens * hidden * CALIBRATION_DTYPE.itemsize + metrics * DTYPE.itemsize
 
 
 def output_gradients(
-    model: "DifferentiableModel", rows: Tensor, seed: int, store: Store
-) -> Iterator[tuple[int, Tensor]]:
-    """E[g g^T], up to a factor, of each layer with experts, from the last to the first: float32
-    [hidden, hidden].
+    model: "DifferentiableModel",
+    rows: Tensor,
+    seed: int,
+    store: Store,
+    asked: Mapping[int, Sites] | None = None,
+) -> Iterator[tuple[int, Metrics]]:
+    """Those of each layer that has any, from the last to the first.
 
-    `rows` are token ids [rows, time]; labels are drawn by `seed`. If a norm follows the sum of the
-    experts, g is multiplied by the sum's rms, since errors of tokens are weighted by 1 / rms^2.
+    `rows` are token ids [rows, time]; labels are drawn by `seed`. `asked` has sites by layer. If a
+    norm follows the sum of the experts, or attention.o, g is multiplied by the rms of its input,
+    since errors of tokens are weighted by 1 / rms^2.
     """
+    sites = asked or {}
     hidden = _forward(model, rows, store)
     gradient = model.label_gradients(hidden, seed)
     del hidden
     for index in reversed(range(len(model.layers))):
         model.load_layer(index)
         kept = store.take(index)
-        by_outputs, gradient = model.back(index, kept, gradient, seed)
+        by = model.back(index, kept, gradient, seed, sites.get(index, {}))
         model.free_layer(index)
-        if by_outputs is None:
+        gradient = by.inputs
+        if by.sum is None and not by.sites:
             continue
-        if model.mixture_norm(index):
-            _multiply_by_rms(by_outputs, kept.outputs)
-        yield index, accumulate([by_outputs], by_outputs.shape[1]).H
+        of_sum = None
+        if by.sum is not None:
+            if model.mixture_norm(index):
+                assert kept.outputs is not None
+                _multiply_by_rms(by.sum, kept.outputs)
+            of_sum = _moments(by.sum)
+        yield index, Metrics(of_sum, {reads: _blocks(site) for reads, site in by.sites.items()})
+
+
+def block_rows(rows: Sequence[int]) -> int:
+    """Rows in each block of the metric of matrices that read the same input, of which each has so
+    many `rows`: as many for all, and whole heads, mostly. One alone has one block."""
+    common = gcd(*rows)
+    if len(rows) == 1:
+        return common
+    return next(size for size in range(min(_BLOCK_ROWS, common), 0, -1) if common % size == 0)
+
+
+def _moments(gradients: Tensor) -> Tensor:
+    return accumulate([gradients], gradients.shape[1]).H
+
+
+def _blocks(gradients: Sequence[Tensor]) -> Tensor:
+    """Blocks of E[g g^T] by outputs of matrices [tokens, out] of a site."""
+    block = block_rows([g.shape[1] for g in gradients])
+    together = torch.cat(list(gradients), 1)
+    return torch.stack(accumulate([together], together.shape[1], block).blocks)
 
 
 def _forward(model: "DifferentiableModel", rows: Tensor, store: Store) -> Tensor:
@@ -134,13 +187,21 @@ def _layer_forward(
     return outputs, sums[0] if sums else None
 
 
-def _multiply_by_rms(gradients: Tensor, outputs: Tensor | None) -> None:
-    assert outputs is not None
-
+def _multiply_by_rms(gradients: Tensor, outputs: Tensor) -> None:
     def multiply(part: slice) -> None:
         gradients[part] *= outputs[part].square().mean(1, keepdim=True).sqrt()
 
     in_pieces(multiply, slices(0, len(gradients), TOKENS_IN_PIECE))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """By what a layer takes [rows, time, hidden], by outputs of matrices that read the same input
+    [tokens, out] each, and by the sum of its experts' outputs [tokens, hidden], if it has any."""
+
+    inputs: Tensor
+    sites: dict[str, list[Tensor]]
+    sum: Tensor | None = None
 
 
 @dataclass
@@ -188,20 +249,26 @@ class DifferentiableModel(BlockwiseModel):
             return grad(logits, h, p.to(logits.dtype))[0].to(hidden.device)
 
     def back(
-        self, index: int, kept: Kept, gradient: Tensor, seed: int
-    ) -> tuple[Tensor | None, Tensor]:
-        """Gradients by the sum of the experts' outputs [tokens, hidden], None in a dense layer, and
-        by the inputs of layer `index`; `gradient` is that by its outputs [rows, time, hidden].
+        self,
+        index: int,
+        kept: Kept,
+        gradient: Tensor,
+        seed: int,
+        sites: Sites | None = None,
+    ) -> Gradients:
+        """Gradients in layer `index`; `gradient` is that by its outputs [rows, time, hidden].
         The choice of experts is drawn by `seed`."""
+        asked = sites or {}
         with torch.enable_grad():
             if kept.outputs is None:
-                return None, self._by_inputs(index, kept.inputs, gradient, None)
+                return Gradients(*self._by_inputs(index, kept.inputs, gradient, None, asked))
             trace = _Trace(self._place, kept.outputs)
             self.experts_of(index).exchange = trace
             x, experts, gates, by_outputs = self._by_outputs(index, kept.inputs, gradient, trace)
             inner = self._through_experts(index, x, experts, gates, by_outputs)
             self._add_choices(index, x, gates.shape[1], inner[0], seed)
-            return by_outputs, self._by_inputs(index, kept.inputs, gradient, (trace, *inner))
+            by = self._by_inputs(index, kept.inputs, gradient, (trace, *inner), asked)
+            return Gradients(*by, by_outputs)
 
     def _by_outputs(
         self, index: int, inputs: Tensor, gradient: Tensor, trace: _Trace
@@ -266,11 +333,13 @@ class DifferentiableModel(BlockwiseModel):
         inputs: Tensor,
         gradient: Tensor,
         inner: tuple[_Trace, Tensor, Tensor] | None,
-    ) -> Tensor:
-        """The gradient by the inputs [rows, time, hidden]; `inner` are those by what the router
-        hands to the experts."""
+        sites: Sites,
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """The gradients by the inputs [rows, time, hidden] and by outputs of matrices of `sites`;
+        `inner` are those by what the router hands to the experts."""
+        names = [name for site in sites.values() for name in site]
 
-        def differentiate(part: slice, first: int) -> Tensor:
+        def differentiate(part: slice, first: int) -> tuple[Tensor, ...]:
             h = inputs[part].to(self.device).requires_grad_()
             reached = [self.run_part(index, h, first)]
             gradients = [gradient[part].to(reached[0])]
@@ -283,6 +352,39 @@ class DifferentiableModel(BlockwiseModel):
                 if gates.requires_grad:  # not those of a dense MLP
                     reached.append(gates)
                     gradients.append(by_gates[tokens].to(gates))
-            return grad(reached, h, gradients)[0].to(inputs.device)
+            outputs = [outputs_of.pop((name, first)) for name in names]
+            by_h, *by_outputs = grad(reached, [h, *outputs], gradients)
+            found = map(partial(self._by_matrix, index), names, outputs, by_outputs)
+            return by_h.to(inputs.device), *found
 
-        return torch.cat(self.each_part(differentiate, inputs))
+        with self._kept_outputs(index, names) as outputs_of:
+            pieces = self.each_part(differentiate, inputs)
+        by_inputs, *found = map(torch.cat, zip(*pieces, strict=True))
+        by_outputs = dict(zip(names, found, strict=True))
+        of_sites = {reads: [by_outputs[name] for name in site] for reads, site in sites.items()}
+        return by_inputs, of_sites
+
+    def _by_matrix(self, index: int, tensor: str, outputs: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient by the outputs of a matrix as [tokens, out]."""
+        last = self.family.attention_output(self.config, index)
+        if tensor == last and self.family.attention_norm:
+            gradient = gradient * outputs.detach().square().mean(-1, keepdim=True).sqrt()
+        return gradient.flatten(0, -2).cpu()
+
+    @contextmanager
+    def _kept_outputs(
+        self, index: int, tensors: Sequence[str]
+    ) -> Iterator[dict[tuple[str, int], Tensor]]:
+        """Gets the outputs of matrices, by name and by the first of their tokens, while the layer
+        runs."""
+        kept: dict[tuple[str, int], Tensor] = {}
+        hooks = []
+        for tensor in tensors:
+
+            def keep(_: nn.Module, given: object, y: Tensor, tensor: str = tensor) -> None:
+                kept[tensor, self._place.start] = y
+
+            hooks.append(self.linear_of(index, tensor).register_forward_hook(keep))
+        yield kept
+        for hook in hooks:
+            hook.remove()

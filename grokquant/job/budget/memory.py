@@ -126,6 +126,16 @@ def _calibrated_layer(plan: Plan, layer: int) -> Iterator[Step]:
         summing = always + 2 * states + 2 * tokens * config.hidden_size * FLOAT
         name = f"layer {layer}: what its experts should give"
         yield Step(name, summing, "calibration.samples")
+        aimed = filter(plan.aims_alone, units)
+        given = {unit.reads: unit.shape[1] for unit in aimed}
+        if given:
+            # The inputs of attention's matrices in the original and of one in the quantized model;
+            # what its output should be.
+            widths = sum(given.values()) + max(given.values())
+            attending = always + tokens * (widths * size + config.hidden_size * FLOAT)
+            yield Step(
+                f"layer {layer}: what its attention should give", attending, "calibration.samples"
+            )
         # What one expert should give, and gives as it is stored; metrics of the outputs.
         always += plan.tokens_per_expert(layer) * config.hidden_size * (FLOAT + size)
         always += 4 * config.hidden_size**2 * FLOAT

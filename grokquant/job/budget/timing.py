@@ -26,7 +26,7 @@ from grokquant.job.workdir import States
 from grokquant.methods import METHODS
 from grokquant.methods.method import Cost, errors_of
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_IN_PIECE
-from grokquant.streaming.gradients import DTYPE, differentiated_tokens
+from grokquant.streaming.gradients import DTYPE, Metrics, block_rows, differentiated_tokens
 from grokquant.streaming.whole import running
 from grokquant.text import installed
 from grokquant.text.documents import calibration_rows, token_rows
@@ -156,14 +156,22 @@ def _one_layer(plan: Plan, rows: Tensor) -> float:
     model = running(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
     hidden = model.embed(rows)
     states = States(hidden, hidden if plan.needs_reference else None)
-    # Any metric takes the same time.
-    metric = torch.eye(hidden.shape[-1]) if plan.needs_gradients else None
     layer = plan.fullest_layer
-    quantizer = LayerQuantizer(
-        plan, model, layer, lambda *_: None, lambda _: None, output_gradients=metric
-    )
+    metrics = _any_metrics(plan, layer) if plan.needs_gradients else None
+    quantizer = LayerQuantizer(plan, model, layer, lambda *_: None, lambda _: None, metrics=metrics)
     quantizer.run(states)
     return perf_counter() - start
+
+
+def _any_metrics(plan: Plan, layer: int) -> Metrics:
+    """Any take the same time."""
+    sites = plan.differentiated(layer).items()
+    rows = {reads: [unit.shape[0] for unit in site] for reads, site in sites}
+    blocks = {
+        reads: torch.eye(block_rows(outs)).expand(sum(outs) // block_rows(outs), -1, -1)
+        for reads, outs in rows.items()
+    }
+    return Metrics(torch.eye(plan.checkpoint.text_config.hidden_size), blocks)
 
 
 def _rounding(plan: Plan) -> float:
@@ -305,7 +313,9 @@ def passes_outside_experts(plan: Plan, layer: int, weights: dict[str, int]) -> f
     for units in plan.sites_outside_experts(layer):
         if any(map(_needs_data, units)):
             before = list(weights).index(units[0].name)
-            passes += sum(list(weights.values())[:before]) / sum(weights.values())
+            in_original = any(map(plan.aims_alone, units))
+            share = sum(list(weights.values())[:before]) / sum(weights.values())
+            passes += (1 + in_original) * share
     return passes
 
 
