@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from grokquant.cli import main
 from grokquant.devices import device_of
 from grokquant.errors import InputError
+from grokquant.files.unfinished import check_directory
 from grokquant.job.plan import build_plan
 from grokquant.recipe import load_recipe, parse_recipe
 from grokquant.text.documents import load_documents
@@ -110,6 +111,15 @@ def test_h_is_help_everywhere():
             ["plan", "toy", "--max-fallbacks", "1"],
             "'; the recipe has it: --set max_fallbacks=VALUE",
         ),
+        (
+            ["quantize", "toy", "--format", "Q4_K"],
+            "q4_k is a grid: `grokquant quantize MODEL --gri",
+        ),
+        (
+            ["compare", "toy"],
+            "toy: no such directory; name results that `grokquant eval` has evaluated",
+        ),
+        (["inspect", __file__], "is a file, expected the directory of a checkpoint\n"),
         (["plan", "toy", "--nothing"], "Error: No such option '--nothing'."),
     ],
 )
@@ -119,3 +129,8 @@ def test_slips_on_the_command_line(arguments, complaint, monkeypatch, tmp_path):
     assert result.exit_code == 2 and result.stdout == ""
     assert complaint in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_in_place_of_its_result(file):
+    with pytest.raises(InputError, match=r"recipe.yaml: is a file, .* give the output.path"):
+        check_directory(file)

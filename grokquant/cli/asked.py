@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokquant.cli.options import FORMATS, PATH, overrides_option
+from grokquant.cli.options import FORMAT, PATH, overrides_option
 from grokquant.cli.printing import say
 from grokquant.errors import InputError
 from grokquant.parallel import ALONE, Team
@@ -39,7 +39,7 @@ _effort = click.option(
 _format = click.option(
     "--format",
     "output_format",
-    type=click.Choice(FORMATS, case_sensitive=False),
+    type=FORMAT,
     help="Format of the result  [default: the one that holds the grid]",
 )
 _shipped = click.option(

@@ -5,7 +5,7 @@ import os
 import click
 
 from grokquant.cli.group import command
-from grokquant.cli.options import FORMATS, PATH, json_option, overwrite_option
+from grokquant.cli.options import FORMAT, PATH, json_option, overwrite_option
 from grokquant.cli.printing import print_json, say
 
 
@@ -15,7 +15,7 @@ from grokquant.cli.printing import print_json, say
     "--format",
     "output_format",
     required=True,
-    type=click.Choice(FORMATS, case_sensitive=False),
+    type=FORMAT,
     help="Target format.",
 )
 @click.option("--output", type=PATH, metavar="DIR", help="New directory  [default: RESULT-FORMAT]")

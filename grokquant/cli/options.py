@@ -1,5 +1,7 @@
 """Arguments and options that several commands have."""
 
+from typing import Any
+
 import click
 
 from grokquant.errors import InputError
@@ -19,9 +21,28 @@ class _Path(click.ParamType):
             raise InputError(str(error)) from None
 
 
+class _Format(click.Choice):
+    """A format of results: for the name of a grid, the error says which option takes it."""
+
+    def __init__(self) -> None:
+        super().__init__(FORMATS, case_sensitive=False)
+
+    def convert(self, value: str, *context: Any) -> str:
+        try:
+            return super().convert(value, *context)
+        except click.BadParameter as error:
+            from grokquant.grids import GRIDS
+
+            if (grid := value.lower()) not in GRIDS:
+                raise
+            text = f"{error.message} {grid} is a grid: `grokquant quantize MODEL --grid {grid}`"
+            raise click.BadParameter(text, error.ctx, error.param) from None
+
+
 PATH = _Path()
 # The formats of `recipe/schema.py`, repeated here so that --help does not import pydantic.
 FORMATS = ("compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16")
+FORMAT = _Format()
 # The consumers of `engines.py`, repeated for the same reason.
 ENGINES = (
     "llama.cpp",

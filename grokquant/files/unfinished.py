@@ -9,6 +9,8 @@ from grokquant.files.published import is_repository
 # In a work directory: what the run is, and the records of its committed files.
 RUN = "run.json"
 JOURNAL = "journal"
+# Of files that people take for the results that they describe.
+RECIPE_SUFFIXES = (".yaml", ".yml")
 
 
 def work_path(output: Path) -> Path:
@@ -34,9 +36,18 @@ def check_directory(path: Path) -> None:
     if not path.exists():
         raise InputError(f"{path}: no such directory{_on_the_hub(path)}")
     if not path.is_dir():
-        raise InputError(f"{path}: is a file, expected the directory of a checkpoint")
+        raise InputError(
+            f"{path}: is a file, expected the directory of a checkpoint{_made_by(path)}"
+        )
     if not is_filled:
         raise InputError(f"{path}: the directory is empty")
+
+
+def _made_by(path: Path) -> str:
+    """What to do if the file `path` is a recipe."""
+    if path.suffix.lower() not in RECIPE_SUFFIXES:
+        return ""
+    return "; of a recipe, give the output.path that `grokquant quantize` has written"
 
 
 def _on_the_hub(path: Path) -> str:

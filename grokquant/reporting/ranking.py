@@ -17,7 +17,7 @@ from grokquant.errors import InputError
 from grokquant.evaluation.bootstrap import Resampler
 from grokquant.evaluation.report import JSON_NAME, Estimate, Report, read_report
 from grokquant.files.published import published_path
-from grokquant.files.unfinished import check_directory
+from grokquant.files.unfinished import check_directory, work_path
 from grokquant.reporting.rows import name_of
 from grokquant.version import __version__
 
@@ -213,7 +213,12 @@ def _report_path(path: Path) -> Path:
     candidates = (path / "evaluation" / JSON_NAME, path / JSON_NAME)
     found = next((candidate for candidate in candidates if candidate.is_file()), path)
     if not found.is_file():
-        check_directory(path)
+        try:
+            check_directory(path)
+        except InputError as error:
+            if path.exists() or work_path(path).exists():
+                raise
+            raise InputError(f"{error}; name results that `grokquant eval` has evaluated") from None
         raise InputError(f"{path}: has no evaluation/{JSON_NAME}; `grokquant eval` writes it")
     return found
 
