@@ -173,7 +173,8 @@ def test_a_text_of_few_sequences_is_timed_with_as_many(tiny_recipe, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "rules", [(EXPERTS, GPTQ_ATTENTION), (EXPERTS, ATTENTION), (RTN,), (TWO_SIDED,)]
+    "rules",
+    [(EXPERTS, GPTQ_ATTENTION), (EXPERTS, ATTENTION), (RTN,), (TWO_SIDED | {"match": "layers.*"},)],
 )
 def test_what_is_sent_is_what_was_planned(tiny_recipe, tmp_path, rules):
     recipe = tiny_recipe(*rules, output={"path": str(tmp_path / "out"), "shard": "60KB"})

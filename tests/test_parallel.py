@@ -39,6 +39,8 @@ CASES = {
     "gptq, large files": ([EXPERTS, ATTENTION], {"shard": "1MB"}),
     # Experts that take turns, by gradients that the first member makes; attention is fitted.
     "two-sided": ([TWO_SIDED], {"shard": "60KB"}),
+    # The same for attention.
+    "two-sided, everything": ([TWO_SIDED | {"match": "layers.*"}], {"shard": "60KB"}),
     # Stacks of experts in one tensor, attention in other files than those of its site.
     "gguf": ([Q4_0, Q4_0 | {"match": "layers.*.attention.*"}], {"format": "gguf", "shard": "60KB"}),
 }

@@ -78,7 +78,7 @@ def blend(routed: Hessian, everyone: Hessian, prior_tokens: float) -> Hessian:
 
 def _zeros(features: int, block: int | None, device: torch.device) -> list[Tensor]:
     sizes = [len(part) for part in torch.arange(features).split(block or features)]
-    return [torch.zeros(size, size, device=device) for size in sizes]
+    return [torch.zeros(size, size, dtype=torch.float32, device=device) for size in sizes]
 
 
 def _add_products(X: Tensor, H: Tensor) -> None:

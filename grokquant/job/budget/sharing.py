@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from grokquant.errors import InputError
+from grokquant.job.attention import LAST
 from grokquant.job.budget.memory import FLOAT, hidden_unit_bytes, on_device, peak_step
 from grokquant.job.budget.timing import passes_outside_experts, weights_outside_experts
 from grokquant.job.division import Division
@@ -108,9 +109,21 @@ def _moved_in_layer(division: Division, layer: int, processes: int) -> float:
     moved += rows * plan.checkpoint.text_config.hidden_size * elsewhere
     for units in plan.sites_outside_experts(layer):
         if _needs_inputs(units):
-            moved += plan.calibration_tokens * units[0].shape[1] * elsewhere
+            moved += plan.calibration_tokens * _width_of_site(plan, units) * elsewhere
         moved += sum(map(plan.packed_bytes, units)) * (processes - 1)
     return moved + _moved_to_fit(plan, layer, processes, elsewhere)
+
+
+def _width_of_site(plan: Plan, units: list[Unit]) -> int:
+    """What the maker of matrices outside experts gets of each token, in numbers of two bytes: their
+    inputs, and where they have an aim, those of the original or the outputs, and a weight."""
+    columns = units[0].shape[1]
+    if not any(map(plan.aims_alone, units)):
+        return columns
+    in_float32 = FLOAT // CALIBRATION_DTYPE.itemsize
+    is_last = units[0].part == LAST
+    goal = plan.checkpoint.text_config.hidden_size * in_float32 if is_last else columns
+    return columns + goal + in_float32
 
 
 def _passages(plan: Plan, layer: int) -> int:
