@@ -63,17 +63,19 @@ def evaluate(outputs, tiny_release, settings, monkeypatch):
     ) -> tuple[str, set[str]]:
         reads: Counter[str] = Counter()
 
-        def open_counted(path):
+        def open_counted(path, config):
             side = "reference" if Path(path) == reference else "quantized"
             return counted(opened(path), reads, side)
 
-        monkeypatch.setattr(models, "open_checkpoint", open_counted)
         # Reads small models whole, whatever the cache holds.
         monkeypatch.setattr(run, "continuations", lambda *_: "not asked for")
         forced = bool(changes.pop("forced", True))
         suite = suite_of(settings.model_copy(update=changes))
         report = run.run_suite(
-            models.opened_models(outputs[bits], reference), suite, forced=forced, cache=cache
+            models.opened_models(outputs[bits], reference, opened=open_counted),
+            suite,
+            forced=forced,
+            cache=cache,
         ).report
         of_reference = {name.split()[1] for name in reads if name.startswith("reference ")}
         return json.dumps(report.to_json()), of_reference

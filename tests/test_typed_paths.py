@@ -111,7 +111,7 @@ def test_every_command_expands_its_paths(home, command):
     def complaint(path: str) -> str:
         return complaint_of(*(part.format(path) for part in command))
 
-    assert complaint("~/nothing") == f"{home}/nothing: no such directory"
+    assert complaint("~/nothing").partition(";")[0] == f"{home}/nothing: no such directory"
     assert complaint("$NOWHERE/x") == "$NOWHERE/x: the environment variable NOWHERE is not set"
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -25,7 +24,6 @@ from torch import Tensor
 
 import grokquant
 from grokquant.methods import two_sided
-from grokquant.methods.gptq import round_gptq
 
 WINDOWS = {"samples": 128, "length": 256}
 TEST_WINDOWS = {"samples": 96, "length": 256}
@@ -54,10 +52,6 @@ def stays(S: Tensor, _: object) -> Tensor:
     return S.zero_()
 
 
-def rows_apart(W: Tensor, feedback: Any, metric: Tensor, scheme: Any, rule: Any) -> Any:
-    return round_gptq(W, feedback, scheme, rule).quantized
-
-
 PARTS = {
     BASE: Part({"method": "gptq"}),
     "two-sided": Part(),
@@ -73,7 +67,6 @@ PARTS = {
             "metric_of_inner": outputs_alike(two_sided.metric_of_inner),
         }
     ),
-    "rows apart in GPTQ": Part(patches={"round_coupled": rows_apart}),
 }
 
 

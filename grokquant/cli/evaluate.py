@@ -120,6 +120,7 @@ def evaluate(
     may also come from another tool, in any supported format, if --output names a directory for the
     reports. An evaluation that is there already is not repeated, and one of something else refused.
     """
+    from grokquant.checkpoint import opener
     from grokquant.evaluation.finished import identity_of
     from grokquant.evaluation.models import opened_models
     from grokquant.evaluation.report import Report
@@ -130,8 +131,11 @@ def evaluate(
     from grokquant.reporting.terminal import LayerProgress
 
     run_on, team = join_team(device)
+    opened = opener()
+    for path in (output, reference):  # a model that is not there is named first
+        opened(path, None)
     reports = _Reports(output, reference, directory, as_json)
-    models = opened_models(output, reference, run_on, dtype, any_reference)
+    models = opened_models(output, reference, run_on, dtype, any_reference, opened)
     chosen = suite_for(output, suite, text, samples, length, task_files, field)
     if suite is None:
         reports.about_text = f"text: {chosen.texts[0].text}, {origin_of_text(output, text)}"

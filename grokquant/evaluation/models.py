@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grokquant.checkpoint import Checkpoint, open_checkpoint
+from grokquant.checkpoint import Checkpoint, Opener, open_checkpoint
 from grokquant.devices import CPU, multiplies_bfloat16
 from grokquant.errors import InputError
 from grokquant.evaluation.report import ComparedModel, UnitRow
@@ -53,6 +53,7 @@ def opened_models(
     device: torch.device = CPU,
     dtype: str = "auto",
     any_reference: bool = False,
+    opened: Opener = open_checkpoint,
 ) -> Models:
     """Opens two models that are to be compared; nothing is loaded yet.
 
@@ -60,8 +61,8 @@ def opened_models(
     `any_reference`, the reference may be another model than the source.
     Raises InputError where the two cannot be compared.
     """
-    own = open_checkpoint(quantized)
-    base = open_checkpoint(reference)
+    own = opened(quantized, None)
+    base = opened(reference, None)
     products = dtype_of_products(base, dtype, device)
     check_comparable(own, base, any_reference)
     note = check_same_model(own, base, any_reference)
