@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from grokquant.cli import main
 from grokquant.errors import InputError
+from grokquant.files.links import refuse_no_place
 from grokquant.recipe import load_recipe
 from grokquant.sources.pickles import read_array, read_headers
 from grokquant.toy.release_writer import write_leaf
@@ -595,6 +596,7 @@ def test_unusable_text(place, quantized, tiny_release, kind):
     assert complaint in place.quantizing_fails(f"calibration.text={path}")
     message = place.fails("eval", quantized, "--reference", tiny_release, "--text", path)
     assert complaint in message
+    assert message.endswith("only txt; name it by --field") == (kind == "field")
 
 
 # --- where the result goes
@@ -615,6 +617,17 @@ def test_output_below_a_file(place):
     place.out.write_text("x")
     message = place.quantizing_fails(f"output.path={place.out}/below")
     assert "out/below: cannot be written: Not a directory" in message
+
+
+@pytest.mark.parametrize("end", ["../out", "below/../../out", ".."])
+def test_output_by_way_of_no_directory(place, end):
+    """The system looks up `new` before `..`, so that a result could not take this name."""
+    typed = f"{place.root}/new/{end}"
+    message = place.quantizing_fails(f"output.path={typed}")
+    assert message.startswith(f"{typed}: {place.root}/new")
+    assert message.endswith(f" is no directory; write {Path(typed).resolve()} if you mean that")
+    (place.root / "new" / "below").mkdir(parents=True)
+    refuse_no_place(Path(typed))
 
 
 def test_output_is_the_source(hf):

@@ -555,6 +555,12 @@ def test_eval_writes_into_no_model_but_results(output, tiny_release, tmp_path):
         assert sorted(path.name for path in source.iterdir()) == before
         return result.stderr.removeprefix("grokquant: ").rstrip()
 
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {path: toy}\n")
+    assert refused(recipe, "--reference", "toy") == (
+        f"{recipe}: is a file, expected the directory of a checkpoint; of a recipe, give the "
+        "output.path that `grokquant quantize` has written"
+    )
     assert refused(source, "--reference", output) == (
         f"{source}: is not a result of grokquant, but {output} is; the result comes first: "
         f"grokquant eval {output} --reference {source}"

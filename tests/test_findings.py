@@ -61,12 +61,16 @@ def test_a_matrix_of_which_nothing_is_left_has_one_line():
     )
 
 
-def test_a_type_in_place_of_another_is_named_everywhere(saved, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    ("grid", "instead"), [("q4_k", "IQ4_NL"), ("q5_k", "Q8_0"), ("q6_k", "Q8_0"), ("q8_0", None)]
+)
+def test_a_type_in_place_of_another_is_named_everywhere(saved, tmp_path, grid, instead):  # noqa: F811
     """All experts have 64 or 96 input features: no matrix is of the type that names the result."""
-    recipe = recipe_for(saved("mixtral")[1], grid="q4_k", output=tmp_path / "mixtral-q4_k")
+    recipe = recipe_for(saved("mixtral")[1], grid=grid, output=tmp_path / f"mixtral-{grid}")
     plan = build_plan(recipe)
     lines = [line for line in plan.notes if "K types" in line]
-    assert len(lines) == 2 and all(line.endswith("do not divide: IQ4_NL") for line in lines)
+    assert len(lines) == (2 if instead else 0)
+    assert all(line.endswith(f"do not divide: {instead}") for line in lines)
     report = report_of_plan(plan, Record([], [], (), {}))
     assert report["findings"] == lines
     assert "\n".join(f"* {line}" for line in lines) in model_card(plan, [])

@@ -14,6 +14,11 @@ from grokquant.reporting.signs_of_life import SignsOfLife, silence
 if TYPE_CHECKING:
     import torch
 
+# By option: what errors say of its key, and what a command that has the option says instead.
+_KEYS_IN_WORDS = {
+    "--field": ("by the key field", "by --field"),
+    "--output": ("another output.path", "another --output"),
+}
 _TEAM = "grokquant.team"  # the key of the team of a command in click's contexts
 
 
@@ -66,8 +71,8 @@ class Command(click.Command):
         for option in self._options():
             if option.is_flag:
                 text = text.replace(f"{option.name}=True", option.opts[0])
-            elif option.opts[0] == "--output":
-                text = text.replace("another output.path", "another --output")
+            elif words := _KEYS_IN_WORDS.get(option.opts[0]):
+                text = text.replace(*words)
         return text + self.less_memory if isinstance(error, OutOfMemory) else text
 
     def _option(self, key: str | None) -> str | None:

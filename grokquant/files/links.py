@@ -34,14 +34,18 @@ def refuse_link_out(path: Path, directory: Path) -> None:
 
 
 def refuse_no_place(path: Path) -> None:
-    """Raises InputError where a new directory can never be at `path`: the root, or a loop of
-    links."""
+    """Raises InputError where a new directory can never be at `path`: the root, a loop of links, or
+    `x/../y` without a directory x, which the system looks up first."""
     try:
-        name = path.resolve().name
+        meant = path.resolve()
     except RuntimeError:  # where Python 3.13 lets creating the directory fail
         raise InputError(f"{path}: is a loop of links; choose another directory") from None
-    if not name:
+    if not meant.name:
         raise InputError(f"{path}: is the root of all files; choose a new directory")
+    passed = [parent for parent in (path, *path.parents) if parent.name == ".."]
+    missing = [up.parent for up in passed if not up.is_dir()]
+    if missing:
+        raise InputError(f"{path}: {missing[-1]} is no directory; write {meant} if you mean that")
 
 
 def _places(directory: Path) -> Iterator[Path]:

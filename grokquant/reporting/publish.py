@@ -6,6 +6,7 @@ from warnings import warn
 
 from grokquant.errors import InputError
 from grokquant.evaluation.report import Report
+from grokquant.files.unfinished import RECIPE_SUFFIXES, check_directory
 from grokquant.job.card import fill_evaluation
 from grokquant.job.seal import seal_evaluation
 from grokquant.job.shards import CARD_NAME, is_result
@@ -20,6 +21,8 @@ def place_of_reports(output: Path, reference: Path) -> Path:
     Raises InputError where `output` is not a result of grokquant, but perhaps the model that the
     arguments should have named second: then another directory must be named.
     """
+    if output.is_file() and output.suffix.lower() in RECIPE_SUFFIXES:  # no place would help
+        check_directory(output)
     if is_result(output):
         if not reference.is_dir() or not output.samefile(reference):
             return output / "evaluation"
