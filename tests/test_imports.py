@@ -47,6 +47,19 @@ def test_help_version_and_typing_errors_load_nothing_heavy(arguments):
     assert HEAVY & imported_by(COMMAND, *arguments) == set()
 
 
+@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "generate --prompt x"])
+def test_a_model_that_is_not_there_is_refused_before_anything_heavy_is_loaded(command):
+    assert HEAVY & imported_by(COMMAND, *command.split(), "NOSUCH") == set()
+
+
+def test_a_rule_looks_for_no_source_of_its_class():
+    """pydantic would search all modules for it, which takes half a second of every command."""
+    from grokquant.recipe import Rule
+
+    assert not Rule.model_config["use_attribute_docstrings"]
+    assert Rule.model_fields["bits"].description.startswith("Bits of an integer")
+
+
 def test_importing_us_loads_nothing_heavy():
     assert HEAVY & imported_by("import grokquant") == set()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from grokquant.cli.options import FORMAT, PATH, overrides_option
+from grokquant.cli.options import FORMAT, MODEL, PATH, overrides_option
 from grokquant.cli.printing import say
 from grokquant.errors import InputError
 from grokquant.parallel import ALONE, Team
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from grokquant.job.allocation.allocate import Allocation
     from grokquant.recipe import BudgetRecipe, Recipe
 
-model_argument = click.argument("model", type=PATH, metavar="MODEL|RECIPE")
+model_argument = click.argument("model", type=MODEL, metavar="MODEL|RECIPE")
 _bits = click.option(
     "--bits",
     type=click.Choice(("2", "3", "4", "5", "6", "8")),

@@ -6,12 +6,12 @@ import click
 
 from grokquant import escaping
 from grokquant.cli.group import command
-from grokquant.cli.options import PATH, device_option
+from grokquant.cli.options import MODEL, device_option
 from grokquant.reporting.signs_of_life import SignsOfLife
 
 
 @command(doing="loading the model", less_memory="; set --max-memory")
-@click.argument("path", type=PATH)
+@click.argument("path", type=MODEL)
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option(
     "--tokens",

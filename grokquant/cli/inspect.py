@@ -5,12 +5,12 @@ import sys
 import click
 
 from grokquant.cli.group import command
-from grokquant.cli.options import PATH, json_option
+from grokquant.cli.options import MODEL, PATH, json_option
 from grokquant.cli.printing import print_json, say
 
 
 @command()
-@click.argument("path", type=PATH)
+@click.argument("path", type=MODEL)
 @json_option
 def inspect(path: str, as_json: bool) -> None:
     """Show the contents of a checkpoint.

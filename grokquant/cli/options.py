@@ -1,10 +1,20 @@
 """Arguments and options that several commands have."""
 
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
+from grokquant import parallel
 from grokquant.errors import InputError
+from grokquant.files.published import is_repository
+from grokquant.files.unfinished import check_directory
+from grokquant.toy import TOY
+
+# Files that mean a recipe or a model; what reads them says more of one that is missing.
+_MODEL_FILES = (".yaml", ".yml", ".json", ".gguf")
 
 
 class _Path(click.ParamType):
@@ -19,6 +29,19 @@ class _Path(click.ParamType):
             return expanded(value)
         except ValueError as error:
             raise InputError(str(error)) from None
+
+
+class _Model(_Path):
+    """A path of a model or recipe. One of nothing is refused before torch takes seconds to load,
+    but for processes of torchrun, one of which tells it for all."""
+
+    def convert(self, value: str, *context: object) -> str:
+        typed = super().convert(value, *context)
+        is_named = typed == TOY or is_repository(typed) or typed.lower().endswith(_MODEL_FILES)
+        if not (is_named or parallel.is_shared() or os.path.lexists(typed)):
+            with suppress(OSError):  # such as for a name that is too long; opening it says more
+                check_directory(Path(typed))
+        return typed
 
 
 class _Format(click.Choice):
@@ -40,6 +63,7 @@ class _Format(click.Choice):
 
 
 PATH = _Path()
+MODEL = _Model()
 # The formats of `recipe/schema.py`, repeated here so that --help does not import pydantic.
 FORMATS = ("compressed-tensors", "gptq", "bitsandbytes", "gguf", "bf16")
 FORMAT = _Format()

@@ -347,7 +347,13 @@ if TYPE_CHECKING:
     class Rule(_Rule): ...
 else:
     Rule = create_model(
-        "Rule", __base__=_Rule, __doc__=_Rule.__doc__, __module__=__name__, **_fields_of_methods()
+        "Rule",
+        __base__=_Rule,
+        __doc__=_Rule.__doc__,
+        __module__=__name__,
+        # It has no source that pydantic would find: looking for one takes half a second.
+        __cls_kwargs__={"use_attribute_docstrings": False},
+        **_fields_of_methods(),
     )
 
 
