@@ -633,6 +633,7 @@ def test_output_by_way_of_no_directory(place, end):
 def test_output_is_the_source(hf):
     """An output of ours may be replaced, but not by what is made from it."""
     change = "quantize=[{match: '*.experts.*', method: rtn, bits: 4, group: 32}]"
+    (hf.root / "other").mkdir()
     for output in (hf.source, hf.root / "other" / ".." / "source"):
         message = hf.quantizing_fails(f"output.path={output}", change)
         assert "holds the model itself" in message
