@@ -10,11 +10,11 @@ import click
 from grokquant import parallel
 from grokquant.errors import InputError
 from grokquant.files.published import is_repository
-from grokquant.files.unfinished import check_directory
+from grokquant.files.unfinished import RECIPE_SUFFIXES, check_directory
 from grokquant.toy import TOY
 
 # Files that mean a recipe or a model; what reads them says more of one that is missing.
-_MODEL_FILES = (".yaml", ".yml", ".json", ".gguf")
+_MODEL_FILES = (*RECIPE_SUFFIXES, ".json", ".gguf")
 
 
 class _Path(click.ParamType):

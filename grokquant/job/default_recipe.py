@@ -22,6 +22,7 @@ from grokquant.families.derived import DerivedFamily
 from grokquant.families.tokenizer import has_tokenizer
 from grokquant.files.published import published_path
 from grokquant.files.typed_paths import expanded
+from grokquant.files.unfinished import RECIPE_SUFFIXES
 from grokquant.formats import FORMATS
 from grokquant.grids import GRIDS, Scheme
 from grokquant.job.budget.memory import total_bytes
@@ -67,7 +68,6 @@ _BESIDE_K = ("iq4_nl", "q8_0")
 # Formats of which readers take only one grid for the whole model.
 _ONE_GRID = ("gptq", "bitsandbytes")
 _AS_IT_IS: dict[str, Any] = {"method": "unquantized"}
-_RECIPE_SUFFIXES = (".yaml", ".yml", ".json")
 
 Values = dict[str, Any]
 # (what is aimed at, bits that all matrices have at the source or None, whether text can be read)
@@ -112,7 +112,7 @@ GOALS = {
 def is_recipe(path: str | Path) -> bool:
     """Whether `path` is meant as the file of a recipe, not as a model."""
     path = Path(path)
-    if path.suffix.lower() in _RECIPE_SUFFIXES:
+    if path.suffix.lower() in (*RECIPE_SUFFIXES, ".json"):
         return not path.is_dir()
     return path.is_file() and path.suffix not in (*WEIGHT_SUFFIXES, *PICKLES)
 

@@ -319,7 +319,7 @@ class LayerQuantizer:
         row = torch.arange(len(every_X)) // self.inputs.shape[1]
         sites = []
         for part in _kept_and_held_out(row):
-            aim = Aim(weights[part] / alone(weights[part].mean))
+            aim = Aim(normalized(weights[part]))
             if is_last:
                 aim = replace(aim, outputs=partial(every_goal.__getitem__, part))
             else:

@@ -137,7 +137,7 @@ class Plan:
         checkpoint = self.checkpoint
         asked: dict[int, set[str]] = defaultdict(set)
         for unit in self.units.values():
-            if unit.expert is None and METHODS[unit.method].needs is Needs.REFERENCE:
+            if unit.expert is None and _aims(unit):
                 asked[unit.layer].add(unit.tensor)
         names = {i: checkpoint.family.lone_expert(checkpoint.config, i).values() for i in asked}
         return {i: frozenset(names[i]) for i in asked if not asked[i].isdisjoint(names[i])}
@@ -159,15 +159,14 @@ class Plan:
     def takes_turns(self, layer: int) -> bool:
         """Whether the experts of a layer are rounded towards what their sum is in the original, so
         that each needs what those before it give."""
-        aimed = filter(self.adds_to_sum, self.units_of(layer))
-        return Needs.REFERENCE in {METHODS[unit.method].needs for unit in aimed}
+        return any(map(_aims, filter(self.adds_to_sum, self.units_of(layer))))
 
     def aims_alone(self, unit: Unit) -> bool:
         """Whether a matrix of attention or of a shared expert is rounded so."""
+        if unit.expert is not None or not _aims(unit):
+            return False
         checkpoint = self.checkpoint
-        aims = METHODS[unit.method].needs is Needs.REFERENCE and unit.expert is None
-        family = checkpoint.family
-        return aims and family.takes_aim(checkpoint.config, unit.layer, unit.part)
+        return checkpoint.family.takes_aim(checkpoint.config, unit.layer, unit.part)
 
     def differentiated(self, layer: int) -> dict[str, list[Unit]]:
         """The matrices of a layer by whose outputs the original runs backward, by what they read,
@@ -368,12 +367,16 @@ def plan_of(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
     return plan
 
 
+def _aims(unit: Unit) -> bool:
+    """Whether its method rounds towards what the original model gives."""
+    return METHODS[unit.method].needs is Needs.REFERENCE
+
+
 def _rounded_as_gptq(plan: Plan) -> Iterator[str]:
     """A line about matrices outside the experts whose method should aim and cannot."""
     parts: dict[str, list[str]] = defaultdict(list)
     for unit in plan.units.values():
-        aims = METHODS[unit.method].needs is Needs.REFERENCE
-        if unit.expert is None and aims and not plan.has_aim(unit):
+        if unit.expert is None and _aims(unit) and not plan.has_aim(unit):
             parts[unit.method].append(unit.part)
     for method, names in parts.items():
         listed = ", ".join(dict.fromkeys(names))

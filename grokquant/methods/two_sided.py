@@ -161,14 +161,10 @@ class TwoSidedLayer(LayerRounding):
         if parts.get(unit.tensor) == "down":
             M = self._metric(unit, len(W))
             return self._round_last(unit, W.float(), M, site, site.aim)
-        in_expert = unit.tensor in parts
-        make = (
-            partial(self._round_inner, unit, expert)
-            if in_expert
-            else partial(self._round_apart, unit)
-        )
-        if unit.name not in self._rounded:
-            self._rounded = make(site, site.aim)
+        if unit.name not in self._rounded and unit.tensor in parts:
+            self._rounded = self._round_inner(unit, expert, site, site.aim)
+        elif unit.name not in self._rounded:
+            self._rounded = self._round_apart(unit, site, site.aim)
         return self._rounded.pop(unit.name)
 
     def _metric(self, unit: Unit, hidden: int) -> Tensor:

@@ -323,6 +323,13 @@ class _Floats:
             later = self.builder.add(chunk, chunk.type(_AHEAD // (self.lines * _LINE)))
             self.codes.prefetch(block, later, chunk.type(line * _LINE))
 
+    def _loaded(
+        self, kind: ir.Type, block: ir.Value, chunk: ir.Value, step: int, count: int
+    ) -> list[ir.Value]:
+        """Vectors of a chunk, `step` codes apart."""
+        places = range(0, count * step, step)
+        return [self.codes.load(kind, block, chunk, chunk.type(place)) for place in places]
+
     def pair(self, held: Any, pair: int) -> Any:
         """The codes of two columns, or what a table has for them."""
         return [self._looked_up(held, 4 * pair + 16 * half) for half in range(2)]
@@ -341,10 +348,7 @@ class _FloatsOfBytes(_Floats):
     lines = 2
 
     def chunk(self, block: ir.Value, chunk: ir.Value) -> list[ir.Value]:
-        return [
-            self.codes.load(SHORTS, block, chunk, chunk.type(pair * 2 * LANES))
-            for pair in range(PAIRS)
-        ]
+        return self._loaded(SHORTS, block, chunk, 2 * LANES, PAIRS)
 
     def pair(self, held: list[ir.Value], pair: int) -> list[ir.Value]:
         byte = filled(SHORTS, 8)
@@ -374,10 +378,7 @@ class _BFloatsOfBytes(_FloatsOfBytes):
     """One vector of bfloat16 for both columns, which are beside each other already."""
 
     def chunk(self, block: ir.Value, chunk: ir.Value) -> list[ir.Value]:
-        return [
-            self.codes.load(BYTES, block, chunk, chunk.type(half * LANES))
-            for half in range(2 * PAIRS)
-        ]
+        return self._loaded(BYTES, block, chunk, LANES, 2 * PAIRS)
 
     def pair(self, held: list[ir.Value], pair: int) -> ir.Value:
         halves = held[2 * pair : 2 * pair + 2]
@@ -390,10 +391,7 @@ class _Dense(_Floats):
     lines = 0
 
     def chunk(self, block: ir.Value, chunk: ir.Value) -> list[ir.Value]:
-        return [
-            self.codes.load(BFLOATS, block, chunk, chunk.type(pair * 2 * LANES))
-            for pair in range(PAIRS)
-        ]
+        return self._loaded(BFLOATS, block, chunk, 2 * LANES, PAIRS)
 
     def pair(self, held: list[ir.Value], pair: int) -> ir.Value:
         return held[pair]
