@@ -49,6 +49,15 @@ class Site:
         prior = f"{self.prior.tokens:.0f}"
         return f"{self.tokens} tokens, blended with all tokens as a prior of {prior}"
 
+    def take_aim(self, aims: list[Aim], inputs: list[Inputs]) -> None:
+        """Sets the aim of its own tokens, and a second one for tokens that are held out.
+
+        `inputs` are those of either; what is held out is a site of its own.
+        """
+        self.aim = aims[0]
+        for aim, held_out in zip(aims[1:], inputs[1:], strict=True):
+            self.held_out = Site(len(aim.weights), self.features, held_out, aim=aim)
+
     def hessian(self, block: int | None, weighted: bool = False) -> list[Tensor]:
         """The diagonal blocks of the Hessian, of `block` columns each; None makes one of all.
 

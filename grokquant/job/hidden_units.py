@@ -28,6 +28,7 @@ class HiddenUnits:
     def __init__(
         self, model: BlockwiseModel, make: Expert, features: int, routed: Routed, kept: int
     ) -> None:
+        self.features = features
         self._model = model
         self._make = make
         self._x = routed.x

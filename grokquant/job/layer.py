@@ -2,20 +2,18 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import replace
-from functools import cache, partial
 from time import perf_counter
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grokquant.calibration.hessian import Hessian, accumulate
-from grokquant.calibration.site import BuildHessian, Inputs, Prior, Site
-from grokquant.job.attention import LAST, missing_of_attention
+from grokquant.calibration.site import Site
+from grokquant.job.attention import Attention
 from grokquant.job.division import Division
+from grokquant.job.experts import ExpertSites, LayerExperts
 from grokquant.job.hidden_units import HiddenUnits, kept_tokens
-from grokquant.job.mixture import Mixture, Original, inverse_squares, normalized
+from grokquant.job.mixture import Mixture, Original
 from grokquant.job.plan import Plan
 from grokquant.job.read_ahead import ReadAhead
 from grokquant.job.unit import report_of, round_unit
@@ -25,28 +23,12 @@ from grokquant.methods import METHODS
 from grokquant.methods.method import Aim, UnusableHessian, errors_of
 from grokquant.methods.refit import refit
 from grokquant.parallel import ALONE, Ask
-from grokquant.recipe import ExpertsSection
 from grokquant.streaming.blocks import BlockwiseModel, Combine, Outputs, Routed
 from grokquant.streaming.gradients import Metrics
-from grokquant.threads import alone
 from grokquant.types import QTensor, Unit, UnitReport
-
-# Weight of the Hessian of all tokens in that of a starved expert, in tokens per input feature.
-_PRIOR_TOKENS_PER_FEATURE = 0.1
-# An expert with fewer routed tokens per input feature than this counts as starved.
-_BLEND_TOKENS_PER_FEATURE = 4
-# One row of tokens in so many is held out of the rounding of experts that have an aim.
-_HELD_OUT = 8
-
 
 Emit = Callable[[Unit, QTensor, UnitReport], None]
 Committed = Callable[[Unit], QTensor | None]
-
-
-def is_starved(limits: ExpertsSection, tokens: int, features: int) -> bool:
-    """Whether a Hessian of `tokens` over `features` must be blended with that of all tokens."""
-    floor = limits.blend_tokens
-    return tokens < (_BLEND_TOKENS_PER_FEATURE * features if floor is None else floor)
 
 
 class LayerQuantizer:
@@ -83,18 +65,15 @@ class LayerQuantizer:
         self.tokens_per_expert: list[int] = []
         self.revised: dict[str, Tensor] = {}
         self.units: Sequence[Unit] = plan.units_of(index)
-        self._is_dense = index in plan.lone_experts
-        if self._is_dense:
+        self._experts = LayerExperts(plan, model, index)
+        if self._experts.is_dense:
             model.take_as_expert(index)
+        self._attention = Attention(self.division, model, index)
         methods = {unit.method for unit in self.units}
         self._rounding = {name: METHODS[name].begin_layer(self) for name in methods}
         self.revises = any(METHODS[name].revises for name in methods)
         self._held: dict[str, tuple[QTensor, UnitReport]] = {}
-        self._everyone: dict[int | None, Hessian] = {}
-        self._all_inputs: Tensor | None = None  # of the experts, where some of them need it
         self._original: Original | None = None
-        # The inputs [tokens, in] of sites of attention in the original, by what they read.
-        self._given: dict[str, Tensor] = {}
         tensors = plan.checkpoint.source.tensors
         self._reading = ReadAhead([tensors[unit.tensor] for unit in self._own_experts()])
 
@@ -125,7 +104,7 @@ class LayerQuantizer:
         return self.plan.checkpoint.source.tensors[tensor].load_on(self.model.device)
 
     def expert_tensors(self, expert: int) -> Mapping[str, str]:
-        return self.model.expert_tensors(self.index, expert)
+        return self._experts.tensors(expert)
 
     @property
     def mixture_gain(self) -> Tensor | None:
@@ -149,11 +128,7 @@ class LayerQuantizer:
         if hidden is None:
             return None
         self.reference_inputs = hidden
-        self._given = {
-            units[0].reads: self.model.inputs_of(self.index, units[0].tensor, hidden)
-            for units in self.plan.sites_outside_experts(self.index)
-            if any(map(self.plan.aims_alone, units))
-        }
+        self._attention.record(hidden)
         before: list[Tensor] = []
         has_aim = self.plan.takes_turns(self.index)
         keep = before.append if has_aim else None
@@ -183,7 +158,7 @@ class LayerQuantizer:
         self._refit_attention(hidden)
         self._quantize_outside_experts(hidden)
         if not self.revises:
-            self._given.clear()
+            self._attention.forget()
         self._refit_router(hidden)
         if not self.model.family.runs_experts:
             self._quantize_experts_at_once()
@@ -233,14 +208,15 @@ class LayerQuantizer:
 
     def _count(self, x: Tensor, experts: Tensor) -> None:
         """Notes the tokens of each expert [tokens, k], and the inputs of all for those of few."""
-        if self._is_dense:
+        if self._experts.is_dense:
             return
         team = self.division.team
         owners = self.division.owners(self.index)
         counts = team.total(experts.flatten().bincount(minlength=len(owners)))
         self.tokens_per_expert = counts.tolist()
-        starved = {owners[e] for e, n in enumerate(self.tokens_per_expert) if self._blends(e, n)}
-        self._all_inputs = team.gather(x, starved)
+        numbered = enumerate(self.tokens_per_expert)
+        starved = {owners[e] for e, tokens in numbered if self._experts.blends(e, tokens)}
+        self._experts.all_inputs = team.gather(x, starved)
 
     def _refit_attention(self, hidden: Tensor) -> None:
         if names := self.plan.refitted_attention(self.index):
@@ -273,8 +249,8 @@ class LayerQuantizer:
     ) -> dict[str, Tensor]:
         """Those matrices, from the inputs [tokens, in] of all rows."""
         assert before is not None and inputs is not None
-        aim = Aim(torch.ones(len(inputs)), reference=self._inputs(before))
-        site = Site(len(inputs), inputs.shape[1], self._inputs(inputs), aim=aim)
+        aim = Aim(torch.ones(len(inputs)), reference=self.model.reader_of(before))
+        site = Site(len(inputs), inputs.shape[1], self.model.reader_of(inputs), aim=aim)
         matrices = [self.original(name) for name in names]
         with suppress(UnusableHessian):  # states are not finite; the run stops after this layer
             matrices = refit(matrices, site)
@@ -296,39 +272,12 @@ class LayerQuantizer:
 
     def _site_outside_experts(self, X: Tensor, unit: Unit, hidden: Tensor) -> Site | None:
         """The site with all inputs of a unit, where that is made."""
-        if unit.reads in self._given:
-            return self._site_of_attention(X, unit, hidden)
+        if self._attention.has_aim(unit):
+            return self._attention.site(X, unit, hidden)
         everything = self.division.team.gather(X, {self.division.maker_of(unit)})
         if everything is None:
             return None
-        return Site(len(everything), everything.shape[1], self._inputs(everything))
-
-    def _site_of_attention(self, X: Tensor, unit: Unit, hidden: Tensor) -> Site | None:
-        """The site of a matrix of attention, and what its outputs should be, where it is made."""
-        goal, rms = self._given[unit.reads], torch.ones(len(X))
-        is_last = unit.part == LAST
-        if is_last:
-            states = self.reference_inputs, hidden
-            goal, rms = missing_of_attention(self.model, self.index, goal, *states)
-        makers = {self.division.maker_of(unit)}
-        gathered = [self.division.team.gather(t, makers) for t in (X, goal, rms.unsqueeze(1))]
-        if any(t is None for t in gathered):
-            return None
-        every_X, every_goal, every_rms = (t for t in gathered if t is not None)
-        weights = alone(lambda: inverse_squares(every_rms.squeeze(1)))
-        row = torch.arange(len(every_X)) // self.inputs.shape[1]
-        sites = []
-        for part in _kept_and_held_out(row):
-            aim = Aim(normalized(weights[part]))
-            if is_last:
-                aim = replace(aim, outputs=partial(every_goal.__getitem__, part))
-            else:
-                aim = replace(aim, reference=self._inputs(every_goal, part))
-            inputs = self._inputs(every_X, part)
-            sites.append(Site(len(part), every_X.shape[1], inputs, aim=aim))
-        own, *held_out = sites
-        own.held_out = held_out[0] if held_out else None
-        return own
+        return Site(len(everything), everything.shape[1], self.model.reader_of(everything))
 
     def _made_by_its_maker(self, unit: Unit, site: Site | None) -> QTensor:
         made = self._round(unit, site) if self.division.is_made_here(unit) else None
@@ -343,156 +292,27 @@ class LayerQuantizer:
 
     def _make_expert(self, expert: int, given: Routed, ask: Ask | None = None) -> Outputs:
         """Quantizes gate and up on one site, then down on the hidden units that they make."""
-        x = given.x
-        token = given.token
-        parts = self._parts(given)
-        to_inner, to_down = self._aims(expert, given, parts, ask)
-        routed = [self._inputs(x, token[part]) for part in parts]
-        everyone = self._everyones_hessian
-        first = self._first_part
-        site = self._site(expert, first, routed, len(token), x.shape[1], everyone, to_inner)
-        W_gate = self._expert_weight(expert, "gate", site) if first == "gate" else None
+        sites = ExpertSites(self._experts, expert, given, ask)
+        site = sites.of_inputs()
+        has_gate = self._experts.first_part == "gate"
+        W_gate = self._expert_weight(expert, "gate", site) if has_gate else None
         W_up = self._expert_weight(expert, "up", site)
         del site  # with the factors of its Hessian
         make = self.model.hidden_units(self.index, expert, W_gate, W_up)
-        features = len(W_up)
-        units = HiddenUnits(self.model, make, features, given, kept_tokens(self.plan))
-
-        def everyones(block: int | None) -> Hessian:
-            inputs = (self.model.by_rows(make, x) for x in self._everyones_inputs())
-            return accumulate(inputs, features, block)
-
-        inner: list[Inputs] = [partial(units.inputs, part) for part in parts]
-        site = self._site(expert, "down", inner, len(token), features, everyones, to_down)
+        units = HiddenUnits(self.model, make, len(W_up), given, kept_tokens(self.plan))
+        site = sites.of_hidden_units(units, make)
         W_down = self._expert_weight(expert, "down", site)
-        for aim in to_down:
-            assert aim.outputs is not None
-            aim.outputs()  # an expert has its turn even where its rounding did not ask
+        sites.take_turn()
         bias = self.model.expert_bias(self.index, expert, "down")
         return lambda part: F.linear(units.of(part), W_down, bias)
 
-    def _parts(self, routed: Routed) -> list[Tensor]:
-        """The places among the tokens of an expert that its rounding sees, and those held out.
-        Without an aim all in one."""
-        if routed.guide is None:
-            return [torch.arange(len(routed.token))]
-        return _kept_and_held_out(routed.guide.row)
-
-    def _aims(
-        self, expert: int, routed: Routed, parts: list[Tensor], ask: Ask | None
-    ) -> tuple[list[Aim], list[Aim]]:
-        """What gate and up, and what down of an expert should give, for each part of its tokens;
-        nothing without an aim."""
-        guide = routed.guide
-        if guide is None or ask is None:
-            return [], []
-        expert_as_stored = self.model.stored_expert(self.index, expert)
-        stored = [self.model.by_rows(expert_as_stored, routed.x[routed.token]).cpu()]
-        del expert_as_stored
-        bias = self.model.expert_bias(self.index, expert, "down")
-
-        @cache
-        def outputs() -> list[Tensor]:
-            wanted = ask(stored.pop())  # which are not needed any more
-            if bias is not None:
-                wanted -= bias.float().cpu()
-            return [wanted[part] for part in parts]
-
-        def of_part(number: int) -> Tensor:
-            return outputs()[number]
-
-        weights = normalized(guide.weight)
-        to_inner = [
-            Aim(weights[part], reference=self._inputs(guide.inputs, routed.token[part]))
-            for part in parts
-        ]
-        to_down = [
-            Aim(weights[part], outputs=partial(of_part, number))
-            for number, part in enumerate(parts)
-        ]
-        return to_inner, to_down
-
-    def _inputs(self, x: Tensor, token: Tensor | None = None) -> Inputs:
-        """The rows `token` of x (default: all), some at a time on the model's device."""
-        device = self.model.device
-        if token is None:
-            return lambda: (part.to(device) for part in self.model.inputs_at_once(x))
-        return lambda: (x[part].to(device) for part in self.model.inputs_at_once(token))
-
-    def _everyones_inputs(self) -> Iterator[Tensor]:
-        """The inputs of all experts, for all tokens."""
-        assert self._all_inputs is not None
-        return self._inputs(self._all_inputs)()
-
-    def _everyones_hessian(self, block: int | None) -> Hessian:
-        """The Hessian of all tokens, computed when the first expert of the layer is starved."""
-        if block not in self._everyone:
-            features = self._features(0, self._first_part)
-            self._everyone[block] = accumulate(self._everyones_inputs(), features, block)
-        return self._everyone[block]
-
-    def _blends(self, expert: int, tokens: int) -> bool:
-        """Whether a Hessian of an expert is blended with that of all tokens."""
-        limits = self.plan.recipe.experts
-        sites = (self._first_part, "down")
-        spans = [self._span(expert, part, self._features(expert, part)) for part in sites]
-        units = filter(None, (self._unit(expert, part) for part in self.expert_tensors(expert)))
-        needed = any(METHODS[unit.method].needs_site for unit in units)
-        starved = any(is_starved(limits, tokens, span) for span in spans)
-        return needed and starved and tokens >= limits.min_tokens
-
-    @property
-    def _first_part(self) -> str:
-        """The first matrix of an expert: some have no gate."""
-        return "gate" if "gate" in self.expert_tensors(0) else "up"
-
-    def _features(self, expert: int, part: str) -> int:
-        return self.plan.checkpoint.source.tensors[self._tensor(expert, part)].shape[1]
-
-    def _site(
-        self,
-        expert: int,
-        part: str,
-        inputs: list[Inputs],
-        tokens: int,
-        features: int,
-        everyone: BuildHessian,
-        aims: list[Aim],
-    ) -> Site:
-        """The site that `part` of an expert reads, with a prior if it has too few tokens."""
-        limits = self.plan.recipe.experts
-        own = inputs[0]
-        if tokens < limits.min_tokens and not self._is_dense:
-            reason = f"{tokens} tokens, fewer than experts.min_tokens = {limits.min_tokens}"
-            return Site(tokens, features, own, refusal=reason)
-        site = Site(tokens, features, own)
-        span = self._span(expert, part, features)
-        if is_starved(limits, tokens, span) and not self._is_dense:
-            site.prior = Prior(everyone, _PRIOR_TOKENS_PER_FEATURE * span)
-        if aims:
-            site.aim = aims[0]
-        if len(aims) > 1:
-            site.held_out = Site(len(aims[1].weights), features, inputs[1], aim=aims[1])
-        return site
-
-    def _span(self, expert: int, part: str, features: int) -> int:
-        """The number of input features that share one block of the Hessian."""
-        unit = self._unit(expert, part)
-        return METHODS[unit.method].block_columns(features, unit.settings) if unit else features
-
     def _expert_weight(self, expert: int, part: str, site: Site) -> Tensor:
         """The matrix for the rest of the layer: quantized if planned, else unchanged."""
-        unit = self._unit(expert, part)
+        unit = self._experts.unit(expert, part)
         if unit is None:
-            return self.model.expert_weight(self._tensor(expert, part))
+            return self.model.expert_weight(self._experts.tensors(expert)[part])
         quantized = self._known(unit) or self._round(unit, site)
         return quantized.dequantize().to(self.model.dtype)
-
-    def _unit(self, expert: int, part: str) -> Unit | None:
-        return self.plan.unit_of_tensor.get(self._tensor(expert, part))
-
-    def _tensor(self, expert: int, part: str) -> str:
-        return self.expert_tensors(expert)[part]
 
     def _known(self, unit: Unit) -> QTensor | None:
         """The unit if it is rounded: in this run of a held layer, or by an earlier run.
@@ -537,12 +357,3 @@ class LayerQuantizer:
             if unit.name in self._held and self.committed(unit) is None:
                 self.emit(unit, *self._held[unit.name])
         self._held.clear()
-
-
-def _kept_and_held_out(row: Tensor) -> list[Tensor]:
-    """Places among tokens of these rows, those of every eighth row apart; all in one if one were
-    empty."""
-    is_held_out = row % _HELD_OUT == _HELD_OUT - 1
-    if is_held_out.all() or not is_held_out.any():
-        return [torch.arange(len(row))]
-    return [torch.where(~is_held_out)[0], torch.where(is_held_out)[0]]

@@ -666,6 +666,12 @@ class BlockwiseModel:
         """Parts of x [tokens, ...], as `by_rows` can take them; none if it is empty."""
         yield from x.split(self._inputs_at_once) if len(x) else ()
 
+    def reader_of(self, x: Tensor, rows: Tensor | None = None) -> Callable[[], Iterator[Tensor]]:
+        """Reads x [tokens, ...], or its `rows` int64, some at a time on the model's device."""
+        if rows is None:
+            return lambda: (part.to(self.device) for part in self.inputs_at_once(x))
+        return lambda: (x[part].to(self.device) for part in self.inputs_at_once(rows))
+
     def by_rows(self, function: Expert, x: Tensor) -> Tensor:
         """What `function` makes of x [tokens, hidden], some rows at a time."""
         return torch.cat(self._each(function, x.split(self._tokens_at_once)))

@@ -17,7 +17,7 @@ from grokquant.job.attention import LAST
 from grokquant.job.budget.memory import FLOAT, hidden_unit_bytes, on_device, peak_step
 from grokquant.job.budget.timing import passes_outside_experts, weights_outside_experts
 from grokquant.job.division import Division
-from grokquant.job.layer import is_starved
+from grokquant.job.experts import is_starved
 from grokquant.job.plan import Plan
 from grokquant.methods import METHODS
 from grokquant.parallel import AT_ONCE, supposed

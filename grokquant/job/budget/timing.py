@@ -19,7 +19,8 @@ from grokquant.errors import InputError
 from grokquant.files import atomic
 from grokquant.files.direct_io import PlacedFile
 from grokquant.job.budget.probe_model import ProbeModel
-from grokquant.job.layer import LayerQuantizer, is_starved
+from grokquant.job.experts import is_starved
+from grokquant.job.layer import LayerQuantizer
 from grokquant.job.plan import Plan
 from grokquant.job.unit import round_without_data
 from grokquant.job.workdir import States
