@@ -37,7 +37,7 @@ CASES = {
     "gptq": ([EXPERTS, GPTQ_ATTENTION], {"shard": "60KB"}),
     # Files with several experts, which several members make, and attention of the source.
     "gptq, large files": ([EXPERTS, ATTENTION], {"shard": "1MB"}),
-    # Experts that take turns, by gradients that the first member makes; attention is fitted.
+    # Experts that take turns, by gradients; attention is fitted.
     "two-sided": ([TWO_SIDED], {"shard": "60KB"}),
     # The same for attention.
     "two-sided, everything": ([TWO_SIDED | {"match": "layers.*"}], {"shard": "60KB"}),

@@ -1,7 +1,8 @@
 """Gradients of the original model, made before the first layer is quantized and kept on disk.
 
     OUT.partial/gradients/
-        layer-N       what the backward pass needs of layer N, until it has come there
+        layer-N-ROW   what the backward pass needs of layer N, until it has come there, for the
+                      rows from ROW on, which one process has
         metric-N      E[g g^T] of layer N: by the sum of its experts and by sites
         record.json   their checksums, once all of them are there
 
@@ -10,18 +11,20 @@ A run that was interrupted before that begins anew; the same rows and seed give 
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
 
 from grokquant.files import atomic
-from grokquant.job.plan import Plan
+from grokquant.job.division import Division
 from grokquant.job.shards import write_tensors
 from grokquant.job.workdir import WorkDirectory
 from grokquant.streaming.gradients import (
     DTYPE,
     DifferentiableModel,
+    Draws,
     Kept,
     Metrics,
     differentiated_rows,
@@ -40,6 +43,7 @@ class GradientFiles:
     def __init__(self, work: WorkDirectory, doing: Doing) -> None:
         self.path = work.path / "gradients"
         self.doing = doing
+        self.first_row = 0  # of this process
 
     @property
     def complete(self) -> bool:
@@ -82,18 +86,22 @@ class GradientFiles:
         return Metrics(found.pop(_METRIC, None), found)
 
     def _layer(self, index: int) -> Path:
-        return self.path / f"layer-{index}"
+        return self.path / f"layer-{index}-{self.first_row}"
 
 
-def make_gradients(plan: Plan, files: GradientFiles, rows: Tensor) -> None:
+def make_gradients(division: Division, files: GradientFiles, rows: Tensor) -> None:
     """Makes the gradients of a run with calibration `rows` [rows, time], unless they are there."""
-    if files.complete:
+    plan, team = division.plan, division.team
+    if team.once(lambda: files.complete):
         return
-    files.begin()
+    team.once(files.begin)
     model = DifferentiableModel(plan.checkpoint, DTYPE, pieces=True)
     for index in plan.lone_experts:
         model.take_as_expert(index)
     some = differentiated_rows(rows)
+    own = team.rows(len(some), model.rows_at_once(some.shape[1]))
+    files.first_row = own.start
+    draws = Draws(plan.recipe.calibration.seed, (len(some), some.shape[1]), own)
     asked = {
         index: {
             reads: [unit.tensor for unit in site]
@@ -101,5 +109,6 @@ def make_gradients(plan: Plan, files: GradientFiles, rows: Tensor) -> None:
         }
         for index in range(plan.checkpoint.num_layers)
     }
-    found = output_gradients(model, some, plan.recipe.calibration.seed, files, asked)
-    files.finish(dict(files.put_metrics(index, metrics) for index, metrics in found))
+    found = output_gradients(model, some[own], draws, files, asked, team, division.owners)
+    sums = team.merge(dict(files.put_metrics(index, metrics) for index, metrics in found))
+    team.once(partial(files.finish, sums))

@@ -440,7 +440,7 @@ def _with_calibration(run: Run, rows: Tensor, first_open: int, last_open: int) -
     gradients = GradientFiles(work, run.progress.doing) if plan.needs_gradients else None
     if gradients:
         with memory_for("gradients"):
-            team.once(partial(make_gradients, plan, gradients, rows))
+            make_gradients(run.division, gradients, rows)
     model = running(plan.checkpoint, CALIBRATION_DTYPE, run.device, pieces=True)
     layers = plan.checkpoint.num_layers
     own = team.rows(len(rows), model.rows_at_once(rows.shape[1]))

@@ -16,9 +16,12 @@ memory: one layer without its experts, and one expert. A layer takes three steps
                                         1. <- dy <-------- dh'
                       x, gates <- 2. <- dy                       one expert after the other
     3. <- dh <------- x, gates <------------------------- dh'
+
+Among several processes, rows of tokens are spread, and experts run where their owners are, as in
+the forward pass; x and dy go there together.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,16 +33,23 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from grokquant.calibration.hessian import accumulate
+from grokquant.parallel import ALONE, Team
 from grokquant.streaming.blocks import (
     CALIBRATION_DTYPE,
     TOKENS_IN_PIECE,
     BlockwiseModel,
+    Combine,
+    Expert,
+    Outputs,
     Place,
 )
 from grokquant.threads import alone, in_pieces, slices
+from grokquant.types import Routed
 
 # Checkpoint names of the matrices of a layer that read the same input, by what they read.
 Sites = Mapping[str, Sequence[str]]
+# The owners of a layer's experts among the members of a team; None if all are here.
+Owners = Callable[[int], Sequence[int] | None]
 # The dtype of the forward and of the backward pass.
 DTYPE = torch.float32
 # t of routers: the margin that an error of logits can close, and what a choice counts.
@@ -82,6 +92,27 @@ class Metrics:
     of_sites: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Numbers in [0, 1), the same for a token whichever process has it: here for rows `own` of
+    those of `shape` [rows, time]."""
+
+    seed: int
+    shape: tuple[int, int]
+    own: slice
+
+    def labels(self) -> Tensor:
+        """Those that labels are drawn by, [own rows, time]."""
+        return self._of(self.seed)
+
+    def choices(self, layer: int) -> Tensor:
+        """Those that the choices of a layer's experts are drawn by, [own rows, time]."""
+        return self._of(self.seed + 1 + layer)
+
+    def _of(self, seed: int) -> Tensor:
+        return torch.rand(self.shape, generator=torch.Generator().manual_seed(seed))[self.own]
+
+
 class Store(Protocol):
     """Where layers are kept between the forward and the backward pass."""
 
@@ -109,35 +140,38 @@ def kept_bytes(tokens: int, hidden: int, sites: Iterable[Sequence[int]] = ()) ->
 def output_gradients(
     model: "DifferentiableModel",
     rows: Tensor,
-    seed: int,
+    draws: Draws,
     store: Store,
     asked: Mapping[int, Sites] | None = None,
+    team: Team = ALONE,
+    owners: Owners = lambda layer: None,
 ) -> Iterator[tuple[int, Metrics]]:
     """Those of each layer that has any, from the last to the first.
 
-    `rows` are token ids [rows, time]; labels are drawn by `seed`. `asked` has sites by layer. If a
-    norm follows the sum of the experts, or attention.o, g is multiplied by the rms of its input,
-    since errors of tokens are weighted by 1 / rms^2.
+    `rows` are the token ids [rows, time] of this process; labels are drawn by `draws`. `asked` has
+    sites by layer. If a norm follows the sum of the experts, or attention.o, g is multiplied by the
+    rms of its input, since errors of tokens are weighted by 1 / rms^2. Experts are where `owners`
+    of a layer are among the members of `team`; what one of them yields, no other does.
     """
     sites = asked or {}
-    hidden = _forward(model, rows, store)
-    gradient = model.label_gradients(hidden, seed)
+    layers = range(len(model.layers))
+    makers = team.assign([1.0] * len(layers))
+    hidden = _forward(model, rows, store, team, owners)
+    gradient = model.label_gradients(hidden, draws)
     del hidden
-    for index in reversed(range(len(model.layers))):
+    for index in reversed(layers):
         model.load_layer(index)
         kept = store.take(index)
-        by = model.back(index, kept, gradient, seed, sites.get(index, {}))
+        own_sites = sites.get(index, {})
+        by = model.back(index, kept, gradient, draws, own_sites, team, owners(index))
         model.free_layer(index)
         gradient = by.inputs
-        if by.sum is None and not by.sites:
-            continue
-        of_sum = None
-        if by.sum is not None:
-            if model.mixture_norm(index):
-                assert kept.outputs is not None
-                _multiply_by_rms(by.sum, kept.outputs)
-            of_sum = _moments(by.sum)
-        yield index, Metrics(of_sum, {reads: _blocks(site) for reads, site in by.sites.items()})
+        if by.sum is not None and model.mixture_norm(index):
+            assert kept.outputs is not None
+            _multiply_by_rms(by.sum, kept.outputs)
+        metrics = _metrics(by, team, makers[index])
+        if metrics is not None:
+            yield index, metrics
 
 
 def block_rows(rows: Sequence[int]) -> int:
@@ -149,23 +183,29 @@ def block_rows(rows: Sequence[int]) -> int:
     return next(size for size in range(min(_BLOCK_ROWS, common), 0, -1) if common % size == 0)
 
 
-def _moments(gradients: Tensor) -> Tensor:
-    return accumulate([gradients], gradients.shape[1]).H
+def _metrics(by: "Gradients", team: Team, maker: int) -> Metrics | None:
+    """Those of a layer, of the gradients that all members have; None where there are none, or where
+    they are not made."""
+    of_sum = None
+    if by.sum is not None and (g := team.gather(by.sum, {maker})) is not None:
+        of_sum = accumulate([g], g.shape[1]).H
+    of_sites = {}
+    for reads, site in by.sites.items():
+        block = block_rows([g.shape[1] for g in site])
+        if (g := team.gather(torch.cat(site, 1), {maker})) is not None:
+            of_sites[reads] = torch.stack(accumulate([g], g.shape[1], block).blocks)
+    return Metrics(of_sum, of_sites) if of_sum is not None or of_sites else None
 
 
-def _blocks(gradients: Sequence[Tensor]) -> Tensor:
-    """Blocks of E[g g^T] by outputs of matrices [tokens, out] of a site."""
-    block = block_rows([g.shape[1] for g in gradients])
-    together = torch.cat(list(gradients), 1)
-    return torch.stack(accumulate([together], together.shape[1], block).blocks)
-
-
-def _forward(model: "DifferentiableModel", rows: Tensor, store: Store) -> Tensor:
+def _forward(
+    model: "DifferentiableModel", rows: Tensor, store: Store, team: Team, owners: Owners
+) -> Tensor:
     """The states after the last layer; the others go to `store`."""
     hidden = model.embed(rows)
     for index in range(len(model.layers)):
         model.load_layer(index)
-        outputs, experts = _layer_forward(model, index, hidden)
+        combine = model.combine_stored(index, team, owners(index))
+        outputs, experts = _layer_forward(model, index, hidden, combine)
         model.free_layer(index)
         store.put(index, Kept(hidden, experts))
         hidden = outputs
@@ -173,10 +213,9 @@ def _forward(model: "DifferentiableModel", rows: Tensor, store: Store) -> Tensor
 
 
 def _layer_forward(
-    model: "DifferentiableModel", index: int, hidden: Tensor
+    model: "DifferentiableModel", index: int, hidden: Tensor, combine: Combine
 ) -> tuple[Tensor, Tensor | None]:
     """The outputs of a layer, and those of its experts if it has any."""
-    combine = model.combine_stored(index)
     sums: list[Tensor] = []
 
     def combine_and_keep(x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
@@ -226,15 +265,16 @@ class _Trace:
 class DifferentiableModel(BlockwiseModel):
     """A checkpoint that also runs backward, block by block."""
 
-    def label_gradients(self, hidden: Tensor, seed: int) -> Tensor:
+    def label_gradients(self, hidden: Tensor, draws: Draws) -> Tensor:
         """The gradient of -log p(label) by the last block's `hidden` [rows, time, hidden], for
         labels drawn from the predictions, one for each token."""
-        draws = torch.rand(hidden.shape[:2], generator=torch.Generator().manual_seed(seed))
+        labels = draws.labels()
 
         def differentiate() -> Tensor:
             # One by one: the taps note their masks, which later serve any number of rows.
-            pairs = zip(hidden.split(1), draws.split(1), strict=True)
-            return torch.cat([self._label_gradients(h, u) for h, u in pairs])
+            rows = [slice(row, row + 1) for row in range(len(hidden))]
+            gradients = [self._label_gradients(hidden[row], labels[row]) for row in rows]
+            return torch.cat([hidden[:0], *gradients])
 
         return alone(differentiate)  # all rows share the last tap
 
@@ -253,11 +293,13 @@ class DifferentiableModel(BlockwiseModel):
         index: int,
         kept: Kept,
         gradient: Tensor,
-        seed: int,
+        draws: Draws,
         sites: Sites | None = None,
+        team: Team = ALONE,
+        owners: Sequence[int] | None = None,
     ) -> Gradients:
         """Gradients in layer `index`; `gradient` is that by its outputs [rows, time, hidden].
-        The choice of experts is drawn by `seed`."""
+        The choice of experts is drawn by `draws`. Experts are where their `owners` are."""
         asked = sites or {}
         with torch.enable_grad():
             if kept.outputs is None:
@@ -265,8 +307,9 @@ class DifferentiableModel(BlockwiseModel):
             trace = _Trace(self._place, kept.outputs)
             self.experts_of(index).exchange = trace
             x, experts, gates, by_outputs = self._by_outputs(index, kept.inputs, gradient, trace)
-            inner = self._through_experts(index, x, experts, gates, by_outputs)
-            self._add_choices(index, x, gates.shape[1], inner[0], seed)
+            routed = x, experts, gates, by_outputs
+            inner = self._through_experts(index, *routed, team, owners)
+            self._add_choices(index, x, gates.shape[1], inner[0], draws.choices(index))
             by = self._by_inputs(index, kept.inputs, gradient, (trace, *inner), asked)
             return Gradients(*by, by_outputs)
 
@@ -281,51 +324,73 @@ class DifferentiableModel(BlockwiseModel):
             (by_y,) = grad(out, y, gradient[part].to(out))
             return tuple(t.detach().cpu() for t in (x, experts, gates, by_y))
 
-        parts = self.each_part(differentiate, inputs)
+        nothing = *self._nothing_recorded([(None, inputs)]), inputs.flatten(0, 1)
+        parts = self.each_part(differentiate, inputs) or [nothing]
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
     def _through_experts(
-        self, index: int, x: Tensor, experts: Tensor, gates: Tensor, by_outputs: Tensor
+        self,
+        index: int,
+        x: Tensor,
+        experts: Tensor,
+        gates: Tensor,
+        by_outputs: Tensor,
+        team: Team,
+        owners: Sequence[int] | None,
     ) -> tuple[Tensor, Tensor]:
         """Gradients by `x` [tokens, hidden] and by `gates` [tokens, k], expert by expert."""
         by_x = torch.zeros_like(x)
         by_gates = torch.zeros_like(gates)
-        for number in range(self.num_experts(index)):
-            token, slot = torch.where(experts == number)
-            expert = self.stored_expert(index, number)
+        both = torch.cat([x, by_outputs], 1)  # [tokens, 2 hidden]
+        places = [torch.where(experts == number) for number in range(self.num_experts(index))]
+        given = [Routed(both, token, gates[token, slot], both[:0]) for token, slot in places]
 
-            def differentiate(part: slice, token=token, slot=slot, expert=expert) -> None:
-                rows, places = token[part], slot[part]
-                X = x[rows].to(self.device).requires_grad_()
-                y = expert(X)
-                by_sum = by_outputs[rows].to(y)
-                (by_X,) = grad(y, X, by_sum * gates[rows, places].to(y).unsqueeze(1))
-                by_x.index_add_(0, rows, by_X.to(by_x))
-                by_gates[rows, places] = (y.detach() * by_sum).sum(1).to(by_gates)
+        def add(number: int, part: slice, found: Tensor) -> None:
+            token, slot = (place[part] for place in places[number])
+            by_X, products = found.chunk(2, dim=1)
+            by_x.index_add_(0, token, by_X * gates[token, slot].unsqueeze(1))
+            by_gates[token, slot] = products.sum(1)
 
-            self._each(differentiate, slices(0, len(token), self._tokens_at_once))
+        owners = owners or [0] * len(given)
+        for number, routed, take in team.at_owners(given, owners, add):
+            outputs = self._through_expert(self.stored_expert(index, number), routed)
+            self._take_outputs(outputs, len(routed.token), take)
         return by_x, by_gates
 
-    def _add_choices(self, index: int, x: Tensor, chosen: int, by_x: Tensor, seed: int) -> None:
+    def _through_expert(self, expert: Expert, routed: Routed) -> Outputs:
+        """For tokens whose x and whose gradient dy by the sum are `routed` [tokens, 2 hidden]: the
+        gradient by x for a gate of 1, and the products whose sum is that by the gate."""
+
+        def differentiate(both: Tensor) -> Tensor:
+            x, by_sum = both.chunk(2, dim=1)
+            with torch.enable_grad():
+                X = x.contiguous().requires_grad_()
+                y = expert(X)
+                (by_X,) = grad(y, X, by_sum.to(y))
+            return torch.cat([by_X, y.detach() * by_sum], 1)
+
+        return self.on_routed(differentiate, routed)
+
+    def _add_choices(self, index: int, x: Tensor, chosen: int, by_x: Tensor, draws: Tensor) -> None:
         """Adds the gradients of the choice of experts to those by `x` [tokens, hidden].
 
-        Each token has `chosen` experts; the last of them and the next one are drawn from.
+        Each token has `chosen` experts; `draws` [rows, time] take the last of them or the next one.
         """
         names = self.family.router(self.config, index)
         if names is None or chosen >= self.family.num_experts(self.config, index):
             return
         router = self.source.tensors[names[0]].read().to(DTYPE)
-        generator = torch.Generator().manual_seed(seed + 1 + index)
-        draws = torch.rand(len(x), generator=generator)
+        time = draws.shape[1]
+        drawn = draws.flatten()
 
         def add(part: slice) -> None:
             best = (x[part].to(DTYPE) @ router.T).topk(chosen + 1)
             last, following = best.indices[:, -2], best.indices[:, -1]
             stays = torch.sigmoid((best.values[:, -2] - best.values[:, -1]) / _TEMPERATURE)
-            by_margin = stays - (draws[part] < stays).to(DTYPE)
+            by_margin = stays - (drawn[part] < stays).to(DTYPE)
             by_x[part] += by_margin.unsqueeze(1) * (router[last] - router[following])
 
-        in_pieces(add, slices(0, len(x), TOKENS_IN_PIECE))
+        in_pieces(add, slices(0, len(x), self.rows_at_once(time) * time))
 
     def _by_inputs(
         self,
@@ -357,8 +422,10 @@ class DifferentiableModel(BlockwiseModel):
             found = map(partial(self._by_matrix, index), names, outputs, by_outputs)
             return by_h.to(inputs.device), *found
 
+        rows = [self.source.tensors[name].shape[0] for name in names]
+        nothing = [inputs.new_empty(0, out) for out in rows]
         with self._kept_outputs(index, names) as outputs_of:
-            pieces = self.each_part(differentiate, inputs)
+            pieces = self.each_part(differentiate, inputs) or [(inputs, *nothing)]
         by_inputs, *found = map(torch.cat, zip(*pieces, strict=True))
         by_outputs = dict(zip(names, found, strict=True))
         of_sites = {reads: [by_outputs[name] for name in site] for reads, site in sites.items()}

@@ -150,8 +150,8 @@ def _differentiating(plan: Plan) -> Step:
     asked = plan.recipe.calibration
     length = min(asked.length, plan.checkpoint.positions)
     tokens = differentiated_tokens(asked.samples, length)
-    # Inputs, outputs and gradients by them; the same of the experts alone.
-    states = 7 * tokens * config.hidden_size
+    # Inputs, outputs and gradients by them; the same of the experts alone, and what these get.
+    states = 9 * tokens * config.hidden_size
     layer = [matrix for matrix in plan.checkpoint.matrices() if matrix.layer == 0]
     held = [matrix for matrix in layer if matrix.expert in (None, 0)]
     weights = sum(prod(_shape(plan, matrix.tensor)) for matrix in held)

@@ -22,6 +22,7 @@ from grokquant.job.plan import Plan
 from grokquant.methods import METHODS
 from grokquant.parallel import AT_ONCE, supposed
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_IN_PIECE
+from grokquant.streaming.gradients import differentiated_tokens
 from grokquant.types import Unit
 
 
@@ -111,6 +112,7 @@ def _moved_in_layer(division: Division, layer: int, processes: int) -> float:
         if _needs_inputs(units):
             moved += plan.calibration_tokens * _width_of_site(plan, units) * elsewhere
         moved += sum(map(plan.packed_bytes, units)) * (processes - 1)
+    moved += _moved_for_gradients(division, layer, processes)
     return moved + _moved_to_fit(plan, layer, processes, elsewhere)
 
 
@@ -135,6 +137,24 @@ def _passages(plan: Plan, layer: int) -> int:
         # what they should be, in float32, and the outputs.
         return 2 * there_and_back + 2 + 1 + 2 + 1
     return there_and_back * (2 if plan.needs_reference else 1)
+
+
+def _moved_for_gradients(division: Division, layer: int, processes: int) -> float:
+    """In float32: inputs of experts and outputs, both and their gradients, and what one process
+    makes metrics of."""
+    plan = division.plan
+    if not plan.needs_gradients:
+        return 0
+    asked = plan.recipe.calibration
+    tokens = differentiated_tokens(asked.samples, asked.length)
+    experts = len(division.owners(layer))
+    routed = experts * plan.checkpoint.tokens_per_expert(tokens)
+    there_and_back = 2
+    rows = (1 + 2) * there_and_back * routed + tokens * bool(experts)
+    sites = plan.differentiated(layer).values()
+    outs = sum(unit.shape[0] for site in sites for unit in site)
+    numbers = rows * plan.checkpoint.text_config.hidden_size + tokens * outs
+    return numbers * (1 - 1 / processes) * FLOAT
 
 
 def _moved_to_fit(plan: Plan, layer: int, processes: int, elsewhere: float) -> float:
