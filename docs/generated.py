@@ -203,6 +203,7 @@ def engines() -> str:
             f"**{limit.reason}: wrong results without an error**" if limit.wrong else limit.reason
             for limit in consumer.limits
         ]
+        limits += [f"{newer.reason} before {newer.version}" for newer in consumer.newer]
         tried = (", ".join(consumer.families) or "all") if consumer.ran else "not tried"
         name = f"{consumer.title} (`{consumer.name}`)"
         rows.append([name, consumer.version, tried, "; ".join(limits) or "–"])

@@ -65,12 +65,22 @@ class Limit:
 
 
 @dataclass(frozen=True)
+class Newer:
+    """What a consumer takes from a version on only."""
+
+    reason: str
+    at_fault: AtFault
+    version: str
+
+
+@dataclass(frozen=True)
 class Consumer:
     """A program: its name for options, its title, the version tried, and its limits.
 
-    `families` are those tried; other families may work. `ran` is False where nobody has run it here
-    and the limits are those of its code. `by_code`: for Grok-1 it needs the file of
-    `output.remote_code`. `packages`: what else has to be installed for a format.
+    `newer`: limits of the versions before those that it names, in ascending order. `families` are
+    those tried; other families may work. `ran` is False where nobody has run it here and the limits
+    are those of its code. `by_code`: for Grok-1 it needs the file of `output.remote_code`.
+    `packages`: what else has to be installed for a format.
     """
 
     name: str
@@ -81,6 +91,7 @@ class Consumer:
     ran: bool = True
     by_code: bool = False
     packages: Mapping[str, str] = field(default_factory=dict)
+    newer: tuple[Newer, ...] = ()
 
     def limit(self, contents: Contents) -> Limit | None:
         """The first limit that `contents` meets, None if the program takes them."""
@@ -90,11 +101,14 @@ class Consumer:
         return self.ran and (not self.families or contents.family in self.families)
 
     def titled(self, contents: Contents) -> str:
-        """The title, and what else `contents` need there."""
+        """The title, what else `contents` need there, and the version that they need."""
         needs = [package] if (package := self.packages.get(contents.format)) else []
         if self.by_code and contents.remote_code:
             needs.append("trust_remote_code")
-        return f"{self.title} with {' and '.join(needs)}" if needs else self.title
+        title = f"{self.title} with {' and '.join(needs)}" if needs else self.title
+        newer = [need for need in self.newer if need.at_fault(contents)]
+        since = f", {newer[-1].version} and later for {newer[-1].reason}" if newer else ""
+        return title + since
 
 
 def _formats(*formats: str) -> Limit:
@@ -227,6 +241,11 @@ def _int8_experts(contents: Contents) -> list[Stored]:
     return [s for s in contents.quantized_experts if s.scheme and s.scheme.grid == "llm_int8"]
 
 
+def _experts_of_8_bits_in_groups(contents: Contents) -> list[Stored]:
+    schemes = ((s, s.scheme) for s in contents.quantized_experts)
+    return [s for s, scheme in schemes if scheme and scheme.bits == 8 and scheme.group_size]
+
+
 def _experts_beside_quantized(contents: Contents) -> list[Stored]:
     return [s for s in contents.experts if s.scheme is None] if contents.quantized else []
 
@@ -312,7 +331,7 @@ CONSUMERS = (
     Consumer(
         "vllm",
         "vLLM (0.27 and later, Grok-1 beside grokquant)",
-        "0.31 and 0.32, and 0.27.0 in part (0.27.1 and 0.33 before)",
+        "0.27 to 0.32 on a CPU, and 0.33 with the compiled library of 0.32",
         (
             _formats("compressed-tensors", "gptq", "bf16"),
             _NO_GROK_2,
@@ -329,6 +348,13 @@ CONSUMERS = (
             ),
         ),
         ("grok-1", "mixtral", "llama"),
+        newer=(
+            Newer(
+                "int8 experts in groups",
+                _in_format("compressed-tensors", _experts_of_8_bits_in_groups),
+                "0.29",
+            ),
+        ),
     ),
     Consumer(
         "sglang",

@@ -171,6 +171,13 @@ def test_shapes_that_do_not_fill_words_are_refused():
     assert "not nf4" in compressed_tensors.refusal(GRIDS["nf4"].scheme, (64, 256))
 
 
+def test_one_scale_a_row_is_written_as_vllm_needs_it_before_0_29():
+    """It refuses experts with one scale a row where `group_size` is null."""
+    unit = unit_of("model.layers.0.mlp.experts.0.gate_proj.weight", Scheme(8, None), (64, 256))
+    (group,) = compressed_tensors.quantization_config([unit], [])["config_groups"].values()
+    assert group["weights"]["strategy"] == "channel" and group["weights"]["group_size"] == -1
+
+
 def test_int_quantized_is_read(tiny_recipe, tmp_path):
     """The same result, stored as the package stores an int8 for every code."""
     rules = [

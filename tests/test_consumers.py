@@ -141,6 +141,15 @@ def test_every_limit_has_a_case(consumer, limit):
     assert any(consumer.limit(contents) is limit for contents in asked)
 
 
+def test_contents_that_need_a_newer_version_are_told_which():
+    newer = (
+        "vLLM (0.27 and later, Grok-1 beside grokquant), 0.29 and later for int8 experts in groups;"
+    )
+    assert newer in where_it_runs(contents(CT, "grok-1", INT8))[0]
+    for asked in (contents("gptq", "grok-1", INT8), contents(CT, "grok-1", Scheme(8, None))):
+        assert not any("0.29" in line for line in where_it_runs(asked))
+
+
 def test_every_family_that_is_called_tried_has_a_case():
     taken = {(name, c.family) for name, c, answer in TRIED if answer == "yes"}
     claimed = {(consumer.name, family) for consumer in CONSUMERS for family in consumer.families}

@@ -35,6 +35,7 @@ KEEP = {"match": "*", "method": "unquantized"}
 # name -> (model, format, rules)
 CASES: dict[str, tuple[str, str, list[dict]]] = {
     "toy bf16": ("toy", "bf16", [KEEP]),
+    "toy int8": ("toy", "compressed-tensors", [INT8]),
     "toy int4 int8": ("toy", "compressed-tensors", [EXPERTS, INT8]),
     "toy gptq int4 int8": ("toy", "gptq", [EXPERTS, INT8]),
     "mixtral int4 int8": ("mixtral", "compressed-tensors", [EXPERTS, INT8]),

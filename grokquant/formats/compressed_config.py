@@ -98,7 +98,8 @@ def _weight_arguments(scheme: Scheme) -> dict[str, Any]:
         "type": "int",
         "symmetric": scheme.symmetric,
         "strategy": "channel" if scheme.group_size is None else "group",
-        "group_size": scheme.group_size,
+        # -1, since vLLM up to 0.28 knows experts with one scale a row by it only
+        "group_size": scheme.group_size or -1,
         "block_structure": None,
         "dynamic": False,
         "actorder": None,

@@ -13,7 +13,11 @@ import os
 import sys
 from importlib.metadata import version
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_INT4_W4A8": "0",  # with AMX it rounds the inputs of int4 layers to int8
+}
 
 import numpy as np
 import torch
@@ -101,6 +105,7 @@ def as_if_marlin(config, weight_key, quant_config, **options):
     group = -1 if quant_config.group_size is None else quant_config.group_size
     assert check_moe_marlin_supports_config(config, group, True), "Marlin refuses the shape"
     assert MarlinExperts._supports_activation(config.activation), "Marlin refuses the activation"
+    assert MarlinExperts._supports_quant_scheme(weight_key, None), "Marlin refuses the grid"
     replaced.add(f"experts of {weight_key.dtype.size_bits} bits")
     return WNA16MoEBackend.MARLIN, MarlinExperts
 
@@ -187,6 +192,9 @@ def grids_of(model: nn.Module) -> dict[str, list[int] | None]:
 
 def main(path: str, dtype: str, tokens_path: str, found_path: str) -> None:
     replace_kernels()
+    if dtype == "float32":  # for which 0.27 refuses experts where it sees AMX
+        torch.cpu._is_amx_tile_supported = lambda: False
+    torch.cpu._init_amx()  # its int4 kernel for AMX does not ask Linux for the permission itself
     tokens = np.load(tokens_path)  # (rows, time)
     llm = LLM(path, dtype=dtype, max_model_len=256, max_logprobs=-1, enforce_eager=True)
     every = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
