@@ -21,7 +21,7 @@ from grokquant.files.atomic import sha256
 from grokquant.job.allocation import allocate as step
 from grokquant.job.allocation import measure
 from grokquant.job.allocation.allocate import Allocation, allocate, budget_path
-from grokquant.job.allocation.choices import choices_of, options_of
+from grokquant.job.allocation.choices import Choice, Option, choices_of, options_of
 from grokquant.job.allocation.measure import Errors, LayerErrors, Probe, costs
 from grokquant.job.allocation.solver import solve
 from grokquant.job.plan import build_plan
@@ -123,6 +123,25 @@ def test_a_budget_becomes_a_recipe_for_people(budgeted, tmp_path):
     # What was given stays as it was given, and nothing else is written down.
     assert found.recipe.quantize[0].match == ATTENTION["match"]
     assert "max_fallbacks" not in found.text
+
+
+def test_the_recipe_says_why_it_takes_less_than_the_budget(budgeted):
+    reason = "# not all is used: "
+    assert reason not in solved(budgeted(bits_per_weight=3.505, unit="expert")).text
+    text = solved(budgeted(bits_per_weight=8)).text
+    assert reason + "all matrices have the largest grid" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (29, "the next larger grid of one unit takes 0.8 bits more; a smaller unit fills it"),
+        (30, "larger grids that would fit are expected to cost more"),
+    ],
+)
+def test_what_is_left_is_too_little_or_better_not_used(given, reason):
+    choice = Choice("layers.0.*", "*", 50, (Option(0, (), 10), Option(1, (), 20)))
+    assert step._why_left([choice, choice], [0, 0], given) == reason
 
 
 def test_the_recipe_and_the_budget_give_the_same_bytes(budgeted, tmp_path):

@@ -274,6 +274,39 @@ def naive_error(W: Tensor, importance: Tensor, name: str) -> float:
     return lost
 
 
+DRAWS = torch.Generator().manual_seed(7)
+# Kinds of weights [8, 512], some of which already lie on a grid or on one side of 0.
+KINDS_OF_WEIGHTS = {
+    "normal": torch.randn(8, 512, generator=DRAWS),
+    "heavy tails": torch.randn(8, 512, generator=DRAWS) ** 3,
+    "one side": -torch.rand(8, 512, generator=DRAWS),
+    "far from 0": torch.randn(8, 512, generator=DRAWS) / 10 + 1,
+    "sparse": torch.randn(8, 512, generator=DRAWS) * (torch.rand(8, 512, generator=DRAWS) < 0.05),
+    "16 values": torch.randint(-8, 8, (8, 512), generator=DRAWS).float(),
+}
+SEARCHED = [
+    *(Scheme(bits, group, even) for bits in (2, 3, 4, 5, 6, 8) for group in (32, None)
+      for even in (True, False)),
+    *(GRIDS[name].scheme for name in ("nf4", "fp4", "llm_int8", "q4_1", "q8_0", "q4_0")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", KINDS_OF_WEIGHTS)
+@pytest.mark.parametrize("scheme", SEARCHED, ids=str)
+def test_the_search_is_never_worse_than_whole_ranges(scheme, kind, weighted):
+    """In what engines compute, which is the product of code and scale in the scale's dtype."""
+    W = KINDS_OF_WEIGHTS[kind] * 0.0123
+    generator = torch.Generator().manual_seed(3)
+    importance = torch.rand(512, generator=generator) ** 3 if weighted else torch.ones(512)
+    lost = []
+    for rule in ("mse", "absmax"):
+        error = find_levels(W, scheme, rule, importance).nearest(W).dequantize().double() - W
+        lost.append((error.square() * importance).sum(1))
+    # Floats of the search are added in another order.
+    assert (lost[0] <= lost[1] * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["iq4_nl", "iq4_xs", "q3_k", "q2_k", "q4_k", "q6_k"])
 def test_the_search_beats_whole_ranges(name, weighted, W):

@@ -11,16 +11,20 @@ the same windows of calibration and test, their mean and its standard error over
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "compare"))  # where comparison is
+
+from comparison import mean_with_error
 
 import grokquant
 from grokquant.methods import two_sided
@@ -137,8 +141,7 @@ def table(rows: Sequence[dict], setup: Setup) -> str:
     lines = ["| | ratio | draws and texts |", "|---|---|---|"]
     for name in PARTS:
         if found := ratios(rows, setup, name):
-            error = stdev(found) / len(found) ** 0.5 if len(found) > 1 else float("nan")
-            lines.append(f"| {name} | {mean(found):.3f} ± {error:.3f} | {len(found)} |")
+            lines.append(f"| {name} | {mean_with_error(found, 3)} | {len(found)} |")
     return "\n".join(lines)
 
 

@@ -50,14 +50,14 @@ PROSE = ("METADATA", "README*", "LICENSE*", "COPYING*", "*.rst", "*.md")
 def mixtral(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     chosen = {"num_local_experts": EXPERTS, "num_experts_per_tok": CHOSEN}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **chosen, intermediate_size=inner))
+    return _eager(MixtralForCausalLM(MixtralConfig(**sizes, **chosen, intermediate_size=inner)))
 
 
 def qwen3_moe(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     chosen = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "norm_topk_prob": True}
     widths = {"moe_intermediate_size": inner, "intermediate_size": inner}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **chosen, **widths))
+    return _eager(Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **chosen, **widths)))
 
 
 def llama(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
@@ -68,7 +68,13 @@ def llama(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
 
 def grok(sizes: dict, inner: int, seed: int) -> PreTrainedModel:
     config = train_toy.CONFIG.to_dict() | sizes | {"intermediate_size": inner}
-    return train_toy.new_model(Grok1Config(**config), seed)
+    return _eager(train_toy.new_model(Grok1Config(**config), seed))
+
+
+def _eager(model: PreTrainedModel) -> PreTrainedModel:
+    """With experts that run one after the other."""
+    model.set_experts_implementation("eager")
+    return model
 
 
 FAMILIES: dict[str, Callable[[dict, int, int], PreTrainedModel]] = {
@@ -93,10 +99,7 @@ def new_model(family: str, size: int, seed: int) -> PreTrainedModel:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    model = FAMILIES[family](sizes, inner, seed)
-    if family != "llama":
-        model.set_experts_implementation("eager")
-    return model
+    return FAMILIES[family](sizes, inner, seed)
 
 
 def package_files(part: python_docs.Part, *patterns: str) -> Iterator[str]:

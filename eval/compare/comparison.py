@@ -66,5 +66,10 @@ def _share(rows: Sequence[dict], best: Sequence[dict]) -> str:
     ratios = [kld / base[place] for place, kld in places if place in base]
     if rows is best or not ratios:
         return "1" if ratios else "–"
-    error = stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else float("nan")
-    return f"{mean(ratios):.2f} ± {error:.2f}"
+    return mean_with_error(ratios, 2)
+
+
+def mean_with_error(values: Sequence[float], digits: int) -> str:
+    """The mean and its standard error; `nan` for that of a single value."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{mean(values):.{digits}f} ± {error:.{digits}f}"

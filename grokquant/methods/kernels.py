@@ -307,53 +307,6 @@ def _widen(W, columns, low, high):
 
 
 @_compiled
-def _lost(w, level, n, weight):
-    """Weighted squared error of w on the grid of lane n.
-
-    The search multiplies by 1 / scale, which is faster than the division of `_multiple` and may
-    round a tie to the other side.
-    """
-    lowest = level[_LOWEST + n]
-    highest = level[_HIGHEST + n]
-    multiple = np.rint(min(max(_f32(w * level[_INVERSE + n]), lowest), highest))
-    error = _f32(_f32(multiple * level[_SCALE + n]) - w)
-    return _f32(_f32(error * error) * weight)
-
-
-@_compiled
-def _set_level(scale, zero, grid, level):
-    """Fills `level` with the grid of each lane."""
-    for n in range(LANES):
-        level[_INVERSE + n] = _f32(1) / scale[n]
-        level[_SCALE + n] = scale[n]
-        level[_LOWEST + n] = grid.qmin - zero[n]
-        level[_HIGHEST + n] = grid.qmax - zero[n]
-        level[_ZERO + n] = zero[n]
-
-
-@_compiled
-def _add_errors(W, columns, importance, level, total, errors):
-    """Adds the weighted squared error of each lane on its grid to `errors`."""
-    total[:] = 0
-    for step in range(columns // STEP):
-        w = W[step * STEP * LANES : (step + 1) * STEP * LANES]
-        weight = importance[step * STEP : (step + 1) * STEP]
-        for n in range(LANES):
-            a = _lost(w[n], level, n, weight[0])
-            b = _lost(w[LANES + n], level, n, weight[1])
-            c = _lost(w[2 * LANES + n], level, n, weight[2])
-            d = _lost(w[3 * LANES + n], level, n, weight[3])
-            e = _lost(w[4 * LANES + n], level, n, weight[4])
-            f = _lost(w[5 * LANES + n], level, n, weight[5])
-            g = _lost(w[6 * LANES + n], level, n, weight[6])
-            h = _lost(w[7 * LANES + n], level, n, weight[7])
-            total[n] += ((a + b) + (c + d)) + ((e + f) + (g + h))
-    # float32 within a block, float64 beyond: `scales` adds in the same order.
-    for n in range(LANES):
-        errors[n] += total[n]
-
-
-@_compiled
 def _multiple(w, level, n):
     """code - zero point of w on the grid of lane n, nearest with ties to even."""
     lowest = level[_LOWEST + n]
@@ -367,6 +320,68 @@ def _square_of_error(w, multiple, scale, grid):
     value = rounded(_f32(multiple * scale), grid.unit, grid.even, grid.odd)
     error = _f32(w - value) if abs(value) < grid.limit else _f32(np.inf)
     return _f32(error * error)
+
+
+@_compiled
+def _lost(w, level, n, weight, grid):
+    """Weighted squared error of w on the grid of lane n.
+
+    The search multiplies by 1 / scale, which is faster than the division of `_multiple` and may
+    round a tie to the other side.
+    """
+    lowest = level[_LOWEST + n]
+    highest = level[_HIGHEST + n]
+    multiple = np.rint(min(max(_f32(w * level[_INVERSE + n]), lowest), highest))
+    error = _f32(_f32(multiple * level[_SCALE + n]) - w)
+    return _f32(_f32(error * error) * weight)
+
+
+@_compiled
+def _lost_as_stored(w, level, n, weight, grid):
+    """The same of values in the scale dtype, as engines have them: two thirds slower."""
+    multiple = _multiple(w, level, n)
+    return _f32(_square_of_error(w, multiple, level[_SCALE + n], grid) * weight)
+
+
+@_compiled
+def _set_level(scale, zero, grid, level):
+    """Fills `level` with the grid of each lane."""
+    for n in range(LANES):
+        level[_INVERSE + n] = _f32(1) / scale[n]
+        level[_SCALE + n] = scale[n]
+        level[_LOWEST + n] = grid.qmin - zero[n]
+        level[_HIGHEST + n] = grid.qmax - zero[n]
+        level[_ZERO + n] = zero[n]
+
+
+def _adder(lost):
+    """A function that adds what each lane loses on its grid, as `lost` has it, to `errors`."""
+
+    @_compiled
+    def add_errors(W, columns, importance, level, grid, total, errors):
+        total[:] = 0
+        for step in range(columns // STEP):
+            w = W[step * STEP * LANES : (step + 1) * STEP * LANES]
+            weight = importance[step * STEP : (step + 1) * STEP]
+            for n in range(LANES):
+                a = lost(w[n], level, n, weight[0], grid)
+                b = lost(w[LANES + n], level, n, weight[1], grid)
+                c = lost(w[2 * LANES + n], level, n, weight[2], grid)
+                d = lost(w[3 * LANES + n], level, n, weight[3], grid)
+                e = lost(w[4 * LANES + n], level, n, weight[4], grid)
+                f = lost(w[5 * LANES + n], level, n, weight[5], grid)
+                g = lost(w[6 * LANES + n], level, n, weight[6], grid)
+                h = lost(w[7 * LANES + n], level, n, weight[7], grid)
+                total[n] += ((a + b) + (c + d)) + ((e + f) + (g + h))
+        # float32 within a block, float64 beyond: `scales` adds in the same order.
+        for n in range(LANES):
+            errors[n] += total[n]
+
+    return add_errors
+
+
+_add_errors = _adder(_lost)
+_add_errors_as_stored = _adder(_lost_as_stored)
 
 
 @_compiled
@@ -445,7 +460,7 @@ def _span(source, part, W, low, high):
 
 
 @_inlined
-def _search(source, part, importance, grid, W, level, total, errors, scales, zeros):
+def _search(as_stored, source, part, importance, grid, W, level, total, errors, scales, zeros):
     """Adds up in `errors` what the part loses on each candidate."""
     errors[:] = 0
     for column in range(part.start, part.stop, BLOCK):
@@ -455,7 +470,10 @@ def _search(source, part, importance, grid, W, level, total, errors, scales, zer
         weights = importance[column:]
         for index in range(len(scales)):
             _set_level(scales[index], zeros[index], grid, level)
-            _add_errors(W, columns, weights, level, total, errors[index])
+            if as_stored:
+                _add_errors_as_stored(W, columns, weights, level, grid, total, errors[index])
+            else:
+                _add_errors(W, columns, weights, level, grid, total, errors[index])
 
 
 @_inlined
@@ -502,8 +520,19 @@ def round_rows(source, shrinks, candidates, grid, importance, words, scales, zer
             _span(source, part, W, low, high)
             _candidates(low, high, shrinks, grid, tried, tried_zeros)
             if candidates > 1:
-                _search(source, part, importance, grid, W, level, total, errors, tried, tried_zeros)
+                _search(
+                    False, source, part, importance, grid, W, level, total, errors, tried,
+                    tried_zeros,
+                )  # fmt: skip
                 _keep_best(errors, least, tried, tried_zeros)
+                # Number 1 is the whole range again, kept where the best is worse as stored.
+                pair, pair_zeros = tried[:2], tried_zeros[:2]
+                _candidates(low, high, shrinks, grid, pair[1:], pair_zeros[1:])
+                _search(
+                    True, source, part, importance, grid, W, level, total, errors[:2],
+                    pair, pair_zeros,
+                )  # fmt: skip
+                _keep_best(errors[:2], least, pair, pair_zeros)
             _set_level(tried[0], tried_zeros[0], grid, level)
             _round_part(source, part, grid, W, level, squares, packed, words, sums)
             for n in range(part.lanes):

@@ -34,8 +34,9 @@ def search_scales(
 
     The rule `absmax` spans the whole range of each group. `mse` shrinks that range in 21 steps and
     keeps the step with the least squared error, each column weighted by `importance` [in] (the
-    Hessian's diagonal). It may make a symmetric scale negative: the lowest code, -2^(bits-1), then
-    stands for the largest weight, whatever its sign.
+    Hessian's diagonal), but the whole range where that is better in the scale dtype. It may make a
+    symmetric scale negative: the lowest code, -2^(bits-1), then stands for the largest weight,
+    whatever its sign.
     """
     if importance is None:
         importance = torch.ones(W.shape[1], device=W.device)
@@ -95,7 +96,12 @@ def _find_in_rows(
         best_scale = torch.where(better, scale, best_scale)
         if zero_point is not None and best_zero is not None:
             best_zero = torch.where(better, zero_point, best_zero)
-    return best_scale, best_zero
+    whole_scale, whole_zero = candidates[0]
+    worse = _is_worse(groups, importance, (best_scale, best_zero), candidates[0], scheme)
+    scale = torch.where(worse, whole_scale, best_scale)
+    if best_zero is None or whole_zero is None:
+        return scale, None
+    return scale, torch.where(worse, whole_zero, best_zero)
 
 
 def _candidates(
@@ -150,6 +156,27 @@ def _squared_error(
         zeros = zero_point.float().unsqueeze(-1)
         codes = codes.clamp(scheme.qmin - zeros, scheme.qmax - zeros)
     return _sum_columns((codes * wide - groups).square() * importance)
+
+
+def _is_worse(
+    groups: Tensor,
+    importance: Tensor,
+    found: tuple[Tensor, Tensor | None],
+    other: tuple[Tensor, Tensor | None],
+    scheme: Scheme,
+) -> Tensor:
+    """Where [rows, groups] `found` loses more than `other` in values of the scale dtype, as engines
+    have them. 8-bit codes times a bfloat16 scale are rounded by up to half a step."""
+    lost = []
+    for scale, zero_point in (found, other):
+        wide = scale.float().unsqueeze(-1)  # (rows, groups, 1)
+        zeros = torch.zeros_like(wide)
+        if zero_point is not None:
+            zeros = zero_point.float().unsqueeze(-1)
+        codes = torch.round(groups / wide).clamp(scheme.qmin - zeros, scheme.qmax - zeros)
+        values = (codes * wide).to(SCALE_DTYPES[scheme.scale_dtype]).float()
+        lost.append(_sum_columns((values - groups).square() * importance))
+    return lost[1] < lost[0]
 
 
 def _sum_columns(terms: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ _RECIPE = "recipe.yaml"
 # In bfloat16, states that differ a little are rounded differently ever after: that alone costs as
 # much as one kind of matrices of one layer in 4 bits.
 _DTYPE = torch.float32
+# A recipe says why its matrices take less than this share of the budget.
+_NEARLY_ALL = 0.995
 # Probes together have as many rows as the original, so that they take about as long again.
 _PROBED_ROWS = 1.0
 
@@ -291,9 +293,29 @@ def _headed(
         for unit in choice.options[option].units:
             matrices[name(unit.scheme)] += 1
     shares = ", ".join(f"{count} in {grid}" for grid, count in matrices.most_common())
-    lines = (
+    lines = [
         f"{bits:.4f} of {budget.bits_per_weight:g} bits per weight in {budget.match}",
         f"matrices: {shares}",
         f"expected divergence: {kld:.2g} nats a token",
-    )
+    ]
+    if bits < _NEARLY_ALL * budget.bits_per_weight:
+        lines.insert(1, f"not all is used: {_why_left(choices, taken, _bytes_of(recipe, choices))}")
     return "\n".join(f"# {one_line(line)}" for line in lines)
+
+
+def _why_left(choices: Sequence[Choice], taken: Sequence[int], budget: int) -> str:
+    """Why the best choice takes clearly less than the budget in bytes."""
+    pairs = list(zip(choices, taken, strict=True))
+    left = budget - sum(choice.options[option].bytes for choice, option in pairs)
+    steps = [
+        larger.bytes - choice.options[option].bytes
+        for choice, option in pairs
+        for larger in choice.options
+        if larger.bytes > choice.options[option].bytes
+    ]
+    if not steps:
+        return "all matrices have the largest grid"
+    if min(steps) <= left:
+        return "larger grids that would fit are expected to cost more"
+    bits = 8 * min(steps) / sum(choice.weights for choice in choices)
+    return f"the next larger grid of one unit takes {bits:.2g} bits more; a smaller unit fills it"
