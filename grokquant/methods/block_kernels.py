@@ -676,22 +676,15 @@ def _pack_four(codes, line):
 def _measure(four, entries, level, totals):
     for n in range(LANES):
         scale = level[_SCALE + n]
-        a = _f32(entries[n] * scale)
-        b = _f32(entries[LANES + n] * scale)
-        c = _f32(entries[2 * LANES + n] * scale)
-        d = _f32(entries[3 * LANES + n] * scale)
-        _add_totals(
-            four[n],
-            four[LANES + n],
-            four[2 * LANES + n],
-            four[3 * LANES + n],
-            a,
-            b,
-            c,
-            d,
-            totals,
-            n,
-        )
+        a = four[n]
+        b = four[LANES + n]
+        c = four[2 * LANES + n]
+        d = four[3 * LANES + n]
+        value_a = _f32(entries[n] * scale)
+        value_b = _f32(entries[LANES + n] * scale)
+        value_c = _f32(entries[2 * LANES + n] * scale)
+        value_d = _f32(entries[3 * LANES + n] * scale)
+        _add_totals(a, b, c, d, value_a, value_b, value_c, value_d, totals, n)
 
 
 @_compiled
