@@ -6,7 +6,7 @@
 Prints a JSON line for each dtype of the products of experts: wall and CPU seconds, peak memory, and
 the bytes read from disk over those of both checkpoints (1 means that each was read once). Makes
 what is not given, in WORK. Grok-1's sizes take a busy machine more than a quarter of an hour;
-`--hidden 1536 --inner 8192 --experts 2 --tokens 512` takes minutes.
+`--hidden 1536 --inner 8192 --experts 2 --tokens 512` is a ninth of the disk and far less work.
 """
 
 import argparse
