@@ -7,15 +7,16 @@ from torch import Tensor
 from grokquant.calibration import gram_kernels
 from grokquant.calibration.hessian import Hessian, accumulate, blend
 
-CPUS = [pytest.param(True, id="avx512-bf16"), pytest.param(False, id="any-cpu")]
+CPUS = ["AMX", "AVX-512 BF16", "any CPU"]
 
 
 @pytest.fixture(params=CPUS)
 def cpu(request, monkeypatch) -> None:
-    """A CPU with and without the product of bfloat16."""
-    if request.param and not gram_kernels.available():
-        pytest.skip("this CPU has no AVX-512 BF16")
-    monkeypatch.setattr(gram_kernels, "available", lambda: request.param)
+    """A CPU with each of the instructions that multiply bfloat16, and one without."""
+    usable = [name for name in gram_kernels.instructions() if name == request.param]
+    if request.param in gram_kernels.KERNELS and not usable:
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setattr(gram_kernels, "instructions", lambda: usable)
 
 
 def inputs(tokens: int, features: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -57,7 +58,7 @@ def test_parts_add_up_and_repeat_bit_for_bit(cpu):
 
 
 def test_the_number_of_threads_changes_no_bit(cpu):
-    if not gram_kernels.available():
+    if not gram_kernels.instructions():
         pytest.skip("PyTorch's own products may differ")
     X, threads = inputs(900, 300), torch.get_num_threads()
     one_by_threads = []
@@ -66,6 +67,14 @@ def test_the_number_of_threads_changes_no_bit(cpu):
         one_by_threads.append(full(X).H)
     torch.set_num_threads(threads)
     assert all(torch.equal(H, one_by_threads[0]) for H in one_by_threads)
+
+
+def test_pytorch_may_use_the_same_registers_in_between(cpu):
+    X = inputs(500, 100)
+    first, product = full(X).H, X.T @ X
+    for _ in range(3):
+        assert torch.equal(X.T @ X, product)
+        assert torch.equal(full(X).H, first)
 
 
 @pytest.mark.parametrize("block", [50, 64, 100, 200])

@@ -142,7 +142,7 @@ def main() -> None:
                 "total_seconds": round(sum(seconds.values()) - made, 2),
                 "peak_rss": peak_rss(),
                 "output_error": errors,
-                "avx512_bf16": gram_kernels.available(),
+                "bf16_instructions": gram_kernels.instructions(),
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,
                 "cpu": platform.processor() or platform.machine(),

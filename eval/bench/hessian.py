@@ -61,7 +61,7 @@ def main() -> None:
                 "ratio": median(plain / ours for ours, plain in turns),
                 "error": errors[0],
                 "float32_error": errors[1],
-                "avx512_bf16": gram_kernels.available(),
+                "bf16_instructions": gram_kernels.instructions(),
                 "repeats": options.repeats,
                 "threads": torch.get_num_threads(),
                 "torch": torch.__version__,

@@ -24,11 +24,12 @@ RULES |= {
 }
 
 
-def release_at(given: Path | None, work: Path) -> Path:
-    """The release that was given, or a new one of one layer in `work`."""
+def release_at(given: Path | None, work: Path, **sizes: int) -> Path:
+    """The release that was given, or a new one of one layer in `work`; `sizes` of its config that
+    are not Grok-1's."""
     if given is None:
         given = work / "release"
-        write_random_grok(given, Grok1Config(num_hidden_layers=1))
+        write_random_grok(given, Grok1Config(num_hidden_layers=1, **sizes))
     return given
 
 

@@ -1,168 +1,70 @@
-"""X^T X of bfloat16 inputs in float32 on CPUs that multiply pairs of bfloat16 (AVX-512 BF16).
+"""X^T X of bfloat16 inputs in float32 on CPUs, by the quickest instructions that they have.
 
-PyTorch has no CPU product of bfloat16 matrices with a float32 result, and converting the inputs
-first halves the speed. Products of bfloat16 are exact in float32.
-
-The instruction VDPBF16PS adds two products to each of 16 float32 lanes, so two tokens are
-interleaved into 32-bit pairs. `packed` [panels, pairs, 32] uint32, one panel per 32 columns:
-
-                          column 0  column 1
-    pair 0 of a panel    | t1 t0  | t1 t0  | ..     t0: token 0, bfloat16 in the low half
-    pair 1               | t3 t2  | t3 t2  | ..     t1: token 1, in the high half
+PyTorch has no CPU product of bfloat16 matrices with a float32 result, and multiplying their float32
+copies takes two to ten times as long. Products of bfloat16 are exact in float32.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import NamedTuple
 
 import llvmlite.binding
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+import torch
+from torch import Tensor
 
-_LANES = 16  # float32 numbers in a register of 512 bits
-# A tile of the result, 8 rows by 2 vectors: 16 accumulators hide the latency of the instruction
-# and leave registers for its operands, of 32.
-_ROWS = 8
-_VECTORS = 2
-WIDTH = _LANES * _VECTORS  # columns of a panel
-_PAIR_BYTES = WIDTH * 4
-# Bytes of a panel added up in one run, 12 KB: two panels fit the first cache, and short sums round
-# less.
-_RUN = 96 * _PAIR_BYTES
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+from grokquant.calibration import gram_dots, gram_tiles
+from grokquant.calibration.gram_panels import BLOCK, WIDTH, pack
+from grokquant.threads import in_pieces
+
+# Panels of a piece of work: a panel above them, read once for all, and they fit the second cache.
+_PANELS = 8
+# arch_prctl(2): a Linux process may use the registers of AMX after it has asked for them.
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
-def available() -> bool:
-    """Whether this CPU has the instruction."""
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+class GramKernel(NamedTuple):
+    """`add_products` takes packed inputs with so many sides, and H, first and last panel."""
+
+    add_products: Callable[[np.ndarray, np.ndarray, int, int], None]
+    sides: int
 
 
-@njit(nogil=True, cache=True)
-def pack(X: np.ndarray, packed: np.ndarray, first: int, step: int) -> None:
-    """Interleaves X, bfloat16 seen as uint16 [tokens, in], into pairs of tokens.
+KERNELS = {
+    "AMX": GramKernel(gram_tiles.add_products, sides=2),
+    "AVX-512 BF16": GramKernel(gram_dots.add_products, sides=1),
+}
 
-    Fills every `step`-th panel of `packed` uint32 [panels, pairs, WIDTH], from `first` on; pads X
-    with zeros.
+
+@cache
+def instructions() -> list[str]:
+    """Those of KERNELS that this CPU has, the quickest first."""
+    features = llvmlite.binding.get_host_cpu_features()
+    amx = bool(features.get("amx-bf16")) and _may_use_tiles()
+    return ["AMX"] * amx + ["AVX-512 BF16"] * bool(features.get("avx512bf16"))
+
+
+def add_products(X: Tensor, H: Tensor, kernel: GramKernel) -> None:
+    """Adds X^T X of bfloat16 inputs X [tokens, in] to the upper triangle of H float32 [in, in].
+
+    About 2000 tokens at a time are best: their panels fit the second cache, and each call passes
+    over H once. The same inputs give the same bits, whatever the number of threads.
     """
-    tokens, features = X.shape
-    for panel in range(first, packed.shape[0], step):
-        start = panel * WIDTH
-        width = min(WIDTH, features - start)
-        for pair in range(packed.shape[1]):
-            line = packed[panel, pair]
-            line[:] = 0
-            for lane in range(width):
-                line[lane] = X[2 * pair, start + lane]
-            if 2 * pair + 1 < tokens:
-                for lane in range(width):
-                    line[lane] |= np.uint32(X[2 * pair + 1, start + lane]) << np.uint32(16)
+    panels = -(-len(H) // WIDTH)
+    pairs = -(-len(X) // (2 * BLOCK)) * BLOCK
+    packed = np.empty((panels, kernel.sides, pairs, WIDTH), np.uint32)
+    inputs = X.view(torch.uint16).numpy()  # numpy has no bfloat16
+    result = H.numpy()
+    pieces = [(first, min(first + _PANELS, panels)) for first in range(0, panels, _PANELS)]
+    in_pieces(lambda piece: pack(inputs, packed, *piece), pieces)
+    # The last ones first, which are the largest.
+    in_pieces(lambda piece: kernel.add_products(packed, result, *piece), reversed(pieces))
 
 
-@njit(nogil=True, cache=True)
-def add_products(packed: np.ndarray, H: np.ndarray, first: int, step: int) -> None:
-    """Adds X^T X of packed inputs to every `step`-th panel of columns of H float32 [in, in].
-
-    Begins with panel `first`. Only the upper triangle is valid afterwards. About 1000 pairs at a
-    time are best: a panel of them fits the second cache, and each call passes over H once.
-    """
-    tile = np.empty((WIDTH, WIDTH), np.float32)
-    start = packed.ctypes.data
-    sums = tile.ctypes.data
-    panel_bytes = packed.shape[1] * _PAIR_BYTES
-    for panel in range(first, packed.shape[0], step):
-        right = start + panel * panel_bytes
-        for above in range(panel + 1):
-            left = start + above * panel_bytes
-            tile[:] = 0
-            for run in range(0, panel_bytes, _RUN):
-                size = min(_RUN, panel_bytes - run)
-                for row in range(0, WIDTH, _ROWS):
-                    at = left + run + row * 4
-                    _multiply(at, right + run, size, sums + row * WIDTH * 4)
-            corner = H[above * WIDTH : (above + 1) * WIDTH, panel * WIDTH : (panel + 1) * WIDTH]
-            corner += tile[: corner.shape[0], : corner.shape[1]]
-
-
-class _BFloat(ir.Type):
-    """LLVM's type bfloat, which llvmlite lacks."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-
-# One pair of tokens in each lane, as loaded and as the instruction takes it; then its results.
-_PAIRS = ir.VectorType(ir.IntType(32), _LANES)
-_HALVES = ir.VectorType(_BFloat(), 2 * _LANES)
-_SUMS = ir.VectorType(ir.FloatType(), _LANES)
-
-
-def _multiply_code(
-    _: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
-) -> ir.Value:
-    """Adds left^T right of `size` bytes of two panels to a tile.
-
-    The loop passes over the pairs of tokens; its accumulators stay in registers.
-    """
-    left, right, size, tile = arguments
-    before = builder.block
-    loop = builder.append_basic_block("loop")
-    after = builder.append_basic_block("after")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    offset = builder.phi(left.type)
-    offset.add_incoming(ir.Constant(left.type, 0), before)
-    accumulators = [builder.phi(_SUMS) for _ in range(_ROWS * _VECTORS)]
-    sums = _add_pair(builder, builder.add(left, offset), builder.add(right, offset), accumulators)
-    for accumulator, total in zip(accumulators, sums, strict=True):
-        accumulator.add_incoming(ir.Constant(_SUMS, [0.0] * _LANES), before)
-        accumulator.add_incoming(total, builder.block)
-    following = builder.add(offset, ir.Constant(offset.type, _PAIR_BYTES))
-    offset.add_incoming(following, builder.block)
-    builder.cbranch(builder.icmp_unsigned("<", following, size), loop, after)
-    builder.position_at_end(after)
-    for index, total in enumerate(sums):
-        line = _at(builder, tile, index * _LANES * 4, _SUMS)
-        builder.store(builder.fadd(builder.load(line, align=4), total), line, align=4)
-    return ir.Constant(ir.IntType(8).as_pointer(), None)
-
-
-def _add_pair(
-    builder: ir.IRBuilder, left: ir.Value, right: ir.Value, accumulators: list[ir.Value]
-) -> list[ir.Value]:
-    """The accumulators [rows x vectors] after one pair of tokens.
-
-    `left` and `right` are its addresses in the two panels. The pair in each column of `left` is
-    copied to all lanes and multiplied by the vectors of `right`.
-    """
-    kind = ir.FunctionType(_SUMS, [_SUMS, _HALVES, _HALVES])
-    dot = cgutils.get_or_insert_function(builder.module, kind, _DOT)
-    vectors = [
-        builder.load(_at(builder, right, vector * _LANES * 4, _HALVES), align=4)
-        for vector in range(_VECTORS)
-    ]
-    sums = []
-    for row in range(_ROWS):
-        pair = builder.load(_at(builder, left, row * 4, ir.IntType(32)), align=4)
-        first = builder.insert_element(ir.Constant(_PAIRS, ir.Undefined), pair, ir.IntType(32)(0))
-        copies = builder.shuffle_vector(first, first, ir.Constant(_PAIRS, [0] * _LANES))
-        lanes = builder.bitcast(copies, _HALVES)
-        for vector in range(_VECTORS):
-            accumulator = accumulators[row * _VECTORS + vector]
-            sums.append(builder.call(dot, [accumulator, lanes, vectors[vector]]))
-    return sums
-
-
-def _at(builder: ir.IRBuilder, address: ir.Value, offset: int, kind: ir.Type) -> ir.Value:
-    """A pointer to a `kind`, `offset` bytes after `address`."""
-    moved = builder.add(address, ir.Constant(address.type, offset))
-    return builder.inttoptr(moved, kind.as_pointer())
-
-
-def _multiply_type(_: Any, left: Any, right: Any, size: Any, tile: Any) -> tuple[Any, Callable]:
-    """`_multiply_code` for the addresses of two panels' first pairs, their size and a tile."""
-    return types.none(types.uintp, types.uintp, types.uintp, types.uintp), _multiply_code
-
-
-_multiply: Callable = intrinsic(_multiply_type)
+def _may_use_tiles() -> bool:
+    if not sys.platform.startswith("linux"):
+        return False
+    ask = ctypes.CDLL(None).syscall
+    return ask(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0

@@ -6,7 +6,6 @@ The error of a row w of W is (w - q) H (w - q)^T with H = X^T X, summed over the
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +17,6 @@ _TOKENS = 2048
 # Columns of the result made by one product, and rows on a CPU, where one thread makes it; the part
 # of it below the diagonal is wasted.
 _PANEL = 512
-# Shares of the work for threads: more than most machines have cores, so that none waits long.
-_SHARES = 32
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,8 @@ def _add_products(X: Tensor, H: Tensor) -> None:
     """Adds X^T X to the upper triangle of H; the lower one is invalid until it is mirrored."""
     if X.device.type != "cpu":
         return _add_on_gpu(X, H)
-    if X.dtype == torch.bfloat16 and gram_kernels.available():
-        return _add_bfloat16_products(X, H)
+    if X.dtype == torch.bfloat16 and (usable := gram_kernels.instructions()):
+        return gram_kernels.add_products(X, H, gram_kernels.KERNELS[usable[0]])
     X = X.float()
 
     def add(corner: tuple[slice, slice]) -> None:
@@ -112,19 +109,6 @@ def _add_on_gpu(X: Tensor, H: Tensor) -> None:
             panel += torch.mm(left, right, out_dtype=torch.float32)
         else:
             panel.addmm_(left, right)
-
-
-def _add_bfloat16_products(X: Tensor, H: Tensor) -> None:
-    panels = -(-len(H) // gram_kernels.WIDTH)
-    pairs = -(-len(X) // 2)
-    packed = np.empty((panels, pairs, gram_kernels.WIDTH), np.uint32)
-    inputs = X.view(torch.uint16).numpy()  # numpy has no bfloat16
-    result = H.numpy()
-    for work in (
-        lambda first: gram_kernels.pack(inputs, packed, first, _SHARES),
-        lambda first: gram_kernels.add_products(packed, result, first, _SHARES),
-    ):
-        in_pieces(work, range(_SHARES))
 
 
 def _mirror(H: Tensor) -> None:

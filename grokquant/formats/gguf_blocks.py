@@ -281,7 +281,9 @@ def _pack_runs(codes: Tensor, bits: int) -> Tensor:
     """Bytes [.., n] of codes uint8 [.., runs, n]: each run is `bits` further up."""
     if codes.device.type == "cpu":
         joined = torch.empty(*codes.shape[:-2], codes.shape[-1], dtype=torch.uint8)
-        _join_runs(codes.flatten(0, -3).numpy(), bits, joined.flatten(0, -2).numpy())
+        pieces = (codes.flatten(0, -3), joined.flatten(0, -2))
+        of_eight, joined_of_eight = (piece.numpy().view(np.uint64) for piece in pieces)
+        _join_runs(of_eight, bits, joined_of_eight)
         return joined
     packed = codes[..., 0, :].clone()
     for run in range(1, codes.shape[-2]):
@@ -308,14 +310,16 @@ def _unpack_runs(packed: Tensor, runs: int, bits: int, lowest: int = 0) -> Tenso
 
 @njit(nogil=True, cache=True)
 def _join_runs(codes, bits, packed):
-    """Codes [rows, runs, n] to the bytes [rows, n] that hold them, in one pass."""
+    """Codes [rows, runs, n] to the bytes [rows, n] that hold them, in one pass.
+
+    Both are seen as uint64, eight bytes each: codes are small, and none reaches the next byte.
+    """
     for row in range(len(packed)):
         for i in range(packed.shape[1]):
-            packed[row, i] = codes[row, 0, i]
-        for run in range(1, codes.shape[1]):
-            shift = np.uint8(bits * run)
-            for i in range(packed.shape[1]):
-                packed[row, i] |= np.uint8(codes[row, run, i] << shift)
+            joined = codes[row, 0, i]
+            for run in range(1, codes.shape[1]):
+                joined |= codes[row, run, i] << np.uint64(bits * run)
+            packed[row, i] = joined
 
 
 @njit(nogil=True, cache=True)

@@ -17,7 +17,7 @@ import numpy as np
 from numba import njit
 
 from grokquant.methods.fits import STEP
-from grokquant.methods.kernels import LANES, load_rows, rounded, store_words
+from grokquant.methods.kernels import LANES, highest, load_rows, lowest, rounded, store_words
 
 _f32 = np.float32
 _u32 = np.uint32
@@ -37,6 +37,11 @@ _HALF_STEP = _f32(2.0**-24)
 _HALF_LIMIT = _f32(65536.0)
 # By how much the number of steps of a group may change, in the order of `find_blocks`.
 _MOVES = np.array([0, -1, 1], _f32)
+
+# Where `level` holds what the weights of each lane are divided by, its scale and its offset; and
+# `totals` its squared errors and weights, and the largest magnitudes of weights and rounded ones.
+_SCALE, _OFFSET = 1 * LANES, 2 * LANES
+_NORM, _PEAK, _ROUNDED_PEAK = 1 * LANES, 2 * LANES, 3 * LANES
 
 
 class BlockGrid(NamedTuple):
@@ -95,8 +100,8 @@ class _Lanes(NamedTuple):
 class _Block(NamedTuple):
     """Scratch memory for a block of LANES rows, all of float32 but `words`, with what `Outputs`
     holds of it. W [columns * LANES]; values of groups [groups, LANES]; codes and values of one
-    group [group_size * LANES]; `words` [columns / 4, LANES]; `squares` and `peaks` [2, LANES]; all
-    others [LANES]."""
+    group [group_size * LANES]; `words` [columns / 4, LANES]; `level` [3 * LANES] and `totals`
+    [4 * LANES], whose parts are named above; all others [LANES]."""
 
     W: np.ndarray
     scales: np.ndarray
@@ -107,8 +112,8 @@ class _Block(NamedTuple):
     codes: np.ndarray
     values: np.ndarray
     words: np.ndarray
-    squares: np.ndarray
-    peaks: np.ndarray
+    level: np.ndarray
+    totals: np.ndarray
     d: np.ndarray
     dmin: np.ndarray
     peak: np.ndarray
@@ -150,8 +155,8 @@ def scratch(groups: int, group_size: int) -> tuple[_Lanes, _Block]:
         "codes": (group_size * LANES,),
         "values": (group_size * LANES,),
         "words": (columns // 4, LANES),
-        "squares": (2, LANES),
-        "peaks": (2, LANES),
+        "level": (3 * LANES,),
+        "totals": (4 * LANES,),
     }
     lanes = _Lanes(*(np.zeros(LANES, _f32) for _ in _Lanes._fields))
     block = (np.zeros(shapes.get(name, (LANES,)), _f32) for name in _Block._fields)
@@ -306,10 +311,11 @@ def _set_ranges(W, columns, grid, lanes, scale, offset):
     for n in range(LANES):
         low[n] = W[n]
         high[n] = W[n]
-    for k in range(1, columns):
+    for start in range(0, columns, STEP):
+        w = W[start * LANES : (start + STEP) * LANES]
         for n in range(LANES):
-            low[n] = min(low[n], W[k * LANES + n])
-            high[n] = max(high[n], W[k * LANES + n])
+            low[n] = min(low[n], lowest(w, n))
+            high[n] = max(high[n], highest(w, n))
     for n in range(LANES):
         low[n] = _f32(low[n] + _f32(0))  # no -0
         low[n] = low[n] if grid.any_sign else min(low[n], _f32(0))
@@ -605,90 +611,119 @@ def _store_halves(grid, block):
 # --- rounding
 
 
+# Loops over few arrays: of more, LLVM makes no vector instructions.
+
+
 @_compiled
-def _round_group(w, grid, lanes, block, group):
-    """Rounds to codes; adds to the sums of squares and the peaks of lanes."""
+def _round_group(w, grid, block, group):
+    """Rounds to codes; adds to the totals of lanes."""
     scales = block.scales[group]
     offsets = block.offsets[group]
-    first = group * grid.group_size // 4
+    level = block.level
     for n in range(LANES):
-        lanes.factor[n] = grid.least_step if scales[n] == 0 else scales[n]
+        level[n] = grid.least_step if scales[n] == 0 else scales[n]
+    level[_SCALE:_OFFSET] = scales
+    level[_OFFSET:] = offsets
+    first = group * grid.group_size // 4
+    words = block.words[first : first + grid.group_size // 4]
     if grid.has_table:
-        _set_places(w, grid, lanes, block)
-        _measure(w, block.values, scales, offsets, block)
+        _set_places(w, grid, block)
+        _round_to_table(w, block, words)
     else:
-        _set_codes(w, grid, lanes, offsets, block.codes)
-        _measure(w, block.codes, scales, offsets, block)
-    _set_words(block.codes, block.words[first : first + grid.group_size // 4])
+        _round_to_integers(w, grid.lowest, grid.highest, level, block.totals, words)
 
 
 @_compiled
-def _set_words(codes, words):
-    """Four codes of neighbouring columns as one word, the first in its lowest byte."""
+def _round_to_integers(w, low, high, level, totals, words):
     for number in range(len(words)):
-        four = codes[number * 4 * LANES : (number + 1) * 4 * LANES]
-        for n in range(LANES):
-            word = _u32(0)
-            for k in range(4):
-                code = _u32(np.int32(four[k * LANES + n]))
-                word |= _u32(_u32(code & _u32(255)) << _u32(8 * k))
-            words[number, n] = word
-
-
-@_compiled
-def _set_codes(w, grid, lanes, offsets, codes):
-    divisor = lanes.factor
-    lowest = grid.lowest
-    highest = grid.highest
-    for number in range(len(w) // (4 * LANES)):
         four = w[number * 4 * LANES : (number + 1) * 4 * LANES]
-        found = codes[number * 4 * LANES : (number + 1) * 4 * LANES]
-        for k in range(4):
-            for n in range(LANES):
-                x = _f32(four[k * LANES + n] - offsets[n])
-                found[k * LANES + n] = _code(_f32(x / divisor[n]), lowest, highest)
+        line = words[number]
+        for n in range(LANES):
+            divisor = level[n]
+            scale = level[_SCALE + n]
+            offset = level[_OFFSET + n]
+            a = four[n]
+            b = four[LANES + n]
+            c = four[2 * LANES + n]
+            d = four[3 * LANES + n]
+            code_a = _code(_f32(_f32(a - offset) / divisor), low, high)
+            code_b = _code(_f32(_f32(b - offset) / divisor), low, high)
+            code_c = _code(_f32(_f32(c - offset) / divisor), low, high)
+            code_d = _code(_f32(_f32(d - offset) / divisor), low, high)
+            line[n] = _word(code_a, code_b, code_c, code_d)
+            value_a = _f32(_f32(code_a * scale) + offset)
+            value_b = _f32(_f32(code_b * scale) + offset)
+            value_c = _f32(_f32(code_c * scale) + offset)
+            value_d = _f32(_f32(code_d * scale) + offset)
+            _add_totals(a, b, c, d, value_a, value_b, value_c, value_d, totals, n)
 
 
 @_compiled
-def _set_places(w, grid, lanes, block):
+def _round_to_table(w, block, words):
+    for number in range(len(words)):
+        part = slice(number * 4 * LANES, (number + 1) * 4 * LANES)
+        _pack_four(block.codes[part], words[number])
+        _measure(w[part], block.values[part], block.level, block.totals)
+
+
+@_compiled
+def _pack_four(codes, line):
+    for n in range(LANES):
+        line[n] = _word(codes[n], codes[LANES + n], codes[2 * LANES + n], codes[3 * LANES + n])
+
+
+@_compiled
+def _measure(four, entries, level, totals):
+    for n in range(LANES):
+        scale = level[_SCALE + n]
+        a = four[n]
+        b = four[LANES + n]
+        c = four[2 * LANES + n]
+        d = four[3 * LANES + n]
+        value_a = _f32(entries[n] * scale)
+        value_b = _f32(entries[LANES + n] * scale)
+        value_c = _f32(entries[2 * LANES + n] * scale)
+        value_d = _f32(entries[3 * LANES + n] * scale)
+        _add_totals(a, b, c, d, value_a, value_b, value_c, value_d, totals, n)
+
+
+@_compiled
+def _word(a, b, c, d):
+    """Codes of four neighbouring columns as one word, the first in its lowest byte."""
+    low = _u32(_u32(np.int32(a)) & _u32(255)) | _u32(_u32(_u32(np.int32(b)) & _u32(255)) << _u32(8))
+    high = _u32(_u32(_u32(np.int32(c)) & _u32(255)) << _u32(16)) | _u32(
+        _u32(np.int32(d)) << _u32(24)
+    )
+    return _u32(_u32(low) | _u32(high))
+
+
+@_compiled
+def _add_totals(a, b, c, d, value_a, value_b, value_c, value_d, totals, n):
+    """Four weights of lane n and what they become, in float32 as llama.cpp computes."""
+    error_a = _f32(a - value_a)
+    error_b = _f32(b - value_b)
+    error_c = _f32(c - value_c)
+    error_d = _f32(d - value_d)
+    totals[n] += (error_a * error_a + error_b * error_b) + (error_c * error_c + error_d * error_d)
+    totals[_NORM + n] += (a * a + b * b) + (c * c + d * d)
+    peak = max(max(abs(a), abs(b)), max(abs(c), abs(d)))
+    rounded_peak = max(max(abs(value_a), abs(value_b)), max(abs(value_c), abs(value_d)))
+    totals[_PEAK + n] = max(totals[_PEAK + n], peak)
+    totals[_ROUNDED_PEAK + n] = max(totals[_ROUNDED_PEAK + n], rounded_peak)
+
+
+@_compiled
+def _set_places(w, grid, block):
     """Sets the place of the nearest entry: the number of middles below."""
     block.codes[:] = 0
     for start in range(0, len(w), LANES):
         for n in range(LANES):
-            block.values[start + n] = w[start + n] / lanes.factor[n]
+            block.values[start + n] = w[start + n] / block.level[n]
     for middle in grid.middles:
         for n in range(len(w)):
             block.codes[n] += _f32(1) if block.values[n] > middle else _f32(0)
     for n in range(len(w)):
         block.values[n] = grid.entries[np.int32(block.codes[n])]
-
-
-@_compiled
-def _measure(w, values, scales, offsets, block):
-    """Adds squares of errors and weights, four columns at a time, in float32 as llama.cpp
-    computes."""
-    peaks = block.peaks
-    sums = block.squares
-    for number in range(len(w) // (4 * LANES)):
-        four = w[number * 4 * LANES : (number + 1) * 4 * LANES]
-        rounded_four = values[number * 4 * LANES : (number + 1) * 4 * LANES]
-        for n in range(LANES):
-            squares = _f32(0)
-            norm = _f32(0)
-            peak = _f32(0)
-            rounded_peak = _f32(0)
-            for k in range(4):
-                x = four[k * LANES + n]
-                value = _f32(_f32(rounded_four[k * LANES + n] * scales[n]) + offsets[n])
-                error = _f32(x - value)
-                squares += _f32(error * error)
-                norm += _f32(x * x)
-                peak = max(peak, abs(x))
-                rounded_peak = max(rounded_peak, abs(value))
-            peaks[0, n] = max(peaks[0, n], peak)
-            peaks[1, n] = max(peaks[1, n], rounded_peak)
-            sums[0, n] += squares
-            sums[1, n] += norm
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -702,7 +737,7 @@ def round_blocks(source, grid, importance, lanes, block, out):
     width = groups * grid.group_size
     for first in range(0, len(out.words), LANES):
         count = min(LANES, len(out.words) - first)
-        block.peaks[:] = 0
+        block.totals[:] = 0
         for number in range(len(importance) // width):
             start = number * width
             weights = importance[start : start + width]
@@ -717,14 +752,20 @@ def round_blocks(source, grid, importance, lanes, block, out):
                 _set_header(block.W, weights, grid, lanes, block)
             else:
                 _store_halves(grid, block)
-            block.squares[:] = 0
+            block.totals[:_PEAK] = 0
             for group in range(groups):
                 w, _ = _group(block.W, weights, group, grid)
-                _round_group(w, grid, lanes, block, group)
+                _round_group(w, grid, block, group)
             _store(block, first, count, number, out)
         for n in range(count):
-            out.peaks[0, first + n] = block.peaks[0, n]
-            out.peaks[1, first + n] = block.peaks[1, n]
+            out.peaks[0, first + n] = block.totals[_PEAK + n]
+            out.peaks[1, first + n] = block.totals[_ROUNDED_PEAK + n]
+
+
+@_compiled
+def _copy(lanes, row):
+    for n in range(len(row)):
+        row[n] = lanes[n]
 
 
 @_compiled
@@ -735,13 +776,12 @@ def _store(block, first, count, number, out):
     store_words(block.words.reshape(-1), first, count, number * words, words, out.words)
     for group in range(groups):
         at = number * groups + group
-        for n in range(count):
-            out.scales[at, first + n] = block.scales[group, n]
-            out.offsets[at, first + n] = block.offsets[group, n]
-            out.whole[at, first + n] = block.whole[group, n]
-            out.minima[at, first + n] = block.minima[group, n]
+        _copy(block.scales[group], out.scales[at][first : first + count])
+        _copy(block.offsets[group], out.offsets[at][first : first + count])
+        _copy(block.whole[group], out.whole[at][first : first + count])
+        _copy(block.minima[group], out.minima[at][first : first + count])
     for n in range(count):
         out.d[number, first + n] = block.d[n]
         out.dmin[number, first + n] = block.dmin[n]
-        out.sums[0] += block.squares[0, n]
-        out.sums[1] += block.squares[1, n]
+        out.sums[0] += block.totals[n]
+        out.sums[1] += block.totals[_NORM + n]

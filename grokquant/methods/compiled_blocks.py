@@ -1,6 +1,7 @@
 """The grids of llama.cpp on CPUs by the compiled kernels, tile by tile of rows."""
 
 from functools import cache
+from math import gcd
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from grokquant.methods.fits import LEAST_SQUARES, LEAST_STEP, reaches
 from grokquant.methods.spans import half_step_lookup
 from grokquant.types import QTensor
 
+# Columns read and written at once, where no block says how many.
+_COLUMNS = 256
+
 
 def round_tile(
     tile: Tensor | QTensor, scheme: Scheme, search: bool, importance: Tensor | None = None
@@ -23,13 +27,20 @@ def round_tile(
     W = tile.dequantize() if isinstance(tile, QTensor) else tile
     columns = W.shape[1]
     grid = _block_grid(scheme, search)
-    groups = (scheme.row.block_columns or grid.group_size) // grid.group_size
+    groups = _groups_at_once(scheme, grid, columns)
     out = _outputs(W.shape[0], columns, scheme.groups(columns), groups)
     weights = torch.ones(columns) if importance is None else importance.float().contiguous()
     lanes, block = scratch(groups, grid.group_size)
     # In float32 whatever is stored: compiling the kernel takes too long to have one for each dtype.
     round_blocks(row_source(W.float()), grid, weights.numpy(), lanes, block, out)
     return _quantized(out, scheme), out
+
+
+def _groups_at_once(scheme: Scheme, grid: BlockGrid, columns: int) -> int:
+    """Those of a block, or so many of 256 columns, which lie closer together in memory."""
+    if grid.has_header:
+        return (scheme.row.block_columns or grid.group_size) // grid.group_size
+    return gcd(columns, _COLUMNS) // grid.group_size
 
 
 def _outputs(rows: int, columns: int, groups: int, groups_of_block: int) -> Outputs:

@@ -277,7 +277,7 @@ def _load_any(source, first, lanes, column, columns, W):
 
 
 @_compiled
-def _lowest(w, n):
+def lowest(w, n):
     """The least of STEP weights of lane n, as a tree: no step waits for the one before."""
     ab = min(w[n], w[LANES + n])
     cd = min(w[2 * LANES + n], w[3 * LANES + n])
@@ -287,7 +287,7 @@ def _lowest(w, n):
 
 
 @_compiled
-def _highest(w, n):
+def highest(w, n):
     """The largest of STEP weights of lane n."""
     ab = max(w[n], w[LANES + n])
     cd = max(w[2 * LANES + n], w[3 * LANES + n])
@@ -302,8 +302,8 @@ def _widen(W, columns, low, high):
     for step in range(columns // STEP):
         w = W[step * STEP * LANES : (step + 1) * STEP * LANES]
         for n in range(LANES):
-            low[n] = min(low[n], _lowest(w, n))
-            high[n] = max(high[n], _highest(w, n))
+            low[n] = min(low[n], lowest(w, n))
+            high[n] = max(high[n], highest(w, n))
 
 
 @_compiled
