@@ -278,22 +278,27 @@ def _dequantized(
     """Instructions of `dequantize_chunk`."""
     table, codes, scales, zeros, dense = arrays(context, builder, signature, arguments)
     block, chunk, row, place = arguments[-4:]
-    weights = WEIGHTS[codes.kind.dtype, types.float32](codes, table)
+    weights = _DEQUANTIZED[codes.kind.dtype](codes, table)
     group = builder.udiv(chunk, builder.udiv(codes.size(1), scales.size(1)))
     scale, zero = Levels(scales, zeros, None).of_group(block, group)
+    factors = weights.lanes(scale)
+    added = None if zero is None else weights.lanes(zero)
     held = weights.chunk(block, chunk)
     for pair in range(PAIRS):
         both = []
-        for values in weights.pair(held, pair):
-            value = builder.fmul(values, scale, flags=FUSED)
-            both.append(value if zero is None else builder.fadd(value, zero, flags=FUSED))
+        for number, values in enumerate(weights.pair(held, pair)):
+            value = builder.fmul(values, factors[number], flags=FUSED)
+            both.append(value if added is None else builder.fadd(value, added[number], flags=FUSED))
         words = builder.bitcast(in_bfloat16(builder, *both), WORDS)
-        in_order = builder.shuffle_vector(words, words, _INTERLEAVED)
         address = dense.at(WORDS, row, place, place.type(pair * 2 * LANES))
-        builder.store(in_order, address, align=1)
+        builder.store(weights.in_order(words), address, align=1)
     return context.get_dummy_value()
 
 
+# Each of the first eight lanes twice, and each of the others.
+_TWICE = [
+    ir.Constant(INTS, [first + lane // 2 for lane in range(LANES)]) for first in (0, LANES // 2)
+]
 # Words of one row beside each other, of those of all even columns before those of all odd ones.
 _INTERLEAVED = ir.Constant(
     ir.VectorType(ir.IntType(32), 2 * LANES),
@@ -333,6 +338,14 @@ class Floats:
     def pair(self, held: Any, pair: int) -> Any:
         """The codes of two columns, or what a table has for them."""
         return [self._looked_up(held, 4 * pair + 16 * half) for half in range(2)]
+
+    def lanes(self, levels: ir.Value) -> list[ir.Value]:
+        """Those of 16 rows, for the numbers in both vectors of `pair`."""
+        return [levels, levels]
+
+    def in_order(self, words: ir.Value) -> ir.Value:
+        """Both vectors of a pair as a dense chunk has them."""
+        return self.builder.shuffle_vector(words, words, _INTERLEAVED)
 
     def _values(self, table: Array) -> ir.Value:
         return table.load(FLOATS, ir.Constant(ir.IntType(64), 0))
@@ -385,6 +398,19 @@ class _BFloatsOfBytes(_FloatsOfBytes):
         return in_bfloat16(self.builder, *(self._converted(half) for half in halves))
 
 
+class _BytesInOrder(_BFloatsOfBytes):
+    """Two vectors of float32 in the order of a dense chunk: each has both columns of eight rows."""
+
+    def pair(self, held: list[ir.Value], pair: int) -> list[ir.Value]:
+        return [self._converted(half) for half in held[2 * pair : 2 * pair + 2]]
+
+    def lanes(self, levels: ir.Value) -> list[ir.Value]:
+        return [self.builder.shuffle_vector(levels, levels, half) for half in _TWICE]
+
+    def in_order(self, words: ir.Value) -> ir.Value:
+        return words
+
+
 class _Dense(Floats):
     """Those of a dense chunk, which is in the cache."""
 
@@ -404,6 +430,9 @@ WEIGHTS: dict[tuple[Any, Any], type[Floats]] = {
     (types.uint8, types.uint16): _BFloats,
     (types.int8, types.uint16): _BFloatsOfBytes,
 }
+
+
+_DEQUANTIZED: dict[Any, type[Floats]] = {types.uint8: Floats, types.int8: _BytesInOrder}
 
 
 class _Tokens:
