@@ -17,6 +17,7 @@ from grokquant.runtime.dequantize import dequantize, product_with_rows
 from grokquant.runtime.matrix_cache import MatrixCache
 from grokquant.runtime.packed import PackedMatrix
 from grokquant.runtime.products import KERNELS, Kernel, kernel_for
+from grokquant.runtime.tile_products import MULTIPLIES_TILES
 from grokquant.runtime.vectors import MULTIPLIES_BFLOAT16
 from grokquant.types import QTensor, TensorRef
 
@@ -47,6 +48,17 @@ NAMED = [
 
 EXACT = [Scheme(4, 128), Scheme(8, None)] + [GRIDS[name].scheme for name in ("q8_0", "iq4_nl")]
 needs_bfloat16 = pytest.mark.skipif(not MULTIPLIES_BFLOAT16, reason="the CPU has no AVX512-BF16")
+
+
+@pytest.fixture(params=[False, True], ids=["vectors", "tiles"])
+def instructions(request, monkeypatch):
+    """Those that CPUs have, and those that AMX adds."""
+    if request.param and not MULTIPLIES_TILES:
+        pytest.skip("the CPU has no AMX")
+    monkeypatch.setattr(codes_kernel, "MULTIPLIES_TILES", request.param)
+
+
+on_both = pytest.mark.usefixtures("instructions")
 
 
 def matrix(scheme: Scheme) -> QTensor:
@@ -85,6 +97,7 @@ def kernel_bits(scheme: Scheme) -> int:
     return 4 if scheme.bits <= 4 else 8
 
 
+@on_both
 @pytest.mark.parametrize("tokens", [1, 7, 11])  # one, eight, eight and four at a time
 @pytest.mark.parametrize("scheme", INTEGERS + NAMED, ids=str)
 def test_the_kernel_multiplies_with_the_codes(scheme, tokens):
@@ -104,6 +117,7 @@ def test_the_kernel_multiplies_with_the_codes(scheme, tokens):
 @pytest.mark.parametrize("name", ["q8_0", "nf4", "q4_k"])
 def test_cpus_without_bfloat16_multiply_it_too(name, monkeypatch):
     monkeypatch.setattr(codes_kernel, "MULTIPLIES_BFLOAT16", False)
+    monkeypatch.setattr(codes_kernel, "MULTIPLIES_TILES", False)
     quantized = matrix(GRIDS[name].scheme)
     x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(2)).bfloat16()
     ours = kernel(quantized.scheme)
@@ -113,8 +127,9 @@ def test_cpus_without_bfloat16_multiply_it_too(name, monkeypatch):
     assert (found - wanted).norm() < 4e-3 * wanted.norm()
 
 
+@on_both
 @needs_bfloat16
-@pytest.mark.parametrize("tokens", [2, 4, 7])
+@pytest.mark.parametrize("tokens", [2, 4, 7, 19])
 @pytest.mark.parametrize("scheme", EXACT, ids=str)
 def test_our_kernel_multiplies_few_tokens_with_exact_codes(scheme, tokens):
     """Those of the dequantized weights are rounded to bfloat16."""
@@ -126,6 +141,7 @@ def test_our_kernel_multiplies_few_tokens_with_exact_codes(scheme, tokens):
     assert (found != wanted.bfloat16()).float().mean() < 0.001  # sums in another order
 
 
+@on_both
 @needs_bfloat16
 @pytest.mark.parametrize(  # 2304 and 131 are more than are dequantized and multiplied at once
     ("tokens", "columns"), [(51, COLUMNS), (51, 2304), (131, COLUMNS)]
@@ -144,6 +160,7 @@ def test_our_kernel_multiplies_many_tokens_with_the_dequantized_weights(scheme, 
     assert (found != wanted.bfloat16()).float().mean() < 0.02  # sums in another order
 
 
+@on_both
 @pytest.mark.parametrize("tokens", [1, 51])
 def test_no_number_of_threads_changes_a_product(tokens):
     quantized = matrix(GRIDS["q4_k"].scheme)
@@ -161,6 +178,7 @@ def test_no_number_of_threads_changes_a_product(tokens):
     assert torch.equal(*found)
 
 
+@on_both
 @pytest.mark.parametrize("rows", [16, 80])  # one block, and two after three
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_our_kernel_takes_rows_by_sixteens(rows, dtype):

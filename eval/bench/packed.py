@@ -45,6 +45,8 @@ CASES = {
 }
 # Rows that are rounded; the matrix repeats them.
 ROUNDED = 512
+# After so many no other round begins: one of 512 tokens takes half a minute of a core.
+SECONDS = 120
 # Relative error of a product that 4 bits explain; a peer that is called wrongly has more.
 MOST_ERROR = 0.2
 Milliseconds = dict[str, float]  # by the name of a product
@@ -109,7 +111,10 @@ def check(W: Tensor, products: Iterable[Peer]) -> None:
 def compare(products: Iterable[Peer], x: Tensor, repeats: int) -> Milliseconds:
     """Medians of rounds; the first, in which memory is touched, does not count."""
     times: dict[str, list[float]] = {peer.name: [] for peer in products}
-    for _ in range(1 + repeats):
+    start = time.perf_counter()
+    for number in range(1 + repeats):
+        if number > 1 and time.perf_counter() - start > SECONDS:
+            break
         for peer in products:
             times[peer.name].append(milliseconds(partial(peer.product, x)))
     return {name: round(median(of_one[1:]), 2) for name, of_one in times.items()}

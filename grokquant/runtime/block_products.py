@@ -109,7 +109,7 @@ def multiply_many(table, codes, scales, zeros, x, dense, totals, out, start, sto
             some = min(DENSE_CHUNKS, chunks - first)
             for row in range(height):
                 for chunk in range(some):
-                    _dequantize(
+                    dequantize_chunk(
                         table, codes, scales, zeros, dense, block + row, first + chunk, row, chunk
                     )
             for token in range(0, len(totals), TOKENS):
@@ -117,7 +117,7 @@ def multiply_many(table, codes, scales, zeros, x, dense, totals, out, start, sto
                 _add_dense(dense, x, totals, height, some, token, place)
         for token in range(len(out)):
             for row in range(height):
-                _round(totals, out, token, row, block + row)
+                round_totals(totals, out, token, row, block + row)
 
 
 @njit(nogil=True, cache=True)
@@ -183,10 +183,10 @@ def _product(
     table, codes, scales, zeros, x, sums, out = arrays(context, builder, signature, arguments)
     start, stop, token = arguments[-3:]
     width = signature.args[0].literal_value
-    weights = _WEIGHTS[codes.kind.dtype, x.kind.dtype](codes, table)
+    weights = WEIGHTS[codes.kind.dtype, x.kind.dtype](codes, table)
     columns = builder.mul(codes.size(1), token.type(COLUMNS))
     tokens = _Tokens(x, builder.mul(token, columns), width)
-    levels = _Levels(scales, zeros, sums)
+    levels = Levels(scales, zeros, sums)
 
     def multiply_blocks(blocks: list[ir.Value]) -> None:
         totals = _sums(builder, len(blocks), width, 1)
@@ -206,7 +206,7 @@ def _product(
             value = builder.load(total)
             builder.store(rounded(builder, value) if rounds else value, address, align=1)
 
-    _for_blocks(builder, start, stop, _HEIGHTS[width], multiply_blocks)
+    for_blocks(builder, start, stop, _HEIGHTS[width], multiply_blocks)
     return context.get_dummy_value()
 
 
@@ -238,7 +238,7 @@ def _dense_product(
         for address, (total,) in _places(builder, totals.at, FLOATS, sums, blocks, token):
             builder.store(builder.load(total), address, align=1)
 
-    _for_blocks(builder, zero, height, HEIGHT, multiply_blocks)
+    for_blocks(builder, zero, height, HEIGHT, multiply_blocks)
     return context.get_dummy_value()
 
 
@@ -247,13 +247,13 @@ def _round_type(_, totals, out, token, row, block):
     return types.none(totals, out, *(types.intp,) * 3), _rounded
 
 
-_round: Callable = intrinsic(_round_type)
+round_totals: Callable = intrinsic(_round_type)
 
 
 def _rounded(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
 ) -> ir.Value:
-    """Instructions of `_round`."""
+    """Instructions of `round_totals`."""
     totals, out = arrays(context, builder, signature, arguments)
     token, row, block = arguments[-3:]
     lanes = row.type(LANES)
@@ -269,31 +269,36 @@ def _dequantize_type(_, table, codes, scales, zeros, dense, block, chunk, row, p
     return types.none(table, codes, scales, zeros, dense, *places), _dequantized
 
 
-_dequantize: Callable = intrinsic(_dequantize_type)
+dequantize_chunk: Callable = intrinsic(_dequantize_type)
 
 
 def _dequantized(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
 ) -> ir.Value:
-    """Instructions of `_dequantize`."""
+    """Instructions of `dequantize_chunk`."""
     table, codes, scales, zeros, dense = arrays(context, builder, signature, arguments)
     block, chunk, row, place = arguments[-4:]
-    weights = _WEIGHTS[codes.kind.dtype, types.float32](codes, table)
+    weights = _DEQUANTIZED[codes.kind.dtype](codes, table)
     group = builder.udiv(chunk, builder.udiv(codes.size(1), scales.size(1)))
-    scale, zero = _Levels(scales, zeros, None).of_group(block, group)
+    scale, zero = Levels(scales, zeros, None).of_group(block, group)
+    factors = weights.lanes(scale)
+    added = None if zero is None else weights.lanes(zero)
     held = weights.chunk(block, chunk)
     for pair in range(PAIRS):
         both = []
-        for values in weights.pair(held, pair):
-            value = builder.fmul(values, scale, flags=FUSED)
-            both.append(value if zero is None else builder.fadd(value, zero, flags=FUSED))
+        for number, values in enumerate(weights.pair(held, pair)):
+            value = builder.fmul(values, factors[number], flags=FUSED)
+            both.append(value if added is None else builder.fadd(value, added[number], flags=FUSED))
         words = builder.bitcast(in_bfloat16(builder, *both), WORDS)
-        in_order = builder.shuffle_vector(words, words, _INTERLEAVED)
         address = dense.at(WORDS, row, place, place.type(pair * 2 * LANES))
-        builder.store(in_order, address, align=1)
+        builder.store(weights.in_order(words), address, align=1)
     return context.get_dummy_value()
 
 
+# Each of the first eight lanes twice, and each of the others.
+_TWICE = [
+    ir.Constant(INTS, [first + lane // 2 for lane in range(LANES)]) for first in (0, LANES // 2)
+]
 # Words of one row beside each other, of those of all even columns before those of all odd ones.
 _INTERLEAVED = ir.Constant(
     ir.VectorType(ir.IntType(32), 2 * LANES),
@@ -303,7 +308,7 @@ _INTERLEAVED = ir.Constant(
 _Sums = list[list[list[ir.Value]]]
 
 
-class _Floats:
+class Floats:
     """Pairs of columns of a chunk, as two vectors of float32, from codes of 4 bits."""
 
     lines = 1  # of a chunk, to be fetched ahead
@@ -334,6 +339,14 @@ class _Floats:
         """The codes of two columns, or what a table has for them."""
         return [self._looked_up(held, 4 * pair + 16 * half) for half in range(2)]
 
+    def lanes(self, levels: ir.Value) -> list[ir.Value]:
+        """Those of 16 rows, for the numbers in both vectors of `pair`."""
+        return [levels, levels]
+
+    def in_order(self, words: ir.Value) -> ir.Value:
+        """Both vectors of a pair as a dense chunk has them."""
+        return self.builder.shuffle_vector(words, words, _INTERLEAVED)
+
     def _values(self, table: Array) -> ir.Value:
         return table.load(FLOATS, ir.Constant(ir.IntType(64), 0))
 
@@ -342,7 +355,7 @@ class _Floats:
         return permuted(self.builder, self.table, self.builder.and_(shifted, filled(INTS, 15)))
 
 
-class _FloatsOfBytes(_Floats):
+class _FloatsOfBytes(Floats):
     """From codes of 8 bits."""
 
     lines = 2
@@ -360,7 +373,7 @@ class _FloatsOfBytes(_Floats):
         return self.builder.sitofp(self.builder.sext(codes, INTS), FLOATS)
 
 
-class _BFloats(_Floats):
+class _BFloats(Floats):
     """One vector of bfloat16 for both columns."""
 
     def pair(self, held: ir.Value, pair: int) -> ir.Value:
@@ -385,7 +398,20 @@ class _BFloatsOfBytes(_FloatsOfBytes):
         return in_bfloat16(self.builder, *(self._converted(half) for half in halves))
 
 
-class _Dense(_Floats):
+class _BytesInOrder(_BFloatsOfBytes):
+    """Two vectors of float32 in the order of a dense chunk: each has both columns of eight rows."""
+
+    def pair(self, held: list[ir.Value], pair: int) -> list[ir.Value]:
+        return [self._converted(half) for half in held[2 * pair : 2 * pair + 2]]
+
+    def lanes(self, levels: ir.Value) -> list[ir.Value]:
+        return [self.builder.shuffle_vector(levels, levels, half) for half in _TWICE]
+
+    def in_order(self, words: ir.Value) -> ir.Value:
+        return words
+
+
+class _Dense(Floats):
     """Those of a dense chunk, which is in the cache."""
 
     lines = 0
@@ -398,12 +424,15 @@ class _Dense(_Floats):
 
 
 # By the dtypes of codes and tokens.
-_WEIGHTS: dict[tuple[Any, Any], type[_Floats]] = {
-    (types.uint8, types.float32): _Floats,
+WEIGHTS: dict[tuple[Any, Any], type[Floats]] = {
+    (types.uint8, types.float32): Floats,
     (types.int8, types.float32): _FloatsOfBytes,
     (types.uint8, types.uint16): _BFloats,
     (types.int8, types.uint16): _BFloatsOfBytes,
 }
+
+
+_DEQUANTIZED: dict[Any, type[Floats]] = {types.uint8: Floats, types.int8: _BytesInOrder}
 
 
 class _Tokens:
@@ -447,7 +476,7 @@ class _Tokens:
         self.builder.store(added, total)
 
 
-class _Levels:
+class Levels:
     """Scales of blocks' groups and what their zeros add."""
 
     def __init__(self, scales: Array, zeros: Array | None, sums: Array | None) -> None:
@@ -495,7 +524,7 @@ class _Levels:
 
 def _add_chunks(
     builder: ir.IRBuilder,
-    weights: _Floats,
+    weights: Floats,
     tokens: _Tokens,
     blocks: list[ir.Value],
     first: ir.Value,
@@ -516,7 +545,7 @@ def _add_chunks(
             tokens.add_products(of_pair, chunk, pair, turn)
 
 
-def _for_blocks(
+def for_blocks(
     builder: ir.IRBuilder,
     start: ir.Value,
     stop: ir.Value,

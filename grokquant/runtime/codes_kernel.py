@@ -2,9 +2,11 @@
 
 With AVX512-BF16 they multiply bfloat16 in bfloat16. Few tokens are multiplied with the codes, which
 are exact, or with values of a table, rounded, and the sums of groups with scales; many with weights
-that are dequantized and rounded as `dequantize` does. Elsewhere they serve what torch has no kernel
-for: tables, and 8 bits in groups.
+that are dequantized and rounded as `dequantize` does. With AMX, tiles are multiplied, of two tokens
+and more. Elsewhere they serve what torch has no kernel for: tables, and 8 bits in groups.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grokquant.grids import SCALE_DTYPES, Scheme
+from grokquant.runtime import tile_products
 from grokquant.runtime.block_products import (
     COLUMNS,
     DENSE_CHUNKS,
@@ -25,12 +28,13 @@ from grokquant.runtime.block_products import (
     padded,
 )
 from grokquant.runtime.matrix_cache import Parts
+from grokquant.runtime.tile_products import MULTIPLIES_TILES
 from grokquant.runtime.vectors import LANES, MULTIPLIES_BFLOAT16
 from grokquant.threads import in_pieces, slices
 from grokquant.types import QTensor
 
 # From here on dequantizing a tile once is quicker than unpacking codes for every eight tokens: of
-# 8 bits and of groups of 32 from 40 on, of 4 bits in groups of 128 from 80 on.
+# 8 bits and of groups of 32 from 40 on, of 4 bits in groups of 128 from 80 on; the same with AMX.
 _MANY_TOKENS = 48
 # Tokens at a time: 512 at once take longer than dequantizing the matrix for each 128 of them.
 _MOST_TOKENS = 128
@@ -76,27 +80,25 @@ def prepare(quantized: QTensor, dtype: torch.dtype) -> Parts:
 
 def product(x: Tensor, held: Parts) -> Tensor:
     """x [tokens, in] times a prepared matrix: [tokens, out], summed in float32."""
+    in_tiles = MULTIPLIES_TILES and x.dtype == torch.bfloat16 and len(x) > 1
+    one = _product_in_tiles if in_tiles else _product
     if len(x) <= _MOST_TOKENS:
-        return _product(x, held)
-    return torch.cat([_product(some, held) for some in x.split(_MOST_TOKENS)])
+        return one(x.detach(), held)
+    return torch.cat([one(some, held) for some in x.detach().split(_MOST_TOKENS)])
 
 
 def _product(x: Tensor, held: Parts) -> Tensor:
     """The same for tokens that the cache holds."""
     in_bfloat16 = MULTIPLIES_BFLOAT16 and x.dtype == torch.bfloat16
     many = in_bfloat16 and len(x) >= _MANY_TOKENS
-    inputs = x.detach() if in_bfloat16 else x.detach().float()
+    inputs = x if in_bfloat16 else x.float()
     tokens = padded(len(x), many)
     if tokens > len(x):
         inputs = F.pad(inputs, (0, 0, 0, tokens - len(x)))
-    parts = {name: bits(part) for name, part in held.items()}
-    levels = parts["levels"]
-    zeros = levels[:, :, 1] if levels.shape[2] > 1 else None
-    matrix = (parts.get("table"), parts["codes"], levels[:, :, 0], zeros)
+    matrix = _matrix(held)
     pairs = in_pairs(inputs)
-    blocks, groups = levels.shape[:2]
-    out = inputs.new_empty(tokens, blocks * LANES)
-    sums = None if zeros is None or many else _sums(inputs, groups)
+    out = inputs.new_empty(tokens, _rows(held))
+    sums = None if many else _sums(inputs, held)
 
     def work(part: slice) -> None:
         if many:
@@ -106,8 +108,46 @@ def _product(x: Tensor, held: Parts) -> Tensor:
         else:
             multiply(*matrix, pairs, sums, bits(out), part.start, part.stop)
 
-    in_pieces(work, slices(0, blocks, _blocks_at_once(blocks)))
+    _in_pieces_of_blocks(work, held)
     return out[: len(x)].to(x.dtype)
+
+
+def _product_in_tiles(x: Tensor, held: Parts) -> Tensor:
+    """The same by AMX."""
+    many = len(x) >= _MANY_TOKENS
+    matrix = _matrix(held)
+    tiles = tile_products.in_tiles(x)
+    out = x.new_empty(len(x), _rows(held))
+    sums = None if many else _sums(x, held)
+
+    def work(part: slice) -> None:
+        if many:
+            dense, totals = tile_products.memory(len(tiles))
+            tile_products.multiply_many(
+                *matrix, tiles, dense, totals, bits(out), part.start, part.stop
+            )
+        else:
+            tile_products.multiply(*matrix, tiles, sums, bits(out), part.start, part.stop)
+
+    _in_pieces_of_blocks(work, held)
+    return out
+
+
+def _matrix(held: Parts) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, np.ndarray | None]:
+    """(table, codes, scales, zeros) of a prepared matrix."""
+    parts = {name: bits(part) for name, part in held.items()}
+    levels = parts["levels"]
+    zeros = levels[:, :, 1] if levels.shape[2] > 1 else None
+    return parts.get("table"), parts["codes"], levels[:, :, 0], zeros
+
+
+def _rows(held: Parts) -> int:
+    return len(held["levels"]) * LANES
+
+
+def _in_pieces_of_blocks(work: Callable[[slice], None], held: Parts) -> None:
+    blocks = len(held["levels"])
+    in_pieces(work, slices(0, blocks, _blocks_at_once(blocks)))
 
 
 def _fits(scheme: Scheme, shape: tuple[int, int]) -> bool:
@@ -172,6 +212,10 @@ def _zeros(quantized: QTensor, scales: Tensor) -> Tensor:
     return zeros if quantized.offsets is None else zeros + quantized.offsets.float()
 
 
-def _sums(x: Tensor, groups: int) -> np.ndarray:
-    """Those of x [tokens, in] in groups of columns, float32 [groups, tokens]."""
+def _sums(x: Tensor, held: Parts) -> np.ndarray | None:
+    """Those of x [tokens, in] in groups of columns, float32 [groups, tokens], if there are zeros
+    that they are multiplied with."""
+    groups, levels = held["levels"].shape[1:3]
+    if levels == 1:
+        return None
     return x.float().unflatten(1, (groups, -1)).sum(dim=2).T.contiguous().numpy()
