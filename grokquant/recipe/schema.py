@@ -492,6 +492,8 @@ class EvalSection(Section):
     """Number of sequences, from the start of the text; fewer if the text is too short."""
     length: RowLength = 2048
     """Tokens per sequence."""
+    packed: bool = True
+    """Like `calibration.packed`."""
 
 
 class _AnyRecipe(Section):
