@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from grokquant.errors import InputError
 from grokquant.recipe import BUILT_IN_TEXTS, CalibrationSection, check_text, text_suffix
 from grokquant.text.document import Document, bytes_of, tokens_of_document
-from grokquant.text.records import READERS, excerpts, is_large, read_dataset
+from grokquant.text.records import READERS, excerpts, is_large, read_dataset, size_of
 
 if TYPE_CHECKING:
     from grokquant.checkpoint import Checkpoint
@@ -193,7 +193,12 @@ def _calibration_documents(
         return _drawn(documents, tokens * _BYTES_PER_TOKEN, settings.seed)
     if not is_large(text):
         return load_documents(text, "calibration", settings.field)
-    return excerpts(text, settings.field, tokens * _BYTES_PER_TOKEN, settings.seed)
+    return excerpts(text, settings.field, bytes_read(text, tokens), settings.seed)
+
+
+def bytes_read(path: str, tokens: int) -> int:
+    """How much of a file calibration reads for so many tokens."""
+    return tokens * _BYTES_PER_TOKEN if is_large(path) else size_of(path)
 
 
 def _drawn(documents: list[Document], wanted: int, seed: int) -> list[Document]:
