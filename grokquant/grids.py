@@ -4,6 +4,7 @@ A new grid is a row here, a function that finds its levels (FINDERS in `methods/
 functions of a format that pack and read it.
 """
 
+import re
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -235,6 +236,16 @@ GRIDS = {
         ),
     )
 }  # fmt: skip
+
+
+# What `--grid` takes: that of integers is said by its bits.
+NAMED = tuple(name for name in GRIDS if name != "integer")
+
+
+def named_grid(text: str) -> str | None:
+    """The grid of NAMED that `text` is, perhaps with an ending of llama.cpp's file types."""
+    stem = re.sub("_[sml]$", "", text.lower())
+    return stem if stem in NAMED else None
 
 
 def block_grid(scheme: Scheme) -> Grid | None:

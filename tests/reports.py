@@ -121,7 +121,7 @@ def content(layers: int = 4, experts: int = 8) -> dict:
             "text": "python-docs (held-out)",
             "text_sha256": "9f86d081884c7d659a2feaa0c55ad015",
             "samples": 128,
-            "length": 256, "asked_length": None,
+            "length": 256, "packed": True, "asked_length": None,
             "tokens_scored": 32640,
             "scored": "every token but the first of each sequence",
             "bos": False,

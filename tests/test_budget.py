@@ -27,6 +27,7 @@ from grokquant.streaming.blocks import CALIBRATION_DTYPE, Outputs
 from grokquant.streaming.whole import running
 from grokquant.text import documents, installed, python_docs
 from grokquant.text.records import READERS
+from grokquant.text.tokenizer import load_tokenizer
 from grokquant.toy import TOY_PATH
 from grokquant.types import Routed
 
@@ -55,7 +56,7 @@ def test_a_budget_names_a_step_and_takes_seconds(tiny_recipe):
 
 
 @pytest.mark.parametrize("others", [(), ({"match": "layers.*", "method": "copy"},)])
-def test_a_budget_is_that_of_the_layer_with_most_to_do(tiny_recipe, monkeypatch, others):
+def test_a_budget_is_that_of_the_layer_with_most_to_do(tiny_recipe, others):
     of_all, of_last = (
         build_plan(tiny_recipe(EXPERTS | {"match": f"layers.{layer}.experts.*.*"}, *others))
         for layer in ("*", "1")
@@ -64,13 +65,10 @@ def test_a_budget_is_that_of_the_layer_with_most_to_do(tiny_recipe, monkeypatch,
     shares = [sharing_of(plan, 2) for plan in (of_all, of_last)]
     assert shares[0].device_bytes == shares[1].device_bytes
     assert shares[0].peak_bytes == shares[1].peak_bytes
-    monkeypatch.setattr(timing, "_SMALL_LAYER", 1)
-    assert not timing.is_small(of_last)
 
 
 def test_the_plan_counts_each_product_once(tiny_recipe, monkeypatch):
     """With a second for each multiply-add, steps take as many seconds as a run has of them."""
-    monkeypatch.setattr(timing, "_SMALL_LAYER", 0)
     monkeypatch.setattr(timing, "_rates", lambda plan, model: timing._Rates(1, 1, 1, 1))
     free = timing._Rounding(shared=0, own=0, weights=1 << 60, square=1, cost=Cost())
     monkeypatch.setattr(timing, "_round_piece", lambda unit, stored: free)
@@ -158,8 +156,8 @@ def test_a_part_of_the_texts_is_read_to_time_them(tiny_recipe, monkeypatch, text
     readers = dict(documents.READERS)
     readers[".txt"] = lambda text, field: read.append(Path(text)) or READERS[".txt"](text, field)
     monkeypatch.setattr(documents, "READERS", readers)
-    rows, seconds = timing._timed_rows(plan)
-    assert rows.shape == (16, 64) and seconds > 0
+    tokens, seconds = timing._timed_texts(plan)
+    assert tokens == 16 * 64 and seconds > 0
     assert read.count(Path(own)) == 1
     assert 0 < len(read) <= sum(covered) // 8 + 3
 
@@ -168,8 +166,26 @@ def test_a_text_of_few_sequences_is_timed_with_as_many(tiny_recipe, monkeypatch)
     """One module in eight gives two sequences, so all give sixteen, of which 88 % calibrate."""
     monkeypatch.setattr(installed, "some_documents", lambda text, share: ["word " * 140])
     asked = {"text": "python-code", "samples": 99, "length": 64}
-    rows, _ = timing._timed_rows(build_plan(tiny_recipe(calibration=asked)))
-    assert rows.shape == (14, 64)
+    tokens, _ = timing._timed_texts(build_plan(tiny_recipe(calibration=asked)))
+    assert tokens == 14 * 64
+
+
+def test_of_a_long_text_excerpts_are_timed(tiny_recipe, monkeypatch, tmp_path):
+    """However long it is, and they tell how many tokens it has."""
+    read = []
+    tokens_of = timing.tokens_of_document
+    monkeypatch.setattr(
+        timing, "tokens_of_document", lambda t, text: read.append(len(text)) or tokens_of(t, text)
+    )
+    for name in ("long.txt", "longer.txt"):
+        text = tmp_path / name
+        text.write_text("These are words. " * (40_000 if name == "long.txt" else 400_000))
+        asked = {"text": str(text), "samples": 10**6, "length": 64}
+        plan = build_plan(tiny_recipe(calibration=asked))
+        tokens, seconds = timing._timed_texts(plan)
+        wanted = len(tokens_of(load_tokenizer(plan.checkpoint), text.read_text()))
+        assert tokens == pytest.approx(wanted, rel=0.01) and seconds > 0
+    assert read == [16384] * 32
 
 
 @pytest.mark.parametrize(

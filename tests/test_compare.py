@@ -158,6 +158,7 @@ def test_runs_of_one_name_go_by_what_was_given(tmp_path):
     [
         ("protocol__length", 512, "protocol.length is 512, but 256 in .*four"),
         ("protocol__text_sha256", "ab", "protocol.text_sha256 is ab"),
+        ("protocol__packed", False, "protocol.packed is False"),
         ("protocol__bos", True, "protocol.bos is True"),
         ("protocol__arithmetic", "bfloat16", "protocol.arithmetic is bfloat16"),
         ("reference__family", "mixtral", "reference.family is mixtral"),

@@ -116,6 +116,11 @@ def test_h_is_help_everywhere():
             "q4_k is a grid: `grokquant quantize MODEL --gri",
         ),
         (
+            ["plan", "toy", "--format", "q4_k_m"],
+            "q4_k is a grid: `grokquant quantize MODEL --grid q4_k`",
+        ),
+        (["plan", "toy", "--format", "integer"], "'gguf', 'bf16'.\n"),
+        (
             ["compare", "toy"],
             "toy: no such directory; name results that `grokquant eval` has evaluated",
         ),

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,3 +89,15 @@ def test_another_thread_leaves_signals_alone(tiny_recipe, handlers, monkeypatch)
     thread.join()
     assert verify(Path(recipe.output.path))
     assert seen == [handlers[signal.SIGTERM]] * 2
+
+
+@BOTH
+def test_an_interruption_after_the_last_line_prints_nothing(number):
+    code = (
+        "import atexit, os, sys\n"
+        "from grokquant.cli import main\n"
+        f"atexit.register(os.kill, os.getpid(), {int(number)})\n"
+        "main(['plan', '-h'])\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    assert (finished.returncode, finished.stderr) == (-number, b"")

@@ -18,8 +18,9 @@ from grokquant.evaluation.measure import Windows, compare_texts
 from grokquant.evaluation.models import opened_models
 from grokquant.evaluation.report import Report, read_report
 from grokquant.evaluation.run import suite_for
-from grokquant.evaluation.suite import Suite, TextSection, check_gates, load_suite
+from grokquant.evaluation.suite import Suite, TextSection, check_gates, load_suite, suite_of
 from grokquant.evaluation.windows import read_text
+from grokquant.recipe import EvalSection
 from grokquant.recipe.of_output import origin_of_text
 from grokquant.reporting.html.page import render_html
 from grokquant.text.documents import load_documents, token_rows
@@ -130,6 +131,26 @@ def test_protocols_cut_and_score_as_they_say(text_file):
     assert with_bos.windows.rows[:, 0].tolist() == [1] * len(with_bos.windows.rows)
     assert torch.equal(with_bos.windows.rows[:2, 1:], hf.windows.rows[:, 1:])
     assert with_bos.protocol.bos
+
+
+def test_sequences_may_be_beginnings_of_documents(tmp_path):
+    """Each is a cluster of its own for the bootstrap, and the protocol says so."""
+    toy = open_checkpoint("toy")
+    documents = [f"{word} " * count for word, count in zip("abcd", (40, 5, 40, 40), strict=True)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, documents)))
+    settings = EvalSection(text=str(path), samples=2, length=8, packed=False)
+    found = read_text(suite_of(settings).texts[0], toy, "k")
+    tokenizer = load_tokenizer(toy)
+    assert found.windows.rows.tolist() == [
+        tokenizer(documents[number]).input_ids[:8] for number in (0, 2)
+    ]
+    assert found.documents.tolist() == [[0] * 7, [2] * 7]
+    assert found.protocol.sequences == "2 sequences of 8 tokens, each the beginning of a document"
+    joined = read_text(suite_of(EvalSection(text=str(path), length=8)).texts[0], toy, "k")
+    assert joined.protocol.packed and joined.windows.rows.shape[0] > 4
+    with pytest.raises(InputError, match=r"^k\.text: .*a\.jsonl: the longest document has"):
+        read_text(TextSection(text=str(path), packed=False), toy, "k")
 
 
 def test_the_second_half_is_what_is_scored(int4, tiny_release, text_file):

@@ -1,5 +1,6 @@
 """What all commands have in common: signs of life, and errors as one line and an exit code."""
 
+import signal
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,14 @@ class Commands(click.Group):
     command_class = Command
 
     def invoke(self, ctx: click.Context) -> object:
+        try:
+            return self._invoke(ctx)
+        finally:
+            # From here on an interruption ends the process, without a traceback of its cleanup.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+
+    def _invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except GrokquantError as error:

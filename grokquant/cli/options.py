@@ -54,9 +54,9 @@ class _Format(click.Choice):
         try:
             return super().convert(value, *context)
         except click.BadParameter as error:
-            from grokquant.grids import GRIDS
+            from grokquant.grids import named_grid
 
-            if (grid := value.lower()) not in GRIDS:
+            if (grid := named_grid(value)) is None:
                 raise
             text = f"{error.message} {grid} is a grid: `grokquant quantize MODEL --grid {grid}`"
             raise click.BadParameter(text, error.ctx, error.param) from None

@@ -114,6 +114,8 @@ class Protocol(_Part):
     """Number of sequences, each run on its own."""
     length: Count
     """Tokens per sequence."""
+    packed: bool = True
+    """Whether sequences are cut from joined documents; else each is the beginning of one."""
     asked_length: Count | None = None
     """Tokens per sequence that were asked for, where the model has fewer positions; else None."""
     tokens_scored: Count
@@ -124,6 +126,12 @@ class Protocol(_Part):
     """Whether a sequence begins with a beginning-of-sequence token."""
     arithmetic: Annotated[str, BeforeValidator(_without_former_words)]
     """The dtype in which both models were run."""
+
+    @property
+    def sequences(self) -> str:
+        """How the text was cut, in words."""
+        words = f"{self.samples:,} sequences of {self.length:,} tokens"
+        return words if self.packed else f"{words}, each the beginning of a document"
 
     @model_validator(mode="before")
     @classmethod

@@ -32,8 +32,9 @@ class TextSection(Section):
     """A text and how it is scored: its first `samples` sequences, which do not overlap.
 
     `hf` scores all tokens but the first of each sequence of 2048, `llama.cpp` the second half of
-    each sequence of 512; `length` changes the size of a sequence. With `bos`, the tokenizer's BOS
-    replaces the first token of each sequence, which is not scored.
+    each sequence of 512; `length` changes the size of a sequence. With `packed: false`, each is the
+    beginning of one document, as in calibration. With `bos`, the tokenizer's BOS replaces the first
+    token of each sequence, which is not scored.
     """
 
     text: TextName = "python-docs"
@@ -41,6 +42,7 @@ class TextSection(Section):
     protocol: Literal["hf", "llama.cpp"] = "hf"
     samples: Rows = 64
     length: RowLength | None = None
+    packed: bool = True
     bos: bool = False
 
     @property
@@ -124,6 +126,7 @@ def suite_of(settings: EvalSection) -> Suite:
         field=settings.field,
         samples=settings.samples,
         length=settings.length,
+        packed=settings.packed,
     )
     return Suite(texts=(text,))
 
@@ -163,7 +166,7 @@ def _texts(report: Report) -> Iterator[tuple[TextFigures, str]]:
     texts: list[TextFigures] = [report, *report.further_texts]
     for text in texts:
         protocol = text.protocol
-        yield text, f"{protocol.text} ({protocol.samples} sequences of {protocol.length})"
+        yield text, f"{protocol.text} ({protocol.sequences})"
 
 
 def _mean_kld(report: Report) -> Values:

@@ -50,7 +50,7 @@ def read_text(
     tokenizer = load_tokenizer(base)
     length = min(section.row_length, base.positions)
     try:
-        cut = rows_of(documents, tokenizer, section.samples, length, None)
+        cut = rows_of(documents, tokenizer, section.samples, length, None, section.packed)
     except InputError as error:
         raise InputError(f"{key}.text: {section.text}: {error}") from None
     rows = _with_bos(cut.tokens, tokenizer, key) if section.bos else cut.tokens
@@ -78,6 +78,7 @@ def _protocol(
         text_sha256=text_digest(documents),
         samples=count,
         length=length,
+        packed=section.packed,
         asked_length=section.row_length if section.row_length > length else None,
         tokens_scored=count * (length - windows.first),
         scored=_SCORED[section.protocol],

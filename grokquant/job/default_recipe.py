@@ -24,7 +24,7 @@ from grokquant.files.published import published_path
 from grokquant.files.typed_paths import expanded
 from grokquant.files.unfinished import RECIPE_SUFFIXES
 from grokquant.formats import FORMATS
-from grokquant.grids import GRIDS, Scheme
+from grokquant.grids import GRIDS, NAMED, Scheme
 from grokquant.job.budget.memory import total_bytes
 from grokquant.job.units import unit_of
 from grokquant.methods import METHODS
@@ -225,12 +225,11 @@ def _shipped(recipe: str, format: str | None) -> tuple[str, Goal]:
 
 
 def _of_grid(grid: str, format: str | None) -> Goal:
-    row = GRIDS.get(grid)
-    if row is None or grid == "integer":
-        named = [name for name in GRIDS if name != "integer"]
-        near = get_close_matches(grid, named, n=1)
+    if grid not in NAMED:
+        near = get_close_matches(grid, NAMED, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"no grid {grid!r}, expected one of {', '.join(named)}{meant}", "grid")
+        raise InputError(f"no grid {grid!r}, expected one of {', '.join(NAMED)}{meant}", "grid")
+    row = GRIDS[grid]
     own = "gguf" if row.ggml_type is not None else row.formats[0]
     if format not in (None, *row.formats):
         raise InputError(f"grid {grid} is held by {_either(row.formats)}, not {format}", "format")

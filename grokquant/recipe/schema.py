@@ -34,7 +34,7 @@ from ruamel.yaml import YAML
 
 from grokquant.files.published import is_repository, published_path
 from grokquant.files.typed_paths import expanded
-from grokquant.grids import GRIDS
+from grokquant.grids import GRIDS, named_grid
 from grokquant.methods import METHODS
 from grokquant.types import BudgetUnit
 
@@ -472,7 +472,7 @@ class OutputSection(Section):
                 "int-quantized is no longer written, because engines do not read it; "
                 "compressed-tensors holds the same integers"
             )
-        if isinstance(value, str) and (grid := _grid_in(value)):
+        if isinstance(value, str) and (grid := named_grid(value)):
             formats = " or ".join(GRIDS[grid].formats)
             raise ValueError(
                 f"{value[:40]} is no format: the rules say grid: {grid}, the format is {formats}"
@@ -492,6 +492,8 @@ class EvalSection(Section):
     """Number of sequences, from the start of the text; fewer if the text is too short."""
     length: RowLength = 2048
     """Tokens per sequence."""
+    packed: bool = True
+    """Like `calibration.packed`."""
 
 
 class _AnyRecipe(Section):
@@ -555,12 +557,6 @@ def to_yaml(values: dict[str, Any]) -> str:
     text = io.StringIO()
     yaml.dump(values, text)
     return text.getvalue()
-
-
-def _grid_in(name: str) -> str | None:
-    """The named grid that `name` is, perhaps with an ending of llama.cpp's file types."""
-    stem = re.sub("_[sml]$", "", name.lower())
-    return stem if stem in GRIDS and stem != "integer" else None
 
 
 def _published(section: Section, keys: set[str]) -> Section:

@@ -103,8 +103,8 @@ def _basis(ranking: Ranking) -> str:
     protocol = report.protocol
     bootstrap = report.bootstrap
     return (
-        f"{protocol.tokens_scored:,} tokens of {protocol.text}, {protocol.samples:,} sequences of "
-        f"{protocol.length:,}; reference: {name_of(report.reference)}; ± is one standard error, "
+        f"{protocol.tokens_scored:,} tokens of {protocol.text}, {protocol.sequences}; "
+        f"reference: {name_of(report.reference)}; ± is one standard error, "
         f"from {bootstrap.clusters:,} {bootstrap.unit}s; models that share a rank do not differ "
         f"significantly; noise floor of the KLD: {number(report.noise_floor.mean_kld)}"
     )

@@ -332,8 +332,7 @@ def _basis(report: Report) -> str:
     bootstrap = report.bootstrap
     dequantized = ", dequantized" if stored_quantized(report.reference) else ""
     return (
-        f"{protocol.tokens_scored:,} tokens of {protocol.text}, "
-        f"{protocol.samples:,} sequences of {protocol.length:,}; reference: "
+        f"{protocol.tokens_scored:,} tokens of {protocol.text}, {protocol.sequences}; reference: "
         f"{name_of(report.reference)}{dequantized}; {protocol.arithmetic}; ± is one standard "
         f"error; errors and 95 % intervals from a paired bootstrap over {bootstrap.clusters:,} "
         f"{bootstrap.unit}s; noise floor: {report.noise_floor.how}"

@@ -67,8 +67,7 @@ def suite_words(suite: SuiteResult) -> str:
 
 def protocol_words(protocol: Protocol) -> str:
     """A text and how it was cut and scored, in a line."""
-    sequences = f"{protocol.samples:,} sequences of {protocol.length:,}"
-    return f"{protocol.text}, {sequences}: {protocol.scored}"
+    return f"{protocol.text}, {protocol.sequences}: {protocol.scored}"
 
 
 def metric_words(metric: TaskMetric) -> str:

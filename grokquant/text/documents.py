@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from grokquant.errors import InputError
 from grokquant.recipe import BUILT_IN_TEXTS, CalibrationSection, check_text, text_suffix
 from grokquant.text.document import Document, bytes_of, tokens_of_document
-from grokquant.text.records import READERS, excerpts, is_large, read_dataset
+from grokquant.text.records import READERS, excerpts, is_large, read_dataset, size_of
 
 if TYPE_CHECKING:
     from grokquant.checkpoint import Checkpoint
 
 
-# Of excerpts, for each token that is used: four times what a token has, for windows are drawn.
+# Of excerpts, for each token that is used: four times what a token has, for sequences are drawn.
 _BYTES_PER_TOKEN = 16
 
 
@@ -58,7 +58,7 @@ def _is_empty(document: Document) -> bool:
 
 @dataclass(frozen=True)
 class TextRows:
-    """Windows of a text, int64 [rows, length].
+    """Sequences of a text, int64 [rows, length].
 
     `tokens` are token ids, `documents` the index of the document that each token is from.
     """
@@ -73,35 +73,16 @@ def rows_of(
     samples: int,
     length: int,
     seed: int | None,
+    packed: bool = True,
 ) -> TextRows:
-    """`samples` windows of `length` tokens, or as many as the text has.
+    """`samples` sequences of `length` tokens, or as many as the text has.
 
-    The documents' tokens are joined with nothing between them and cut into windows that do not
-    overlap:
-
-        | document 0 | document 1     | document 2  |
-        | window 0 | window 1 | window 2 | (rest)
-
-    With a `seed`, windows are drawn at random and returned in the order of the text. None takes the
-    first ones and reads no further. Raises InputError if the text is shorter than one window.
+    They are cut from the joined documents, or, if not `packed`, are the beginnings of documents.
+    With a `seed`, they are drawn at random and returned in the order of the text. None takes the
+    first ones and reads no further. Raises InputError if the text is too short for one.
     """
-    limit = samples * length if seed is None else None
-    tokens, ends = _tokens(documents, tokenizer, limit)
-    windows = len(tokens) // length
-    if windows == 0:
-        raise InputError(
-            f"the text has {len(tokens)} tokens, but one sequence needs {length}"
-            "; lower length, or take a longer text"
-        )
-    whole = windows * length
-    rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(windows, length)
-    # A token is from the first document that ends after it.
-    numbers = torch.bucketize(torch.arange(whole), torch.tensor(ends), right=True).view_as(rows)
-    if seed is None:
-        return TextRows(rows[:samples], numbers[:samples])
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    drawn = order[:samples].sort().values
-    return TextRows(rows[drawn], numbers[drawn])
+    cut = _joined_rows if packed else _document_rows
+    return cut(documents, tokenizer, samples, length, seed)
 
 
 def token_rows(
@@ -115,27 +96,56 @@ def token_rows(
     return rows_of(documents, tokenizer, samples, length, seed).tokens
 
 
-def document_rows(
+def _joined_rows(
     documents: Iterable[Document],
     tokenizer: PreTrainedTokenizerBase,
     samples: int,
     length: int,
-    seed: int,
-) -> Tensor:
-    """The first `length` tokens of each of `samples` documents, int64 [samples, length].
+    seed: int | None,
+) -> TextRows:
+    """The documents' tokens, joined with nothing between them, in sequences without overlap:
 
-        | document 0    | document 1 | document 2     |
-        | window 0 |      (too short)  | window 1 |
-
-    Documents are drawn at random and returned in the order of the text; fewer if no more are long
-    enough. Raises InputError if none is.
+    | document 0 | document 1     | document 2  |
+    | row 0    | row 1    | row 2    | (rest)
     """
-    documents = list(documents)
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    limit = samples * length if seed is None else None
+    tokens, ends = _tokens(documents, tokenizer, limit)
+    found = len(tokens) // length
+    if found == 0:
+        raise InputError(
+            f"the text has {len(tokens)} tokens, but one sequence needs {length}"
+            "; lower length, or take a longer text"
+        )
+    whole = found * length
+    rows = torch.frombuffer(tokens, dtype=torch.int64)[:whole].view(found, length)
+    # A token is from the first document that ends after it.
+    numbers = torch.bucketize(torch.arange(whole), torch.tensor(ends), right=True).view_as(rows)
+    if seed is None:
+        return TextRows(rows[:samples], numbers[:samples])
+    drawn = _shuffled(found, seed)[:samples].sort().values
+    return TextRows(rows[drawn], numbers[drawn])
+
+
+def _document_rows(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int | None,
+) -> TextRows:
+    """The first tokens of each of some documents, those that are too short left out:
+
+    | document 0    | document 1 | document 2     |
+    | row 0    |                   | row 1    |
+    """
+    numbered: Iterable[tuple[int, Document]] = enumerate(documents)
+    if seed is not None:
+        listed = list(numbered)
+        numbered = (listed[number] for number in _shuffled(len(listed), seed).tolist())
     rows: dict[int, Sequence[int]] = {}
     longest = 0
-    for number in order.tolist():
-        tokens = tokens_of_document(tokenizer, documents[number])
+    for number, document in numbered:
+        tokens = tokens_of_document(tokenizer, document)
         longest = max(longest, len(tokens))
         if len(tokens) >= length:
             rows[number] = tokens[:length]
@@ -146,7 +156,13 @@ def document_rows(
             f"the longest document has {longest} tokens, but a sequence needs {length} of one; "
             "lower length, or leave packed true"
         )
-    return torch.tensor([rows[number] for number in sorted(rows)])
+    numbers = sorted(rows)
+    found = torch.tensor([rows[number] for number in numbers])
+    return TextRows(found, torch.tensor(numbers)[:, None].expand_as(found))
+
+
+def _shuffled(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def calibration_rows(
@@ -157,14 +173,14 @@ def calibration_rows(
     `length` is limited to the positions of the model.
     """
     length = min(settings.length, checkpoint.positions)
-    cut = token_rows if settings.packed else document_rows
     parts = []
     for text, samples in settings.samples_of.items():
         documents = _calibration_documents(settings, text, samples * length)
         try:
-            parts.append(cut(documents, tokenizer, samples, length, settings.seed))
+            rows = rows_of(documents, tokenizer, samples, length, settings.seed, settings.packed)
         except InputError as error:
             raise InputError(f"calibration.text: {text}: {error}") from None
+        parts.append(rows.tokens)
     return torch.cat(parts)
 
 
@@ -177,7 +193,12 @@ def _calibration_documents(
         return _drawn(documents, tokens * _BYTES_PER_TOKEN, settings.seed)
     if not is_large(text):
         return load_documents(text, "calibration", settings.field)
-    return excerpts(text, settings.field, tokens * _BYTES_PER_TOKEN, settings.seed)
+    return excerpts(text, settings.field, bytes_read(text, tokens), settings.seed)
+
+
+def bytes_read(path: str, tokens: int) -> int:
+    """How much of a file calibration reads for so many tokens."""
+    return tokens * _BYTES_PER_TOKEN if is_large(path) else size_of(path)
 
 
 def _drawn(documents: list[Document], wanted: int, seed: int) -> list[Document]:

@@ -167,9 +167,11 @@ READERS: dict[str, Callable[[str, str | None], Iterator[Document]]] = {
 }
 
 
-def is_large(path: str) -> bool:
-    """Whether calibration takes excerpts of a text rather than all of it."""
-    return path.lower().endswith((".txt", ".jsonl", ".parquet")) and _size(path) > _EXCERPTS_ABOVE
+def is_large(path: str, limit: int | None = None) -> bool:
+    """Whether a text has excerpts and more than `limit` bytes, by default so many that calibration
+    takes no more than excerpts."""
+    has_excerpts = path.lower().endswith((".txt", ".jsonl", ".parquet"))
+    return has_excerpts and size_of(path) > (limit or _EXCERPTS_ABOVE)
 
 
 def excerpts(path: str, field: str | None, wanted: int, seed: int) -> Iterator[Document]:
@@ -230,7 +232,7 @@ def _rows_at(path: str, field: str | None, wanted: int, seed: int) -> Iterator[D
                     break
 
 
-def _size(path: str) -> int:
+def size_of(path: str) -> int:
     return Path(path).stat().st_size if Path(path).is_file() else 0
 
 
@@ -305,5 +307,5 @@ def _column_bytes(file: Any, columns: list[str]) -> int:
 
 
 def _check_unpacked(path: str, size: int) -> None:
-    if size > _MAX_UNPACKED * max(_size(path), 1_000_000):
+    if size > _MAX_UNPACKED * max(size_of(path), 1_000_000):
         raise InputError(f"{path}: unpacks to more than {_MAX_UNPACKED} times its size")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from grokquant.job.budget.memory import Step, peak_step, resident_bytes
-from grokquant.job.budget.timing import expected_times, is_small
+from grokquant.job.budget.timing import expected_times
 from grokquant.job.plan import Plan
 
 _THREADS = 1 << 26  # what the allocator keeps for the threads of a run
@@ -25,11 +25,7 @@ class Budget:
 
 def budget_of(plan: Plan) -> Budget:
     """Probes this machine for a few seconds with samples of the source and the calibration text."""
-    before = resident_bytes()
     step = peak_step(plan)
     times = expected_times(plan)
-    peak = before + step.bytes
-    if plan.needs_calibration and is_small(plan):
-        # The probe ran a whole layer, so its peak includes what the formulas leave out.
-        peak = max(peak, resident_bytes(peak=True))
-    return Budget(step, peak + _THREADS, times)
+    # The probe has loaded the kernels that a run loads.
+    return Budget(step, resident_bytes() + step.bytes + _THREADS, times)

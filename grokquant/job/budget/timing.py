@@ -20,17 +20,17 @@ from grokquant.files import atomic
 from grokquant.files.direct_io import PlacedFile
 from grokquant.job.budget.probe_model import ProbeModel
 from grokquant.job.experts import is_starved
-from grokquant.job.layer import LayerQuantizer
 from grokquant.job.plan import Plan
 from grokquant.job.unit import round_without_data
-from grokquant.job.workdir import States
 from grokquant.methods import METHODS
 from grokquant.methods.method import Cost, errors_of
+from grokquant.recipe import CalibrationSection
 from grokquant.streaming.blocks import CALIBRATION_DTYPE, TOKENS_IN_PIECE
-from grokquant.streaming.gradients import DTYPE, Metrics, block_rows, differentiated_tokens
-from grokquant.streaming.whole import running
+from grokquant.streaming.gradients import DTYPE, differentiated_tokens
 from grokquant.text import installed
-from grokquant.text.documents import calibration_rows, token_rows
+from grokquant.text.document import tokens_of_document
+from grokquant.text.documents import bytes_read, calibration_rows, token_rows
+from grokquant.text.records import excerpts, is_large
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.threads import in_pieces
 from grokquant.types import QTensor, TensorRef, Unit
@@ -39,12 +39,12 @@ from grokquant.types import QTensor, TensorRef, Unit
 _TEXT_SHARE = 8
 # Rows of the run for each row from those: it takes 8 % of python-docs, 88 % of the others.
 _ROWS_FOR_ONE = {"python-docs": 1, "python-code": 7, "package-docs": 7}
+_TEXT_BYTES = 1 << 18  # of a longer text
 _PIECE = 2048  # rows, columns or tokens of a probe at most
 # The source is read in this many places, and this much in each: more than a disk's own cache.
 _SAMPLES = 8
 _SAMPLE_BYTES = 1 << 26
 _WRITTEN_BYTES = 1 << 29
-_SMALL_LAYER = 1e12  # weights times tokens
 _START_AND_END = 1.0  # seconds of fixed work: tokenizer, metadata files, verification
 
 
@@ -81,48 +81,53 @@ def _state_bytes(plan: Plan) -> int:
 
 
 def _calibrating(plan: Plan) -> dict[str, float]:
-    """Seconds of text and layers: by a real layer where that is short, else from pieces of one."""
-    rows, text = _timed_rows(plan)
+    """Seconds of text and layers."""
+    tokens, text = _timed_texts(plan)
     times = {"text": text}
     if plan.needs_gradients:
         times["gradients"] = _differentiating(plan)
-    if is_small(plan):
-        return times | {"layers": plan.checkpoint.num_layers * _one_layer(plan, rows)}
-    return times | _by_pieces(plan, rows.numel())
+    return times | _by_pieces(plan, tokens)
 
 
-def _timed_rows(plan: Plan) -> tuple[Tensor, float]:
-    """Rows of tokens like those of the run, and the seconds that making its rows takes."""
+def _timed_texts(plan: Plan) -> tuple[int, float]:
+    """The number of calibration tokens of the run, and the seconds that making its rows takes."""
     start = perf_counter()
     tokenizer = load_tokenizer(plan.checkpoint)
     seconds = perf_counter() - start
-    parts = []
+    tokens = 0
     for text, samples in plan.recipe.calibration.samples_of.items():
-        rows, took = _timed_text(plan, tokenizer, text, samples)
-        parts.append(rows)
+        asked = plan.recipe.calibration.model_copy(update={"text": text, "samples": samples})
+        given, took = _timed_text(plan, tokenizer, asked, text)
+        tokens += given
         seconds += took
-    return torch.cat(parts), seconds
+    return tokens, seconds
 
 
 def _timed_text(
-    plan: Plan, tokenizer: PreTrainedTokenizerBase, text: str, samples: int
-) -> tuple[Tensor, float]:
-    """Rows like those of one text, and the seconds that it takes.
-
-    Texts of every installation are the same everywhere, so a part of their modules is enough.
-    """
-    asked = plan.recipe.calibration.model_copy(update={"text": text, "samples": samples})
+    plan: Plan, tokenizer: PreTrainedTokenizerBase, asked: CalibrationSection, text: str
+) -> tuple[int, float]:
+    """The tokens that one text gives, and the seconds that it takes: by a part of a long one."""
     start = perf_counter()
-    if text not in _ROWS_FOR_ONE or not asked.packed:
-        rows = calibration_rows(asked, tokenizer, plan.checkpoint)
-        return rows, perf_counter() - start
-    documents = installed.some_documents(text, _TEXT_SHARE)
-    read = perf_counter() - start
     length = min(asked.length, plan.checkpoint.positions)
-    rows = token_rows(documents, tokenizer, samples, length, None)
-    seconds = perf_counter() - start + (_TEXT_SHARE - 1) * read
-    count = min(samples, _ROWS_FOR_ONE[text] * len(rows))
-    return rows[torch.arange(count) % len(rows)], seconds
+    wanted = asked.samples * length
+    if is_large(text, _TEXT_BYTES):
+        part = list(excerpts(text, asked.field, _TEXT_BYTES, asked.seed))
+        share = bytes_read(text, wanted) / _TEXT_BYTES
+        tokens = int(share * sum(len(tokens_of_document(tokenizer, each)) for each in part))
+        seconds = share * (perf_counter() - start)
+    elif text in _ROWS_FOR_ONE and asked.packed:
+        # It is the same everywhere, so a part of its modules is enough.
+        documents = installed.some_documents(text, _TEXT_SHARE)
+        read = perf_counter() - start
+        tokens = (
+            _ROWS_FOR_ONE[text]
+            * token_rows(documents, tokenizer, asked.samples, length, None).numel()
+        )
+        seconds = perf_counter() - start + (_TEXT_SHARE - 1) * read
+    else:
+        tokens = calibration_rows(asked, tokenizer, plan.checkpoint).numel()
+        seconds = perf_counter() - start
+    return min(tokens // length * length, wanted), seconds
 
 
 def _differentiating(plan: Plan) -> float:
@@ -142,37 +147,6 @@ def _differentiating(plan: Plan) -> float:
     size = min(config.hidden_size, _PIECE)
     W, X = (t.to(DTYPE) for t in _random_piece(size, size, min(tokens, _PIECE)))
     return products * _time(lambda: F.linear(X, W)) / (len(X) * size**2)
-
-
-def is_small(plan: Plan) -> bool:
-    """Whether calibrating and quantizing a whole layer takes only seconds."""
-    settings = plan.recipe.calibration
-    weights = sum(prod(unit.shape) for unit in plan.units_of(plan.fullest_layer))
-    return settings.samples * settings.length * weights < _SMALL_LAYER
-
-
-def _one_layer(plan: Plan, rows: Tensor) -> float:
-    """Seconds of a layer, quantized as in the run and discarded."""
-    start = perf_counter()
-    model = running(plan.checkpoint, CALIBRATION_DTYPE, pieces=True)
-    hidden = model.embed(rows)
-    states = States(hidden, hidden if plan.needs_reference else None)
-    layer = plan.fullest_layer
-    metrics = _any_metrics(plan, layer) if plan.needs_gradients else None
-    quantizer = LayerQuantizer(plan, model, layer, lambda *_: None, lambda _: None, metrics=metrics)
-    quantizer.run(states)
-    return perf_counter() - start
-
-
-def _any_metrics(plan: Plan, layer: int) -> Metrics:
-    """Any take the same time."""
-    sites = plan.differentiated(layer).items()
-    rows = {reads: [unit.shape[0] for unit in site] for reads, site in sites}
-    blocks = {
-        reads: torch.eye(block_rows(outs)).expand(sum(outs) // block_rows(outs), -1, -1)
-        for reads, outs in rows.items()
-    }
-    return Metrics(torch.eye(plan.checkpoint.text_config.hidden_size), blocks)
 
 
 def _rounding(plan: Plan) -> float:

@@ -177,7 +177,7 @@ def _protocol(report: Report) -> str:
         (
             ("Text", html_text(protocol.text)),
             ("SHA-256 of the text", f"<code>{html_text(protocol.text_sha256)}</code>"),
-            ("Sequences", f"{protocol.samples:,}, of {protocol.length:,} tokens each"),
+            ("Samples", protocol.sequences),
             ("Scored", f"{protocol.tokens_scored:,} tokens: {html_text(protocol.scored)}"),
             (
                 "Beginning-of-sequence token",

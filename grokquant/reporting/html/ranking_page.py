@@ -341,7 +341,7 @@ def _protocol(content: dict, report: Report) -> str:
     body = facts(
         (
             ("Text", html_text(protocol.text)),
-            ("Sequences", f"{protocol.samples:,}, of {protocol.length:,} tokens each"),
+            ("Samples", protocol.sequences),
             ("Scored", f"{protocol.tokens_scored:,} tokens: {html_text(protocol.scored)}"),
             ("Arithmetic", html_text(protocol.arithmetic)),
             ("Noise floor of the KLD", f"{floor} nats: {html_text(report.noise_floor.how)}"),
