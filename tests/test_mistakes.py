@@ -115,6 +115,9 @@ def test_h_is_help_everywhere():
             ["quantize", "toy", "--format", "Q4_K"],
             "q4_k is a grid: `grokquant quantize MODEL --gri",
         ),
+        (["quantize", "toy", "--format", "integer"], "'bf16'. Give the bits of integers by --bits"),
+        (["plan", "toy", "--format", "INT4"], "'bf16'. Give the bits of integers by --bits"),
+        (["plan", "toy", "--format", "ggfu"], "'bf16'. Did you mean gguf?"),
         (
             ["compare", "toy"],
             "toy: no such directory; name results that `grokquant eval` has evaluated",

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,20 @@ class _Format(click.Choice):
         try:
             return super().convert(value, *context)
         except click.BadParameter as error:
-            from grokquant.grids import GRIDS
-
-            if (grid := value.lower()) not in GRIDS:
-                raise
-            text = f"{error.message} {grid} is a grid: `grokquant quantize MODEL --grid {grid}`"
+            text = f"{error.message} {_meant(value.lower())}".rstrip()
             raise click.BadParameter(text, error.ctx, error.param) from None
+
+
+def _meant(name: str) -> str:
+    """What to do about the name of a format that is none."""
+    from grokquant.grids import GRIDS
+
+    if name.startswith("int"):
+        return "Give the bits of integers by --bits."
+    if name in GRIDS:
+        return f"{name} is a grid: `grokquant quantize MODEL --grid {name}`"
+    near = get_close_matches(name, FORMATS, n=1)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 PATH = _Path()
