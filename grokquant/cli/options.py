@@ -38,6 +38,8 @@ class _Model(_Path):
 
     def convert(self, value: str, *context: object) -> str:
         typed = super().convert(value, *context)
+        if typed.lower() == TOY and not os.path.lexists(typed):
+            return TOY
         is_named = typed == TOY or is_repository(typed) or typed.lower().endswith(_MODEL_FILES)
         if not (is_named or parallel.is_shared() or os.path.lexists(typed)):
             with suppress(OSError):  # such as for a name that is too long; opening it says more

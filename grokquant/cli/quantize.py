@@ -49,7 +49,8 @@ def quantize(
 ) -> None:
     """Quantize a model, or resume an interrupted run.
 
-    MODEL is a directory, ORGANIZATION/NAME of a downloaded model of the Hugging Face hub, or `toy`.
+    MODEL is a directory, a .gguf or .safetensors file, ORGANIZATION/NAME of a downloaded model of
+    the Hugging Face hub, or `toy`.
     Without options its experts get 4 bits, or all its matrices if it has no experts; the result is
     called after it. The command prints the recipe that this stands for. A file that ends in .yaml
     is a recipe of your own.
@@ -146,10 +147,10 @@ def show_plan(
     """Prints the plan, and before it, on stderr, the lines that show a recipe."""
     from pathlib import Path
 
+    from grokquant.files.atomic import check_writable
     from grokquant.job.budget import budget_of
     from grokquant.job.budget.sharing import sharing_of
     from grokquant.job.plan import build_plan, check_disk, check_engine
-    from grokquant.job.shards import check_writable
     from grokquant.reporting import terminal
 
     plan = build_plan(recipe, opened)
