@@ -356,6 +356,7 @@ def test_verify(output, tmp_path):
     result = run("verify", damaged)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"grokquant: {shard}: does not match its checksum")
+    assert result.stderr.endswith(f"--set model.path=MODEL --output {damaged} --repair\n")
 
 
 def test_generate(output):

@@ -16,6 +16,6 @@ def instead_of(path: Path) -> str:
     except (OSError, ValueError):  # not a directory that can be read, or no name of one
         names = []
     folded = {name.casefold(): name for name in names}
-    if near := get_close_matches(path.name.casefold(), folded, n=1, cutoff=0.8):
+    if near := get_close_matches(path.name.casefold(), folded, n=1, cutoff=0.85):
         return f"; did you mean {path.with_name(folded[near[0]])}?"
     return "" if path.is_absolute() else f"; looked in {Path.cwd()}"
