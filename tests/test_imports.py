@@ -47,7 +47,9 @@ def test_help_version_and_typing_errors_load_nothing_heavy(arguments):
     assert HEAVY & imported_by(COMMAND, *arguments) == set()
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "generate --prompt x"])
+@pytest.mark.parametrize(
+    "command", ["plan", "quantize", "inspect", "generate --prompt x", "eval --reference toy"]
+)
 def test_a_model_that_is_not_there_is_refused_before_anything_heavy_is_loaded(command):
     assert HEAVY & imported_by(COMMAND, *command.split(), "NOSUCH") == set()
 
