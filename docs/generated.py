@@ -26,7 +26,7 @@ from grokquant.evaluation.suite import SHIPPED
 from grokquant.families import FAMILIES
 from grokquant.formats import FORMATS, Format
 from grokquant.grids import GRIDS, Scheme
-from grokquant.job.default_recipe import GOALS
+from grokquant.job.goals import GOALS
 from grokquant.methods import METHODS
 from grokquant.recipe import BudgetSection, Recipe, Rule
 

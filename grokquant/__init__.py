@@ -239,7 +239,8 @@ def _as_recipe(recipe: "Recipe | str | Path | Mapping", opened: "Opener") -> "Re
 def _as_any_recipe(
     recipe: "Recipe | BudgetRecipe | str | Path | Mapping", opened: "Opener"
 ) -> "Recipe | BudgetRecipe":
-    from grokquant.job.default_recipe import is_recipe, values_for
+    from grokquant.job.default_recipe import values_for
+    from grokquant.job.goals import is_recipe
     from grokquant.recipe import BudgetRecipe, Recipe, load_any_recipe, parse_any_recipe
 
     if isinstance(recipe, (Recipe, BudgetRecipe)):

@@ -31,5 +31,5 @@ def device_of(name: str) -> torch.device:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch raises both
         reason = (str(error).splitlines() or ["cannot be used"])[0]
-        raise InputError(f"device {name}: {reason}") from None
+        raise InputError(f"device {name}: {reason}; the device cpu needs none of it") from None
     return torch.device(name)

@@ -356,6 +356,7 @@ def test_verify(output, tmp_path):
     result = run("verify", damaged)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith(f"grokquant: {shard}: does not match its checksum")
+    assert result.stderr.endswith(f"--set model.path=MODEL --output {damaged} --repair\n")
 
 
 def test_generate(output):
@@ -593,11 +594,12 @@ def test_a_result_that_can_only_be_read_is_evaluated(evaluating, output, monkeyp
         f"{output / 'evaluation'}: cannot be written: Read-only file system; no report is kept"
     )
     assert "ok" in done("verify", output)
-    monkeypatch.setattr("grokquant.job.shards.os.access", lambda *_: False)
+    monkeypatch.setattr("grokquant.files.atomic.os.access", lambda *_: False)
     result, _ = evaluating("--overwrite")
     assert result.exit_code == 0 and "Mean KLD" in result.stdout
     assert result.stderr.splitlines()[0] == (
-        f"{output / 'evaluation'}: cannot be written, so no report is kept; --output keeps one"
+        f"{output / 'evaluation'}: cannot be written: Permission denied, so no report is kept; "
+        "--output keeps one"
     )
     assert (output / "README.md").read_bytes() == (kept / "README.md").read_bytes()
 

@@ -186,6 +186,9 @@ def test_a_directory_that_was_not_evaluated_is_told_how(tmp_path):
     (tmp_path / "new" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"new: has no evaluation/report.json; `grokquant eval"):
         rank_models([tmp_path / "new"])
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="notes.txt: is a file, expected the directory"):
+        rank_models([tmp_path / "notes.txt"])
     with pytest.raises(InputError, match="nowhere: no such directory"):
         rank_models([tmp_path / "nowhere"])
 

@@ -17,7 +17,7 @@ from grokquant.errors import InputError
 from grokquant.files.atomic import sha256
 from grokquant.grids import GRIDS
 from grokquant.job import default_recipe
-from grokquant.job.default_recipe import GOALS, goal_of, is_recipe
+from grokquant.job.goals import GOALS, goal_of, is_recipe
 from grokquant.job.plan import Plan, build_plan
 from grokquant.sources import open_source
 from grokquant.sources.located import located
@@ -224,6 +224,8 @@ def test_each_shipped_recipe_fits_the_toy(goal):
         ({"bits": 4, "grid": "q4_k"}, "bits: cannot be combined with grid q4_k"),
         ({"grid": "q4_k", "format": "gptq"}, "format: grid q4_k is held by gguf, not gptq"),
         ({"grid": "q4_k_m"}, "grid: no grid 'q4_k_m', expected one of nf4"),
+        ({"grid": "int4"}, "grid: int4 is no grid of its own: give bits instead"),
+        ({"grid": "integer"}, "grid: integer is no grid of its own: give bits instead"),
         ({"recipe": "int5"}, "recipe: no recipe 'int5', expected a .yaml file or one of int4"),
         ({"recipe": "nf4", "format": "gguf"}, "format: recipe nf4 cannot be written as gguf"),
     ],

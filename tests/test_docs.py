@@ -11,7 +11,7 @@ import grokquant
 from grokquant.cli import main
 from grokquant.evaluation.report import Report
 from grokquant.formats import FORMATS
-from grokquant.job.default_recipe import GOALS
+from grokquant.job.goals import GOALS
 from grokquant.recipe import Recipe
 
 DOCS = Path(__file__).parents[1] / "docs"

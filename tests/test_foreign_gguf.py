@@ -195,7 +195,10 @@ def damaged(path: Path, damage) -> Path:
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda raw: raw[:-64], "damaged.gguf: truncated: '.*' ends after the file$"),
+        (
+            lambda raw: raw[:-64],
+            "damaged.gguf: truncated: '.*' ends after the file; download it again$",
+        ),
         (lambda raw: raw[:300], "damaged.gguf: not a readable GGUF file: it ends within its"),
         (lambda raw: raw.replace(b"general.architecture", b"general.architectura", 1), "no gen"),
         (lambda raw: raw.replace(b"llama.block_count", b"llama.block_kount", 1), "block_count"),

@@ -47,9 +47,21 @@ def test_help_version_and_typing_errors_load_nothing_heavy(arguments):
     assert HEAVY & imported_by(COMMAND, *arguments) == set()
 
 
-@pytest.mark.parametrize("command", ["plan", "quantize", "inspect", "generate --prompt x"])
+@pytest.mark.parametrize(
+    "command", ["plan", "quantize", "inspect", "generate --prompt x", "eval --reference toy"]
+)
 def test_a_model_that_is_not_there_is_refused_before_anything_heavy_is_loaded(command):
     assert HEAVY & imported_by(COMMAND, *command.split(), "NOSUCH") == set()
+
+
+SLIPS = ("recipes", "plan {recipe}", "quantize {recipe} --set bits=8", "plan toy --bits 5")
+
+
+@pytest.mark.parametrize("command", SLIPS)
+def test_what_no_model_is_needed_for_is_told_before_transformers_is_loaded(command, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("modle: {path: toy}")
+    assert "transformers" not in imported_by(COMMAND, *command.format(recipe=recipe).split())
 
 
 def test_a_rule_looks_for_no_source_of_its_class():

@@ -8,11 +8,17 @@ import torch
 from click.testing import CliRunner
 
 from grokquant.cli import main
+from grokquant.cli.options import MODEL
 from grokquant.devices import device_of
 from grokquant.errors import InputError
+from grokquant.files.atomic import check_writable
+from grokquant.files.json_objects import read_json_object
+from grokquant.files.regular import read_regular
 from grokquant.files.unfinished import check_directory
 from grokquant.job.plan import build_plan
 from grokquant.recipe import load_recipe, parse_recipe
+from grokquant.sources import open_source
+from grokquant.sources.safetensors_directory import parse_header
 from grokquant.text.documents import load_documents
 
 RULE = {"match": "layers.*", "method": "rtn", "bits": 4, "group": 128}
@@ -115,6 +121,9 @@ def test_h_is_help_everywhere():
             ["quantize", "toy", "--format", "Q4_K"],
             "q4_k is a grid: `grokquant quantize MODEL --gri",
         ),
+        (["quantize", "toy", "--format", "integer"], "'bf16'. Give the bits of integers by --bits"),
+        (["plan", "toy", "--format", "INT4"], "'bf16'. Give the bits of integers by --bits"),
+        (["plan", "toy", "--format", "ggfu"], "'bf16'. Did you mean gguf?"),
         (
             ["plan", "toy", "--format", "q4_k_m"],
             "q4_k is a grid: `grokquant quantize MODEL --grid q4_k`",
@@ -122,7 +131,7 @@ def test_h_is_help_everywhere():
         (["plan", "toy", "--format", "integer"], "'gguf', 'bf16'.\n"),
         (
             ["compare", "toy"],
-            "toy: no such directory; name results that `grokquant eval` has evaluated",
+            "; name results that `grokquant eval` has evaluated",
         ),
         (["inspect", __file__], "is a file, expected the directory of a checkpoint\n"),
         (["plan", "toy", "--nothing"], "Error: No such option '--nothing'."),
@@ -139,3 +148,57 @@ def test_slips_on_the_command_line(arguments, complaint, monkeypatch, tmp_path):
 def test_a_recipe_in_place_of_its_result(file):
     with pytest.raises(InputError, match=r"recipe.yaml: is a file, .* give the output.path"):
         check_directory(file)
+
+
+def test_a_path_of_nothing_names_what_is_like_it_or_where_it_was_looked_for(tmp_path, monkeypatch):
+    (tmp_path / "Mixtral").mkdir()
+    (tmp_path / "mine.yaml").write_text("")
+    meant = rf"no such directory; did you mean {tmp_path}/Mixtral\?$"
+    with pytest.raises(InputError, match=meant):
+        check_directory(tmp_path / "mixtrl")
+    with pytest.raises(
+        InputError, match=r"No such file or directory; did you mean .*/mine.yaml\?$"
+    ):
+        read_regular(tmp_path / "MINE.yml", 10)
+    with pytest.raises(InputError, match="nothing: no such directory$"):
+        check_directory(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"nothing: no such directory; looked in {tmp_path}$"):
+        check_directory(Path("nothing"))
+
+
+def test_the_toy_may_be_written_in_capitals(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert MODEL.convert("Toy", None, None) == "toy"
+    Path("Toy").mkdir()
+    assert MODEL.convert("Toy", None, None) == "Toy"  # a directory of this name
+
+
+def test_directories_that_cannot_be_written_say_why(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    check_writable(tmp_path / "new" / "below")
+    with pytest.raises(InputError, match="cannot be written: it is a file, not a directory"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(InputError, match=f"below: cannot be written: {tmp_path}/file is a file"):
+        check_writable(tmp_path / "file" / "below")
+    monkeypatch.setattr("grokquant.files.atomic.os.access", lambda *_: False)  # root may do all
+    with pytest.raises(InputError, match="new: cannot be written: Permission denied"):
+        check_writable(tmp_path / "new")
+
+
+def test_files_that_hold_nothing(tmp_path):
+    readers = {
+        "model.safetensors": lambda path: parse_header(path.open("rb"), str(path)),
+        "model.gguf": open_source,
+        "config.json": read_json_object,
+    }
+    for name, read in readers.items():
+        (tmp_path / name).write_text("")
+        with pytest.raises(InputError, match=f"{name}: is empty; get it again"):
+            read(tmp_path / name)
+
+
+def test_a_model_without_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="not a checkpoint: it has a config.json but no weights"):
+        open_source(tmp_path)

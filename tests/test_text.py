@@ -134,7 +134,7 @@ def test_txt_is_one_document(tmp_path: Path) -> None:
     path.write_bytes(b"ok \xff")
     assert message(path) == f"{path}: not UTF-8 text (byte 3); {ICONV}"
     path.write_text(" \n")
-    assert message(path) == f"{path}: holds no text"
+    assert message(path) == f"{path}: holds no text; take another"
     assert (
         message(tmp_path / "b.txt")
         == f"{tmp_path}/b.txt: cannot be read: No such file or directory"

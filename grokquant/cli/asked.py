@@ -93,44 +93,55 @@ def asks(command: Callable[..., None]) -> Callable[..., None]:
 def recipe_of(
     model: str,
     asked: Asked,
-    opened: "Opener",
     device: "torch.device | None" = None,
     team: Team = ALONE,
-) -> "tuple[Recipe, list[str]]":
-    """The recipe in the file `model`, or the one made for the model of this name and the lines that
-    show it. A budget is solved on `device`, by the first member of `team`. Raises InputError."""
-    from grokquant.job.default_recipe import is_recipe
-    from grokquant.recipe import (
-        BudgetRecipe,
-        load_any_recipe,
-        load_recipe,
-        parse_recipe,
-        to_yaml,
-    )
+) -> "tuple[Recipe, list[str], Opener]":
+    """The recipe in the file `model`, or the one made for the model of this name, the lines that
+    show it, and what opened the model. A budget is solved on `device`, by the first member of
+    `team`. Raises InputError: for what is wrong without a model, before transformers is loaded."""
+    from grokquant.job.goals import aim_of, is_recipe
 
     if is_recipe(model):
-        effort = asked.effort if asked.effort != "normal" else None
-        given = {"bits": asked.bits, "grid": asked.grid, "recipe": asked.shipped, "effort": effort}
-        for key, value in given.items():
-            if value is not None:
-                text = f"{model} is a recipe, whose rules decide it"
-                raise InputError(f"{text}: change them, as with --set quantize[0].bits=8", key)
-        loaded = load_any_recipe(model, (*asked.overrides, *_as_overrides(asked)))
-        if not isinstance(loaded, BudgetRecipe):
-            return loaded, []
-        if device is None:
-            text = "has a budget, whose grids are to be chosen first: grokquant budget"
-            raise InputError(f"{model}: quantize: {text} {model}")
+        loaded = _in_file(model, asked, can_solve=device is not None)
+    else:
+        aim_of(asked.shipped, asked.bits, asked.grid, asked.output_format, asked.effort)
+        loaded = None
 
-        def solve() -> list[str]:
-            found = allocated(loaded, device, opened)
-            return [str(found.path), *found.text.splitlines()]
+    from grokquant.checkpoint import opener
+    from grokquant.recipe import BudgetRecipe, load_recipe, parse_recipe, to_yaml
 
-        path, *lines = team.once(solve)
-        return load_recipe(path), [f"recipe for {model}:", *lines]
-    values = asked.values(model, opened)
-    lines = [f"  {line}" for line in to_yaml(values).splitlines()]
-    return parse_recipe(values), [f"recipe for {model}:", *lines]
+    opened = opener()
+    if loaded is None:
+        values = asked.values(model, opened)
+        lines = [f"  {line}" for line in to_yaml(values).splitlines()]
+        return parse_recipe(values), [f"recipe for {model}:", *lines], opened
+    if not isinstance(loaded, BudgetRecipe):
+        return loaded, [], opened
+
+    def solve() -> list[str]:
+        assert device is not None
+        found = allocated(loaded, device, opened)
+        return [str(found.path), *found.text.splitlines()]
+
+    path, *lines = team.once(solve)
+    return load_recipe(path), [f"recipe for {model}:", *lines], opened
+
+
+def _in_file(model: str, asked: Asked, can_solve: bool) -> "Recipe | BudgetRecipe":
+    """The recipe in the file `model`, with the overrides. Raises InputError."""
+    from grokquant.recipe import BudgetRecipe, load_any_recipe
+
+    effort = asked.effort if asked.effort != "normal" else None
+    given = {"bits": asked.bits, "grid": asked.grid, "recipe": asked.shipped, "effort": effort}
+    for key, value in given.items():
+        if value is not None:
+            text = f"{model} is a recipe, whose rules decide it"
+            raise InputError(f"{text}: change them, as with --set quantize[0].bits=8", key)
+    loaded = load_any_recipe(model, (*asked.overrides, *_as_overrides(asked)))
+    if isinstance(loaded, BudgetRecipe) and not can_solve:
+        text = "has a budget, whose grids are to be chosen first: grokquant budget"
+        raise InputError(f"{model}: quantize: {text} {model}")
+    return loaded
 
 
 def _as_overrides(asked: Asked) -> list[str]:

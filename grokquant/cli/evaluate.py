@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from grokquant.cli.group import command, join_team
-from grokquant.cli.options import PATH, device_option, json_option, overwrite_option
+from grokquant.cli.options import MODEL, PATH, device_option, json_option, overwrite_option
 from grokquant.cli.printing import print_json, print_tables, say, say_error
 from grokquant.errors import InputError
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     shared=True,
     less_memory="; lower --samples or --length",
 )
-@click.argument("output", type=PATH)
+@click.argument("output", type=MODEL)
 @click.option(
     "--reference",
-    type=PATH,
+    type=MODEL,
     required=True,
     metavar="PATH",
     help="Checkpoint that OUTPUT was made from.",
@@ -189,7 +189,7 @@ class _Reports:
         A result that can only be read is evaluated all the same. Raises InputError where the place
         was named.
         """
-        from grokquant.job.shards import check_writable
+        from grokquant.files.atomic import check_writable
         from grokquant.reporting.terminal import print_notices
 
         print_notices(models.quantized.source.notes)

@@ -61,6 +61,18 @@ def verify(output: str, digest: str | None, as_json: bool) -> None:
         for fault in faults:
             say(f"grokquant: {fault}", err=True)
     if faults:
+        if not as_json and any(fault.file for fault in faults):
+            say(f"grokquant: {_remedy(output)}", err=True)
         sys.exit(FaultsFound.exit_code)
     if not as_json:
         say(f"{output}: ok, {matrices} quantized matrices match the report")
+
+
+def _remedy(output: str) -> str:
+    """The command that makes damaged files of a result again."""
+    import shlex
+    from pathlib import Path
+
+    recipe, result = (shlex.quote(str(path)) for path in (Path(output, "recipe.yaml"), output))
+    command = f"grokquant quantize {recipe} --set model.path=MODEL --output {result} --repair"
+    return f"files can be made again from the source: {command}"

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class _Model(_Path):
 
     def convert(self, value: str, *context: object) -> str:
         typed = super().convert(value, *context)
+        if typed.lower() == TOY and not os.path.lexists(typed):
+            return TOY
         is_named = typed == TOY or is_repository(typed) or typed.lower().endswith(_MODEL_FILES)
         if not (is_named or parallel.is_shared() or os.path.lexists(typed)):
             with suppress(OSError):  # such as for a name that is too long; opening it says more
@@ -54,12 +57,20 @@ class _Format(click.Choice):
         try:
             return super().convert(value, *context)
         except click.BadParameter as error:
-            from grokquant.grids import named_grid
-
-            if (grid := named_grid(value)) is None:
-                raise
-            text = f"{error.message} {grid} is a grid: `grokquant quantize MODEL --grid {grid}`"
+            text = f"{error.message} {_meant(value.lower())}".rstrip()
             raise click.BadParameter(text, error.ctx, error.param) from None
+
+
+def _meant(name: str) -> str:
+    """What to do about the name of a format that is none."""
+    from grokquant.grids import named_grid
+
+    if name.startswith("int"):
+        return "Give the bits of integers by --bits."
+    if grid := named_grid(name):
+        return f"{grid} is a grid: `grokquant quantize MODEL --grid {grid}`"
+    near = get_close_matches(name, FORMATS, n=1)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 PATH = _Path()

@@ -49,7 +49,8 @@ def quantize(
 ) -> None:
     """Quantize a model, or resume an interrupted run.
 
-    MODEL is a directory, ORGANIZATION/NAME of a downloaded model of the Hugging Face hub, or `toy`.
+    MODEL is a directory, a .gguf or .safetensors file, ORGANIZATION/NAME of a downloaded model of
+    the Hugging Face hub, or `toy`.
     Without options its experts get 4 bits, or all its matrices if it has no experts; the result is
     called after it. The command prints the recipe that this stands for. A file that ends in .yaml
     is a recipe of your own.
@@ -60,14 +61,13 @@ def quantize(
     recipe; a result of anything else is refused. The result loads like the source, and its report
     has a row for every matrix.
     """
-    from grokquant.checkpoint import opener
+    place, team = join_team(device)
+    loaded, shown, opened = recipe_of(model, asked, None if dry_run else place, team)
+
     from grokquant.job import pipeline
-    from grokquant.job.default_recipe import is_recipe
+    from grokquant.job.goals import is_recipe
     from grokquant.reporting.terminal import RunProgress
 
-    place, team = join_team(device)
-    opened = opener()
-    loaded, shown = recipe_of(model, asked, opened, None if dry_run else place, team)
     if dry_run:
         team.once(lambda: show_plan(loaded, opened, as_json, shown=shown))
         return
@@ -132,10 +132,7 @@ def plan(
     that needs it, the estimated time, and the programs that can load the result. Sizes come from
     file headers alone; time and memory come from a probe of this machine that takes a few seconds.
     """
-    from grokquant.checkpoint import opener
-
-    opened = opener()
-    recipe, shown = recipe_of(model, asked, opened)
+    recipe, shown, opened = recipe_of(model, asked)
     show_plan(recipe, opened, as_json, engine, shown, processes)
 
 
@@ -150,10 +147,10 @@ def show_plan(
     """Prints the plan, and before it, on stderr, the lines that show a recipe."""
     from pathlib import Path
 
+    from grokquant.files.atomic import check_writable
     from grokquant.job.budget import budget_of
     from grokquant.job.budget.sharing import sharing_of
     from grokquant.job.plan import build_plan, check_disk, check_engine
-    from grokquant.job.shards import check_writable
     from grokquant.reporting import terminal
 
     plan = build_plan(recipe, opened)
@@ -186,13 +183,15 @@ def budget(recipe: str, overrides: tuple[str, ...], device: str) -> None:
     measurements are kept in OUTPUT.budget, so that another budget needs no other pass; change the
     recipe there as you like, and quantize it.
     """
-    from grokquant.checkpoint import opener
     from grokquant.devices import device_of
     from grokquant.recipe import BudgetRecipe, load_any_recipe
 
     loaded = load_any_recipe(recipe, overrides)
     if not isinstance(loaded, BudgetRecipe):
         raise InputError(f"{recipe}: quantize: has no budget; `grokquant quantize` takes it")
+
+    from grokquant.checkpoint import opener
+
     found = allocated(loaded, device_of(device), opener())
     click.echo(escaping.lines(found.text), nl=False)
 
@@ -209,14 +208,16 @@ def recipes(
     Each fits any model. With MODEL, prints the recipe that quantize uses with the same options, as
     a file to change: grokquant recipes MODEL --bits 4 > mine.yaml
     """
-    from grokquant.checkpoint import opener
-    from grokquant.job.default_recipe import GOALS
-    from grokquant.recipe import parse_recipe, to_yaml
+    from grokquant.job.goals import GOALS
 
     if model is None:
         width = max(map(len, GOALS))
         say(*(f"{name:{width}}  {goal.text}" for name, goal in GOALS.items()))
         return
+
+    from grokquant.checkpoint import opener
+    from grokquant.recipe import parse_recipe, to_yaml
+
     values = asked.values(model, opener())
     parse_recipe(values)
     click.echo(escaping.lines(to_yaml(values)), nl=False)

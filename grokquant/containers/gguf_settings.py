@@ -99,7 +99,8 @@ def with_rotary_factors(source: Source) -> Source:
 
 def _refuse(source: Source, what: str, row: Architecture, computes: str) -> None:
     raise InputError(
-        f"{source.path / 'config.json'}: {what}, but llama.cpp computes {row.name} {computes}"
+        f"{source.path / 'config.json'}: {what}, but llama.cpp computes {row.name} {computes}; "
+        "choose another output.format, such as compressed-tensors"
     )
 
 

@@ -29,7 +29,8 @@ def has_tokenizer(source: Source) -> bool:
 
 
 def no_tokenizer(source: Source) -> InputError:
-    return InputError(f"{source.path}: no tokenizer.model or tokenizer.json beside it")
+    text = "no tokenizer.model or tokenizer.json beside it; get it from where the weights came from"
+    return InputError(f"{source.path}: {text}")
 
 
 def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:

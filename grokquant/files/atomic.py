@@ -5,6 +5,7 @@
 Temporary names are unique, so two writers never share one, even where locks do not work.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from grokquant.errors import InputError
 
 
 @contextmanager
@@ -115,6 +118,18 @@ def _alive(process: int) -> bool:
 def nearest_directory(path: Path) -> Path:
     """`path` if it exists, else the closest parent that does."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def check_writable(directory: Path) -> None:
+    """Raises InputError if `directory` can neither be written to nor created."""
+    existing = nearest_directory(directory)
+    if not existing.is_dir():
+        what = "it is" if existing == directory else f"{existing} is"
+        raise InputError(f"{directory}: cannot be written: {what} a file, not a directory")
+    if not os.access(existing, os.W_OK):
+        is_fixed = os.statvfs(existing).f_flag & os.ST_RDONLY
+        why = os.strerror(errno.EROFS if is_fixed else errno.EACCES)
+        raise InputError(f"{directory}: cannot be written: {why}")
 
 
 def _digest(record: object) -> str:

@@ -176,7 +176,8 @@ def _check_places(
                 f"one before it ends at {expected}: the file is damaged, download it again"
             )
         if tensor.offset + tensor.bytes > size:
-            raise InputError(f"{name}: truncated: {tensor.name!r} ends after the file")
+            what = f"{tensor.name!r} ends after the file; download it again"
+            raise InputError(f"{name}: truncated: {what}")
         expected += _aligned(tensor.bytes, alignment)
 
 

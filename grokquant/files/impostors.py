@@ -13,6 +13,8 @@ _ANSWERS = (
 
 def impostor(head: bytes) -> str | None:
     """What a file with these first bytes is, where it is no file of a model; None if unknown."""
+    if not head:
+        return "is empty; get it again from where it came from"
     start = head[:200].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith(_LFS):
         return "is a Git LFS pointer, not the file itself; run git lfs pull, or download it again"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from grokquant.errors import InputError
+from grokquant.files.missing import instead_of
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -26,6 +27,8 @@ def open_regular(path: Path) -> BinaryIO:
         file = open(path, "rb", opener=_at_once)  # noqa: SIM115  (the caller closes it)
     except IsADirectoryError:
         raise _refusal(path, stat.S_IFDIR) from None
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}{instead_of(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError:  # a name with a null byte

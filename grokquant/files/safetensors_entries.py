@@ -106,7 +106,8 @@ def _check_places(entries: dict[str, Entry], name: str, data_bytes: int) -> None
             )
         end = entry.end
     if end > data_bytes:
-        raise InputError(f"{name}: truncated: {data_bytes} of the {end} bytes of its tensors")
+        what = f"{data_bytes} of the {end} bytes of its tensors; download it again"
+        raise InputError(f"{name}: truncated: {what}")
     if end < data_bytes:
         raise InputError(
             f"{name}: {data_bytes - end} bytes follow its last tensor: the file is damaged, "

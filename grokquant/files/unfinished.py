@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from grokquant.errors import InputError
+from grokquant.files.missing import instead_of
 from grokquant.files.published import is_repository
 
 # In a work directory: what the run is, and the records of its committed files.
@@ -34,7 +35,7 @@ def check_directory(path: Path) -> None:
                 "began it also resumes it"
             )
     if not path.exists():
-        raise InputError(f"{path}: no such directory{_on_the_hub(path)}")
+        raise InputError(f"{path}: no such directory{_meant(path)}")
     if not path.is_dir():
         raise InputError(
             f"{path}: is a file, expected the directory of a checkpoint{_made_by(path)}"
@@ -50,9 +51,9 @@ def _made_by(path: Path) -> str:
     return "; of a recipe, give the output.path that `grokquant quantize` has written"
 
 
-def _on_the_hub(path: Path) -> str:
-    """What to do if `path` is meant as a model of the Hugging Face hub."""
+def _meant(path: Path) -> str:
+    """What may be meant by `path`, where there is nothing: a model of the Hugging Face hub, say."""
     name = str(path)
     if not is_repository(name):
-        return ""
+        return instead_of(path)
     return f"; if it is a model of the Hugging Face hub, download it with: hf download {name}"

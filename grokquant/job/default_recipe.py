@@ -9,8 +9,7 @@ Matrices that every token passes and that take little room get 8 bits, the other
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ from grokquant.families.derived import DerivedFamily
 from grokquant.families.tokenizer import has_tokenizer
 from grokquant.files.published import published_path
 from grokquant.files.typed_paths import expanded
-from grokquant.files.unfinished import RECIPE_SUFFIXES
 from grokquant.formats import FORMATS
-from grokquant.grids import GRIDS, NAMED, Scheme
+from grokquant.grids import GRIDS, Scheme
 from grokquant.job.budget.memory import total_bytes
+from grokquant.job.goals import EFFORTS, HIGH, LOW, NORMAL, Goal, aim_of
 from grokquant.job.units import unit_of
 from grokquant.methods import METHODS
 from grokquant.recipe import CalibrationSection, Rule, load_values
-from grokquant.sources import PICKLES
-from grokquant.sources.located import WEIGHT_SUFFIXES, located
+from grokquant.sources.located import located
 from grokquant.toy import TOY_LENGTH, TOY_PATH
 from grokquant.types import Matrix
 
@@ -48,21 +46,6 @@ _MEMORY_SHARE = 2 / 3
 _TEXTS = {"python-docs": 1.0, "python-code": 1.0, "package-docs": 2.0}
 # Longer rows cost time and show the same statistics.
 _ROW_LENGTH = 2048
-# How matrices are rounded below 8 bits, if two-sided rounding knows what they should give; others
-# are rounded by GPTQ. Normal effort takes up to three times as long as low for about half the
-# divergence of experts, high effort twice as long again for another quarter less.
-_LOW, _NORMAL, _HIGH = "low", "normal", "high"
-_EFFORTS: dict[str, dict[str, Any]] = {
-    _LOW: {"method": "gptq"},
-    _NORMAL: {"method": "two-sided"},
-    _HIGH: {"method": "two-sided", "metric": "gradients", "descent": True},
-}
-# The grid of each number of bits, where a format has no integers of its own.
-_GRIDS_OF_BITS = {
-    "gguf": {2: "q2_k", 3: "q3_k", 4: "q4_k", 5: "q5_k", 6: "q6_k", 8: "q8_0"},
-    "bitsandbytes": {4: "nf4", 8: "llm_int8"},
-}
-_BITS = (2, 3, 4, 5, 6, 8)
 # Where the input features of a matrix are no multiple of 256, as those of llama.cpp's K types are.
 _BESIDE_K = ("iq4_nl", "q8_0")
 # Formats of which readers take only one grid for the whole model.
@@ -75,48 +58,6 @@ Values = dict[str, Any]
 Candidates = Callable[["Goal", int | None, bool], Iterator[Values]]
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a recipe for any model aims at. `bits` is None for a named grid."""
-
-    text: str
-    format: str = "compressed-tensors"
-    bits: int | None = None
-    grid: str = "integer"
-    effort: str = _NORMAL
-
-    @property
-    def width(self) -> int:
-        """Bits of a code."""
-        return self.bits or GRIDS[self.grid].bits
-
-
-GOALS = {
-    "int4": Goal("Experts in 4 bits, attention in 8: for vLLM and transformers", bits=4),
-    "int8": Goal("8 bits, unchanged where the model has them already, else rounded", bits=8),
-    "gptq": Goal("All matrices in 4 bits, in the gptq layout", "gptq", bits=4),
-    "q2_k": Goal("Experts in 2.6 bits, attention in 8.5: for llama.cpp", "gguf", None, "q2_k"),
-    "q3_k": Goal("The same in 3.4 bits", "gguf", None, "q3_k"),
-    "iq4_xs": Goal("The same in 4.25 bits", "gguf", None, "iq4_xs"),
-    "q4_k": Goal("The same in 4.5 bits", "gguf", None, "q4_k"),
-    "q5_k": Goal("The same in 5.5 bits", "gguf", None, "q5_k"),
-    "q6_k": Goal("The same in 6.6 bits", "gguf", None, "q6_k"),
-    "q8_0": Goal("All matrices in 8.5 bits: for llama.cpp", "gguf", None, "q8_0"),
-    "nf4": Goal(
-        "All matrices in nf4, rounded to nearest: for bitsandbytes", "bitsandbytes", None, "nf4"
-    ),
-    "bf16": Goal("Nothing quantized: one checkpoint of floats, as transformers reads it", "bf16"),
-}
-
-
-def is_recipe(path: str | Path) -> bool:
-    """Whether `path` is meant as the file of a recipe, not as a model."""
-    path = Path(path)
-    if path.suffix.lower() in (*RECIPE_SUFFIXES, ".json"):
-        return not path.is_dir()
-    return path.is_file() and path.suffix not in (*WEIGHT_SUFFIXES, *PICKLES)
-
-
 def values_for(
     model: str | Path,
     recipe: str | Path | None = None,
@@ -124,31 +65,26 @@ def values_for(
     grid: str | None = None,
     format: str | None = None,
     output: str | Path | None = None,
-    effort: str = _NORMAL,
+    effort: str = NORMAL,
     opened: Opener = open_checkpoint,
 ) -> Values:
     """The keys of a recipe for `model`, in their order; all others have their defaults.
 
     `model` is a directory, a model in the cache of the hub, or `toy`. `recipe` is one of GOALS, or
     a file whose rules are taken; else `bits` or a `grid` say what the large matrices become, and
-    nothing means 4 bits. `effort` is one of _EFFORTS. `format` and `output` are those of the
+    nothing means 4 bits. `effort` is one of EFFORTS. `format` and `output` are those of the
     recipe's `output`; the default is a directory beside which the command runs, named after the
     model. Raises InputError.
     """
     model = expanded(str(model))
-    for key, value in (("bits", bits), ("grid", grid)):
-        if recipe is not None and value is not None:
-            raise InputError(f"cannot be combined with recipe {recipe}, which decides it", key)
-    if effort not in _EFFORTS:
-        raise InputError(f"expected {_either(_EFFORTS)}, not {effort}", "effort")
-    if recipe is not None and is_recipe(recipe):
-        if effort != _NORMAL:
-            raise InputError(f"recipe {recipe} has methods of its own: change them", "effort")
+    aim = aim_of(recipe, bits, grid, format, effort)
+    if aim is None:
+        assert recipe is not None
         return _of_file(model, recipe, format, output)
-    name, goal = goal_of(None if recipe is None else str(recipe), bits, grid, format)
+    name, goal = aim
     checkpoint = opened(model, None)
-    rules = _rules(checkpoint, replace(goal, effort=effort))
-    if effort == _HIGH and not any(rule["method"] == "two-sided" for rule in rules):
+    rules = _rules(checkpoint, goal)
+    if effort == HIGH and not any(rule["method"] == "two-sided" for rule in rules):
         text = f"high changes nothing: no matrices of {model} are calibrated that it is for"
         raise InputError(text, "effort")
     length = _row_length(checkpoint)
@@ -176,69 +112,6 @@ def _of_file(
     values["model"] = {"path": model}
     values["output"] = section | {"path": place} | format_key
     return values
-
-
-def goal_of(
-    recipe: str | None, bits: int | None, grid: str | None, format: str | None
-) -> tuple[str, Goal]:
-    """What is aimed at, and a name for it. Raises InputError for what no format holds."""
-    grid = grid and grid.lower()
-    recipe = recipe and recipe.lower()
-    if bits not in (None, *_BITS):
-        raise InputError(f"expected {_either(_BITS)}, not {bits}", "bits")
-    if bits is not None and grid is not None:
-        raise InputError(f"cannot be combined with grid {grid}, which has its own", "bits")
-    if recipe is not None:
-        return _shipped(recipe, format)
-    if grid is not None:
-        return grid, _of_grid(grid, format)
-    if format == "bf16":
-        if bits is not None:
-            raise InputError("not allowed with format bf16, which is not quantized", "bits")
-        return "bf16", GOALS["bf16"]
-    if format in _GRIDS_OF_BITS:
-        grids = _GRIDS_OF_BITS[format]
-        if bits not in (None, *grids):
-            raise InputError(f"format {format} has {_either(grids)}, not {bits}", "bits")
-        return grids[bits or 4], _of_grid(grids[bits or 4], format)
-    if bits in (5, 6):
-        raise InputError(f"only format gguf has {bits}, in q{bits}_k", "bits")
-    chosen = format or ("compressed-tensors" if bits in (None, 4, 8) else "gptq")
-    if chosen == "compressed-tensors" and bits in (2, 3):
-        raise InputError(f"only formats gptq and gguf have {bits}", "bits")
-    name = f"int{bits or 4}"
-    return (f"gptq-{name}" if chosen == "gptq" else name), Goal("", chosen, bits or 4)
-
-
-def _shipped(recipe: str, format: str | None) -> tuple[str, Goal]:
-    if recipe not in GOALS:
-        raise InputError(
-            f"no recipe {recipe!r}, expected a .yaml file or one of {', '.join(GOALS)}", "recipe"
-        )
-    goal = GOALS[recipe]
-    if format in (None, goal.format):
-        return recipe, goal
-    held = GRIDS[goal.grid].formats if goal.format != "bf16" else ("bf16",)
-    if format not in held:
-        raise InputError(f"recipe {recipe} cannot be written as {format}: use another", "format")
-    return f"{recipe}-{format}", replace(goal, format=format)
-
-
-def _of_grid(grid: str, format: str | None) -> Goal:
-    if grid not in NAMED:
-        near = get_close_matches(grid, NAMED, n=1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"no grid {grid!r}, expected one of {', '.join(NAMED)}{meant}", "grid")
-    row = GRIDS[grid]
-    own = "gguf" if row.ggml_type is not None else row.formats[0]
-    if format not in (None, *row.formats):
-        raise InputError(f"grid {grid} is held by {_either(row.formats)}, not {format}", "format")
-    return Goal("", format or own, None, grid)
-
-
-def _either(values: Any) -> str:
-    *first, last = map(str, values)
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 # --- rules
@@ -270,8 +143,8 @@ def _rules_of(
     Where there is none, and for llama.cpp, which fuses none, each part gets its best.
     """
     fits = all(_has_two_sides(checkpoint, matrix) for matrix in matrices)
-    if not fits or (goal.effort == _NORMAL and not _is_quick(checkpoint, matrices)):
-        goal = replace(goal, effort=_LOW)
+    if not fits or (goal.effort == NORMAL and not _is_quick(checkpoint, matrices)):
+        goal = replace(goal, effort=LOW)
     everything = checkpoint.num_experts == 0 or goal.format in _ONE_GRID
     candidates: Candidates = _large if everything or role in ("experts", "mlp") else _small
     whole = f"layers.*.{role}.*"
@@ -342,7 +215,7 @@ def _large(goal: Goal, stored: int | None, can_calibrate: bool) -> Iterator[Valu
     if stored is not None and stored <= goal.width:
         yield from _copies()
     calibrated = goal.width < 8 and can_calibrate and goal.format != "bitsandbytes"
-    how = _EFFORTS[goal.effort] if calibrated else {"method": "rtn"}
+    how = EFFORTS[goal.effort] if calibrated else {"method": "rtn"}
     if goal.bits is not None:
         yield from (how | {"bits": goal.bits, "group": group} for group in _GROUPS)
         return

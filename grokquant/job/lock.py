@@ -147,6 +147,7 @@ def check_output(output: Path, source: Path) -> None:
     """Raises InputError unless `output` is free or holds a result, which is not the `source`."""
     check_place(output, source)
     if not output.exists():
+        atomic.check_writable(output)
         return
     if any(output.iterdir()) and not is_result(output):
         raise InputError(f"{output}: is not empty and was not made by grokquant; choose another")

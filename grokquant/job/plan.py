@@ -430,7 +430,7 @@ def _check_tokenizer(recipe: Recipe, source: Source, container: Container) -> tu
     if has_tokenizer(source):
         return ()
     if asked == "source" and container.holds_tokenizer:
-        text = f"{source.path} has none; `none` writes files without one"
+        text = f"{source.path} has none; `none` writes files without one, or copy one there"
         raise InputError(text, "output.tokenizer")
     return (f"{source.path}: has no tokenizer, so the output has none either",)
 

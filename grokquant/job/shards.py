@@ -1,6 +1,5 @@
 """The weight files of an output, written part by part until each is complete."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from grokquant.containers.container import PlannedFile
-from grokquant.errors import GrokquantError, InputError
+from grokquant.errors import GrokquantError
 from grokquant.files import atomic
-from grokquant.files.atomic import nearest_directory, temporary_name
+from grokquant.files.atomic import temporary_name
 from grokquant.files.direct_io import PlacedFile
 from grokquant.files.safetensors_header import file_layout
 from grokquant.job.plan import Plan
@@ -168,13 +167,6 @@ def commit_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def is_result(directory: Path) -> bool:
     """Whether `directory` is a finished result of grokquant, by the report in it."""
     return (directory / REPORT_NAME).is_file()
-
-
-def check_writable(directory: Path) -> None:
-    """Raises InputError if `directory` can neither be written to nor created."""
-    existing = nearest_directory(directory)
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise InputError(f"{directory}: cannot be written")
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -211,8 +211,8 @@ def _report_path(path: Path) -> Path:
     if path.suffix == ".json" and not path.is_dir():
         return path
     candidates = (path / "evaluation" / JSON_NAME, path / JSON_NAME)
-    found = next((candidate for candidate in candidates if candidate.is_file()), path)
-    if not found.is_file():
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
         try:
             check_directory(path)
         except InputError as error:

@@ -40,6 +40,9 @@ def open_source(path: Path, config_path: Path | None = None) -> Source:
         _refuse_pickles(path)
     except OSError as error:
         raise InputError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+    if (path / "config.json").is_file():
+        text = "it has a config.json but no weights; download them"
+        raise InputError(f"{path}: not a checkpoint: {text}")
     wanted = "; ".join(kind.looks_for for kind in SOURCE_KINDS)
     raise InputError(f"{path}: not a checkpoint; looked for {wanted}")
 

@@ -195,7 +195,8 @@ def parse_header(file: BinaryIO, name: str) -> dict[str, Entry]:
         )
     raw = file.read(length)
     if not raw or len(raw) < length:
-        raise InputError(f"{name}: truncated: {len(raw)} of the {length} bytes of its header")
+        what = f"truncated: {len(raw)} of the {length} bytes of its header; download it again"
+        raise InputError(f"{name}: {impostor(start) or what}")
     data_bytes = file.seek(0, os.SEEK_END) - 8 - length
     return parse_entries(raw, name, data_bytes)
 

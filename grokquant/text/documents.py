@@ -48,7 +48,7 @@ def load_documents(
     read = READERS.get(text_suffix(text), read_dataset)
     documents = [document for document in read(text, field) if not _is_empty(document)]
     if not documents:
-        raise InputError(f"{text}: holds no text")
+        raise InputError(f"{text}: holds no text; take another")
     return documents
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from grokquant.errors import InputError
 from grokquant.escaping import html_text
 from grokquant.evaluation.report import JSON_NAME, ComparedModel, Report
-from grokquant.files.atomic import write_json, write_text
+from grokquant.files.atomic import check_writable, write_json, write_text
 from grokquant.humanize import NBSP, count, percent, unbroken_size
 from grokquant.reporting.html.layer_sections import (
     experts_section,
@@ -98,6 +98,7 @@ def write_page(
     html_name, html = page
     json_path = directory / json_name
     html_path = directory / html_name
+    check_writable(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(html_path, html)
