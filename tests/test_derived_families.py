@@ -36,6 +36,7 @@ SAMPLE = {
     "granitemoe": "files hold all experts of a layer as one tensor",
     "llama4_text": "experts that do not run one by one",
     "gemma3": "images and text",
+    "kimi_k25": "files join queries, keys and values of the image part",
 }
 
 
@@ -129,6 +130,11 @@ def test_layers_that_config_json_does_not_count_are_refused(with_extra_tensors, 
     ("kind", "changes", "complaint"),
     [
         ("rwkv", {"rescale_every": 6}, r"changes rwkv\.blocks\.0\.\S+ while .* to 0, such as resc"),
+        (
+            "hrm_text",
+            {},
+            r"_module\.layers\.0\.\S+ and others of hrm_text are one tensor",
+        ),
     ],
 )
 def test_an_architecture_of_another_form_is_refused_with_a_way_out(

@@ -96,7 +96,8 @@ class DerivedFamily(Family):
         table = self.table
         unused = any(layer.experts.unused for layer in table.layers if layer.experts)
         reshaped = bool(self.turned or self.stacked)
-        return bool(table.joined) or reshaped or table.own_linears or unused
+        in_layers = any(name.startswith(f"{table.layers_path}.") for name in table.joined)
+        return in_layers or reshaped or table.own_linears or unused
 
     @property
     def runs_experts(self) -> bool:
@@ -140,7 +141,7 @@ class DerivedFamily(Family):
     def read(self, tensors: Mapping[str, TensorRef], name: str) -> Tensor:
         if name in self.table.joined:
             conversion = self.table.joined[name]
-            return self.table.stored.joined(conversion, lambda tensor: tensors[tensor].read())
+            return self.table.stored.joined(name, conversion, lambda tensor: tensors[tensor].read())
         if name in self.table.fused and name not in tensors:
             return self._stacked(tensors, self.table.fused[name])
         return super().read(tensors, name)
