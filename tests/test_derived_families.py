@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from try_families import (
+    IMAGE_TEXT,
     TOKENS,
     passes,
     relative,
@@ -27,6 +30,7 @@ from grokquant.streaming.blocks import Rows
 from grokquant.streaming.stream import Stream
 from grokquant.streaming.whole import WholeModel, running
 
+BASELINES = Path(__file__).parent.parent / "eval" / "baselines"
 # One of each kind.
 SAMPLE = {
     "olmo2": "dense",
@@ -44,6 +48,12 @@ SAMPLE = {
 def test_a_derived_family_does_all_that_a_family_does(kind, tmp_path):
     found = try_family(kind, tmp_path)
     assert found["derived"] and passes(found), found
+
+
+def test_the_table_has_a_row_for_every_kind_that_transformers_names():
+    rows = json.loads((BASELINES / "families.json").read_text())
+    assert set(rows) == {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *IMAGE_TEXT}
+    assert all(row["passes"] or row.keys() & {"rtn", "refused", "untried"} for row in rows.values())
 
 
 @torch.no_grad()
