@@ -96,8 +96,7 @@ class DerivedFamily(Family):
         table = self.table
         unused = any(layer.experts.unused for layer in table.layers if layer.experts)
         reshaped = bool(self.turned or self.stacked)
-        in_layers = any(name.startswith(f"{table.layers_path}.") for name in table.joined)
-        return in_layers or reshaped or table.own_linears or unused
+        return bool(table.joined) or reshaped or table.own_linears or unused
 
     @property
     def runs_experts(self) -> bool:
