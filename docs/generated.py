@@ -223,23 +223,26 @@ def families() -> str:
 
 
 def tried_families() -> str:
-    """What `eval/try_families.py` found, an architecture a row; then those that it refused."""
+    """What `eval/try_families.py` found, an architecture a row; then those that it has no result
+    for."""
     found = json.loads((ROOT / "eval" / "baselines" / "families.json").read_text())
-    tried = {kind: one for kind, one in found.items() if "refused" not in one}
-    rows = [_tried(kind, one) for kind, one in tried.items()]
+    refused = {kind: one["refused"] for kind, one in found.items() if "refused" in one}
+    untried = {kind: one["untried"] for kind, one in found.items() if "untried" in one}
+    tried = {kind: one for kind, one in found.items() if kind not in refused | untried}
     passed = [one for one in tried.values() if one["passes"]]
     mixtures = sum(one["experts"] > 0 for one in passed)
-    heads = ["model_type", "experts", "runs", "rtn int4", "gptq int4", "transformers alone"]
+    heads = ["experts", "runs", "rtn int4", "gptq int4", "default", "transformers alone"]
     text = (
         f"Of {len(found)} values of `model_type`, {len(passed)} passed everything: {mixtures} with "
-        f"experts and {len(passed) - mixtures} without.\n\n{_table(heads, rows)}"
+        f"experts and {len(passed) - mixtures} without.\n\n"
+        + _table(["model_type", *heads], [_tried(kind, one) for kind, one in tried.items()])
     )
-    others = [
-        [f"`{kind}`", _cell(one["refused"])]
-        for kind, one in found.items()
-        if one not in tried.values()
-    ]
-    return f"{text}\n\nNot read:\n\n{_table(['model_type', 'why'], others)}" if others else text
+    return text + _whys("Not read", refused) + _whys("Not tried", untried)
+
+
+def _whys(title: str, whys: dict[str, str]) -> str:
+    rows = [[f"`{kind}`", _cell(why)] for kind, why in whys.items()]
+    return f"\n\n{title}:\n\n{_table(['model_type', 'why'], rows)}" if rows else ""
 
 
 def _tried(kind: str, one: dict) -> list[str]:
@@ -250,7 +253,17 @@ def _tried(kind: str, one: dict) -> list[str]:
         marks[1] += ", its experts rtn"
     alone = [o.get("alone") for o in outputs if isinstance(o, dict)]
     reads = "yes" if alone and all(isinstance(a, float) and a < 0.01 for a in alone) else "no"
-    return [f"`{kind}`", experts, one["runs"], *marks, reads]
+    return [f"`{kind}`", experts, one["runs"], *marks, _by_default(one), reads]
+
+
+def _by_default(one: dict) -> str:
+    """The methods of the default recipe, where its output was tried and is right."""
+    output = one.get("default")
+    if output is None:
+        return ""
+    if isinstance(output, str):
+        return _cell(output)
+    return ", ".join(output["methods"]) if _mark(one, output) == "yes" else "**no**"
 
 
 def _mark(one: dict, output: dict) -> str:

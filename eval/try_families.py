@@ -9,7 +9,8 @@ random weights is saved by transformers, and then
     streamed     so does the model that evaluation and calibration run, layer by layer if it can
     rtn, gptq    its output in int4 passes `verify`, loads packed, is streamed, and loads in
                  transformers without grokquant where that is possible
-    planned      the default recipe can be planned
+    default      so does that of the default recipe, by two-sided rounding where that is possible
+    planned      the bits per weight of the default recipe
 
 Prints a line for each, and puts what was found into FILE, where results of others stay.
 """
@@ -33,7 +34,10 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.quantizers import auto
 
 from grokquant.checkpoint import Checkpoint, open_checkpoint
@@ -55,14 +59,15 @@ SIZES = {
     64: "hidden_size n_embd d_model dim embed_dim n_embed embedding_size "
     "shared_expert_intermediate_size shared_intermediate_size",
     96: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size block_ff_dim intermediate_size_mlp "
-    "dense_intermediate_size mlp_intermediate_size",
+    "dense_intermediate_size mlp_intermediate_size encoder_ffn_dim decoder_ffn_dim",
     32: "moe_intermediate_size expert_ffn_hidden_size expert_intermediate_size kv_lora_rank "
     "q_lora_rank qk_head_dim index_head_dim mamba_d_head moe_shared_expert_intermediate_size "
     "hidden_size_per_layer_input",
-    3: "num_hidden_layers n_layer n_layers num_layers",
+    3: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers "
+    "num_encoder_layers num_decoder_layers",
     4: "num_attention_heads n_head n_heads num_heads num_experts num_local_experts "
     "n_routed_experts moe_num_experts index_n_heads linear_num_value_heads mamba_n_heads "
-    "mamba_num_heads",
+    "mamba_num_heads encoder_attention_heads decoder_attention_heads",
     2: "num_key_value_heads num_experts_per_tok moe_topk num_experts_per_token moe_k "
     "top_k_experts linear_num_key_heads mamba_expand eos_token_id",
     16: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window linear_key_head_dim "
@@ -89,6 +94,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 3, **_FEW_EXPERTS},
     "bamba": {"attn_layer_indices": [2], "mamba_d_head": 32},
     "codegen": {"rotary_dim": 8},
+    "cosmos3_edge_text": _three_axes(2, 3, 3),
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4}}
     | {"ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2}},
     "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0}
@@ -96,6 +102,7 @@ OWN: dict[str, dict[str, Any]] = {
     | {"vocab_size_per_layer_input": 2048, "global_head_dim": 32},
     "gemma3n_text": {"num_kv_shared_layers": 1, "vocab_size_per_layer_input": 2048}
     | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32]},
     "gpt_neo": {"attention_types": [[["global"], 3]]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": _HYBRID,
@@ -131,27 +138,24 @@ OWN: dict[str, dict[str, Any]] = {
 }
 # Models for images and text, with fields beside the configs of their parts.
 IMAGE_TEXT: dict[str, dict[str, Any]] = {
+    **{kind: {} for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
     "gemma3": {"mm_tokens_per_image": 4},
-    "gemma4": {},
-    "glm4v_moe": {},
-    "llama4": {},
-    "mistral3": {},
-    "paligemma": {},
-    "qwen2_5_vl": {},
-    "qwen3_5": {},
-    "qwen3_5_moe": {},
-    "qwen3_vl": {},
-    "qwen3_vl_moe": {},
-    "qwen2_vl": {},
-    "qwen4_exp": {},
-    "aria": {},
-    "cohere2_vision": {},
-    "glm4v": {},
-    "internvl": {},
-    "lfm2_vl": {},
-    "llava": {},
-    "smolvlm": {},
 }
+_DECODER = "its config is not that of its decoder, for which transformers has no model_type"
+_PACKAGES = "its image part needs the packages timm and pillow"
+# Kinds of which no model can be made here.
+UNTRIED = {
+    "evolla": "AutoModelForImageTextToText of transformers makes no model of its config",
+    "fast_vlm": _PACKAGES,
+    "gemma3n": _PACKAGES,
+    "musicgen": _DECODER,
+    "musicgen_melody": _DECODER,
+    "perception_lm": _PACKAGES,
+    "shieldgemma2": "transformers does not read back what it saves of it",
+}
+MOST_PARAMETERS = 60_000_000  # of a tiny model
 VISION_SIZES = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -164,6 +168,12 @@ VISION_SIZES = {
     "embed_dim": 32,
     "out_hidden_size": 64,
     "projection_dim": 32,
+    "text_hidden_size": 64,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "output_dim": 64,
 }
 TOKENS = torch.randint(3, 2048, (3, 48), generator=torch.Generator().manual_seed(1))
 CLOSE = 1e-5
@@ -183,14 +193,17 @@ def tiny_config(kind: str) -> Any:
     """The config of a tiny model of this `model_type`."""
     config_class = CONFIG_MAPPING[kind]
     fields = set(config_class.__dataclass_fields__)
-    if kind in IMAGE_TEXT:
-        return config_class(**tiny_parts(config_class) | IMAGE_TEXT[kind])
-    sizes = {
+    if "text_config" in config_class.sub_configs:
+        return config_class(**tiny_parts(config_class) | IMAGE_TEXT.get(kind, {}))
+    sizes: dict[str, Any] = {
         name: size for size, names in SIZES.items() for name in names.split() if name in fields
     }
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         sizes["num_key_value_heads"] = 4  # one for each head of queries
-    return config_class(**sizes | OWN.get(kind, {}))
+    if "is_decoder" in fields:
+        sizes["is_decoder"] = True
+    own = OWN.get(kind, {}) | IMAGE_TEXT.get(kind, {})
+    return config_class(**tiny_parts(config_class) | sizes | own)
 
 
 def tiny_parts(config_class: Any) -> dict[str, Any]:
@@ -203,7 +216,11 @@ def tiny_parts(config_class: Any) -> dict[str, Any]:
             parts[name] = tiny_config(part.model_type).to_dict()
         elif part is not None:
             fields = type(part).__dataclass_fields__
-            sizes = {key: size for key, size in VISION_SIZES.items() if key in fields}
+            sizes = {
+                key: [size] * len(default) if isinstance(default, list | tuple) else size
+                for key, size in VISION_SIZES.items()
+                for default in ([getattr(part, key)] if key in fields else [])
+            }
             parts[name] = sizes | {"model_type": part.model_type}
     return parts
 
@@ -224,6 +241,25 @@ def eager(model: PreTrainedModel) -> PreTrainedModel:
     with suppress(ValueError, AttributeError):
         model.set_experts_implementation("eager")
     return model
+
+
+def why_untried(kind: str) -> str | None:
+    """Why no tiny model can be made of this `model_type`; None if one can."""
+    if kind in UNTRIED:
+        return UNTRIED[kind]
+    size = attempt(lambda: size_of(kind))
+    if isinstance(size, str):
+        return f"no tiny config was found: {size}"
+    if size > MOST_PARAMETERS:
+        return f"no tiny config was found: the one tried has {size / 1e6:,.0f} million parameters"
+    return None
+
+
+def size_of(kind: str) -> int:
+    """Parameters of the tiny model, which takes no memory for that."""
+    with torch.device("meta"):
+        model = auto_class(kind).from_config(tiny_config(kind))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @contextmanager
@@ -281,18 +317,37 @@ def quantized(
     }
     if method == "rtn":
         content.pop("calibration")
-    pipeline.quantize(parse_recipe(content))
-    verify(output)
-    dense = load(output, dtype=torch.float32, packed=False)[0](TOKENS).logits
-    packed = load(output, dtype=torch.float32)[0](TOKENS).logits
-    found: dict[str, float | str] = {
-        "packed": relative(packed, dense),
-        "streamed": relative(streamed_logits(output), dense),
-    }
+    found: dict[str, float | str] = {**output_of(content)}
     if not (checkpoint.family.names_experts or checkpoint.family.joins):
         found["alone"] = attempt(lambda: alone(output, model_class))
     shutil.rmtree(output)
     return found
+
+
+@torch.no_grad()
+def quantized_by_default(directory: Path, text: Path) -> dict[str, Any]:
+    """Quantizes with the default recipe, but on few rows of text, and checks what comes out."""
+    output = directory.with_name(f"{directory.name}-default")
+    content = values_for(directory, output=output) | {"max_fallbacks": 1}
+    if "calibration" in content:
+        content["calibration"] = {"text": str(text), "samples": 8, "length": 64}
+    methods = sorted({rule["method"] for rule in content["quantize"]})
+    found = {"methods": methods, **output_of(content)}
+    shutil.rmtree(output)
+    return found
+
+
+def output_of(content: dict[str, Any]) -> dict[str, float]:
+    """Makes the output of a recipe, and says how far its logits are from its dense weights'."""
+    output = Path(content["output"]["path"])
+    pipeline.quantize(parse_recipe(content))
+    verify(output)
+    dense = load(output, dtype=torch.float32, packed=False)[0](TOKENS).logits
+    packed = load(output, dtype=torch.float32)[0](TOKENS).logits
+    return {
+        "packed": relative(packed, dense),
+        "streamed": relative(streamed_logits(output), dense),
+    }
 
 
 def alone(output: Path, model_class: Any) -> float:
@@ -308,12 +363,14 @@ def attempt(check: Callable[[], Any]) -> Any:
     try:
         return check()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:240]}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
 
 
 @torch.no_grad()
 def try_family(kind: str, directory: Path) -> dict[str, Any]:
     """What holds for the architecture of this `model_type`; `directory` takes files."""
+    if why := why_untried(kind):
+        return {"untried": why}
     place = directory / kind
     text = directory / "text.txt"
     text.write_text(" ".join(f"word{i * 7919 % 1000} and then {i * 31 % 97}." for i in range(2000)))
@@ -337,6 +394,7 @@ def try_family(kind: str, directory: Path) -> dict[str, Any]:
         "streamed": attempt(lambda: relative(streamed_logits(place), wanted)),
         "rtn": attempt(lambda: quantized(place, "rtn", text, model_class)),
         "gptq": attempt(lambda: quantized(place, "gptq", text, model_class)),
+        "default": attempt(lambda: quantized_by_default(place, text)),
         "planned": attempt(lambda: planned(place)),
     }
     shutil.rmtree(place)
@@ -350,7 +408,7 @@ def planned(directory: Path) -> float:
 
 def passes(found: dict[str, Any]) -> bool:
     """Whether everything holds that can for the architecture."""
-    outputs = [found.get("rtn"), found.get("gptq")]
+    outputs = [found.get(name) for name in ("rtn", "gptq", "default")]
     return (
         _is_close(found.get("loaded"))
         and _is_close(found.get("streamed"))

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from try_families import (
+    IMAGE_TEXT,
     TOKENS,
     passes,
     relative,
@@ -27,6 +30,7 @@ from grokquant.streaming.blocks import Rows
 from grokquant.streaming.stream import Stream
 from grokquant.streaming.whole import WholeModel, running
 
+BASELINES = Path(__file__).parent.parent / "eval" / "baselines"
 # One of each kind.
 SAMPLE = {
     "olmo2": "dense",
@@ -36,6 +40,7 @@ SAMPLE = {
     "granitemoe": "files hold all experts of a layer as one tensor",
     "llama4_text": "experts that do not run one by one",
     "gemma3": "images and text",
+    "kimi_k25": "files join queries, keys and values of the image part",
 }
 
 
@@ -43,6 +48,12 @@ SAMPLE = {
 def test_a_derived_family_does_all_that_a_family_does(kind, tmp_path):
     found = try_family(kind, tmp_path)
     assert found["derived"] and passes(found), found
+
+
+def test_the_table_has_a_row_for_every_kind_that_transformers_names():
+    rows = json.loads((BASELINES / "families.json").read_text())
+    assert set(rows) == {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *IMAGE_TEXT}
+    assert all(row["passes"] or row.keys() & {"rtn", "refused", "untried"} for row in rows.values())
 
 
 @torch.no_grad()
@@ -129,6 +140,11 @@ def test_layers_that_config_json_does_not_count_are_refused(with_extra_tensors, 
     ("kind", "changes", "complaint"),
     [
         ("rwkv", {"rescale_every": 6}, r"changes rwkv\.blocks\.0\.\S+ while .* to 0, such as resc"),
+        (
+            "hrm_text",
+            {},
+            r"_module\.layers\.0\.\S+ and others of hrm_text are one tensor",
+        ),
     ],
 )
 def test_an_architecture_of_another_form_is_refused_with_a_way_out(

@@ -140,7 +140,7 @@ class DerivedFamily(Family):
     def read(self, tensors: Mapping[str, TensorRef], name: str) -> Tensor:
         if name in self.table.joined:
             conversion = self.table.joined[name]
-            return self.table.stored.joined(conversion, lambda tensor: tensors[tensor].read())
+            return self.table.stored.joined(name, conversion, lambda tensor: tensors[tensor].read())
         if name in self.table.fused and name not in tensors:
             return self._stacked(tensors, self.table.fused[name])
         return super().read(tensors, name)

@@ -136,6 +136,7 @@ class Table:
 
 
 def table_of(path: Path, model: PreTrainedModel) -> Table:
+    """The table of a model on the meta device. Raises InputError that names `path`."""
     stored = StoredNames(model)
     with refused(f"{path}: the names of its tensors in files are not known"):
         conversions = {name: c for c in stored.conversions for name in c.parameters}
@@ -143,54 +144,91 @@ def table_of(path: Path, model: PreTrainedModel) -> Table:
     layers = cast(nn.ModuleList, model.get_submodule(layers_path))
     places = {f"{layers_path}.{number}": layer for number, layer in enumerate(layers)}
     experts = [_experts(place, layer, conversions) for place, layer in places.items()]
-    fused: dict[str, FusedExperts] = {}
-    shapes: Shapes = {}
-    for number, (place, found) in enumerate(zip(places, experts, strict=True)):
-        if found:
-            fused |= dict(_fused(place, number, found, conversions))
-            shapes |= _shapes_of(found)
-    others = {name: c for name, c in conversions.items() if name not in fused}
-    shapes |= {tensor: size for c in others.values() for tensor, size in c.tensors.items()}
-    joined = {name: c for name, c in others.items() if c.operations}
-    _refuse_split(path, model, joined)
-    names = {name: next(iter(c.tensors)) for name, c in others.items() if not c.operations}
-    turned = dict(_turned(model, names))
-    stacked = dict(_stacked(layers_path, layers, names))
-    shapes |= {own: shapes.pop(tensor)[::-1] for tensor, own in turned.items()}
-    held = {own: shapes.pop(tensor) for tensor, own in stacked.items()}
-    shapes |= {own: (prod(shape[:-1]), shape[-1]) for own, shape in held.items()}
-    own_names = turned | stacked
-    names = {name: own_names.get(tensor, tensor) for name, tensor in names.items()}
-    versions = _versions(model)
-    trace = traced(model, layers)
-    _refuse_changed(path, model, versions)
+    held = _held(model, layers_path, experts, conversions)
+    _refuse_split(path, model, layers_path, held.joined)
+    trace = _trace_of(path, model, layers)
     tables = tuple(
-        _layer_table(place, layer, names, found, trace, model.all_tied_weights_keys)
+        _layer_table(place, layer, held.names, found, trace, model.all_tied_weights_keys)
         for (place, layer), found in zip(places.items(), experts, strict=True)
     )
     if not any(table.matrices or table.experts for table in tables):
         raise InputError(
             f"{path}: {model.config.model_type} has no linear layers to quantize; {_OWN_FAMILY}"
         )
-    state = model.state_dict()
-    ties = {name: names[of] for name, of in model.all_tied_weights_keys.items() if of in names}
+    ties = {n: held.names[of] for n, of in model.all_tied_weights_keys.items() if of in held.names}
     return Table(
         layers_path=layers_path,
         layers=tables,
         outside=tuple(_linears_outside(model, layers_path)),
-        names=names | ties,
-        joined=joined,
-        fused=fused,
-        shapes=shapes,
+        names=held.names | ties,
+        joined=held.joined,
+        fused=held.fused,
+        shapes=held.shapes,
         tied=ties,
-        integers=frozenset(t for n, t in names.items() if not state[n].is_floating_point()),
-        turned=frozenset(turned.values()),
-        stacked=held,
-        own_linears=_has_own_linears(model, layers, names, tables),
+        integers=frozenset(_integers(model, held.names)),
+        turned=held.turned,
+        stacked=held.stacked,
+        own_linears=_has_own_linears(model, layers, held.names, tables),
         wide=frozenset(_wide(model, tuple(places))),
         passing=passing(model, layers_path, trace),
         stored=stored,
     )
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What files hold of a model: some fields of its `Table`, before its parameters are tied."""
+
+    names: dict[str, str]
+    joined: dict[str, Conversion]
+    fused: dict[str, FusedExperts]
+    shapes: Shapes
+    turned: frozenset[str]
+    stacked: dict[str, tuple[int, ...]]
+
+
+def _held(
+    model: PreTrainedModel,
+    layers_path: str,
+    experts: list[Experts | None],
+    conversions: Mapping[str, Conversion],
+) -> _Held:
+    fused, shapes = _fused_experts(layers_path, experts, conversions)
+    others = {name: c for name, c in conversions.items() if name not in fused}
+    shapes |= {tensor: size for c in others.values() for tensor, size in c.tensors.items()}
+    names = {name: next(iter(c.tensors)) for name, c in others.items() if not c.operations}
+    turned = dict(_turned(model, names))
+    shapes |= {own: shapes.pop(tensor)[::-1] for tensor, own in turned.items()}
+    stacks = dict(_stacked(model, layers_path, names))
+    stacked = {own: shapes.pop(tensor) for tensor, own in stacks.items()}
+    shapes |= {own: (prod(shape[:-1]), shape[-1]) for own, shape in stacked.items()}
+    own_names = turned | stacks
+    return _Held(
+        names={name: own_names.get(tensor, tensor) for name, tensor in names.items()},
+        joined={name: c for name, c in others.items() if c.operations},
+        fused=fused,
+        shapes=shapes,
+        turned=frozenset(turned.values()),
+        stacked=stacked,
+    )
+
+
+def _fused_experts(
+    layers_path: str, experts: list[Experts | None], conversions: Mapping[str, Conversion]
+) -> tuple[dict[str, FusedExperts], Shapes]:
+    """Parameters of all experts of a layer by their names, and the shapes of single experts'."""
+    fused: dict[str, FusedExperts] = {}
+    shapes: Shapes = {}
+    for number, found in enumerate(experts):
+        if found:
+            fused |= dict(_fused(f"{layers_path}.{number}", number, found, conversions))
+            shapes |= _shapes_of(found)
+    return fused, shapes
+
+
+def _integers(model: nn.Module, names: Mapping[str, str]) -> Iterator[str]:
+    state = model.state_dict()
+    return (tensor for name, tensor in names.items() if not state[name].is_floating_point())
 
 
 def _has_own_linears(
@@ -242,23 +280,25 @@ def _sets_weights_of(
     return False
 
 
-def _refuse_split(path: Path, model: PreTrainedModel, joined: Mapping[str, Conversion]) -> None:
-    """Raises InputError for parameters that files join: a matrix there is not one here."""
-    for conversion in joined.values():
-        if len(conversion.parameters) > 1:
+def _refuse_split(
+    path: Path, model: PreTrainedModel, layers_path: str, joined: Mapping[str, Conversion]
+) -> None:
+    """Raises InputError for parameters of layers that files join: a matrix there is not one here.
+
+    Those outside the layers, as of a model for images, are carried over as files have them.
+    """
+    for name, conversion in joined.items():
+        if len(conversion.parameters) > 1 and name.startswith(f"{layers_path}."):
             raise InputError(
                 f"{path}: {conversion.parameters[0]} and others of {model.config.model_type} are "
                 f"one tensor in files, which is not supported; {_OWN_FAMILY}"
             )
 
 
-def _versions(model: nn.Module) -> dict[str, int]:
-    """How often each parameter was changed in place, where torch counts that."""
-    return {n: p._version for n, p in model.named_parameters() if not p.is_inference()}
-
-
-def _refuse_changed(path: Path, model: PreTrainedModel, before: Mapping[str, int]) -> None:
+def _trace_of(path: Path, model: PreTrainedModel, layers: nn.ModuleList) -> Trace | None:
     """Raises InputError for code that changes parameters while it runs: packed ones stay."""
+    before = _versions(model)
+    trace = traced(model, layers)
     after = _versions(model)
     if changed := [name for name in after if after[name] != before[name]]:
         raise InputError(
@@ -266,6 +306,12 @@ def _refuse_changed(path: Path, model: PreTrainedModel, before: Mapping[str, int
             "which packed weights do not allow; set the key that asks for it to 0, such as "
             f"rescale_every of rwkv, or write a family: {_OWN_FAMILY}"
         )
+    return trace
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often each parameter was changed in place, where torch counts that."""
+    return {n: p._version for n, p in model.named_parameters() if not p.is_inference()}
 
 
 def _wide(model: PreTrainedModel, places: tuple[str, ...]) -> Iterator[str]:
@@ -287,10 +333,10 @@ def _turned(model: nn.Module, names: Mapping[str, str]) -> Iterator[tuple[str, s
 
 
 def _stacked(
-    layers_path: str, layers: nn.ModuleList, names: Mapping[str, str]
+    model: nn.Module, layers_path: str, names: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     """Names in files of matrices of several experts in one, and our names of them."""
-    for name in stacks_in(layers):
+    for name in stacks_in(model.get_submodule(layers_path)):
         whole = f"{layers_path}.{name}"
         if whole in names:
             yield names[whole], f"{whole.removesuffix('.weight')}.stacked.weight"

@@ -85,16 +85,16 @@ class StoredNames:
         """The name in the model, or on the way to it, of a tensor that a file calls `name`."""
         return apply_renamings(name, self._forwards)
 
-    def joined(self, conversion: Conversion, read: Callable[[str], Tensor]) -> Tensor:
-        """The one parameter of a conversion, of the tensors that `read` returns by their names."""
+    def joined(self, name: str, conversion: Conversion, read: Callable[[str], Tensor]) -> Tensor:
+        """Parameter `name` of a conversion, of the tensors that `read` returns by their names."""
         converters = deepcopy(self._converters)
         by_pattern = {p: t for t in converters for p in t.source_patterns}
-        for name in conversion.tensors:
-            target, pattern = apply_converters(self.of_model(name), converters)
+        for tensor in conversion.tensors:
+            target, pattern = apply_converters(self.of_model(tensor), converters)
             converter = by_pattern[str(pattern)]
-            converter.add_tensor(target, name, str(pattern), read(name))  # type: ignore[arg-type]
+            converter.add_tensor(target, tensor, str(pattern), read(tensor))  # type: ignore[arg-type]
         made = converter.convert(target, model=self._model, config=self._model.config)
-        (value,) = made.values()
+        value = made[name] if len(made) > 1 else next(iter(made.values()))
         return value[0] if isinstance(value, list) else value
 
     def with_and_without_prefix(self, name: str) -> Iterator[str]:

@@ -112,7 +112,7 @@ def _passes_layers(model: PreTrainedModel, path: str, returned: int) -> bool:
     layers = model.get_submodule(path)
     taps = [_Returning(layer, returned, tracked=False) for layer in layers.children()]
     embedding = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda *call: call[-1].detach().requires_grad_())
+    hook = embedding.register_forward_hook(lambda *call: call[-1].detach().requires_grad_().clone())
     try:
         with _replaced(model, path, taps), torch.enable_grad():
             return _run(model).requires_grad
