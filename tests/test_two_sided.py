@@ -1,6 +1,8 @@
 """Two-sided rounding against naive versions, and its runs: resumed, starved, better than GPTQ."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -28,7 +30,7 @@ from grokquant.methods.ldl import permute_, restore_
 from grokquant.methods.method import Aim
 from grokquant.methods.rtn import quantize_rtn
 from grokquant.recipe import Recipe
-from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel, Routed
+from grokquant.streaming.blocks import CALIBRATION_DTYPE, BlockwiseModel, Combine, Keep, Routed
 from grokquant.text.documents import calibration_rows
 from grokquant.text.tokenizer import load_tokenizer
 from grokquant.types import QTensor, Unit, UnitReport
@@ -498,3 +500,38 @@ def test_one_factorization_solves_for_all_ridges():
     for ridge, solution in zip(ridges, found, strict=True):
         exact = torch.linalg.solve(H + ridge * torch.eye(96), S.T).T
         assert (solution - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_layer_that_is_done_keeps_no_states(tiny_recipe, monkeypatch):
+    """Nor what its experts gave: with 64 layers, either is more than a machine has."""
+    layers: list[weakref.ref] = []
+    sums: list[weakref.ref] = []
+    alive: list[bool] = []
+    run = LayerQuantizer.run
+    run_layer = BlockwiseModel.run_layer
+
+    def noted_run(self: LayerQuantizer, states: States) -> States:
+        alive.extend(ref() is not None for ref in (*layers, *sums))
+        layers.append(weakref.ref(self))
+        return run(self, states)
+
+    def noted_run_layer(
+        self: BlockwiseModel, index: int, hidden: Tensor, combine: Combine, *keep: Keep
+    ) -> Tensor:
+        def combine_and_note(*routed: Tensor) -> Tensor:
+            outputs = combine(*routed)
+            sums.append(weakref.ref(outputs))
+            return outputs
+
+        return run_layer(self, index, hidden, combine_and_note, *keep)
+
+    monkeypatch.setattr(LayerQuantizer, "run", noted_run)
+    monkeypatch.setattr(BlockwiseModel, "run_layer", noted_run_layer)
+    recipe = tiny_recipe(TWO_SIDED, ATTENTION)
+    gc.disable()  # which might not come in time
+    try:
+        pipeline.quantize(recipe)
+    finally:
+        gc.enable()
+    assert len(alive) >= 3  # the first layer, and what its experts gave in two passes
+    assert not any(alive)

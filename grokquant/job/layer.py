@@ -97,6 +97,7 @@ class LayerQuantizer:
                 self.outputs = self._run_quantized(states.hidden)
         self.model.free_layer(self.index)
         self._emit_held()
+        self._rounding.clear()  # refers to this layer: now its states are free
         return States(self.outputs, reference)
 
     def original(self, tensor: str) -> Tensor:

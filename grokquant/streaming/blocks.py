@@ -325,8 +325,11 @@ class BlockwiseModel:
         return layer
 
     def free_layer(self, index: int) -> None:
-        """Frees the memory of layer `index`."""
+        """Frees the memory of layer `index`: its weights, and what its experts gave last."""
         layer = self.layers[index]
+        experts = self.experts_of(index)
+        if experts is not None:
+            experts.exchange = None
         for name, value in list(stored_values(layer)):
             set_parameter(layer, name, value.to("meta"))
 
@@ -402,9 +405,12 @@ class BlockwiseModel:
             del recorded
         # A batch without rows has no parts.
         passed = self._run_batches(index, batches, extra)
-        return [
+        states = [
             torch.cat(parts or [hidden]) for parts, (_, hidden) in zip(passed, batches, strict=True)
         ]
+        if exchange is not None:
+            exchange.outputs = None  # the layer may run again before it is freed
+        return states
 
     def _nothing_recorded(self, batches: list[tuple[Rows | None, Tensor]]) -> tuple[Tensor, ...]:
         """What experts record of no tokens at all: inputs, chosen experts, gates."""
