@@ -331,7 +331,7 @@ CONSUMERS = (
     Consumer(
         "vllm",
         "vLLM (0.27 and later, Grok-1 beside grokquant)",
-        "0.27 to 0.32 on a CPU, and 0.33 with the compiled library of 0.32",
+        "0.27 to 0.30 and 0.32 on a CPU, and 0.33 with the compiled library of 0.32",
         (
             _formats("compressed-tensors", "gptq", "bf16"),
             _NO_GROK_2,
