@@ -4,8 +4,6 @@ PyTorch has no CPU product of bfloat16 matrices with a float32 result, and multi
 copies takes two to ten times as long. Products of bfloat16 are exact in float32.
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -21,8 +19,6 @@ from grokquant.threads import in_pieces
 
 # Panels of a piece of work: a panel above them, read once for all, and they fit the second cache.
 _PANELS = 8
-# arch_prctl(2): a Linux process may use the registers of AMX after it has asked for them.
-_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
 
 class GramKernel(NamedTuple):
@@ -42,7 +38,8 @@ KERNELS = {
 def instructions() -> list[str]:
     """Those of KERNELS that this CPU has, the quickest first."""
     features = llvmlite.binding.get_host_cpu_features()
-    amx = bool(features.get("amx-bf16")) and _may_use_tiles()
+    # Linux lends the registers to a process that asks, which torch does here.
+    amx = bool(features.get("amx-bf16")) and torch.cpu._init_amx()
     return ["AMX"] * amx + ["AVX-512 BF16"] * bool(features.get("avx512bf16"))
 
 
@@ -61,10 +58,3 @@ def add_products(X: Tensor, H: Tensor, kernel: GramKernel) -> None:
     in_pieces(lambda piece: pack(inputs, packed, *piece), pieces)
     # The last ones first, which are the largest.
     in_pieces(lambda piece: kernel.add_products(packed, result, *piece), reversed(pieces))
-
-
-def _may_use_tiles() -> bool:
-    if not sys.platform.startswith("linux"):
-        return False
-    ask = ctypes.CDLL(None).syscall
-    return ask(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
