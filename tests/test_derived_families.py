@@ -327,3 +327,18 @@ def test_a_wrong_config_is_refused_in_one_line(tmp_path, field, value, complaint
     with pytest.raises(InputError, match=complaint) as caught:
         open_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def test_matrices_that_no_token_reaches_get_no_inputs(tmp_path):
+    """Those of cross-attention, where a decoder runs without its encoder; gptq falls back then."""
+    save_tiny_model("bart", tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    running_model = running(checkpoint, torch.float32)
+    hidden = running_model.embed(TOKENS)
+    for matrix in checkpoint.matrices():
+        if matrix.layer:
+            continue
+        width = checkpoint.source.tensors[matrix.tensor].shape[1]
+        tokens = 0 if "encoder_attn" in matrix.tensor else TOKENS.numel()
+        assert running_model.inputs_of(0, matrix.tensor, hidden).shape == (tokens, width)

@@ -89,7 +89,9 @@ class WholeModel(BlockwiseModel):
         for _ in self._states(hidden):
             pass
         hook.remove()
-        return torch.cat(inputs)
+        # Without inputs for cross-attention, its matrices get none.
+        none = torch.empty(0, self.source.tensors[tensor].shape[1], dtype=self.dtype)
+        return torch.cat(inputs or [none])
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
