@@ -1,8 +1,8 @@
 """Gradients of the original model, made before the first layer is quantized and kept on disk.
 
     OUT.partial/gradients/
-        layer-N-ROW   what the backward pass needs of layer N, until it has come there, for the
-                      rows from ROW on, which one process has
+        layer-N-XX    what the backward pass needs of layer N, until it has come there, for the rows
+                      of one process, which calls itself XX
         metric-N      E[g g^T] of layer N: by the sum of its experts and by sites
         record.json   their checksums, once all of them are there
 
@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,7 +44,7 @@ class GradientFiles:
     def __init__(self, work: WorkDirectory, doing: Doing) -> None:
         self.path = work.path / "gradients"
         self.doing = doing
-        self.first_row = 0  # of this process
+        self._own = token_hex(4)
 
     @property
     def complete(self) -> bool:
@@ -86,7 +87,7 @@ class GradientFiles:
         return Metrics(found.pop(_METRIC, None), found)
 
     def _layer(self, index: int) -> Path:
-        return self.path / f"layer-{index}-{self.first_row}"
+        return self.path / f"layer-{index}-{self._own}"
 
 
 def make_gradients(division: Division, files: GradientFiles, rows: Tensor) -> None:
@@ -100,7 +101,6 @@ def make_gradients(division: Division, files: GradientFiles, rows: Tensor) -> No
         model.take_as_expert(index)
     some = differentiated_rows(rows)
     own = team.rows(len(some), model.rows_at_once(some.shape[1]))
-    files.first_row = own.start
     draws = Draws(plan.recipe.calibration.seed, (len(some), some.shape[1]), own)
     asked = {
         index: {
