@@ -156,12 +156,13 @@ def evaluate(
     task_files: bool = False,
     field: str | None = None,
     dtype: str = "auto",
+    packed: bool | None = None,
 ) -> "ShownReport":
     """Compares a quantized output with its reference on the same tokens, both streamed.
 
-    `text`, `samples` and `length` default to the eval section of the recipe that made `quantized`,
-    but a file or data set of its own must be given as `text`. `field` is that of its records which
-    holds the text.
+    `text`, `samples`, `length` and `packed` default to the eval section of the recipe that made
+    `quantized`, but a file or data set of its own must be given as `text`. `field` is that of its
+    records which holds the text.
     A `suite`, a shipped one or a file, defines its own texts, tasks and thresholds; the report says
     which thresholds are met. `quick` skips the per-layer isolation measurements and the generated
     text. `cache` is a directory of at most `cache_size` that caches the reference's results for
@@ -185,7 +186,7 @@ def evaluate(
     models = opened_models(quantized, reference, place, dtype, any_reference)
     evaluation = run_suite(
         models,
-        suite_for(quantized, suite, text, samples, length, task_files, field),
+        suite_for(quantized, suite, text, samples, length, task_files, field, packed),
         suite or "",
         evaluation_progress(),
         place,

@@ -134,7 +134,6 @@ def test_version():
         ["quantize", "a.yaml", "b.yaml"],
         ["quantize", "a.yaml", "--set"],
         ["plan", "a.yaml", "--dry-run"],
-        ["eval", "out"],
         ["eval", "out", "--reference", "toy", "--samples", "0"],
         ["eval", "out", "--reference", "toy", "--length", "long"],
         ["compare"],

@@ -295,7 +295,6 @@ def test_a_plan_counts_the_metrics_of_attention(tiny_recipe):
 
 
 def test_a_plan_counts_the_backward_pass(tiny_recipe, monkeypatch):
-    monkeypatch.setattr(timing, "_SMALL_LAYER", 0)
     head = TWO_SIDED | {"metric": "head"}
     plans = [build_plan(tiny_recipe(rule, ATTENTION)) for rule in (head, TWO_SIDED)]
     assert [plan.needs_gradients for plan in plans] == [False, True]

@@ -205,7 +205,6 @@ def test_matrices_with_one_input_are_captured_and_factorized_once(tiny_recipe, m
 
 
 def test_every_method_in_the_table_is_timed_in_pieces(tiny_recipe, monkeypatch):
-    monkeypatch.setattr(timing, "_SMALL_LAYER", 0)
     rules = [
         {"match": "layers.*.experts.0.*", "method": "rtn", "bits": 4, "group": 32},
         EXPERTS,

@@ -128,7 +128,7 @@ def test_h_is_help_everywhere():
             ["plan", "toy", "--format", "q4_k_m"],
             "q4_k is a grid: `grokquant quantize MODEL --grid q4_k`",
         ),
-        (["plan", "toy", "--format", "integer"], "'gguf', 'bf16'.\n"),
+        (["plan", "toy", "--format", "integer"], "Give the bits of integers by --bits.\n"),
         (
             ["compare", "toy"],
             "; name results that `grokquant eval` has evaluated",

@@ -43,6 +43,7 @@ def suite_for(
     length: int | None = None,
     task_files: bool = False,
     field: str | None = None,
+    packed: bool | None = None,
 ) -> Suite:
     """The suite called `suite`; without one, the text in the recipe of `output`, changed by what is
     given.
@@ -52,11 +53,11 @@ def suite_for(
     task, which can run any code, unless `task_files`.
     """
     if suite is None:
-        settings = settings_of(output, text, samples, length, field)
+        settings = settings_of(output, text, samples, length, field, packed)
         if text is None:
             check_text_is_known(output, settings)
         return suite_of(settings)
-    given = {"text": text, "samples": samples, "length": length, "field": field}
+    given = {"text": text, "samples": samples, "length": length, "field": field, "packed": packed}
     for key, value in given.items():
         if value is not None:
             raise InputError(f"cannot be combined with suite {suite}, which has its own texts", key)

@@ -21,6 +21,7 @@ def settings_of(
     samples: int | None = None,
     length: int | None = None,
     field: str | None = None,
+    packed: bool | None = None,
 ) -> EvalSection:
     """The eval section of the recipe that made `output`, or the defaults, with the given changes.
 
@@ -28,7 +29,7 @@ def settings_of(
     """
     recipe = _recipe_of(output)
     settings = load_recipe(recipe).eval if recipe else EvalSection()
-    given = {"text": text, "samples": samples, "length": length}
+    given = {"text": text, "samples": samples, "length": length, "packed": packed}
     changes: dict[str, object] = {k: value for k, value in given.items() if value is not None}
     if text is not None or field is not None:
         changes["field"] = field  # the recipe's is that of its own text
