@@ -19,7 +19,7 @@ ROOT = Path(grokquant.__file__).parent
 # From the bottom up; a module may import its own room and those below.
 ROOMS = [
     {"errors", "version", "humanize", "escaping", "memory", "grids"},
-    {"types", "devices", "threads", "parallel", "files"},
+    {"types", "devices", "amx", "threads", "parallel", "files"},
     {"methods"},
     {"recipe", "sources"},
     {"families", "formats", "containers", "toy", "engines"},

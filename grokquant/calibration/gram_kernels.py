@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grokquant import amx
 from grokquant.calibration import gram_dots, gram_tiles
 from grokquant.calibration.gram_panels import BLOCK, WIDTH, pack
 from grokquant.threads import in_pieces
@@ -37,10 +38,8 @@ KERNELS = {
 @cache
 def instructions() -> list[str]:
     """Those of KERNELS that this CPU has, the quickest first."""
-    features = llvmlite.binding.get_host_cpu_features()
-    # Linux lends the registers to a process that asks, which torch does here.
-    amx = bool(features.get("amx-bf16")) and torch.cpu._init_amx()
-    return ["AMX"] * amx + ["AVX-512 BF16"] * bool(features.get("avx512bf16"))
+    has_dots = bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+    return ["AMX"] * amx.is_available() + ["AVX-512 BF16"] * has_dots
 
 
 def add_products(X: Tensor, H: Tensor, kernel: GramKernel) -> None:

@@ -18,19 +18,14 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from grokquant import amx
+from grokquant.amx import ROW_BYTES, ROWS
 from grokquant.calibration.gram_panels import WIDTH, add_tile
 
-_ROWS = 16  # of a register
-_ROW_BYTES = 64
-_TILE_BYTES = _ROWS * _ROW_BYTES
+_TILE_BYTES = ROWS * ROW_BYTES
 _LINE_BYTES = WIDTH * 4  # of a panel's pairs, and of its tile of the result
 _LEFT, _RIGHT = 4, 6  # the first register of each factor
-# Bytes 0, 16 to 31 and 48 to 55 of what LDTILECFG reads: the palette, then the bytes of a row and
-# the rows of each register.
-_SHAPES = np.zeros(64, np.uint8)
-_SHAPES[0] = 1
-_SHAPES[16:32:2] = _ROW_BYTES
-_SHAPES[48:56] = _ROWS
+_ADDRESS, _LONG = ir.IntType(8).as_pointer(), ir.IntType(64)
 
 
 @njit(nogil=True, cache=True)
@@ -40,9 +35,8 @@ def add_products(packed: np.ndarray, H: np.ndarray, first: int, stop: int) -> No
     `packed` is that of `gram_panels`, with both sides. Only the upper triangle is valid afterwards.
     """
     tile = np.empty((WIDTH, WIDTH), np.float32)
-    blocks = packed.shape[2] // _ROWS
-    shapes = _SHAPES.copy()
-    _set_shapes(shapes.ctypes.data)
+    blocks = packed.shape[2] // ROWS
+    _configure()
     for above in range(stop):
         left = packed[above, 1].ctypes.data
         for panel in range(max(first, above), stop):
@@ -51,20 +45,9 @@ def add_products(packed: np.ndarray, H: np.ndarray, first: int, stop: int) -> No
     _release()
 
 
-_BYTE, _LONG = ir.IntType(8), ir.IntType(64)
-_ADDRESS = _BYTE.as_pointer()
-
-
-def _instruction(builder: ir.IRBuilder, name: str, arguments: list[ir.Value]) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
-    builder.call(function, arguments)
-
-
-def _move(builder: ir.IRBuilder, name: str, register: int, address: ir.Value, stride: int) -> None:
-    """Loads or stores a register whose rows are `stride` bytes apart in memory."""
-    pointer = builder.inttoptr(address, _ADDRESS)
-    _instruction(builder, name, [_BYTE(register), pointer, _LONG(stride)])
+def _at(builder: ir.IRBuilder, address: ir.Value, offset: int) -> ir.Value:
+    """A pointer to what is `offset` bytes after `address`."""
+    return builder.inttoptr(builder.add(address, _LONG(offset)), _ADDRESS)
 
 
 def _multiply_code(
@@ -73,38 +56,34 @@ def _multiply_code(
     """Writes left^T right to a tile; the sums of all blocks of pairs stay in registers."""
     left, right, blocks, tile = arguments
     for register in range(_LEFT):
-        _instruction(builder, "tilezero", [_BYTE(register)])
+        amx.call(builder, "tilezero", register)
     with cgutils.for_range(builder, blocks) as loop:
-        offset = builder.mul(loop.index, _LONG(WIDTH * _ROW_BYTES))
+        offset = builder.mul(loop.index, _LONG(WIDTH * ROW_BYTES))
         _add_block(builder, builder.add(left, offset), builder.add(right, offset))
     for half in range(2):
         for side in range(2):
-            corner = builder.add(tile, _LONG(half * _ROWS * _LINE_BYTES + side * _ROW_BYTES))
-            _move(builder, "tilestored64", 2 * half + side, corner, _LINE_BYTES)
+            corner = _at(builder, tile, half * ROWS * _LINE_BYTES + side * ROW_BYTES)
+            amx.store(builder, 2 * half + side, corner, _LONG(_LINE_BYTES))
     return ir.Constant(_ADDRESS, None)
 
 
 def _add_block(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> None:
     for half in range(2):
-        above = builder.add(left, _LONG(half * _TILE_BYTES))
-        _move(builder, "tileloadd64", _LEFT + half, above, _ROW_BYTES)
-        beside = builder.add(right, _LONG(half * _ROW_BYTES))
-        _move(builder, "tileloadd64", _RIGHT + half, beside, _LINE_BYTES)
+        amx.load(builder, _LEFT + half, _at(builder, left, half * _TILE_BYTES))
+        beside = _at(builder, right, half * ROW_BYTES)
+        amx.load(builder, _RIGHT + half, beside, _LONG(_LINE_BYTES))
     for half in range(2):
         for side in range(2):
-            registers = (2 * half + side, _LEFT + half, _RIGHT + side)
-            _instruction(builder, "tdpbf16ps", [_BYTE(register) for register in registers])
+            amx.call(builder, "tdpbf16ps", 2 * half + side, _LEFT + half, _RIGHT + side)
 
 
-def _set_shapes_code(
-    _: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
-) -> ir.Value:
-    _instruction(builder, "ldtilecfg", [builder.inttoptr(arguments[0], _ADDRESS)])
+def _configure_code(_: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+    amx.configure(builder)
     return ir.Constant(_ADDRESS, None)
 
 
 def _release_code(_: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-    _instruction(builder, "tilerelease", [])
+    amx.release(builder)
     return ir.Constant(_ADDRESS, None)
 
 
@@ -113,16 +92,16 @@ def _multiply_type(_: Any, left: Any, right: Any, blocks: Any, tile: Any) -> tup
     return types.none(types.uintp, types.uintp, types.intp, types.uintp), _multiply_code
 
 
-def _set_shapes_type(_: Any, shapes: Any) -> tuple[Any, Callable]:
-    """`_set_shapes_code` for the address of 64 bytes."""
-    return types.none(types.uintp), _set_shapes_code
+def _configure_type(_: Any) -> tuple[Any, Callable]:
+    """`_configure_code`."""
+    return types.none(), _configure_code
 
 
 def _release_type(_: Any) -> tuple[Any, Callable]:
-    """`_release_code`, without which each later switch of threads would save the registers."""
+    """`_release_code`."""
     return types.none(), _release_code
 
 
 _multiply: Callable = intrinsic(_multiply_type)
-_set_shapes: Callable = intrinsic(_set_shapes_type)
+_configure: Callable = intrinsic(_configure_type)
 _release: Callable = intrinsic(_release_type)

@@ -82,8 +82,9 @@ class LayerExperts:
         if self.is_dense:
             return site
         if tokens < self.limits.min_tokens:
-            reason = f"{tokens} tokens, fewer than experts.min_tokens = {self.limits.min_tokens}"
-            return Site(tokens, features, inputs, refusal=reason)
+            few = f"{tokens} tokens, fewer than experts.min_tokens = {self.limits.min_tokens}"
+            site.refusal = few
+            return site
         span = self._span(expert, part)
         if is_starved(self.limits, tokens, span):
             site.prior = Prior(everyone, _PRIOR_TOKENS_PER_FEATURE * span)

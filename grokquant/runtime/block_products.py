@@ -107,17 +107,29 @@ def multiply_many(table, codes, scales, zeros, x, dense, totals, out, start, sto
         totals[:] = 0
         for first in range(0, chunks, DENSE_CHUNKS):
             some = min(DENSE_CHUNKS, chunks - first)
-            for row in range(height):
-                for chunk in range(some):
-                    dequantize_chunk(
-                        table, codes, scales, zeros, dense, block + row, first + chunk, row, chunk
-                    )
+            dequantize_chunks(table, codes, scales, zeros, dense, block, height, first, some)
             for token in range(0, len(totals), TOKENS):
                 place = token * chunks * COLUMNS + first * COLUMNS * TOKENS
                 _add_dense(dense, x, totals, height, some, token, place)
-        for token in range(len(out)):
-            for row in range(height):
-                round_totals(totals, out, token, row, block + row)
+        round_rows(totals, out, block, height)
+
+
+@njit(nogil=True, cache=True)
+def dequantize_chunks(table, codes, scales, zeros, dense, block, height, first, chunks):
+    """Fills `dense` with so many chunks, from `first` on, of `height` blocks from `block` on."""
+    for row in range(height):
+        for chunk in range(chunks):
+            _dequantize_chunk(
+                table, codes, scales, zeros, dense, block + row, first + chunk, row, chunk
+            )
+
+
+@njit(nogil=True, cache=True)
+def round_rows(totals, out, block, height):
+    """Writes the totals of `height` blocks, from `block` on, to `out`, for all its tokens."""
+    for token in range(len(out)):
+        for row in range(height):
+            _round_totals(totals, out, token, row, block + row)
 
 
 @njit(nogil=True, cache=True)
@@ -247,13 +259,13 @@ def _round_type(_, totals, out, token, row, block):
     return types.none(totals, out, *(types.intp,) * 3), _rounded
 
 
-round_totals: Callable = intrinsic(_round_type)
+_round_totals: Callable = intrinsic(_round_type)
 
 
 def _rounded(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
 ) -> ir.Value:
-    """Instructions of `round_totals`."""
+    """Instructions of `_round_totals`."""
     totals, out = arrays(context, builder, signature, arguments)
     token, row, block = arguments[-3:]
     lanes = row.type(LANES)
@@ -269,13 +281,13 @@ def _dequantize_type(_, table, codes, scales, zeros, dense, block, chunk, row, p
     return types.none(table, codes, scales, zeros, dense, *places), _dequantized
 
 
-dequantize_chunk: Callable = intrinsic(_dequantize_type)
+_dequantize_chunk: Callable = intrinsic(_dequantize_type)
 
 
 def _dequantized(
     context: Any, builder: ir.IRBuilder, signature: Any, arguments: list[ir.Value]
 ) -> ir.Value:
-    """Instructions of `dequantize_chunk`."""
+    """Instructions of `_dequantize_chunk`."""
     table, codes, scales, zeros, dense = arrays(context, builder, signature, arguments)
     block, chunk, row, place = arguments[-4:]
     weights = _DEQUANTIZED[codes.kind.dtype](codes, table)

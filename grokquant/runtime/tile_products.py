@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
+from grokquant import amx
 from grokquant.runtime.block_products import (
     COLUMNS,
     PAIRS,
@@ -26,9 +27,9 @@ from grokquant.runtime.block_products import (
     Floats,
     Levels,
     bits,
-    dequantize_chunk,
+    dequantize_chunks,
     for_blocks,
-    round_totals,
+    round_rows,
 )
 from grokquant.runtime.vectors import (
     FLOATS,
@@ -38,20 +39,12 @@ from grokquant.runtime.vectors import (
     WORDS,
     ZEROS,
     arrays,
-    called,
     rounded,
 )
 
-# Linux lends the registers to a process that asks, which torch does here.
-MULTIPLIES_TILES = bool(
-    MULTIPLIES_BFLOAT16
-    and binding.get_host_cpu_features().get("amx-bf16")
-    and torch.cpu._init_amx()
-)
-TOKENS = 16  # of a tile
+MULTIPLIES_TILES = MULTIPLIES_BFLOAT16 and amx.is_available()
+TOKENS = amx.ROWS  # of a tile
 _CHUNKS = 4  # of a tile
-_ROW_BYTES = 64
-_CLOSE = ir.Constant(ir.IntType(64), _ROW_BYTES)  # from one row of a tile to the next
 # Blocks that share few tokens: a register for the sums and one for the weights of each.
 _HEIGHT = 3
 # Blocks and tiles of many tokens that are multiplied at once: a register for each sum.
@@ -86,15 +79,9 @@ def multiply_many(table, codes, scales, zeros, x, dense, totals, out, start, sto
         totals[:] = 0
         for first in range(0, chunks, DENSE_CHUNKS):
             some = min(DENSE_CHUNKS, chunks - first)
-            for row in range(height):
-                for chunk in range(some):
-                    dequantize_chunk(
-                        table, codes, scales, zeros, dense, block + row, first + chunk, row, chunk
-                    )
+            dequantize_chunks(table, codes, scales, zeros, dense, block, height, first, some)
             _add_dense(dense, x, totals, height, first, some)
-        for token in range(len(out)):
-            for row in range(height):
-                round_totals(totals, out, token, row, block + row)
+        round_rows(totals, out, block, height)
 
 
 def in_tiles(x: Tensor) -> np.ndarray:
@@ -143,16 +130,16 @@ def _product(
             total.clear()
         with cgutils.for_range(builder, groups) as group:
             for row in range(len(blocks)):
-                _call(builder, "tilezero", row)
+                amx.call(builder, "tilezero", row)
             with cgutils.for_range(builder, steps) as step:
                 place = builder.add(builder.mul(group.index, steps), step.index)
                 _unpack(builder, weights, blocks, place, dense)
-                _load(builder, 2 * _HEIGHT, x.at(BYTE, tile, place, number(0)))
+                amx.load(builder, 2 * _HEIGHT, x.at(BYTE, tile, place, number(0)))
                 for row, memory in enumerate(dense):
-                    _load(builder, _HEIGHT + row, memory.at())
-                    _call(builder, "tdpbf16ps", row, 2 * _HEIGHT, _HEIGHT + row)
+                    amx.load(builder, _HEIGHT + row, memory.at())
+                    amx.call(builder, "tdpbf16ps", row, 2 * _HEIGHT, _HEIGHT + row)
             for row, memory in enumerate(of_group):
-                _store(builder, row, memory.at())
+                amx.store(builder, row, memory.at())
             with cgutils.for_range(builder, tokens) as token:
                 added, old = (
                     [[[memory.vector(token.index)]] for memory in memories]
@@ -167,9 +154,9 @@ def _product(
                 address = out.at(SHORTS, builder.add(first, token.index), row)
                 builder.store(rounded(builder, value), address, align=1)
 
-    _configure(builder)
+    amx.configure(builder)
     for_blocks(builder, start, stop, _HEIGHT, multiply_blocks)
-    _call(builder, "tilerelease")
+    amx.release(builder)
     return context.get_dummy_value()
 
 
@@ -221,26 +208,26 @@ def _dense_product(
             for column, tile in enumerate(tiles)
         }
         for register, address in sums.items():
-            _load(builder, register, address, stride)
+            amx.load(builder, register, address, stride)
         with cgutils.for_range(builder, steps) as step:
             chunk = builder.mul(step.index, number(_CHUNKS))
             for row, block in enumerate(blocks):
-                _load(builder, _WEIGHTS + row, dense.at(BYTE, block, chunk, zero))
+                amx.load(builder, _WEIGHTS + row, dense.at(BYTE, block, chunk, zero))
             for column, tile in enumerate(tiles):
                 place = builder.add(begin, step.index)
-                _load(builder, _INPUTS + column, x.at(BYTE, tile, place, zero))
+                amx.load(builder, _INPUTS + column, x.at(BYTE, tile, place, zero))
                 for row in range(len(blocks)):
                     product = (_SIDE * row + column, _INPUTS + column, _WEIGHTS + row)
-                    _call(builder, "tdpbf16ps", *product)
+                    amx.call(builder, "tdpbf16ps", *product)
         for register, address in sums.items():
-            _store(builder, register, address, stride)
+            amx.store(builder, register, address, stride)
 
     def multiply_blocks(blocks: list[ir.Value]) -> None:
         for_blocks(builder, zero, x.size(0), _SIDE, lambda tiles: multiply_tiles(blocks, tiles))
 
-    _configure(builder)
+    amx.configure(builder)
     for_blocks(builder, zero, height, _SIDE, multiply_blocks)
-    _call(builder, "tilerelease")
+    amx.release(builder)
     return context.get_dummy_value()
 
 
@@ -262,31 +249,3 @@ class _Memory:
     def clear(self) -> None:
         for place in range(LANES):
             self.builder.store(ZEROS, self.vector(ir.IntType(64)(place)))
-
-
-def _configure(builder: ir.IRBuilder) -> None:
-    """Gives all eight registers 16 rows of 64 bytes: Intel's palette 1, then the bytes of a row,
-    of 16 bits each, from the sixteenth byte on, then the numbers of rows."""
-    shape = bytes([1, *[0] * 15, *[_ROW_BYTES, 0] * 8, *[0] * 16, *[TOKENS] * 8, *[0] * 8])
-    constant = cgutils.global_constant(
-        builder, "shape_of_tiles", ir.Constant(ir.ArrayType(BYTE, len(shape)), bytearray(shape))
-    )
-    _call(builder, "ldtilecfg", builder.bitcast(constant, BYTE.as_pointer()))
-
-
-def _load(
-    builder: ir.IRBuilder, register: int, address: ir.Value, stride: ir.Value = _CLOSE
-) -> None:
-    _call(builder, "tileloadd64", register, address, stride)
-
-
-def _store(
-    builder: ir.IRBuilder, register: int, address: ir.Value, stride: ir.Value = _CLOSE
-) -> None:
-    _call(builder, "tilestored64", register, address, stride)
-
-
-def _call(builder: ir.IRBuilder, name: str, *arguments: int | ir.Value) -> None:
-    """An instruction for tiles; integers are numbers of registers."""
-    values = [BYTE(one) if isinstance(one, int) else one for one in arguments]
-    called(builder, f"llvm.x86.{name}", ir.VoidType(), *values)

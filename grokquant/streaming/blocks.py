@@ -439,8 +439,13 @@ class BlockwiseModel:
         hook = self.linear_of(index, tensor).register_forward_pre_hook(capture)
         self._run_rows(index, hidden)
         hook.remove()
-        none = torch.empty(0, self.source.tensors[tensor].shape[1], dtype=hidden.dtype)
-        return torch.cat([inputs[start] for start in sorted(inputs)] or [none])
+        parts = [inputs[start] for start in sorted(inputs)]
+        return self._joined_inputs(tensor, parts, hidden.dtype)
+
+    def _joined_inputs(self, tensor: str, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+        """Inputs of a matrix in one; without any, as for cross-attention, they have no rows."""
+        none = torch.empty(0, self.source.tensors[tensor].shape[1], dtype=dtype)
+        return torch.cat(parts or [none])
 
     @torch.no_grad()
     def replace(self, index: int, tensor: str, value: Tensor) -> None:

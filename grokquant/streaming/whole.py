@@ -89,9 +89,7 @@ class WholeModel(BlockwiseModel):
         for _ in self._states(hidden):
             pass
         hook.remove()
-        # Without inputs for cross-attention, its matrices get none.
-        none = torch.empty(0, self.source.tensors[tensor].shape[1], dtype=self.dtype)
-        return torch.cat(inputs or [none])
+        return self._joined_inputs(tensor, inputs, self.dtype)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:

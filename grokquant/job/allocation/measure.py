@@ -19,7 +19,7 @@ to the end with all matrices of the kind rounded to a coarse grid, beside the un
     cost[matrix, grid] = error[matrix, grid] * KLD(kind) / sum of error over the kind as rounded
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grokquant.calibration.site import Site
+from grokquant.calibration.site import Inputs, Site
 from grokquant.methods import METHODS
 from grokquant.methods.method import Layer, UnusableHessian, dense, errors_of
 from grokquant.methods.output_metric import metric_of_sum
@@ -257,7 +257,7 @@ class LayerErrors:
 
     def _site(self, x: Tensor, token: Tensor) -> Site:
         """The rows `token` of x [tokens, features] as the input of matrices."""
-        return self._site_of(x.shape[1], token, lambda part: x[part].to(self.model.device))
+        return self._site_of(x.shape[1], token, self.model.reader_of(x, token))
 
     def _inner_site(
         self, expert: int, stored: Mapping[str, Tensor], x: Tensor, token: Tensor
@@ -266,15 +266,16 @@ class LayerErrors:
         W = {part: weight.to(self.model.dtype) for part, weight in stored.items()}
         inner = self.model.hidden_units(self.index, expert, W.get("gate"), W["up"])
 
-        def units(part: Tensor) -> Tensor:
-            return self.model.by_rows(inner, x[part].to(self.model.device))
+        read = self.model.reader_of(x, token)
+
+        def units() -> Iterator[Tensor]:
+            return (self.model.by_rows(inner, part) for part in read())
 
         return self._site_of(len(W["up"]), token, units)
 
-    def _site_of(self, features: int, token: Tensor, read: Callable[[Tensor], Tensor]) -> Site:
+    def _site_of(self, features: int, token: Tensor, inputs: Inputs) -> Site:
         few = f"{len(token)} tokens" if len(token) < self.min_tokens else None
-        parts = partial(self.model.inputs_at_once, token)
-        return Site(len(token), features, lambda: map(read, parts()), refusal=few)
+        return Site(len(token), features, inputs, refusal=few)
 
     def _rounded(self, W: Tensor, unit: Unit, grid: int, site: Site) -> Tensor:
         """W rounded and dequantized; notes the error of its weights, and keeps what probes need."""
